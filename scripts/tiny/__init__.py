@@ -1,0 +1,1 @@
+"""Training and data of the two embedded tiny backbones."""

@@ -1,0 +1,94 @@
+"""Summaries and tables of hand-made records."""
+
+import json
+
+import pytest
+
+from unike.metrics import bootstrap_interval
+from unike.tables import as_text, compare_table, summarise, summary_table
+from unike.types import FIVE_METRICS, METRICS
+
+
+def record(number, value, metrics=METRICS, **more):
+    forced = {metric: {"before": 0.0, "after": value} for metric in metrics}
+    generated = {metric: {"before": 0.0, "after": float(value == 1)} for metric in metrics}
+    scores = {"teacher_forced": forced, "generated": generated}
+    return {"id": str(number), "status": "ok", "scores": scores, "steps": 10, "seconds": 0.25} | more
+
+
+RECORDS = [record(0, 1.0), record(1, 0.5, steps=20), {"id": "2", "status": "failed"}]
+
+
+def test_summary_values():
+    summary = summarise(RECORDS, seed=1)
+    assert (summary["n"], summary["failed"], summary["steps"], summary["seconds"]) == (2, 1, 15.0, 0.25)
+    assert tuple(summary["metrics"]) == METRICS
+    mean, low, high = bootstrap_interval([100.0, 50.0], 1)
+    after = {"mean": mean, "low": low, "high": high, "n": 2}
+    assert summary["metrics"]["joint"]["teacher_forced"]["after"] == after
+    assert summary["metrics"]["reliability"]["generated"]["after"]["mean"] == 50.0
+    assert summary["metrics"]["reliability"]["generated"]["before"]["mean"] == 0.0
+    assert json.loads(json.dumps(summary)) == summary
+    assert summarise(RECORDS, seed=1) == summary
+
+
+def test_what_is_missing_is_not_counted():
+    sparse = [record(0, 1.0), {"id": "1", "scores": {"teacher_forced": {"reliability": {"after": 0.0}}}}]
+    sparse.append({"id": "3", "scores": {"teacher_forced": {"own": {"before": None, "after": 1.0}}}})
+    summary = summarise(sparse, seed=0)
+    assert summary["metrics"]["reliability"]["teacher_forced"]["after"]["n"] == 2
+    assert summary["metrics"]["reliability"]["teacher_forced"]["before"]["n"] == 1
+    assert list(summary["metrics"]["own"]) == ["teacher_forced"]
+    assert list(summary["metrics"]["own"]["teacher_forced"]) == ["after"]
+    assert "own" in as_text(summary_table(summary, "x"))
+
+
+def test_no_records():
+    summary = summarise([], seed=0)
+    assert (summary["n"], summary["metrics"], summary["seconds"]) == (0, {}, None)
+    assert "0 records" in as_text(summary_table(summary, "empty"))
+    assert "FT" in as_text(compare_table([("FT", summary)]))
+
+
+@pytest.mark.parametrize("width", [80, 100])
+def test_summary_table_is_plain(width):
+    text = as_text(summary_table(summarise(RECORDS, seed=1), "UniKE [bold]on[/bold] [tiny]"), width)
+    rows = text.splitlines()
+    assert max(map(len, rows)) <= width
+    assert "\x1b" not in text
+    assert "…" not in text
+    assert "UniKE [bold]on[/bold] [tiny]" in text
+    reliability = next(row for row in rows if "Reliability" in row)
+    assert reliability.split("  ")[1] == "Reliability"
+    assert "0.0 / 0.0" in reliability
+    assert "75.0 [50.0, 100.0]" in reliability
+    assert "50.0 [0.0, 100.0]" in reliability
+    assert rows[-1].strip() == "2 records, 1 failed, 0.25 s per edit, 15.0 steps per edit"
+    order = [
+        next(i for i, row in enumerate(rows) if title in row) for title in ("M-Locality", "same question")
+    ]
+    assert order == sorted(order)
+
+
+def test_hard_probes_only_if_present():
+    text = as_text(summary_table(summarise([record(0, 1.0, FIVE_METRICS)], seed=1), "five"))
+    assert "M-Locality" in text
+    assert "joint" not in text
+
+
+def test_compare_table():
+    five = summarise([record(0, 1.0, FIVE_METRICS)], seed=1)
+    rows = [("FT (last layer)", summarise(RECORDS, seed=1)), ("UniKE [ours]", five)]
+    text = as_text(compare_table(rows), 80)
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= 80
+    header = next(line for line in lines if "method" in line)
+    titles = ["Rel", "T-Gen", "M-Gen", "T-Loc", "M-Loc", "same Q", "same I", "joint"]
+    assert [header.index(title) for title in titles] == sorted(header.index(title) for title in titles)
+    ft = next(line for line in lines if "FT (last layer)" in line)
+    assert ft.split()[3:] == ["75.0"] * 8
+    ours = next(line for line in lines if "UniKE [ours]" in line)
+    assert ours.split()[2:] == ["100.0"] * 5 + ["-"] * 3
+    generated = as_text(compare_table(rows, "generated"), 80)
+    assert "after the edit, generated, %" in generated
+    assert "50.0" in generated

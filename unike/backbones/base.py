@@ -1,0 +1,157 @@
+"""What every backbone offers to editing methods: encode, whole forward, prefix and suffix, generate.
+
+Shapes: ``b`` batch, ``s`` sequence (image tokens, prompt, answer, padding), ``d`` decoder width,
+``v`` vocabulary. The edited layers are the last ones, so what enters the first of them is a
+constant of the query: ``prefix`` computes it, ``suffix`` runs the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import nn
+
+from unike.backbones.layout import DecoderLayout
+from unike.types import ImageLike, Query
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Encoded queries.
+
+    ``inputs_embeds [b,s,d]``; ``attention_mask [b,s]`` of 0 and 1; ``labels [b,s]``, -100 outside
+    the answer; ``question_end [b]``, the position ``p`` of the last prompt token.
+    """
+
+    inputs_embeds: torch.Tensor
+    attention_mask: torch.Tensor
+    labels: torch.Tensor
+    question_end: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True)
+class Output:
+    """``logits [b,s,v]``: position ``t`` predicts token ``t + 1``."""
+
+    logits: torch.Tensor
+
+
+@dataclass(frozen=True)
+class PrefixState:
+    """Queries at the door of the first edited layer.
+
+    ``hidden [b,s,d]`` enters layer ``first``; ``layer_inputs`` are the other arguments (mask,
+    rotary positions) that every further layer takes.
+    """
+
+    hidden: torch.Tensor
+    attention_mask: torch.Tensor
+    labels: torch.Tensor
+    question_end: torch.Tensor
+    first: int
+    layer_inputs: Mapping[str, Any] = field(repr=False, default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def answer_mask(self) -> torch.Tensor:
+        """``[b, s-1]``: true where a logit predicts an answer token."""
+        return self.labels[:, 1:] != IGNORED
+
+
+class Prompt:
+    """Which prompts the model is reading: set by the backbone, read by edits.
+
+    ``number`` changes with every new batch of prompts. An edit decides what it does at
+    ``question_end`` when it meets a new number, and keeps its decision while the answer is decoded.
+    """
+
+    def __init__(self) -> None:
+        self.number = 0
+        self.question_end: torch.Tensor | None = None
+        self._numbers = count(1)
+
+    @contextmanager
+    def asking(self, question_end: torch.Tensor) -> Iterator[None]:
+        former = (self.number, self.question_end)
+        self.number, self.question_end = next(self._numbers), question_end
+        try:
+            yield
+        finally:
+            self.number, self.question_end = former
+
+
+@runtime_checkable
+class Backbone(Protocol):
+    """A frozen vision-language model."""
+
+    model: nn.Module
+    layout: DecoderLayout
+    prompt: Prompt
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def fingerprint(self) -> str:
+        """A checksum of configuration and weights."""
+        ...
+
+    def encode(
+        self,
+        images: Sequence[ImageLike | None],
+        prompts: Sequence[str],
+        targets: Sequence[str | None] | None = None,
+        padding_side: str = "right",
+    ) -> Batch: ...
+
+    def __call__(self, batch: Batch) -> Output: ...
+
+    def prefix(self, batch: Batch, first: int) -> PrefixState: ...
+
+    def suffix(self, state: PrefixState) -> torch.Tensor: ...
+
+    def layer_inputs(self, attention_mask: torch.Tensor) -> Mapping[str, Any]: ...
+
+    def generate(
+        self, images: Sequence[ImageLike | None], prompts: Sequence[str], max_new_tokens: int | None = None
+    ) -> list[str]: ...
+
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+    def ends_answer(self, token: int) -> bool:
+        """Whether a generated answer ends where this token comes."""
+        ...
+
+    def tokens(self, text: str) -> list[int]: ...
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]: ...
+
+
+def encode_queries(backbone: Backbone, queries: Sequence[Query]) -> Batch:
+    """``queries`` as one batch."""
+    return backbone.encode(
+        [q.image for q in queries], [q.prompt for q in queries], [q.target for q in queries]
+    )
+
+
+def answer_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Mean negative log-likelihood of each row's answer tokens, ``[b]``."""
+    goal = labels[:, 1:]
+    at = goal != IGNORED
+    losses = torch.zeros(goal.shape, dtype=torch.float32, device=goal.device)
+    picked = nn.functional.cross_entropy(logits[:, :-1][at].float(), goal[at], reduction="none")
+    losses = losses.masked_scatter(at, picked)
+    return losses.sum(1) / at.sum(1)

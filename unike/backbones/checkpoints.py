@@ -1,0 +1,331 @@
+"""The original files of LAVIS and MiniGPT-4, loaded as they are into Hugging Face's BLIP-2.
+
+``state_dict_file`` holds EVA ViT-g, ``qformer_checkpoint`` the Q-Former of BLIP-2,
+``pretrained_ckpt`` the projection of MiniGPT-4, ``name`` the language model's folder.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor
+from torch.nn.functional import interpolate
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Blip2Config,
+    Blip2ForConditionalGeneration,
+    Blip2QFormerConfig,
+    Blip2VisionConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from unike.backbones.checkpoint_files import (
+    BROKEN,
+    DTYPES,
+    Finding,
+    check_spec,
+    load_state,
+    memory_finding,
+    original_kinds,
+    require_files,
+)
+from unike.types import BackboneSpec, UserError
+
+__all__ = [
+    "Finding",
+    "build_configs",
+    "check_spec",
+    "convert_eva",
+    "convert_qformer",
+    "convert_states",
+    "load_original",
+    "load_state",
+    "memory_finding",
+    "require_files",
+]
+
+State = Mapping[str, Tensor]
+
+DEFAULT_IMAGE_SIZE = 364
+_UNLOADABLE = (*BROKEN, ImportError, StrictDataclassError)
+
+
+def _read_states(spec: BackboneSpec) -> dict[str, dict[str, Tensor]]:
+    """The original files by YAML key."""
+    kinds = original_kinds(spec)
+    states = {key: load_state(getattr(spec, key), kind.title) for key, kind in kinds.items()}
+    # A fine-tuned BLIP-2 file carries its own visual encoder; as in LAVIS, it wins over EVA's file.
+    prefix = "visual_encoder."
+    tuned = {k[len(prefix) :]: v for k, v in states["qformer_checkpoint"].items() if k.startswith(prefix)}
+    states["state_dict_file"] |= tuned
+    return states
+
+
+# ---------------------------------------------------------------- converting names
+
+_BLOCK = re.compile(r"blocks\.(\d+)\.(norm1|norm2|attn\.qkv|attn\.proj|mlp\.fc1|mlp\.fc2)\.(weight|bias)")
+_BLOCK_NAMES = {
+    "norm1": "layer_norm1",
+    "norm2": "layer_norm2",
+    "attn.qkv": "self_attn.qkv",
+    "attn.proj": "self_attn.projection",
+    "mlp.fc1": "mlp.fc1",
+    "mlp.fc2": "mlp.fc2",
+}
+_EMBEDDINGS = {
+    "cls_token": "embeddings.class_embedding",
+    "patch_embed.proj.weight": "embeddings.patch_embedding.weight",
+    "patch_embed.proj.bias": "embeddings.patch_embedding.bias",
+}
+
+
+def _resize_positions(positions: Tensor, side: int) -> Tensor:
+    """``[1, 1 + old*old, d]`` -> ``[1, 1 + side*side, d]``, bicubic; the class position stays."""
+    old = int((positions.shape[1] - 1) ** 0.5)
+    if old == side:
+        return positions
+    grid = positions[:, 1:].float().reshape(1, old, old, -1).permute(0, 3, 1, 2)
+    grid = interpolate(grid, size=(side, side), mode="bicubic", align_corners=False)
+    return torch.cat([positions[:, :1].float(), grid.flatten(2).transpose(1, 2)], dim=1)
+
+
+def convert_eva(state: State, *, depth: int, image_size: int) -> dict[str, Tensor]:
+    """EVA ViT's first ``depth`` blocks under the names of ``vision_model``; all else is dropped.
+
+    LAVIS takes the features before EVA's last block and head. EVA has no key bias: it becomes zeros.
+    """
+    out: dict[str, Tensor] = {}
+    for key, value in state.items():
+        if key in _EMBEDDINGS:
+            out[_EMBEDDINGS[key]] = value
+        elif key == "pos_embed":
+            side = image_size // int(state["patch_embed.proj.weight"].shape[-1])
+            out["embeddings.position_embedding"] = _resize_positions(value, side)
+        elif (match := _BLOCK.fullmatch(key)) and int(match[1]) < depth:
+            out[f"encoder.layers.{match[1]}.{_BLOCK_NAMES[match[2]]}.{match[3]}"] = value
+    for block in range(depth):
+        bias_q, bias_v = (state.get(f"blocks.{block}.attn.{part}_bias") for part in "qv")
+        if bias_q is not None and bias_v is not None:
+            bias = torch.cat([bias_q, torch.zeros_like(bias_q), bias_v])
+            out[f"encoder.layers.{block}.self_attn.qkv.bias"] = bias
+    return {f"vision_model.{key}": value for key, value in out.items()}
+
+
+_QFORMER_LAYER = re.compile(
+    r"layer\.\d+\.((cross)?attention\.(self\.(query|key|value)|output\.(dense|LayerNorm))"
+    r"|intermediate_query\.dense|output_query\.(dense|LayerNorm))\.(weight|bias)"
+)
+_PROJECTION = re.compile(r"(llama|opt|t5)_proj\.(weight|bias)")
+
+
+def convert_qformer(state: State, projection: State | None = None) -> dict[str, Tensor]:
+    """BLIP-2's file under the names of ``Blip2ForConditionalGeneration``; text-only parts are dropped.
+
+    ``projection``: the state whose projection counts, where it isn't this file's own (MiniGPT-4).
+    """
+    out: dict[str, Tensor] = {}
+    for key, value in state.items():
+        layer = key.removeprefix("Qformer.bert.encoder.")
+        if key == "query_tokens":
+            out[key] = value
+        elif key.startswith("ln_vision."):
+            out[key.replace("ln_vision", "vision_model.post_layernorm")] = value
+        elif key.startswith("Qformer.bert.embeddings.LayerNorm."):
+            out[key.replace("Qformer.bert.embeddings.LayerNorm", "qformer.layernorm")] = value
+        elif layer != key and _QFORMER_LAYER.fullmatch(layer):
+            name = layer.replace("attention.self.", "attention.attention.")
+            out[f"qformer.encoder.{name}"] = value
+    for key, value in (state if projection is None else projection).items():
+        if match := _PROJECTION.fullmatch(key):
+            out[f"language_projection.{match[2]}"] = value
+    return out
+
+
+# ---------------------------------------------------------------- configurations
+
+
+def _with_overrides(
+    spec: BackboneSpec,
+    key: str,
+    config_class: type[PreTrainedConfig],
+    read: dict[str, Any],
+    default: dict[str, Any],
+) -> dict[str, Any]:
+    """What was ``read`` from the tensors and the ``default`` rest, under the spec's own values."""
+    given = dict(getattr(spec, key))
+    known = [name for name in config_class.__annotations__ if name != "image_size"]
+    for name, value in given.items():
+        if name == "image_size":
+            raise UserError(
+                f"{spec.source}: {key}.image_size: `image_size` is a key of its own beside `name`"
+            )
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean `{near[0]}`?" if near else f"expected one of {', '.join(known)}"
+            raise UserError(f"{spec.source}: {key}: unknown key `{name}`; {hint}")
+        if name in read and value != read[name]:
+            raise UserError(f"{spec.source}: {key}.{name} is {value}, but the original file has {read[name]}")
+    merged = read | default | given
+    heads = merged["num_attention_heads"]
+    if isinstance(heads, int) and (heads < 1 or merged["hidden_size"] % heads):
+        raise UserError(
+            f"{spec.source}: {key}.num_attention_heads {heads} does not divide "
+            f"the width {merged['hidden_size']}"
+        )
+    return merged
+
+
+def _count(state: State, pattern: str) -> int:
+    """How many layers a state has: one more than the highest number that ``pattern`` finds."""
+    return 1 + max((int(m[1]) for key in state if (m := re.match(pattern, key))), default=-1)
+
+
+def build_configs(
+    spec: BackboneSpec, text_config: PreTrainedConfig, states: Mapping[str, State]
+) -> Blip2Config:
+    """The configuration that fits the files (``states``, by YAML key).
+
+    Widths, depths and patches come from the tensors; head counts and the spacing of the Q-Former's
+    cross-attention can't be seen there, and are the originals' unless the spec overrides them.
+    """
+    eva, qformer = states["state_dict_file"], states["qformer_checkpoint"]
+    first = "Qformer.bert.encoder.layer.0."
+    width, _, patch, _ = eva["patch_embed.proj.weight"].shape
+    blocks = _count(eva, r"blocks\.(\d+)\.")
+    vision = _with_overrides(
+        spec,
+        "vision_config",
+        Blip2VisionConfig,
+        read={
+            "hidden_size": width,
+            "intermediate_size": eva["blocks.0.mlp.fc1.weight"].shape[0],
+            "patch_size": patch,
+        },
+        default={
+            # The published ViT-g has 40 blocks, of which LAVIS builds 39.
+            "num_hidden_layers": 39 if (blocks, width) == (40, 1408) else blocks,
+            "num_attention_heads": 16,
+            "layer_norm_eps": 1e-6,
+        },
+    )
+    queries = _with_overrides(
+        spec,
+        "qformer_config",
+        Blip2QFormerConfig,
+        read={
+            "hidden_size": qformer["query_tokens"].shape[-1],
+            "intermediate_size": qformer[f"{first}intermediate_query.dense.weight"].shape[0],
+            "num_hidden_layers": _count(qformer, r"Qformer\.bert\.encoder\.layer\.(\d+)\."),
+            "encoder_hidden_size": qformer[f"{first}crossattention.self.key.weight"].shape[1],
+        },
+        default={"num_attention_heads": 12, "cross_attention_frequency": 2, "layer_norm_eps": 1e-12},
+    )
+    image_size, problems = spec.image_size or DEFAULT_IMAGE_SIZE, []
+    if image_size % patch:
+        problems.append(f"{spec.source}: image_size {image_size} is not a multiple of the patch size {patch}")
+    if queries["encoder_hidden_size"] != width:
+        problems.append(
+            f"{spec.qformer_checkpoint}: reads a vision width of {queries['encoder_hidden_size']}, "
+            f"but {spec.state_dict_file} has {width}"
+        )
+    if problems:
+        raise UserError(*problems)
+    return Blip2Config(
+        vision_config=Blip2VisionConfig(**vision, image_size=image_size),
+        qformer_config=Blip2QFormerConfig(**queries),
+        text_config=text_config,
+        num_query_tokens=qformer["query_tokens"].shape[1],
+    )
+
+
+# ---------------------------------------------------------------- loading
+
+
+def convert_states(config: Blip2Config, states: Mapping[str, State]) -> dict[str, Tensor]:
+    """Everything but the language model, from the files, under the names of BLIP-2."""
+    vision: Any = config.vision_config
+    depth, image_size = vision.num_hidden_layers, vision.image_size
+    weights = convert_eva(states["state_dict_file"], depth=depth, image_size=image_size)
+    return weights | convert_qformer(states["qformer_checkpoint"], states.get("pretrained_ckpt"))
+
+
+def _names(keys: Iterable[str], most: int = 4) -> str:
+    keys = sorted(keys)
+    return ", ".join(keys[:most]) + (f" and {len(keys) - most} more" if len(keys) > most else "")
+
+
+def _check_fit(spec: BackboneSpec, model: Blip2ForConditionalGeneration, weights: State) -> None:
+    """Every parameter outside the language model has its tensor, of its shape, and none is left over."""
+    wanted = {k: v for k, v in model.state_dict().items() if not k.startswith("language_model.")}
+    problems = []
+    if missing := wanted.keys() - weights.keys():
+        problems.append(f"{spec.source}: the original files lack {_names(missing)}")
+    if unexpected := weights.keys() - wanted.keys():
+        problems.append(f"{spec.source}: the original files have unexpected {_names(unexpected)}")
+    for key in sorted(wanted.keys() & weights.keys()):
+        if wanted[key].shape != weights[key].shape:
+            problems.append(
+                f"{spec.source}: {key} has shape {list(weights[key].shape)} in the original file, "
+                f"but vision_config, qformer_config and `name` ask for {list(wanted[key].shape)}"
+            )
+            break
+    if problems:
+        raise UserError(*problems)
+
+
+def _language_model(spec: BackboneSpec, dtype: torch.dtype) -> PreTrainedModel:
+    loader: Any = AutoModelForCausalLM
+    try:
+        model, info = loader.from_pretrained(spec.name, dtype=dtype, output_loading_info=True)
+    except _UNLOADABLE as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"name: {spec.name}: the language model does not load ({reason})") from error
+    # Transformers only warns of missing weights, and draws them at random.
+    if info["missing_keys"]:
+        raise UserError(f"name: {spec.name}: lacks the weights {_names(info['missing_keys'])}")
+    return model
+
+
+def _kept_dtype(model: Blip2ForConditionalGeneration, key: str, dtype: torch.dtype) -> torch.dtype:
+    """In fp16, transformers keeps the Q-Former in fp32 and casts on its borders; so do we."""
+    kept = model._keep_in_fp32_modules or ()
+    return torch.float32 if dtype == torch.float16 and key.split(".")[0] in kept else dtype
+
+
+def load_original(spec: BackboneSpec) -> Blip2ForConditionalGeneration:
+    """The model from the original files, in ``spec.dtype`` on the CPU, frozen and in eval mode.
+
+    Never holds two copies: the skeleton has no memory, and each mapped tensor is copied once.
+    """
+    if spec.dtype not in DTYPES:
+        raise UserError(f"{spec.source}: dtype `{spec.dtype}`; expected one of {', '.join(DTYPES)}")
+    require_files(spec)
+    dtype, states = DTYPES[spec.dtype], _read_states(spec)
+    try:
+        text_config = AutoConfig.from_pretrained(spec.name)
+        config = build_configs(spec, text_config, states)
+        with torch.device("meta"):
+            model = Blip2ForConditionalGeneration(config)
+    except _UNLOADABLE as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{spec.source}: the configuration does not fit ({reason})") from error
+    weights = convert_states(config, states)
+    _check_fit(spec, model, weights)
+    states.clear()
+    for key in weights:
+        weights[key] = weights[key].to(_kept_dtype(model, key, dtype), copy=True).contiguous()
+    model.load_state_dict(weights, strict=False, assign=True)
+    # The skeleton's language model has buffers on the meta device that no file holds (rotary
+    # frequencies), so it is replaced as a whole instead of being filled.
+    language_model = _language_model(spec, dtype)
+    model.language_model = language_model
+    model.config.text_config = language_model.config
+    model.config.dtype = dtype
+    return model.eval().requires_grad_(False)

@@ -1,0 +1,245 @@
+"""The one implementation behind BLIP2-OPT and MiniGPT-4: vision tower, Q-Former, decoder.
+
+Both are ``transformers.Blip2ForConditionalGeneration``, with an OPT or a LLaMA decoder; they differ
+in what stands around the image, which is data (see ``blip2_opt`` and ``minigpt4``).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import Blip2ForConditionalGeneration, PreTrainedTokenizerBase
+
+from unike.backbones.base import IGNORED, Batch, Output, PrefixState, Prompt
+from unike.backbones.images import FeatureCache, image_processor
+from unike.backbones.layout import DecoderLayout
+from unike.hooks import first_tensor, hidden_states, inputs_of
+from unike.types import ImageLike, UserError
+
+
+@dataclass(frozen=True)
+class Dialogue:
+    """What a backbone writes around image and answer.
+
+    ``before_image`` and ``after_image`` are tokenised on their own; a generated answer ends at the
+    first of ``stops``.
+    """
+
+    decoders: tuple[str, ...]
+    before_image: str = ""
+    after_image: str = ""
+    stops: tuple[str, ...] = ("\n",)
+
+
+class VisionLanguageBackbone:
+    """A frozen BLIP-2-style model; implements ``backbones.base.Backbone``."""
+
+    def __init__(
+        self,
+        model: Blip2ForConditionalGeneration,
+        tokenizer: PreTrainedTokenizerBase,
+        dialogue: Dialogue,
+        folder: str | None = None,
+        image_size: int | None = None,
+        max_new_tokens: int = 16,
+    ) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.dialogue = dialogue
+        self.max_new_tokens = max_new_tokens
+        self.layout = DecoderLayout(model.language_model)
+        self.prompt = Prompt()
+        trained = model.config.vision_config.image_size
+        self.image_size = image_size or trained
+        self._resize_positions = self.image_size != trained
+        self.processor = image_processor(folder, self.image_size)
+        self.cache = FeatureCache(self._see)
+        self._token_ids: dict[str, list[int]] = {}
+        self._fingerprint: str | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.language_model.get_input_embeddings().weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.language_model.dtype
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        config = self.model.language_model.generation_config.eos_token_id
+        ids = {self.tokenizer.eos_token_id, *(config if isinstance(config, list) else [config])}
+        return tuple(sorted(i for i in ids if i is not None))
+
+    @property
+    def fingerprint(self) -> str:
+        if self._fingerprint is None:
+            digest = hashlib.sha256(self.model.config.to_json_string().encode())
+            for name, tensor in sorted(self.model.state_dict().items()):
+                digest.update(name.encode())
+                # A few numbers of every tensor tell weights apart without reading gigabytes.
+                flat = tensor.detach().flatten()
+                digest.update(flat[:: max(1, flat.numel() // 64)].float().cpu().numpy().tobytes())
+            self._fingerprint = digest.hexdigest()[:16]
+        return self._fingerprint
+
+    @torch.no_grad()
+    def _see(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        vision = self.model.vision_model
+        given = pixel_values.to(vision.device, vision.dtype)
+        seen = self.model.get_image_features(given, interpolate_pos_encoding=self._resize_positions)
+        return seen.pooler_output
+
+    def tokens(self, text: str) -> list[int]:
+        """Token ids of ``text`` alone, without BOS or EOS."""
+        if text not in self._token_ids:
+            if len(self._token_ids) > 100_000:
+                self._token_ids.clear()
+            self._token_ids[text] = self.tokenizer(text, add_special_tokens=False).input_ids
+        return self._token_ids[text]
+
+    def prompt_and_answer(self, prompt: str, target: str | None) -> tuple[list[int], list[int]]:
+        """Token ids of the prompt and of the answer behind it, which starts with one space.
+
+        The two are tokenised together, unless the tokeniser merges across their border: then the
+        prompt keeps its own tokens, and the answer the tokens that it has behind them.
+        """
+        asked = self.tokens(prompt)
+        if target is None:
+            return asked, []
+        answer = " " + target.strip()
+        both = self.tokens(prompt + answer)
+        if both[: len(asked)] == asked:
+            return asked, both[len(asked) :]
+        return asked, self.tokens(answer)
+
+    @torch.no_grad()
+    def encode(
+        self,
+        images: Sequence[ImageLike | None],
+        prompts: Sequence[str],
+        targets: Sequence[str | None] | None = None,
+        padding_side: str = "right",
+    ) -> Batch:
+        """One batch of queries; ``targets`` may be left out to ask without an answer.
+
+        Raises UserError for a picture that cannot be read, and ValueError where the lists differ
+        in length.
+        """
+        targets = [None] * len(prompts) if targets is None else targets
+        shown = [i for i in images if i is not None]
+        features = iter(self.cache.features(shown, self.processor)) if shown else iter(())
+        rows = [
+            self._row(next(features) if i is not None else None, p, t)
+            for i, p, t in zip(images, prompts, targets, strict=True)
+        ]
+        return self._pad(rows, padding_side)
+
+    def _row(
+        self, features: torch.Tensor | None, prompt: str, target: str | None
+    ) -> tuple[torch.Tensor, list[int]]:
+        """Embeddings ``(s, d)`` and the answer's token ids at their end."""
+        asked, answer = self.prompt_and_answer(prompt, target)
+        if not asked:
+            raise UserError("prompt: is empty; expected a question")
+        embed = self.model.language_model.get_input_embeddings()
+        parts = [embed(torch.tensor(asked + answer, device=self.device))]
+        if features is not None:
+            around = (self.dialogue.before_image, self.dialogue.after_image)
+            before, after = (embed(torch.tensor(self.tokens(t), device=self.device, dtype=torch.long)) for t in around)
+            parts = [before, features.to(before), after, *parts]
+        return torch.cat(parts), answer
+
+    def _pad(self, rows: list[tuple[torch.Tensor, list[int]]], side: str) -> Batch:
+        if side not in ("left", "right"):
+            raise ValueError(f"padding_side: {side!r}; expected 'left' or 'right'")
+        width, device = max(len(e) for e, _ in rows), self.device
+        embeds = rows[0][0].new_zeros(len(rows), width, rows[0][0].shape[-1])
+        mask = torch.zeros(len(rows), width, dtype=torch.long, device=device)
+        labels = torch.full((len(rows), width), IGNORED, device=device)
+        ends = []
+        for i, (row, answer) in enumerate(rows):
+            start = width - len(row) if side == "left" else 0
+            stop = start + len(row)
+            embeds[i, start:stop] = row
+            mask[i, start:stop] = 1
+            if answer:
+                labels[i, stop - len(answer) : stop] = torch.tensor(answer, device=device)
+            ends.append(stop - len(answer) - 1)
+        return Batch(embeds, mask, labels, torch.tensor(ends, device=device))
+
+    def _decode_whole(self, batch: Batch) -> torch.Tensor:
+        positions = (batch.attention_mask.cumsum(1) - 1).clamp(min=0)
+        return self.model.language_model(
+            inputs_embeds=batch.inputs_embeds, attention_mask=batch.attention_mask,
+            position_ids=positions, use_cache=False,
+        ).logits  # fmt: skip
+
+    def __call__(self, batch: Batch) -> Output:
+        """The whole decoder over a batch."""
+        with self.prompt.asking(batch.question_end):
+            return Output(self._decode_whole(batch))
+
+    @torch.no_grad()
+    def prefix(self, batch: Batch, first: int) -> PrefixState:
+        """Runs the layers below ``first``, without gradients."""
+        args, kwargs = inputs_of(self.layout.layer(first), lambda: self._decode_whole(batch))
+        hidden = hidden_states(args, kwargs)
+        rest = {k: v for k, v in kwargs.items() if k != "hidden_states"}
+        return PrefixState(hidden, batch.attention_mask, batch.labels, batch.question_end, first, rest)
+
+    @torch.no_grad()
+    def layer_inputs(self, attention_mask: torch.Tensor) -> dict[str, object]:
+        """What decoder layers take beside the hidden state for a mask ``[b,s]``."""
+        embed = self.model.language_model.get_input_embeddings()
+        nothing = torch.zeros(*attention_mask.shape, embed.embedding_dim, dtype=self.dtype, device=self.device)
+        batch = Batch(nothing, attention_mask, attention_mask, attention_mask[:, 0])
+        _, kwargs = inputs_of(self.layout.layer(0), lambda: self._decode_whole(batch))
+        return {k: v for k, v in kwargs.items() if k != "hidden_states"}
+
+    def suffix(self, state: PrefixState) -> torch.Tensor:
+        """Logits ``[b,s,v]``: the layers from ``state.first`` on, final norm and head."""
+        return self.layout.head(self.suffix_hidden(state))
+
+    def suffix_hidden(self, state: PrefixState) -> torch.Tensor:
+        """What enters the final norm, ``[b,s,d]``."""
+        hidden = state.hidden
+        with self.prompt.asking(state.question_end):
+            for index in range(state.first, len(self.layout)):
+                hidden = first_tensor(self.layout.layer(index)(hidden, **state.layer_inputs))
+        return hidden
+
+    @torch.no_grad()
+    def generate(
+        self, images: Sequence[ImageLike | None], prompts: Sequence[str], max_new_tokens: int | None = None
+    ) -> list[str]:
+        """Greedy answers, each cut at the first stop."""
+        batch = self.encode(images, prompts, padding_side="left")
+        with self.prompt.asking(batch.question_end):
+            ids = self.model.language_model.generate(
+                inputs_embeds=batch.inputs_embeds, attention_mask=batch.attention_mask, do_sample=False,
+                max_new_tokens=max_new_tokens or self.max_new_tokens, eos_token_id=list(self.eos_ids),
+                pad_token_id=self.tokenizer.pad_token_id or self.eos_ids[0],
+            )  # fmt: skip
+        return [self.cut(text) for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+
+    def ends_answer(self, token: int) -> bool:
+        """Whether a generated answer ends where this token comes: EOS, or a stop."""
+        if token in self.eos_ids:
+            return True
+        text = self.tokenizer.decode([token])
+        return any(text.lstrip(" ").startswith(stop) for stop in self.dialogue.stops)
+
+    def cut(self, text: str) -> str:
+        """An answer up to its first stop, without surrounding whitespace."""
+        text = text.lstrip()
+        for stop in self.dialogue.stops:
+            text = text.split(stop)[0]
+        return text.strip()
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids."""
+        return self.cut(self.tokenizer.decode(list(ids), skip_special_tokens=True))

@@ -1,0 +1,312 @@
+"""Audits annotation files: ``python -m unike.datasets.doctor TRAIN [EVAL] [--images DIR] [--json]``."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from unike.datasets.images import PathLike, image_path, open_image
+from unike.datasets.mmedit import (
+    IMAGE_FIELDS,
+    KNOWN_FIELDS,
+    load_records,
+    nothing_to_edit,
+    record_problems,
+    unknown_fields,
+)
+from unike.text import NUMBER_WORDS, normalise_answer, one_line
+from unike.types import UserError
+
+WH_WORDS = frozenset({"what", "which", "who", "whom", "whose", "where", "when", "why", "how"})
+QUOTES = ('"', "'", "\u201c", "\u2018")
+EXAMPLES = 3
+SHOWN = 5
+
+_LEADING_ARTICLE = re.compile(r"^(a|an|the)\s+")
+
+Severity = Literal["error", "warning"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One kind of dirt in one file: the records that have it (counted from 0), and words about them."""
+
+    name: str
+    meaning: str
+    severity: Severity
+    records: tuple[int, ...] = ()
+    details: tuple[str, ...] = ()
+
+    @property
+    def count(self) -> int:
+        """The number of records concerned."""
+        return len(self.records)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was found in one file, or in an evaluation file against its training file."""
+
+    title: str
+    records: int
+    findings: tuple[Finding, ...] = field(default=())
+
+    @property
+    def errors(self) -> int:
+        """The number of records with an error, summed over the kinds of error."""
+        return sum(finding.count for finding in self.findings if finding.severity == "error")
+
+    def __getitem__(self, name: str) -> Finding:
+        """The finding of that name; KeyError if the audit has none."""
+        for finding in self.findings:
+            if finding.name == name:
+                return finding
+        raise KeyError(name)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report in JSON's types."""
+        findings = [
+            {
+                "name": finding.name,
+                "meaning": finding.meaning,
+                "severity": finding.severity,
+                "count": finding.count,
+                "records": list(finding.records),
+                "details": list(finding.details),
+            }
+            for finding in self.findings
+        ]
+        return {"title": self.title, "records": self.records, "findings": findings}
+
+
+def starts_with_stray_quote(record: dict[str, str]) -> bool:
+    """Whether the rephrased prompt opens with a quotation mark."""
+    return record["rephrase"].lstrip().startswith(QUOTES)
+
+
+def rephrase_equals_src(record: dict[str, str]) -> bool:
+    """Whether the rephrased prompt is the prompt."""
+    return record["rephrase"].strip() == record["src"].strip()
+
+
+def yes_no_with_wh_rephrase(record: dict[str, str]) -> bool:
+    """Whether the target is yes or no and the rephrased prompt's first word asks what, where, how..."""
+    first = re.search(r"[a-z]+", record["rephrase"].lower())
+    return normalise_answer(record["alt"]) in ("yes", "no") and bool(first and first[0] in WH_WORDS)
+
+
+def pred_equals_alt(record: dict[str, str]) -> bool:
+    """Whether both answers are equal in lower case, without a leading article, a lone number word a digit."""
+    pred = (record.get("pred") or "").strip()
+    return bool(pred) and _plain(pred) == _plain(record["alt"])
+
+
+def _plain(answer: str) -> str:
+    bare = _LEADING_ARTICLE.sub("", answer.strip().lower())
+    return NUMBER_WORDS.get(bare, bare)
+
+
+def alt_with_edge_whitespace(record: dict[str, str]) -> bool:
+    """Whether the target begins or ends in whitespace or has a line break."""
+    return record["alt"] != record["alt"].strip() or "\n" in record["alt"]
+
+
+def rephrase_with_newline(record: dict[str, str]) -> bool:
+    """Whether the rephrased prompt has a line break."""
+    return "\n" in record["rephrase"]
+
+
+DIRT: dict[str, tuple[str, Callable[[dict[str, str]], bool]]] = {
+    "stray_quote": ("rephrase starts with a quotation mark", starts_with_stray_quote),
+    "rephrase_equals_src": ("rephrase is src", rephrase_equals_src),
+    "yes_no_wh": ("yes/no target, rephrase asks what, how...", yes_no_with_wh_rephrase),
+    "pred_equals_alt": ("pred is alt but for article or number word", pred_equals_alt),
+    "nothing_to_edit": ("pred is alt by VQA's rules (see clean)", nothing_to_edit),
+    "alt_whitespace": ("alt has edge whitespace or a line break", alt_with_edge_whitespace),
+    "rephrase_newline": ("rephrase has a line break", rephrase_with_newline),
+}
+
+
+def audit(path: PathLike, images: PathLike | None = None) -> Report:
+    """Examines one annotation file; with ``images``, also every picture that it names under that folder.
+
+    Errors are records that cannot become a case and pictures that cannot be opened; duplicates,
+    unknown fields and the kinds in ``DIRT`` are warnings. Only sound records are searched for dirt.
+
+    Raises:
+        UserError: one line, if the file or the folder is unusable.
+    """
+    records = load_records(path)
+    problems = {index: record_problems(record, index) for index, record in enumerate(records)}
+    sound = {index: record for index, record in enumerate(records) if not problems[index]}
+    broken = tuple(index for index in problems if index not in sound)
+    findings = [
+        Finding(
+            "fields",
+            "a field is missing, empty or ill-typed",
+            "error",
+            broken,
+            tuple(line for index in broken for line in problems[index]),
+        )
+    ]
+    if images is not None:
+        findings += _picture_findings(sound, images)
+    findings += [_duplicates(records), _unknown(records)]
+    for name, (meaning, test) in DIRT.items():
+        findings.append(
+            Finding(name, meaning, "warning", tuple(i for i, record in sound.items() if test(record)))
+        )
+    return Report(one_line(path), len(records), tuple(findings))
+
+
+def leakage(train: PathLike, evaluation: PathLike) -> Report:
+    """Which evaluation records use what the training file has too; broken records are passed over.
+
+    Raises:
+        UserError: one line, if a file is unusable.
+    """
+    seen = [record for index, record in enumerate(load_records(train)) if not record_problems(record, index)]
+    asked = load_records(evaluation)
+    kinds = {
+        "leaked_image": ("image also in train", ("image",)),
+        "leaked_m_loc_pair": ("m_loc and m_loc_q also in train", ("m_loc", "m_loc_q")),
+        "leaked_m_loc": ("m_loc, m_loc_q and m_loc_a also in train", ("m_loc", "m_loc_q", "m_loc_a")),
+    }
+    findings = []
+    for name, (meaning, fields) in kinds.items():
+        known = {tuple(record[key] for key in fields) for record in seen}
+        leaked = tuple(
+            index
+            for index, record in enumerate(asked)
+            if not record_problems(record, index) and tuple(record[key] for key in fields) in known
+        )
+        findings.append(Finding(name, meaning, "warning", leaked))
+    return Report(f"{one_line(evaluation)} against {one_line(train)}", len(asked), tuple(findings))
+
+
+def _duplicates(records: Sequence[Any]) -> Finding:
+    first: dict[str, int] = {}
+    repeated, details = [], []
+    for index, record in enumerate(records):
+        original = first.setdefault(json.dumps(record, sort_keys=True), index)
+        if original != index:
+            repeated.append(index)
+            details.append(f"record {index}: same as record {original}")
+    return Finding("duplicates", "identical to an earlier record", "warning", tuple(repeated), tuple(details))
+
+
+def _unknown(records: Sequence[Any]) -> Finding:
+    found = {
+        index: unknown_fields(record) for index, record in enumerate(records) if isinstance(record, dict)
+    }
+    found = {index: keys for index, keys in found.items() if keys}
+    names = dict.fromkeys(key for keys in found.values() for key in keys)
+    details = tuple(f"field {one_line(repr(key), 80)} is not read{_meant(key)}" for key in names)
+    return Finding("unknown_fields", "has fields that are not read", "warning", tuple(found), details)
+
+
+def _meant(key: str) -> str:
+    close = difflib.get_close_matches(key, KNOWN_FIELDS, n=1, cutoff=0.7)
+    return f"; is it meant to be {close[0]!r}?" if close else ""
+
+
+def _picture_findings(sound: dict[int, dict[str, Any]], images: PathLike) -> list[Finding]:
+    if not os.path.isdir(images):
+        raise UserError(f"{one_line(images)}: is not a directory; expected the folder of the pictures")
+    kinds = {
+        "missing_pictures": "a picture does not exist",
+        "unreadable_pictures": "a picture cannot be decoded",
+    }
+    checked: dict[str, tuple[str, str] | None] = {}
+    concerned: dict[str, dict[int, None]] = {kind: {} for kind in kinds}
+    for index, record in sound.items():
+        for name in (record[key] for key in IMAGE_FIELDS if key in record):
+            if name not in checked:
+                checked[name] = _picture_problem(images, name)
+            problem = checked[name]
+            if problem:
+                concerned[problem[0]][index] = None
+    findings = []
+    for kind, meaning in kinds.items():
+        details = tuple(problem[1] for problem in checked.values() if problem and problem[0] == kind)
+        findings.append(Finding(kind, meaning, "error", tuple(concerned[kind]), details))
+    return findings
+
+
+def _picture_problem(images: PathLike, name: str) -> tuple[str, str] | None:
+    try:
+        open_image(name, images)
+    except UserError as error:
+        exists = os.path.exists(image_path(images, name))
+        return "unreadable_pictures" if exists else "missing_pictures", str(error)
+    return None
+
+
+def render(report: Report) -> Table:
+    """The report as a table: a row for each kind of finding, with the first records concerned."""
+    table = Table()
+    table.add_column("finding")
+    table.add_column("records", justify="right", no_wrap=True)
+    table.add_column("share", justify="right", no_wrap=True)
+    table.add_column("first ones")
+    for finding in report.findings:
+        share = f"{100 * finding.count / report.records:.1f}%" if report.records else "-"
+        first = ", ".join(str(index) for index in finding.records[:EXAMPLES])
+        style = ("red" if finding.severity == "error" else "yellow") if finding.count else "dim"
+        more = ", ..." if finding.count > EXAMPLES else ""
+        table.add_row(Text(finding.meaning), f"{finding.count:,}", share, first + more, style=style)
+    return table
+
+
+def _print(console: Console, report: Report) -> None:
+    console.print(Text(f"{report.title}: {report.records:,} records", style="bold"), soft_wrap=True)
+    console.print(render(report))
+    for finding in report.findings:
+        for line in finding.details[:SHOWN]:
+            console.print(Text(f"{finding.severity}: {line}"), soft_wrap=True)
+        if len(finding.details) > SHOWN:
+            console.print(
+                Text(f"{finding.severity}: ... and {len(finding.details) - SHOWN:,} more like these")
+            )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns 0 without errors, 1 with some, 2 with one line for unusable input."""
+    parser = argparse.ArgumentParser(
+        prog="python -m unike.datasets.doctor",
+        description="Audit MMEdit annotation files. With two, the second is checked for what it shares "
+        "with the first (training before evaluation).",
+    )
+    parser.add_argument("files", nargs="+", metavar="FILE", help="a JSON file of MMEdit records")
+    parser.add_argument("--images", metavar="DIR", help="also open every picture, under this folder")
+    parser.add_argument("--json", action="store_true", help="print JSON in place of tables")
+    arguments = parser.parse_args(argv)
+    try:
+        reports = [audit(file, arguments.images) for file in arguments.files]
+        if len(arguments.files) == 2:
+            reports.append(leakage(*arguments.files))
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    if arguments.json:
+        print(json.dumps([report.as_dict() for report in reports], indent=2))
+    else:
+        console = Console()
+        for report in reports:
+            _print(console, report)
+    return 1 if any(report.errors for report in reports) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

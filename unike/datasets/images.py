@@ -1,0 +1,150 @@
+"""Pictures from files: any mode that Pillow reads, as 8-bit RGB, or one line saying what is wrong."""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from unike.text import one_line
+from unike.types import UserError
+
+PathLike = str | os.PathLike[str]
+
+
+def image_path(root: PathLike | None, name: PathLike) -> Path:
+    """The file that ``name`` means: relative names lie under ``root``, absolute ones stay as they are."""
+    return Path(name) if root is None else Path(root) / name
+
+
+def open_image(source: Any, root: PathLike | None = None) -> Image.Image:
+    """The picture as a new 8-bit RGB image, upright, transparency laid on white.
+
+    ``source`` is a path, absolute or relative to ``root``, or a PIL image (left untouched). Grey levels
+    of 16 bits are scaled to 8, not clipped; of an animation, the first frame.
+
+    Raises:
+        UserError: one line naming the file, if it is missing, not a regular file, truncated or not a
+            picture, or if ``source`` is something else.
+    """
+    if isinstance(source, Image.Image):
+        name = one_line(getattr(source, "filename", "") or "image in memory")
+        return _decode(source, name)
+    if not isinstance(source, (str, os.PathLike)):
+        raise UserError(f"image: expected a path or a PIL image, got {type(source).__name__}")
+    if not os.fspath(source):
+        raise UserError("image: path is empty; expected a picture's file name")
+    path = image_path(root, source)
+    name = one_line(path)
+    _require_file(path, name)
+    try:
+        image = Image.open(path)
+    except Image.UnidentifiedImageError as error:
+        raise UserError(f"{name}: not a picture in a known format") from error
+    except Exception as error:  # format plugins raise anything, from struct.error to SyntaxError
+        raise UserError(f"{name}: picture cannot be read: {_reason(error)}") from error
+    with image:
+        return _decode(image, name)
+
+
+class ImageStore:
+    """Decodes each picture once: a least-recently-used cache over one or more folders.
+
+    ``roots`` are searched in order for relative names; ``capacity`` is the number of decoded pictures
+    kept. The images are shared between callers: copy one before drawing on it.
+    """
+
+    def __init__(self, roots: PathLike | Iterable[PathLike] = (), capacity: int = 256) -> None:
+        if capacity < 1:
+            raise UserError(f"image store: capacity is {capacity}; expected at least 1")
+        folders = [roots] if isinstance(roots, (str, os.PathLike)) else roots
+        self.roots = tuple(Path(folder) for folder in folders)
+        self.capacity = capacity
+        self._decoded: OrderedDict[str, Image.Image] = OrderedDict()
+
+    def path(self, name: PathLike) -> Path:
+        """The first existing file called ``name`` under the roots, or where it ought to be."""
+        candidates = [image_path(root, name) for root in self.roots] or [Path(name)]
+        return next((path for path in candidates if os.path.isfile(path)), candidates[0])
+
+    def get(self, source: Any) -> Image.Image:
+        """The picture as RGB, decoded on first use; a PIL image is converted and not cached.
+
+        Raises:
+            UserError: as ``open_image``; a failure is not cached.
+        """
+        if isinstance(source, Image.Image) or not isinstance(source, (str, os.PathLike)) or not str(source):
+            return open_image(source)
+        path = self.path(source)
+        key = os.path.abspath(path)
+        if key not in self._decoded:
+            self._decoded[key] = open_image(path)
+        self._decoded.move_to_end(key)
+        while len(self._decoded) > self.capacity:
+            self._decoded.popitem(last=False)
+        return self._decoded[key]
+
+    def __len__(self) -> int:
+        """How many decoded pictures are held."""
+        return len(self._decoded)
+
+
+def _require_file(path: Path, name: str) -> None:
+    # os.path, not Path: these also answer False to names that no file system accepts.
+    if os.path.isdir(path):
+        raise UserError(f"{name}: is a directory; expected a picture")
+    if not os.path.exists(path):
+        raise UserError(f"{name}: picture does not exist")
+    if not os.path.isfile(path):
+        raise UserError(f"{name}: is not a regular file; expected a picture")
+
+
+def _decode(image: Image.Image, name: str) -> Image.Image:
+    try:
+        image.load()
+        return _to_rgb(_upright(image))
+    except Exception as error:  # see open_image
+        raise UserError(f"{name}: picture cannot be read: {_reason(error)}") from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # the pixels are sound (already loaded); only the metadata is not
+        return image
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I") or image.mode == "F":
+        return Image.fromarray(_eight_bits(np.asarray(image), image.mode)).convert("RGB")
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, "white")
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def _eight_bits(levels: np.ndarray, mode: str) -> np.ndarray:
+    """Grey levels ``(H, W)`` of a deep mode as uint8.
+
+    Mode "I;16" has a known range; "I" and "F" say nothing about theirs, so it is the smallest usual
+    one (1 for floats, 8 bits, 16 bits, their own maximum) which holds every level.
+    """
+    values = np.nan_to_num(levels.astype(np.float64), posinf=0.0, neginf=0.0)
+    highest = float(values.max(initial=0.0))
+    if mode.startswith("I;16"):
+        full = 65535.0
+    elif mode == "F" and highest <= 1.0:
+        full = 1.0
+    else:
+        full = next((bound for bound in (255.0, 65535.0) if highest <= bound), highest)
+    return np.clip(np.rint(values * (255.0 / full)), 0, 255).astype(np.uint8)
+
+
+def _reason(error: Exception) -> str:
+    return one_line(error) or type(error).__name__

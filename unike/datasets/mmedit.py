@@ -1,0 +1,308 @@
+"""MMEdit's annotations (E-VQA, E-IC) as ``Case``s: a JSON list of flat records, checked on loading."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+from collections.abc import Sequence
+from itertools import chain, zip_longest
+from pathlib import Path
+from typing import Any, ClassVar, overload
+
+from unike.datasets.images import PathLike, image_path
+from unike.text import normalise_answer, one_line
+from unike.types import Case, EditRequest, Probe, Query, UserError
+
+VQA_TEMPLATE = "Question: {} Short answer:"
+
+REQUIRED_FIELDS = (
+    "src",
+    "rephrase",
+    "alt",
+    "image",
+    "image_rephrase",
+    "loc",
+    "loc_ans",
+    "m_loc",
+    "m_loc_q",
+    "m_loc_a",
+)
+PAIRED_FIELDS = (("same_question_image", "same_question_a"), ("same_image_q", "same_image_a"))
+KNOWN_FIELDS = (*REQUIRED_FIELDS, "pred", *chain.from_iterable(PAIRED_FIELDS), "joint")
+IMAGE_FIELDS = ("image", "image_rephrase", "m_loc", "same_question_image")
+
+_JSON_NAMES = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
+
+
+def load_records(path: PathLike) -> list[Any]:
+    """The JSON list in the file, its items unchecked (see ``record_problems``).
+
+    Raises:
+        UserError: one line naming the file, if it is missing, not a regular file, not UTF-8, not JSON
+            (with line and column) or not a list.
+    """
+    name = one_line(path)
+    if os.path.isdir(path):
+        raise UserError(f"{name}: is a directory; expected a JSON file with a list of records")
+    if not os.path.exists(path):
+        raise UserError(f"{name}: file does not exist; expected a JSON file with a list of records")
+    if not os.path.isfile(path):
+        raise UserError(f"{name}: is not a regular file; expected a JSON file with a list of records")
+    try:
+        records = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except json.JSONDecodeError as error:
+        place = f"line {error.lineno}, column {error.colno}"
+        raise UserError(f"{name}: broken JSON at {place}: {error.msg}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name}: not UTF-8 text (byte {error.start})") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{name}: cannot be read: {one_line(error)}") from error
+    if not isinstance(records, list):
+        raise UserError(f"{name}: expected a list of records, got {_describe(records)}")
+    return records
+
+
+def record_problems(record: Any, index: int) -> list[str]:
+    """What keeps a record from being a case, one line each; empty for a sound record.
+
+    Each line names the record (counted from 0), the field and what was expected. Fields that are not
+    known are no problem unless they are spelt like one that is missing.
+    """
+    where = f"record {index}"
+    if not isinstance(record, dict):
+        return [f"{where}: expected an object with the fields of MMEdit, got {_describe(record)}"]
+    needed = list(REQUIRED_FIELDS)
+    for pair in PAIRED_FIELDS:
+        if any(field in record for field in pair):
+            needed += pair
+    problems = [_text_problem(record, field) for field in needed]
+    if record.get("pred") is not None and not isinstance(record["pred"], str):
+        problems.append(f"field 'pred': expected a string or null, got {_describe(record['pred'])}")
+    if not isinstance(record.get("joint", False), bool):
+        problems.append(f"field 'joint': expected true or false, got {_describe(record['joint'])}")
+    return [f"{where}: {problem}" for problem in problems if problem]
+
+
+def unknown_fields(record: dict[str, Any]) -> list[str]:
+    """The record's keys which are no field of MMEdit or of the hard probes."""
+    return [key for key in record if key not in KNOWN_FIELDS]
+
+
+def _text_problem(record: dict[str, Any], field: str) -> str | None:
+    if field not in record:
+        close = difflib.get_close_matches(field, unknown_fields(record), n=1, cutoff=0.7)
+        hint = f"; is {one_line(repr(close[0]), 80)} meant to be {field!r}?" if close else ""
+        return f"field {field!r} is missing; expected a string{hint}"
+    value = record[field]
+    if not isinstance(value, str):
+        return f"field {field!r}: expected a string, got {_describe(value)}"
+    return None if value.strip() else f"field {field!r} is empty; expected some text"
+
+
+def _describe(value: Any) -> str:
+    return _JSON_NAMES.get(type(value), "a number")
+
+
+def nothing_to_edit(record: dict[str, Any]) -> bool:
+    """Whether the model's own answer ``pred`` already is the right one under ``normalise_answer``."""
+    pred = _optional_text(record.get("pred"))
+    return pred is not None and normalise_answer(pred) == normalise_answer(record["alt"])
+
+
+def _optional_text(value: str | None) -> str | None:
+    return (value or "").strip() or None
+
+
+class _CaseSequence(Sequence[Case]):
+    """What the datasets share: indexing over ``len`` and ``_case``, and the audit of their pictures."""
+
+    def _case(self, position: int) -> Case:
+        raise NotImplementedError
+
+    @overload
+    def __getitem__(self, index: int) -> Case: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Case]: ...
+    def __getitem__(self, index: int | slice) -> Case | list[Case]:
+        """The case at a position (negative ones count from the end), or a list of them for a slice."""
+        if isinstance(index, slice):
+            return [self._case(position) for position in range(len(self))[index]]
+        return self._case(range(len(self))[index])
+
+    def missing_images(self) -> list[str]:
+        """The picture files that the cases name and that do not exist, each once, in order of use."""
+        queries = (query for case in self for query in (case.request.query, *(p.query for p in case.probes)))
+        names = dict.fromkeys(query.image for query in queries if query.image is not None)
+        return [name for name in names if not os.path.isfile(name)]
+
+
+class _MMEditDataset(_CaseSequence):
+    task: ClassVar[str]
+
+    def __init__(
+        self,
+        path: PathLike,
+        image_root: PathLike | None = None,
+        rephrase_root: PathLike | None = None,
+        size: int | None = None,
+        clean: bool = False,
+        skip_broken: bool = False,
+        template: str = VQA_TEMPLATE,
+    ) -> None:
+        _check_size(size)
+        if template.count("{}") != 1:
+            raise UserError(
+                f"template {one_line(template)!r}: expected exactly one {{}} where the question goes"
+            )
+        self.path = Path(path)
+        self.image_root = image_root
+        self.rephrase_root = image_root if rephrase_root is None else rephrase_root
+        self.template = template
+        self.skipped: list[str] = []
+        self.cleaned = 0
+        self._records: list[tuple[int, dict[str, Any]]] = []
+        for index, record in enumerate(load_records(path)):
+            if size is not None and len(self._records) == size:
+                break
+            problems = record_problems(record, index)
+            if problems:
+                message = f"{one_line(path)}: {problems[0]}"
+                if not skip_broken:
+                    raise UserError(message)
+                self.skipped.append(message)
+            elif clean and nothing_to_edit(record):
+                self.cleaned += 1
+            else:
+                self._records.append((index, record))
+
+    def __len__(self) -> int:
+        """The number of cases kept."""
+        return len(self._records)
+
+    def _prompt(self, text: str) -> str:
+        """The prompt of the edit itself, from ``src`` or ``rephrase``."""
+        raise NotImplementedError
+
+    def _question(self, text: str) -> str:
+        return self.template.replace("{}", text.strip())
+
+    def _image(self, name: str) -> str:
+        return str(image_path(self.image_root, name))
+
+    def _case(self, position: int) -> Case:
+        index, record = self._records[position]
+        query = Query(self._image(record["image"]), self._prompt(record["src"]), record["alt"].strip())
+        request = EditRequest(f"{self.task}-{index}", query, _optional_text(record.get("pred")))
+        probes = self._five_probes(record, query) + self._hard_probes(record, query)
+        return Case(request, probes, self.task)
+
+    def _five_probes(self, record: dict[str, Any], query: Query) -> tuple[Probe, ...]:
+        rephrased = str(image_path(self.rephrase_root, record["image_rephrase"]))
+        text_only = Query(None, record["loc"].strip(), record["loc_ans"].strip())
+        unrelated = Query(
+            self._image(record["m_loc"]), self._question(record["m_loc_q"]), record["m_loc_a"].strip()
+        )
+        return (
+            Probe("reliability", query, "target"),
+            Probe(
+                "t_generality", Query(query.image, self._prompt(record["rephrase"]), query.target), "target"
+            ),
+            Probe("m_generality", Query(rephrased, query.prompt, query.target), "target"),
+            Probe("t_locality", text_only, "unchanged"),
+            Probe("m_locality", unrelated, "unchanged"),
+        )
+
+    def _hard_probes(self, record: dict[str, Any], query: Query) -> tuple[Probe, ...]:
+        probes = []
+        if "same_question_image" in record:
+            image = self._image(record["same_question_image"])
+            other_picture = Query(image, query.prompt, record["same_question_a"].strip())
+            probes.append(Probe("same_question", other_picture, "unchanged"))
+        if "same_image_q" in record:
+            prompt = self._question(record["same_image_q"])
+            other_question = Query(query.image, prompt, record["same_image_a"].strip())
+            probes.append(Probe("same_image", other_question, "unchanged"))
+        if record.get("joint"):
+            image = str(image_path(self.rephrase_root, record["image_rephrase"]))
+            both = Query(image, self._prompt(record["rephrase"]), query.target)
+            probes.append(Probe("joint", both, "target"))
+        return tuple(probes)
+
+
+class VQADataset(_MMEditDataset):
+    """E-VQA: the question goes into ``template``, whose ``{}`` it replaces.
+
+    A sequence of ``Case``, whose ids count the records of the file from 0 whatever is left out.
+    Relative picture names lie under ``image_root``, those of ``image_rephrase`` under
+    ``rephrase_root`` (default: ``image_root``). ``size`` keeps the first so many usable cases and
+    reads no further. ``clean`` leaves out records with nothing to edit, counted in ``cleaned``.
+    ``skip_broken`` leaves out broken records, with a message for each in ``skipped``.
+
+    Raises:
+        UserError: one line, if the file is unusable (see ``load_records``) or, without
+            ``skip_broken``, for the first record that lacks a field or has an ill-typed one.
+    """
+
+    task: ClassVar[str] = "vqa"
+
+    def _prompt(self, text: str) -> str:
+        return self._question(text)
+
+
+class CaptionDataset(_MMEditDataset):
+    """E-IC: the record's own ``src`` is the prompt; ``template`` serves the questions of its probes.
+
+    Arguments, attributes and errors are those of ``VQADataset``.
+    """
+
+    task: ClassVar[str] = "caption"
+
+    def _prompt(self, text: str) -> str:
+        return text.strip()
+
+
+class CapVQADataset(_CaseSequence):
+    """E-VQA and E-IC mixed: one of each in turn, E-VQA first, then the rest of the longer one.
+
+    The first ``alternating`` cases are the ones in turn. ``size`` is that of the mixture; the other
+    arguments go to both datasets, ``skipped`` and ``cleaned`` add theirs up.
+
+    Raises:
+        UserError: as ``VQADataset``.
+    """
+
+    def __init__(
+        self,
+        vqa_path: PathLike,
+        caption_path: PathLike,
+        image_root: PathLike | None = None,
+        rephrase_root: PathLike | None = None,
+        size: int | None = None,
+        clean: bool = False,
+        skip_broken: bool = False,
+        template: str = VQA_TEMPLATE,
+    ) -> None:
+        common = (image_root, rephrase_root, size, clean, skip_broken, template)
+        self.vqa = VQADataset(vqa_path, *common)
+        self.caption = CaptionDataset(caption_path, *common)
+        self.skipped = self.vqa.skipped + self.caption.skipped
+        self.cleaned = self.vqa.cleaned + self.caption.cleaned
+        vqa = [(self.vqa, position) for position in range(len(self.vqa))]
+        caption = [(self.caption, position) for position in range(len(self.caption))]
+        turns = chain.from_iterable(zip_longest(vqa, caption))
+        self._order: list[tuple[_MMEditDataset, int]] = [turn for turn in turns if turn is not None][:size]
+        self.alternating = min(len(self._order), 2 * min(len(vqa), len(caption)))
+
+    def __len__(self) -> int:
+        """The number of cases of both tasks."""
+        return len(self._order)
+
+    def _case(self, position: int) -> Case:
+        dataset, index = self._order[position]
+        return dataset._case(index)
+
+
+def _check_size(size: int | None) -> None:
+    if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+        raise UserError(f"size: expected a whole number above 0 (or none, for all records), got {size!r}")

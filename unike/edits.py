@@ -1,0 +1,278 @@
+"""Edits: what a method hands over. Applied for the length of a ``with`` block, then gone.
+
+No edit changes, copies or concatenates a base weight.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from unike.backbones.base import Backbone
+from unike.hooks import After, transform
+from unike.knowledge.adapter import AdapterLayer, Shift
+from unike.knowledge.encoders import Disentangler
+from unike.knowledge.memory import KnowledgeMemory
+from unike.knowledge.patch import KeyValuePatch, PatchStack
+from unike.types import Query
+
+
+class Edit(ABC):
+    """A change to what a backbone answers.
+
+    ``info`` holds what the method reports of making it: steps, final loss, seconds.
+    """
+
+    info: dict[str, Any]
+
+    @abstractmethod
+    def applied(self, backbone: Backbone) -> AbstractContextManager[None]:
+        """The backbone answers edited inside the block, and is as it was after it."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """All tensors of the edit."""
+
+    @abstractmethod
+    def __or__(self, other: Any) -> Edit:
+        """Both edits, this one first."""
+
+    def rewrite(self, query: Query) -> Query:
+        """The query as the edited model is asked it: the same, unless the edit lives in the prompt."""
+        return query
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the edit's own tensors."""
+        return sum(t.nbytes for t in self.state_dict().values())
+
+
+class WeightDelta(Edit):
+    """New values for some of the model's parameters, by name."""
+
+    def __init__(self, weights: Mapping[str, torch.Tensor], info: dict[str, Any] | None = None) -> None:
+        self.weights = dict(weights)
+        self.info = info or {}
+
+    @contextmanager
+    def applied(self, backbone: Backbone) -> Iterator[None]:
+        former: list[tuple[nn.Module, str, nn.Parameter | None]] = []
+        try:
+            for name, tensor in self.weights.items():
+                path, _, leaf = name.rpartition(".")
+                owner = backbone.model.get_submodule(path)
+                former.append((owner, leaf, owner._parameters[leaf]))
+                new = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=False)
+                owner._parameters[leaf] = new
+            yield
+        finally:
+            for owner, leaf, parameter in reversed(former):
+                owner._parameters[leaf] = parameter
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return {name: w.detach() for name, w in self.weights.items()}
+
+    def __or__(self, other: Any) -> Edit:
+        if not isinstance(other, WeightDelta):
+            return NotImplemented
+        return WeightDelta(self.weights | other.weights, self.info | other.info)
+
+
+@dataclass(frozen=True)
+class LayerKnowledge:
+    """One layer's bank, encoders, zeta, and remembered feed-forward inputs ``(m, d)``."""
+
+    bank: KnowledgeMemory
+    encoders: Disentangler
+    ffn_queries: torch.Tensor
+    zeta: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class LayerShare:
+    """What one edit owns in one layer: its own pair ``key = h_sem``, ``value = h_pos`` ``(d)``, and
+    its patch if the intrinsic half is on."""
+
+    key: torch.Tensor
+    value: torch.Tensor
+    patch: KeyValuePatch | None = None
+
+
+@dataclass(frozen=True)
+class EditRecord:
+    """One edit of a routed edit: its shares by layer."""
+
+    id: str
+    layers: Mapping[int, LayerShare]
+    demonstration: str | None = None
+
+
+@dataclass(frozen=True)
+class Routing:
+    """How a routed edit answers; the fields are the YAML's keys."""
+
+    external: str = "latent"
+    memory: str = "both"
+    k: int = 40
+    alpha: float | str = "adaptive"
+    attention: str = "projected"
+    tau: float | None = None
+    similarity_bias: float = 0.0
+    scope_gate: str = "none"
+    scope_threshold: float = 0.5
+
+
+@dataclass
+class RoutedEdit(Edit):
+    """UniKE's edit: patches beside feed-forward networks, shifted attention, and who may speak.
+
+    ``records`` share the ``knowledge`` (bank and encoders by layer) and the ``routing``. After a
+    forward pass ``trace`` holds each layer's decision for the last batch of prompts.
+    """
+
+    records: tuple[EditRecord, ...]
+    routing: Routing
+    knowledge: Mapping[int, LayerKnowledge] = field(default_factory=dict)
+    info: dict[str, Any] = field(default_factory=dict)
+    trace: dict[int, Shift] = field(default_factory=dict, repr=False)
+
+    @property
+    def layers(self) -> list[int]:
+        return sorted(self.records[0].layers)
+
+    @contextmanager
+    def applied(self, backbone: Backbone) -> Iterator[None]:
+        gate = ScopeGate(self, backbone) if self.routing.scope_gate != "none" else None
+        afters: list[tuple[nn.Module, nn.Module, After]] = []
+        for index in self.layers:
+            runtime = _Layer(self, backbone, index, gate)
+            attention, ffn = backbone.layout.attention(index), backbone.layout.ffn(index)
+            afters.append((attention.module, attention.module, runtime.after_attention))
+            if runtime.patched:
+                afters.append((ffn.keys[0], ffn.value, runtime.after_ffn))
+        with ExitStack() as stack:
+            stack.enter_context(transform(afters))
+            yield
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        out = {}
+        for record in self.records:
+            for index, share in record.layers.items():
+                at = f"{record.id}.{index}"
+                out[f"{at}.key"], out[f"{at}.value"] = share.key, share.value
+                if share.patch is not None:
+                    out |= {f"{at}.patch.{k}": v.detach() for k, v in share.patch.state_dict().items()}
+        return out
+
+    def rewrite(self, query: Query) -> Query:
+        shown = [r.demonstration for r in self.records if r.demonstration is not None]
+        if not shown:
+            return query
+        facts = "\n".join(f"New Fact: {text}" for text in shown)
+        return replace(query, prompt=f"{facts}\nPrompt: {query.prompt}")
+
+    def __or__(self, other: Any) -> Edit:
+        if not isinstance(other, RoutedEdit):
+            return NotImplemented
+        return RoutedEdit(self.records + other.records, other.routing, other.knowledge, other.info)
+
+
+class ScopeGate:
+    """Which edits' patches may speak for a prompt, decided where the edited layers begin.
+
+    The state there is the base model's, whatever edits are applied: the decision depends on the
+    prompt alone. ``threshold`` opens every edit whose own key is similar enough to the state at the
+    prompt's last token; ``nearest`` only the most similar of them.
+    """
+
+    def __init__(self, edit: RoutedEdit, backbone: Backbone) -> None:
+        self.first = edit.layers[0]
+        self.nearest = edit.routing.scope_gate == "nearest"
+        self.threshold = edit.routing.scope_threshold
+        keys = torch.stack([r.layers[self.first].key for r in edit.records])
+        self.directions = F.normalize(keys.float(), dim=-1)
+        self.open = torch.zeros(0, len(edit.records), dtype=torch.bool)
+
+    @torch.no_grad()
+    def decide(self, query: torch.Tensor) -> None:
+        """``query (B, d)``: sets ``open (B, E)``."""
+        similarity = F.normalize(query.float(), dim=-1) @ self.directions.T
+        self.open = similarity >= self.threshold
+        if self.nearest:
+            best = F.one_hot(similarity.argmax(1), similarity.shape[1]).bool()
+            self.open &= best
+
+
+class _Layer:
+    """One layer of a routed edit while it is applied."""
+
+    def __init__(self, edit: RoutedEdit, backbone: Backbone, index: int, gate: ScopeGate | None) -> None:
+        self.prompt, self.index, self.gate, self.trace = backbone.prompt, index, gate, edit.trace
+        self.decided = -1
+        self.shift: Shift | None = None
+        self.adapter = _adapter(edit, backbone, index) if edit.routing.external == "latent" else None
+        patches = [(e, r.layers[index].patch) for e, r in enumerate(edit.records)]
+        owned = [(e, p) for e, p in patches if p is not None]
+        # A stack is built once; a patch in training must be read anew at every step.
+        frozen = [(e, p) for e, p in owned if not p.keys.requires_grad]
+        self.live = [(e, p) for e, p in owned if p.keys.requires_grad]
+        self.frozen = [e for e, _ in frozen]
+        self.stack = PatchStack([p for _, p in frozen]) if frozen else None
+        self.patched = bool(owned)
+
+    def after_attention(self, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        if self.decided != self.prompt.number:
+            self._decide(x)
+        if self.adapter is None or self.shift is None:
+            return output
+        return self.adapter.apply(x, output, self.shift)
+
+    def _decide(self, x: torch.Tensor) -> None:
+        """Once per prompt, at its last token; kept while the answer is decoded."""
+        self.decided = self.prompt.number
+        end = self.prompt.question_end
+        assert end is not None, "an edit must be asked through its backbone"
+        query = x[torch.arange(len(x), device=x.device), end]
+        if self.gate is not None and self.index == self.gate.first:
+            self.gate.decide(query)
+        if self.adapter is not None:
+            self.shift = self.adapter.decide(query)
+            self.trace[self.index] = self.shift
+
+    def after_ffn(self, queries: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        batch = queries.reshape(len(self.prompt.question_end), -1, queries.shape[-1])  # type: ignore[arg-type]
+        extra = torch.zeros_like(batch)
+        open_gates = None if self.gate is None else self.gate.open
+        if self.stack is not None:
+            extra = extra + self.stack(batch, None if open_gates is None else open_gates[:, self.frozen])
+        for e, patch in self.live:
+            branch = patch(batch)
+            extra = extra + (branch if open_gates is None else branch * open_gates[:, e, None, None])
+        return output + extra.reshape(output.shape)
+
+
+def _adapter(edit: RoutedEdit, backbone: Backbone, index: int) -> AdapterLayer:
+    routing, known = edit.routing, edit.knowledge[index]
+    shares = [r.layers[index] for r in edit.records]
+    memory = known.bank if routing.memory != "edit" else KnowledgeMemory.empty(backbone.layout.width)
+    if routing.memory != "bank":
+        memory = memory.extended(torch.stack([s.key for s in shares]), torch.stack([s.value for s in shares]))
+    return AdapterLayer(
+        backbone.layout.attention(index), memory, known.encoders.semantic, routing.k, routing.alpha,
+        routing.attention, routing.tau, routing.similarity_bias,
+    )  # fmt: skip
+
+
+def compose(edits: Sequence[Edit]) -> Edit | None:
+    """All edits in order, or None without any."""
+    whole: Edit | None = None
+    for edit in edits:
+        whole = edit if whole is None else whole | edit
+    return whole

@@ -1,0 +1,116 @@
+"""Forward hooks, set and taken away again: no other module registers one.
+
+Everything here is a context manager that removes its hooks on the way out, after an exception too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class _StopForwardError(Exception):
+    """Ends a forward pass once the wanted module is reached."""
+
+
+def first_tensor(value: Any) -> torch.Tensor:
+    """The tensor itself, or the first entry of a tuple output."""
+    return value[0] if isinstance(value, tuple) else value
+
+
+def replace_first(value: Any, tensor: torch.Tensor) -> Any:
+    """``value`` with its tensor (or its first entry) replaced."""
+    return (tensor, *value[1:]) if isinstance(value, tuple) else tensor
+
+
+def hidden_states(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor:
+    """The hidden state that a module is called with, by position or by keyword."""
+    return args[0] if args else kwargs["hidden_states"]
+
+
+@contextmanager
+def capture(modules: Mapping[Any, nn.Module]) -> Iterator[dict[Any, torch.Tensor]]:
+    """Collects the hidden state that each module receives, under the module's key."""
+    seen: dict[Any, torch.Tensor] = {}
+
+    def keep(key: Any) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            seen[key] = hidden_states(args, kwargs)
+
+        return hook
+
+    handles = [m.register_forward_pre_hook(keep(k), with_kwargs=True) for k, m in modules.items()]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def inputs_of(module: nn.Module, run: Callable[[], Any]) -> Inputs:
+    """What ``module`` is called with when ``run`` runs; the pass ends there.
+
+    Raises RuntimeError if ``run`` never reaches the module.
+    """
+    seen: list[Inputs] = []
+
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append((args, kwargs))
+        raise _StopForwardError
+
+    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        run()
+    except _StopForwardError:
+        return seen[0]
+    finally:
+        handle.remove()
+    raise RuntimeError(f"the forward pass never reached {type(module).__name__}")
+
+
+Before = Callable[[torch.Tensor], None]
+After = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+@contextmanager
+def transform(afters: list[tuple[nn.Module, nn.Module, After]]) -> Iterator[None]:
+    """Changes outputs: for each ``(reader, writer, after)``, the writer's output becomes
+    ``after(hidden state that the reader received, writer's output)``.
+
+    Reader and writer may be one module (a self-attention) or two (the first and the last
+    projection of a feed-forward network).
+    """
+    handles = []
+    try:
+        for reader, writer, after in afters:
+            handles += _install(reader, writer, after)
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _install(reader: nn.Module, writer: nn.Module, after: After) -> list[Any]:
+    received: list[torch.Tensor] = []
+
+    def read(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        received[:] = [hidden_states(args, kwargs)]
+
+    def write(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        return replace_first(output, after(received.pop(), first_tensor(output)))
+
+    return [
+        reader.register_forward_pre_hook(read, with_kwargs=True),
+        writer.register_forward_hook(write),
+    ]
+
+
+def hook_count(model: nn.Module) -> int:
+    """How many forward hooks the model carries: the same before and after an edit."""
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())

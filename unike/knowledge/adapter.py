@@ -1,0 +1,123 @@
+"""The external half: in-context knowledge inserted in latent space."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+
+from unike.knowledge.memory import KnowledgeMemory, Retrieved
+
+
+class Projections(Protocol):
+    """A self-attention's own projections (see ``backbones.layout.AttentionSite``)."""
+
+    def queries(self, x: torch.Tensor) -> torch.Tensor: ...
+    def keys(self, states: torch.Tensor) -> torch.Tensor: ...
+    def values(self, states: torch.Tensor) -> torch.Tensor: ...
+    def output(self, heads: torch.Tensor) -> torch.Tensor: ...
+
+
+def knowledge_attention(
+    site: Projections, x: torch.Tensor, states: torch.Tensor, logit_bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """``h_know = Attn(x; H_pos, H_pos)``, the knowledge's share of attention, Eq. (2).
+
+    ``x (B, T, d)`` queries, ``states (B, K, d)`` retrieved knowledge states, ``logit_bias (B, K)``
+    added to the attention logits (minus infinity drops a state). Through the layer's own
+    projections, without positions. Returns ``(B, T, d)``.
+    """
+    logits = site.queries(x) @ site.keys(states).transpose(-1, -2)
+    if logit_bias is not None:
+        logits = logits + logit_bias[:, None, None, :]
+    weights = logits.float().softmax(-1).to(x.dtype)
+    return site.output(weights @ site.values(states))
+
+
+def plain_attention(
+    x: torch.Tensor, states: torch.Tensor, logit_bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """``softmax(x H^T / sqrt(d)) H``, the authors' release; shapes as ``knowledge_attention``."""
+    logits = x @ states.transpose(-1, -2) / math.sqrt(x.shape[-1])
+    if logit_bias is not None:
+        logits = logits + logit_bias[:, None, :]
+    return logits.float().softmax(-1).to(x.dtype) @ states
+
+
+def shift(output: torch.Tensor, knowledge: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
+    """``(1 - alpha) h_input + alpha h_know``, with one ``alpha (B)`` per prompt.
+
+    Alpha weighs the knowledge, as in the paper's analysis and figures; its Eq. 7 is printed the
+    other way round.
+    """
+    weight = alpha.to(output.dtype)[:, None, None]
+    return (1 - weight) * output + weight * knowledge
+
+
+@dataclass(frozen=True)
+class Shift:
+    """What an adapter decided for a batch of prompts at their last token.
+
+    ``alpha (B)``, ``retrieved`` and ``bias (B, K)``, added to the knowledge's attention logits.
+    """
+
+    alpha: torch.Tensor
+    retrieved: Retrieved
+    bias: torch.Tensor
+
+
+class AdapterLayer:
+    """The external half of one layer: retrieve at the prompt's end, shift every token's attention.
+
+    ``alpha`` is ``"adaptive"`` or a fixed share in [0, 1]; ``tau`` drops items less similar;
+    ``similarity_bias`` lets the best items outweigh many half-relevant ones.
+    """
+
+    def __init__(
+        self,
+        site: Projections,
+        memory: KnowledgeMemory,
+        semantic: Callable[[torch.Tensor], torch.Tensor] | None,
+        k: int = 40,
+        alpha: float | str = "adaptive",
+        attention: str = "projected",
+        tau: float | None = None,
+        similarity_bias: float = 0.0,
+    ) -> None:
+        if alpha == "adaptive" and semantic is None:
+            raise ValueError("adaptive alpha needs the semantic encoder")
+        self.site, self.memory, self.semantic = site, memory, semantic
+        self.k, self.alpha, self.attention = k, alpha, attention
+        self.tau, self.similarity_bias = tau, similarity_bias
+
+    def decide(self, query: torch.Tensor) -> Shift:
+        """Retrieval and alpha for prompts whose last token's state is ``query (B, d)``."""
+        found = self.memory.retrieve(query, self.k)
+        bias = self.similarity_bias * (found.similarity - found.similarity[:, :1])
+        if self.tau is not None:
+            bias = bias.masked_fill(found.similarity < self.tau, -torch.inf)
+            # With nothing left alpha is 0, and a softmax over minus infinities must not give NaN.
+            bias = bias.masked_fill((found.similarity < self.tau).all(1, keepdim=True), 0.0)
+        alpha = self._alpha(query, found, bias)
+        if self.tau is not None:
+            alpha = alpha * (found.similarity[:, 0] >= self.tau)
+        return Shift(alpha, found, bias)
+
+    def _alpha(self, query: torch.Tensor, found: Retrieved, bias: torch.Tensor) -> torch.Tensor:
+        """``cos(Enc_sem(mixture of H_pos at p), x[p])`` clamped to [0, 1], or the fixed share: Eq. (7)."""
+        if not isinstance(self.alpha, str):
+            return torch.full((len(query),), float(self.alpha), device=query.device)
+        assert self.semantic is not None
+        mixture = plain_attention(query[:, None], found.states.to(query.dtype), bias)[:, 0]
+        return F.cosine_similarity(self.semantic(mixture.float()), query.float(), dim=-1).clamp(0, 1)
+
+    def apply(self, x: torch.Tensor, output: torch.Tensor, decision: Shift) -> torch.Tensor:
+        """The sub-block's output, shifted; ``x`` and ``output`` ``(B, T, d)``."""
+        states = decision.retrieved.states.to(x.dtype)
+        if self.attention == "plain":
+            return shift(output, plain_attention(x, states, decision.bias), decision.alpha)
+        return shift(output, knowledge_attention(self.site, x, states, decision.bias), decision.alpha)

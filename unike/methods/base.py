@@ -1,0 +1,93 @@
+"""What an editing method is, and the register of all of them."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+from unike.backbones.base import Backbone
+from unike.backbones.prefix import PrefixCache
+from unike.edits import Edit, LayerKnowledge
+from unike.hparams import HyperParams
+from unike.types import EditRequest, UserError
+
+Knowledge = Mapping[int, LayerKnowledge]
+
+
+class EditMethod(Protocol):
+    """Makes edits; sees the backbone and the request, never a probe or a metric."""
+
+    hparams: HyperParams
+
+    def layers(self, backbone: Backbone) -> list[int]:
+        """The edited layers, ascending."""
+        ...
+
+    def edit(
+        self, backbone: Backbone, request: EditRequest, prefixes: PrefixCache, history: Edit | None = None
+    ) -> Edit:
+        """The edit for one request, made while ``history`` is applied.
+
+        The new edit stands alone; ``history | edit`` is both. ``prefixes`` starts at this method's
+        first layer.
+        """
+        ...
+
+
+Factory = Callable[[HyperParams, Knowledge], EditMethod]
+_REGISTER: dict[str, Factory] = {}
+_NEEDS_KNOWLEDGE: dict[str, Callable[[HyperParams], bool]] = {}
+
+
+def register(
+    name: str, needs_knowledge: Callable[[HyperParams], bool] = lambda _: False
+) -> Callable[[Factory], Factory]:
+    """Makes a method known under ``name``; ValueError if the name is taken."""
+
+    def keep(factory: Factory) -> Factory:
+        if name in _REGISTER:
+            raise ValueError(f"a method named {name!r} is registered already")
+        _REGISTER[name], _NEEDS_KNOWLEDGE[name] = factory, needs_knowledge
+        return factory
+
+    return keep
+
+
+def methods() -> list[str]:
+    """The registered names, sorted."""
+    return sorted(_REGISTER)
+
+
+def check_method(hparams: HyperParams) -> None:
+    """UserError where the YAML names a method that is not registered."""
+    if hparams.method not in _REGISTER:
+        near = difflib.get_close_matches(hparams.method, methods(), 1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise UserError(f"{hparams.source}: method: {hparams.method!r} is unknown; {hint}known: {', '.join(methods())}")
+
+
+def needs_knowledge(hparams: HyperParams) -> bool:
+    """Whether the method wants memory and encoders."""
+    check_method(hparams)
+    return _NEEDS_KNOWLEDGE[hparams.method](hparams)
+
+
+def build(hparams: HyperParams, knowledge: Knowledge | None = None) -> EditMethod:
+    """The method that the YAML names."""
+    check_method(hparams)
+    return _REGISTER[hparams.method](hparams, knowledge or {})
+
+
+def edited_layers(hparams: HyperParams, backbone: Backbone) -> list[int]:
+    """The YAML's ``layers`` as indices: the last n, or a list. UserError where the decoder has fewer."""
+    count = len(backbone.layout)
+    wanted = hparams.layers
+    if isinstance(wanted, int):
+        if not 1 <= wanted <= count:
+            raise UserError(f"{hparams.source}: layers: {wanted}; the decoder has {count}")
+        return backbone.layout.last(wanted)
+    bad = [i for i in wanted if not 0 <= i < count]
+    if bad or not wanted:
+        raise UserError(f"{hparams.source}: layers: {bad or wanted}; expected numbers from 0 to {count - 1}")
+    return sorted(set(wanted))

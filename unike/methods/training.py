@@ -1,0 +1,56 @@
+"""The gradient loop that UniKE, T-Patcher and fine-tuning share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from unike.backbones.base import IGNORED, Backbone, PrefixState, answer_loss
+
+
+@dataclass(frozen=True)
+class Trained:
+    """``steps`` taken, the last ``loss``, and whether the target was ``reached``."""
+
+    steps: int
+    loss: float
+    reached: bool
+
+
+def train_to_target(
+    backbone: Backbone,
+    state: PrefixState,
+    parameters: Sequence[torch.Tensor],
+    lr: float,
+    max_steps: int,
+    stop_loss: float,
+    clip_norm: float,
+    extra_loss: Callable[[], torch.Tensor] | None = None,
+) -> Trained:
+    """Adam on the answer's negative log-likelihood until every target token is predicted and the
+    loss is at most ``stop_loss``.
+
+    Only the suffix runs. Raises FloatingPointError where the loss is no longer a number.
+    """
+    optimiser = torch.optim.Adam(list(parameters), lr=lr)
+    goal = state.labels[:, 1:]
+    at = goal != IGNORED
+    for step in range(max_steps + 1):
+        logits = backbone.suffix(state)
+        loss = answer_loss(logits, state.labels).mean()
+        value = loss.item()
+        if not math.isfinite(value):
+            raise FloatingPointError(f"the loss is {value} after {step} steps")
+        reached = bool((logits[:, :-1].argmax(-1) == goal)[at].all()) and value <= stop_loss
+        if reached or step == max_steps:
+            return Trained(step, value, reached)
+        if extra_loss is not None:
+            loss = loss + extra_loss()
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(list(parameters), clip_norm)
+        optimiser.step()
+    raise AssertionError("unreachable: the loop returns at its last step")

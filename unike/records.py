@@ -1,0 +1,249 @@
+"""The folder of a run: one JSON line per case, resumable, with what it was made from beside it.
+
+``records.jsonl`` grows by one durable line per case; ``manifest.json`` holds the hyper-parameters,
+versions and checksums; ``summary.json`` is written at the end.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import platform
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from unike.types import UserError
+
+logger = logging.getLogger("unike")
+
+RECORDS, MANIFEST, SUMMARY = "records.jsonl", "manifest.json", "summary.json"
+_ABSENT = "absent"
+
+
+class RecordWriter:
+    """Appends records to a run folder; a context manager.
+
+    A folder with content is refused unless ``resume``; then the ``fingerprint`` (the
+    hyper-parameters) and the checksums of ``weights`` and ``data`` must be the run's own, and a line
+    that a killed run left half written is cut off.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        resume: bool,
+        fingerprint: Mapping[str, Any],
+        *,
+        seed: int | None = None,
+        weights: Mapping[str, str] | None = None,
+        data: Mapping[str, str] | None = None,
+        command: Sequence[str] | None = None,
+    ) -> None:
+        self.directory = Path(directory)
+        given = {"hparams": fingerprint, "weights": weights or {}, "data": data or {}}
+        inputs = {name: _plain(value) for name, value in given.items()}
+        _make_folder(self.directory)
+        former = _former_manifest(self.directory, resume)
+        if former is None:
+            about = {"seed": seed, "command": list(sys.argv if command is None else command)}
+            self.manifest = inputs | about | {"versions": _versions(), "started": _now()}
+        else:
+            _check_inputs(self.directory, former, inputs)
+            self.manifest = former | {"resumed": [*former.get("resumed", []), _now()]}
+        records = _mend(self.directory / RECORDS)
+        self._done = {str(record["id"]) for record in records}
+        write_json(self.directory / MANIFEST, self.manifest)
+        # Unbuffered, so that what failed to reach the disk is not written again later.
+        self._file = open(self.directory / RECORDS, "ab", buffering=0)  # noqa: SIM115
+
+    def __enter__(self) -> RecordWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, fault: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file; writing afterwards fails."""
+        self._file.close()
+
+    def done_ids(self) -> frozenset[str]:
+        """Ids of the cases that are recorded, failed ones included."""
+        return frozenset(self._done)
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Append a record with an ``id`` of its own; it is on the disk on return.
+
+        Numbers that JSON lacks (NaN, infinity) become null.
+        """
+        name = str(record["id"])
+        if name in self._done:
+            raise ValueError(f"record {name} is already written")
+        line = json.dumps(_plain(record)).encode() + b"\n"
+        start = os.fstat(self._file.fileno()).st_size
+        try:
+            written = 0
+            while written < len(line):
+                written += self._file.write(line[written:]) or 0
+            os.fsync(self._file.fileno())
+        except BaseException:
+            self._file.truncate(start)
+            raise
+        self._done.add(name)
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        """Write ``summary.json`` in one step."""
+        write_json(self.directory / SUMMARY, summary)
+
+
+def read_records(directory: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The complete records of a run, in order; a half-written last line is left out."""
+    path = Path(directory) / RECORDS
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; expected the records of a run")
+    return _scan(path)[0]
+
+
+def read_manifest(directory: str | os.PathLike[str]) -> dict[str, Any]:
+    """What a run was made from."""
+    path = Path(directory) / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as fault:
+        raise UserError(f"{path}: cannot be read as a run's manifest: {fault}") from None
+    if not isinstance(manifest, dict):
+        raise UserError(f"{path}: expected a JSON object")
+    return manifest
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON file so that a reader sees the old one or the new one, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            json.dump(_plain(value), file, indent=2)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _make_folder(directory: Path) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as fault:
+        raise UserError(f"{directory}: cannot be made a run folder: {fault.strerror}") from None
+
+
+def _former_manifest(directory: Path, resume: bool) -> dict[str, Any] | None:
+    """The manifest of the run to go on with; None where the folder is fresh."""
+    entries = list(directory.iterdir())
+    left = [path for path in entries if path.name.startswith(".") and path.name.endswith(".tmp")]
+    if len(left) == len(entries):
+        return None
+    if not resume:
+        raise UserError(f"{directory}: holds a run already; resume it, or name another folder")
+    if not (directory / MANIFEST).exists():
+        raise UserError(f"{directory}: holds files but no {MANIFEST}; expected a run to resume")
+    for path in left:
+        path.unlink()
+    return read_manifest(directory)
+
+
+def _check_inputs(directory: Path, former: Mapping[str, Any], inputs: Mapping[str, Any]) -> None:
+    problems = []
+    for part, now in inputs.items():
+        old, new = _flat(former.get(part) or {}), _flat(now)
+        for key in sorted(old.keys() | new.keys()):
+            was, given = old.get(key, _ABSENT), new.get(key, _ABSENT)
+            if was != given or isinstance(was, bool) != isinstance(given, bool):
+                name = key if part == "hparams" else f"{part}: {key}"
+                problems.append(f"{directory}: {name}: {was!r} in the run to resume, {given!r} now")
+    if problems:
+        raise UserError(*problems)
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, item in value.items():
+        found |= _flat(item, f"{prefix}{key}.") if isinstance(item, dict) and item else {prefix + key: item}
+    return found
+
+
+def _scan(path: Path) -> tuple[list[dict[str, Any]], int, bool]:
+    """The complete records, the number of bytes they take, and whether their last line is ended."""
+    *lines, rest = path.read_bytes().split(b"\n")
+    if rest:
+        lines.append(rest)
+    records, size = [], 0
+    for number, line in enumerate(lines, start=1):
+        record = _record(line)
+        if record is None and number < len(lines):
+            raise UserError(f"{path}:{number}: is not a record; expected a JSON object with an id")
+        if record is not None:
+            records.append(record)
+            size += len(line) + 1
+    unended = bool(rest) and _record(rest) is not None
+    return records, size - unended, not unended
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line.decode("utf-8"))
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and "id" in record else None
+
+
+def _mend(path: Path) -> list[dict[str, Any]]:
+    """Cut off a half-written last line, end an unended one, and give the records."""
+    if not path.exists():
+        return []
+    records, size, ended = _scan(path)
+    if path.stat().st_size > size:
+        logger.warning("%s: the last line is half written and is left out", path)
+    with open(path, "r+b") as file:
+        file.truncate(size)
+        if not ended:
+            file.seek(size)
+            file.write(b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+    return records
+
+
+def _plain(value: Any) -> Any:
+    """The value in JSON's own types; numpy values, tuples and paths are taken too."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if hasattr(value, "tolist"):
+        return _plain(value.tolist())
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _versions() -> dict[str, str | None]:
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in ("torch", "transformers", "unike"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = getattr(sys.modules.get(package), "__version__", None)
+    return found
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")

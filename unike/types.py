@@ -1,0 +1,96 @@
+"""The nouns of editing: plain frozen records, without torch.
+
+An image stays what the caller gave (a path, a PIL image, a normalised float tensor ``(3, H, W)``)
+until ``Backbone.encode`` opens it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+ImageLike = Any
+
+FIVE_METRICS = ("reliability", "t_generality", "m_generality", "t_locality", "m_locality")
+HARD_METRICS = ("same_question", "same_image", "joint")
+METRICS = FIVE_METRICS + HARD_METRICS
+
+Expectation = Literal["target", "unchanged"]
+
+
+class UserError(Exception):
+    """Something that the user can mend: shown as one line per problem, exit code 2."""
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+@dataclass(frozen=True)
+class Query:
+    """A question as the backbone sees it; ``image`` is None for the language model alone."""
+
+    image: ImageLike | None
+    prompt: str
+    target: str | None = None
+
+
+@dataclass(frozen=True)
+class EditRequest:
+    """One wrong answer to correct: ``query.target`` is the right one, ``wrong`` the model's own."""
+
+    id: str
+    query: Query
+    wrong: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.query.target or not self.query.target.strip():
+            raise UserError(f"edit {self.id}: target is empty; expected the right answer")
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A question asked before and after an edit.
+
+    ``expect`` says what a good edit does to it: gives the ``target``, or leaves it ``unchanged``.
+    """
+
+    name: str
+    query: Query
+    expect: Expectation
+
+
+@dataclass(frozen=True)
+class Case:
+    """An edit with its probes, as one record of a benchmark."""
+
+    request: EditRequest
+    probes: tuple[Probe, ...]
+    task: str = "vqa"
+
+
+@dataclass(frozen=True)
+class BackboneSpec:
+    """What it takes to load a backbone; the keys are those of the YAML.
+
+    ``name`` is a Hugging Face folder or hub name: of the whole model, or of the language model
+    alone where ``state_dict_file`` and ``qformer_checkpoint`` name the original files.
+    """
+
+    model_name: str
+    name: str
+    state_dict_file: str | None = None
+    qformer_checkpoint: str | None = None
+    pretrained_ckpt: str | None = None
+    image_size: int | None = None
+    dtype: str = "float32"
+    device: str = "auto"
+    vision_config: Mapping[str, Any] = field(default_factory=dict)
+    qformer_config: Mapping[str, Any] = field(default_factory=dict)
+    source: str = "hparams"
+
+    @property
+    def original_files(self) -> bool:
+        """Whether the vision side comes from LAVIS's and MiniGPT-4's own files."""
+        return self.state_dict_file is not None or self.qformer_checkpoint is not None
