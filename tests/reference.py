@@ -77,7 +77,7 @@ def edited_values(values, beta, zeta, projection):
     shift = [0.0] * width
     for j in range(width):
         for i, z in enumerate(rows(zeta)):
-            shift[j] += z * float(projection[i, j])
+            shift[j] += z * projection[i, j].item()
     return [[v + beta * shift[j] for j, v in enumerate(value)] for value in rows(values)]
 
 
@@ -110,10 +110,10 @@ def attention(x, states, q, k, v, o, head_dim, logit_bias=None, visible=None):
 
 
 def plain(x, states, logit_bias=None):
-    """``softmax(x H^T / sqrt(d)) H``: ``x (T, d)``, ``states (K, d)``."""
+    """``softmax(x H^T) H``: ``x (T, d)``, ``states (K, d)``."""
     out = []
     for token in rows(x):
-        logits = [dot(token, state) / math.sqrt(len(token)) for state in rows(states)]
+        logits = [dot(token, state) for state in rows(states)]
         if logit_bias is not None:
             logits = [z + b for z, b in zip(logits, logit_bias, strict=True)]
         out.append(mixture(softmax(logits), rows(states)))

@@ -69,7 +69,9 @@ class WeightDelta(Edit):
                 path, _, leaf = name.rpartition(".")
                 owner = backbone.model.get_submodule(path)
                 former.append((owner, leaf, owner._parameters[leaf]))
-                new = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=False)
+                new = (
+                    tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=False)
+                )
                 owner._parameters[leaf] = new
             yield
         finally:
@@ -259,14 +261,16 @@ class _Layer:
 
 
 def _adapter(edit: RoutedEdit, backbone: Backbone, index: int) -> AdapterLayer:
-    routing, known = edit.routing, edit.knowledge[index]
+    routing, known = edit.routing, edit.knowledge.get(index)
     shares = [r.layers[index] for r in edit.records]
-    memory = known.bank if routing.memory != "edit" else KnowledgeMemory.empty(backbone.layout.width)
+    memory = KnowledgeMemory.empty(backbone.layout.width, backbone.device)
+    if known is not None and routing.memory != "edit":
+        memory = known.bank
     if routing.memory != "bank":
         memory = memory.extended(torch.stack([s.key for s in shares]), torch.stack([s.value for s in shares]))
     return AdapterLayer(
-        backbone.layout.attention(index), memory, known.encoders.semantic, routing.k, routing.alpha,
-        routing.attention, routing.tau, routing.similarity_bias,
+        backbone.layout.attention(index), memory, None if known is None else known.encoders.semantic,
+        routing.k, routing.alpha, routing.attention, routing.tau, routing.similarity_bias,
     )  # fmt: skip
 
 

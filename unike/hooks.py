@@ -45,8 +45,10 @@ def capture(modules: Mapping[Any, nn.Module]) -> Iterator[dict[Any, torch.Tensor
 
         return hook
 
-    handles = [m.register_forward_pre_hook(keep(k), with_kwargs=True) for k, m in modules.items()]
+    handles = []
     try:
+        for key, module in modules.items():
+            handles.append(module.register_forward_pre_hook(keep(key), with_kwargs=True))
         yield seen
     finally:
         for handle in handles:
@@ -86,17 +88,17 @@ def transform(afters: list[tuple[nn.Module, nn.Module, After]]) -> Iterator[None
     Reader and writer may be one module (a self-attention) or two (the first and the last
     projection of a feed-forward network).
     """
-    handles = []
+    handles: list[Any] = []
     try:
         for reader, writer, after in afters:
-            handles += _install(reader, writer, after)
+            _install(reader, writer, after, handles)
         yield
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _install(reader: nn.Module, writer: nn.Module, after: After) -> list[Any]:
+def _install(reader: nn.Module, writer: nn.Module, after: After, handles: list[Any]) -> None:
     received: list[torch.Tensor] = []
 
     def read(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -105,10 +107,8 @@ def _install(reader: nn.Module, writer: nn.Module, after: After) -> list[Any]:
     def write(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         return replace_first(output, after(received.pop(), first_tensor(output)))
 
-    return [
-        reader.register_forward_pre_hook(read, with_kwargs=True),
-        writer.register_forward_hook(write),
-    ]
+    handles.append(reader.register_forward_pre_hook(read, with_kwargs=True))
+    handles.append(writer.register_forward_hook(write))
 
 
 def hook_count(model: nn.Module) -> int:

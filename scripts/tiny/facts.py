@@ -7,16 +7,28 @@ from functools import lru_cache
 
 import numpy as np
 
-CONTINENTS = {"AF": "Africa", "AS": "Asia", "EU": "Europe", "NA": "North America", "SA": "South America",
-              "OC": "Oceania"}  # fmt: skip
+CONTINENTS = {
+    "AF": "Africa",
+    "AS": "Asia",
+    "EU": "Europe",
+    "NA": "North America",
+    "SA": "South America",
+    "OC": "Oceania",
+}
 COUNTRIES = 80
 QUESTIONS: dict[str, tuple[str, ...]] = {
-    "capital": ("What is the capital of {x}?", "Which city is the capital of {x}?", "Name the capital of {x}.",
-                "{x} has which capital?"),
-    "continent": ("On which continent is {x}?", "{x} is part of which continent?",
-                  "Which continent does {x} belong to?", "Where in the world is {x}?"),
-    "country": ("{x} is the capital of which country?", "Which country has the capital {x}?",
-                "Of which country is {x} the capital?"),
+    "capital": (
+        "What is the capital of {x}?", "Which city is the capital of {x}?",
+        "Name the capital of {x}.", "{x} has which capital?",
+    ),
+    "continent": (
+        "On which continent is {x}?", "{x} is part of which continent?",
+        "Which continent does {x} belong to?", "Where in the world is {x}?",
+    ),
+    "country": (
+        "{x} is the capital of which country?", "Which country has the capital {x}?",
+        "Of which country is {x} the capital?",
+    ),
 }  # fmt: skip
 
 

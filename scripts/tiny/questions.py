@@ -33,12 +33,16 @@ TRAINED: dict[str, tuple[str, ...]] = {
         "What do you see on the right side?", "Which thing is at the right?",
     ),
     "count": (
-        "How many objects are there?", "How many things are in the picture?", "What is the number of objects?",
-        "How many items can you see?", "Count the objects in the image.", "How many objects does the image show?",
+        "How many objects are there?", "How many things are in the picture?",
+        "What is the number of objects?",
+        "How many items can you see?", "Count the objects in the image.",
+        "How many objects does the image show?",
     ),
     "color": (
-        "What color is the background?", "Which color is behind the objects?", "What is the background color?",
-        "What color does the background have?", "The background has what color?", "Which color is the background?",
+        "What color is the background?", "Which color is behind the objects?",
+        "What is the background color?",
+        "What color does the background have?", "The background has what color?",
+        "Which color is the background?",
     ),
     "category": (
         "What {x} is in the picture?", "Which {x} can be seen?", "What kind of {x} is shown?",
@@ -48,10 +52,12 @@ TRAINED: dict[str, tuple[str, ...]] = {
         "Is there {ax} in the picture?", "Can you see {ax}?", "Does the image show {ax}?",
         "Is {ax} visible here?", "Do you see {ax} in this image?",
     ),
-    "caption": ("a photo of", "an image of", "a picture of", "a photograph of", "this is a photo of", "here you see"),
+    "caption": ("a photo of", "an image of", "a picture of", "a photograph of", "this is a photo of",
+        "here you see"),
 }  # fmt: skip
 HELD_OUT: dict[str, tuple[str, ...]] = {
-    "what": ("What can be seen in this picture?", "Which object does the image show?", "What is visible here?"),
+    "what": ("What can be seen in this picture?", "Which object does the image show?",
+        "What is visible here?"),
     "left": ("Which object can you see at the left?", "What is shown on the left of the image?",
              "What does the left side of the picture show?"),
     "right": ("Which object can you see at the right?", "What is shown on the right of the image?",
@@ -60,7 +66,8 @@ HELD_OUT: dict[str, tuple[str, ...]] = {
               "How many items are in the image?"),
     "color": ("Which color does the background have?", "What is the color behind the objects?",
               "In what color is the background?"),
-    "category": ("What kind of {x} can you see?", "Which {x} is shown in the image?", "What {x} is depicted here?"),
+    "category": ("What kind of {x} can you see?", "Which {x} is shown in the image?",
+        "What {x} is depicted here?"),
     "yesno": ("Is {ax} shown in the picture?", "Does the picture show {ax}?", "Is there {ax} in this image?"),
     "caption": ("a picture showing", "this image shows", "here is a photo of"),
 }  # fmt: skip

@@ -1,7 +1,7 @@
 """Stage 2 of the tiny backbones: projection and language model, behind the frozen eye of stage 1.
 
     python -m scripts.tiny.train_language --decoder opt --eye work/vision.safetensors \
-        --out hugging_cache/tiny-blip2-opt --minutes 20
+        --out hugging_cache/tiny-blip2-opt --steps 1600
 
 Plain questions first, then in-context demonstrations in the prompt and, for the last layers, in
 latent space. The latent task is close to the method under test (its feature shift, with random
@@ -176,6 +176,7 @@ class Trainer:
         rng: np.random.Generator,
         alpha: float | None = None,
         distractors: int | None = None,
+        crowd: float = 1.0,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Questions under the feature shift, over their own demonstration and random others."""
         states = self.states([p.demonstration for p in pairs])
@@ -189,7 +190,7 @@ class Trainer:
         )
         choice = torch.cat([others, torch.arange(count)[:, None]], 1)
         kept = (
-            torch.from_numpy(rng.integers(0, width + 1, count))
+            torch.from_numpy(rng.integers(0, round(width * crowd) + 1, count))
             if distractors is None
             else torch.full((count,), distractors)
         )
@@ -242,42 +243,50 @@ def evaluate(trainer: Trainer, pool: Curriculum, count: int = 160) -> dict[str, 
     }
 
 
-def step_loss(trainer: Trainer, pool: Curriculum, progress: float) -> tuple[torch.Tensor, dict[str, float]]:
-    if progress < PLAIN_SHARE:
+def step_loss(
+    trainer: Trainer, pool: Curriculum, progress: float, plain_share: float
+) -> tuple[torch.Tensor, dict[str, float]]:
+    if progress < plain_share:
         image, a = trainer.plain_loss(pool.plain(80))
         text, b = trainer.plain_loss(pool.plain_text(64))
         return image + text, {"plain": a.item(), "text": b.item()}
     image, a = trainer.plain_loss(pool.plain(40) + pool.context(24))
     text, b = trainer.plain_loss(pool.plain_text(24) + pool.context_text(8))
-    latent, c = trainer.latent_loss(pool.latent(32), pool.rng)
-    words, d = trainer.latent_loss(pool.latent_text(8), pool.rng)
+    # Few distractors first: picking one state among many is learnt after reading one.
+    crowd = min(1.0, 2.5 * (progress - plain_share) / (1 - plain_share))
+    latent, c = trainer.latent_loss(pool.latent(32), pool.rng, crowd=crowd)
+    words, d = trainer.latent_loss(pool.latent_text(8), pool.rng, crowd=crowd)
     return image + 0.7 * text + 0.7 * latent + 0.2 * words, {
         "plain": a.item(), "text": b.item(), "latent": c.item(), "latent_text": d.item()}  # fmt: skip
 
 
 def train(
-    training: tuple[Trainer, Curriculum], testing: tuple[Trainer, Curriculum], minutes: float, lr: float
+    training: tuple[Trainer, Curriculum],
+    testing: tuple[Trainer, Curriculum],
+    steps: int,
+    lr: float,
+    plain_share: float,
 ) -> None:
     trainer, pool = training
     opts = optimisers(trainer.model)
     parameters = [p for opt in opts for g in opt.param_groups for p in g["params"]]
-    start, step, running = time.monotonic(), 0, {}
-    while (progress := (time.monotonic() - start) / (60 * minutes)) < 1:
+    start, running = time.monotonic(), {}
+    for step in range(steps):
+        progress = step / steps
         for opt in opts:
             for group in opt.param_groups:
                 group["lr"] = lr * rate(progress, step)
-        loss, shown = step_loss(trainer, pool, progress)
+        loss, shown = step_loss(trainer, pool, progress, plain_share)
         trainer.model.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         for opt in opts:
             opt.step()
         running = {k: 0.95 * running.get(k, v) + 0.05 * v for k, v in shown.items() if v == v}
-        step += 1
-        if step % 50 == 0:
-            print(f"{step} {time.monotonic() - start:.0f}s loss {loss.item():.3f}",
+        if step % 50 == 49:
+            print(f"{step + 1} {time.monotonic() - start:.0f}s loss {loss.item():.3f}",
                   {k: round(v, 3) for k, v in running.items()}, flush=True)  # fmt: skip
-        if step % 300 == 0:
+        if step % 200 == 199:
             print("held out:", {k: round(100 * v, 1) for k, v in evaluate(*testing).items()}, flush=True)
     print("held out:", {k: round(100 * v, 1) for k, v in evaluate(*testing, 480).items()}, flush=True)
 
@@ -296,7 +305,9 @@ def main() -> None:
     parser.add_argument("--decoder", choices=["opt", "llama"], required=True)
     parser.add_argument("--eye", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=20)
+    parser.add_argument("--init", type=Path, help="a folder of this script's to go on from")
+    parser.add_argument("--steps", type=int, default=1600)
+    parser.add_argument("--plain_share", type=float, default=PLAIN_SHARE)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--pool", type=int, default=30_000)
     parser.add_argument("--seed", type=int, default=0)
@@ -306,6 +317,8 @@ def main() -> None:
     rng = np.random.default_rng(args.seed)
     tokenizer = build()
     model = make_model(args.decoder, tokenizer)
+    if args.init is not None:
+        model.load_state_dict(Blip2ForConditionalGeneration.from_pretrained(args.init).state_dict())
     load_eye(model, args.eye)
     scenes = [sample_scene(rng) for _ in range(args.pool)]
     scenes = [disturb(s, rng) if rng.random() < 0.3 else s for s in scenes]
@@ -314,7 +327,7 @@ def main() -> None:
     wrap = args.decoder == "llama"
     training = Trainer(model, tokenizer, seen[held:], wrap), Curriculum(scenes[held:], args.seed)
     testing = Trainer(model, tokenizer, seen[:held], wrap), Curriculum(scenes[:held], args.seed + 1)
-    train(training, testing, args.minutes, args.lr)
+    train(training, testing, args.steps, args.lr, args.plain_share)
     save(model, tokenizer, args.out)
 
 

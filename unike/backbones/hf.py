@@ -77,7 +77,7 @@ class VisionLanguageBackbone:
     @property
     def fingerprint(self) -> str:
         if self._fingerprint is None:
-            digest = hashlib.sha256(self.model.config.to_json_string().encode())
+            digest = hashlib.sha256(self.model.config.text_config.model_type.encode())
             for name, tensor in sorted(self.model.state_dict().items()):
                 digest.update(name.encode())
                 # A few numbers of every tensor tell weights apart without reading gigabytes.
@@ -149,7 +149,9 @@ class VisionLanguageBackbone:
         parts = [embed(torch.tensor(asked + answer, device=self.device))]
         if features is not None:
             around = (self.dialogue.before_image, self.dialogue.after_image)
-            before, after = (embed(torch.tensor(self.tokens(t), device=self.device, dtype=torch.long)) for t in around)
+            before, after = (
+                embed(torch.tensor(self.tokens(t), device=self.device, dtype=torch.long)) for t in around
+            )
             parts = [before, features.to(before), after, *parts]
         return torch.cat(parts), answer
 
@@ -195,7 +197,9 @@ class VisionLanguageBackbone:
     def layer_inputs(self, attention_mask: torch.Tensor) -> dict[str, object]:
         """What decoder layers take beside the hidden state for a mask ``[b,s]``."""
         embed = self.model.language_model.get_input_embeddings()
-        nothing = torch.zeros(*attention_mask.shape, embed.embedding_dim, dtype=self.dtype, device=self.device)
+        nothing = torch.zeros(
+            *attention_mask.shape, embed.embedding_dim, dtype=self.dtype, device=self.device
+        )
         batch = Batch(nothing, attention_mask, attention_mask, attention_mask[:, 0])
         _, kwargs = inputs_of(self.layout.layer(0), lambda: self._decode_whole(batch))
         return {k: v for k, v in kwargs.items() if k != "hidden_states"}

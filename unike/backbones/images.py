@@ -33,7 +33,9 @@ def pixels(image: ImageLike, processor: BlipImageProcessorPil) -> torch.Tensor:
     """
     if isinstance(image, torch.Tensor):
         if image.ndim != 3 or image.shape[0] != 3 or not image.is_floating_point():
-            raise UserError(f"image tensor: expected normalised floats (3, H, W), got {tuple(image.shape)} {image.dtype}")
+            raise UserError(
+                f"image tensor: expected normalised floats (3, H, W), got {tuple(image.shape)} {image.dtype}"
+            )
         return image
     return processor(open_image(image), return_tensors="pt")["pixel_values"][0]
 
@@ -47,7 +49,9 @@ class FeatureCache:
         self.computed = 0
         self._kept: OrderedDict[str, torch.Tensor] = OrderedDict()
 
-    def features(self, images: list[ImageLike], processor: BlipImageProcessorPil, batch: int = 32) -> torch.Tensor:
+    def features(
+        self, images: list[ImageLike], processor: BlipImageProcessorPil, batch: int = 32
+    ) -> torch.Tensor:
         """``(len(images), image tokens, d)``."""
         keys = [content_key(i) for i in images]
         todo = {k: i for k, i in zip(keys, images, strict=True) if k not in self._kept}

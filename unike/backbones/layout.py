@@ -115,7 +115,9 @@ class DecoderLayout:
         self.family = FAMILIES[config.model_type]
         self.layers = language_model.get_submodule(self.family.layers)
         self.width: int = config.hidden_size
-        self.head_dim: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.head_dim: int = (
+            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        )
         self._after = [_resolve(language_model, path) for path in self.family.after_layers]
 
     def __len__(self) -> int:

@@ -24,7 +24,9 @@ def pick_device(wanted: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(wanted)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"device: {wanted}; found {torch.cuda.device_count()} CUDA devices, expected auto or cpu")
+        raise UserError(
+            f"device: {wanted}; found {torch.cuda.device_count()} CUDA devices, expected auto or cpu"
+        )
     return device
 
 
@@ -49,7 +51,8 @@ def load_backbone(source: str | os.PathLike[str] | HyperParams | BackboneSpec) -
     if decoder not in dialogue.decoders:
         expected = " or ".join(dialogue.decoders)
         raise UserError(
-            f"{spec.source}: name: {spec.name} holds a {decoder} decoder; model_name {spec.model_name} expects {expected}"
+            f"{spec.source}: name: {spec.name} holds a {decoder} decoder; "
+            f"model_name {spec.model_name} expects {expected}"
         )
     tokenizer = AutoTokenizer.from_pretrained(spec.name)
     return VisionLanguageBackbone(

@@ -31,9 +31,7 @@ class PrefixCache:
     The states are the untouched base model's: never fill the cache while an edit is applied.
     """
 
-    def __init__(
-        self, backbone: Backbone, first: int, max_bytes: int = 2 << 30, batch: int = 32
-    ) -> None:
+    def __init__(self, backbone: Backbone, first: int, max_bytes: int = 2 << 30, batch: int = 32) -> None:
         self.backbone, self.first, self.max_bytes, self.batch = backbone, first, max_bytes, batch
         self.computed = 0
         self._rows: OrderedDict[Any, _Row] = OrderedDict()

@@ -32,12 +32,12 @@ def triplets_of(cases: Iterable[Case], limit: int | None = None) -> list[Triplet
     out: list[Triplet] = []
     seen: set[tuple[str, str, str | None]] = set()
     for case in cases:
+        if limit is not None and len(out) >= limit:
+            break
         query = case.request.query
         key = (str(query.image), query.prompt, query.target)
         if key in seen:
             continue
         seen.add(key)
         out.append(Triplet(query, case.request.wrong))
-        if limit is not None and len(out) >= limit:
-            break
     return out

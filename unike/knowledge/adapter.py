@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -41,8 +40,8 @@ def knowledge_attention(
 def plain_attention(
     x: torch.Tensor, states: torch.Tensor, logit_bias: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """``softmax(x H^T / sqrt(d)) H``, the authors' release; shapes as ``knowledge_attention``."""
-    logits = x @ states.transpose(-1, -2) / math.sqrt(x.shape[-1])
+    """``softmax(x H^T) H``, unscaled as in the authors' release; shapes as ``knowledge_attention``."""
+    logits = x @ states.transpose(-1, -2)
     if logit_bias is not None:
         logits = logits + logit_bias[:, None, :]
     return logits.float().softmax(-1).to(x.dtype) @ states
@@ -90,6 +89,8 @@ class AdapterLayer:
     ) -> None:
         if alpha == "adaptive" and semantic is None:
             raise ValueError("adaptive alpha needs the semantic encoder")
+        if attention not in ("projected", "plain"):
+            raise ValueError(f"attention {attention!r}: expected 'projected' or 'plain'")
         self.site, self.memory, self.semantic = site, memory, semantic
         self.k, self.alpha, self.attention = k, alpha, attention
         self.tau, self.similarity_bias = tau, similarity_bias
@@ -98,14 +99,11 @@ class AdapterLayer:
         """Retrieval and alpha for prompts whose last token's state is ``query (B, d)``."""
         found = self.memory.retrieve(query, self.k)
         bias = self.similarity_bias * (found.similarity - found.similarity[:, :1])
-        if self.tau is not None:
-            bias = bias.masked_fill(found.similarity < self.tau, -torch.inf)
-            # With nothing left alpha is 0, and a softmax over minus infinities must not give NaN.
-            bias = bias.masked_fill((found.similarity < self.tau).all(1, keepdim=True), 0.0)
-        alpha = self._alpha(query, found, bias)
-        if self.tau is not None:
-            alpha = alpha * (found.similarity[:, 0] >= self.tau)
-        return Shift(alpha, found, bias)
+        kept = found.similarity >= (-torch.inf if self.tau is None else self.tau)
+        left = kept.any(1)
+        # With nothing left alpha is 0, and a softmax over minus infinities must not give NaN.
+        bias = bias.masked_fill(~kept & left[:, None], -torch.inf)
+        return Shift(self._alpha(query, found, bias) * left, found, bias)
 
     def _alpha(self, query: torch.Tensor, found: Retrieved, bias: torch.Tensor) -> torch.Tensor:
         """``cos(Enc_sem(mixture of H_pos at p), x[p])`` clamped to [0, 1], or the fixed share: Eq. (7)."""

@@ -56,6 +56,8 @@ class Disentangler(nn.Module):
         truth = self.truthful(states.pos).mean(0) - self.truthful(states.neg).mean(0)
         if kind == "truthfulness":
             return truth
+        if kind != "random":
+            raise ValueError(f"zeta {kind!r}: expected none, random, semantic or truthfulness")
         drawn = torch.randn(len(truth), generator=torch.Generator().manual_seed(seed)).to(truth)
         return drawn / drawn.norm() * truth.norm()
 
@@ -79,9 +81,7 @@ def truthfulness_loss(
     return (logits.logsumexp(1) - logits.masked_fill(~same, -torch.inf).logsumexp(1)).mean()
 
 
-def semantic_loss(
-    sem: torch.Tensor, pos: torch.Tensor, neg: torch.Tensor, tau: float = 0.1
-) -> torch.Tensor:
+def semantic_loss(sem: torch.Tensor, pos: torch.Tensor, neg: torch.Tensor, tau: float = 0.1) -> torch.Tensor:
     """A sample's raw ``sem`` attracts its own encoded ``pos`` and ``neg`` and repels every other
     sample's: Eq. (5). All ``(n, d)``."""
     anchors = F.normalize(sem, dim=-1)
@@ -149,9 +149,13 @@ def fit(
     return encoders, _report(encoders, train, test, losses, tau, include_anchor)
 
 
-def joint_loss(encoders: Disentangler, states: KnowledgeStates, tau: float, include_anchor: bool) -> torch.Tensor:
+def joint_loss(
+    encoders: Disentangler, states: KnowledgeStates, tau: float, include_anchor: bool
+) -> torch.Tensor:
     """``L1 + L2``, as the release trains them together."""
-    truth = truthfulness_loss(encoders.truthful(states.pos), encoders.truthful(states.neg), tau, include_anchor)
+    truth = truthfulness_loss(
+        encoders.truthful(states.pos), encoders.truthful(states.neg), tau, include_anchor
+    )
     meaning = semantic_loss(states.sem, encoders.semantic(states.pos), encoders.semantic(states.neg), tau)
     return truth + meaning
 
@@ -175,7 +179,9 @@ def _report(
     return FitReport(
         tuple(losses),
         semantic_loss(test.sem, pos, neg, tau).item(),
-        truthfulness_loss(encoders.truthful(test.pos), encoders.truthful(test.neg), tau, include_anchor).item(),
+        truthfulness_loss(
+            encoders.truthful(test.pos), encoders.truthful(test.neg), tau, include_anchor
+        ).item(),
         top1.item(),
         (apart > 0).float().mean().item(),
     )

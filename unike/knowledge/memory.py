@@ -21,14 +21,16 @@ class Retrieved:
 
 
 class KnowledgeMemory:
-    """Pairs ``(h_sem, h_pos)`` of one layer, with ``h_neg`` where it is known.
+    """Pairs ``(h_sem, h_pos)`` of one layer.
 
     ``keys (m, d)`` are compared with queries by cosine; ``values (m, d)`` are handed over.
     """
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         if keys.shape != values.shape or keys.ndim != 2:
-            raise ValueError(f"keys {tuple(keys.shape)} and values {tuple(values.shape)}: expected (m, d) both")
+            raise ValueError(
+                f"keys {tuple(keys.shape)} and values {tuple(values.shape)}: expected (m, d) both"
+            )
         self.keys = keys
         self.values = values
         self.directions = F.normalize(keys.float(), dim=-1)
@@ -63,7 +65,8 @@ class JoinedMemory(KnowledgeMemory):
     """Several memories read as one, in order, without copying any of them."""
 
     def __init__(self, parts: tuple[KnowledgeMemory, ...]) -> None:
-        self.parts = tuple(p for p in parts if len(p)) or parts[:1]
+        flat = [q for p in parts for q in (p.parts if isinstance(p, JoinedMemory) else (p,))]
+        self.parts = tuple(p for p in flat if len(p)) or tuple(flat[:1])
 
     def __len__(self) -> int:
         return sum(len(p) for p in self.parts)

@@ -47,14 +47,16 @@ class KeyValuePatch(nn.Module):
         self.register_buffer("zeta", None if zeta is None else zeta.detach().float())
 
     @torch.no_grad()
-    def start_at_queries(self, queries: torch.Tensor, noise: float = 0.1) -> None:
+    def start_at_queries(
+        self, queries: torch.Tensor, noise: float = 0.1, generator: torch.Generator | None = None
+    ) -> None:
         """T-Patcher's initialisation: each key is ``q / |q|^2`` of one of the edit's own FFN inputs
         ``(T, d)``, with a little noise so that keys of one query differ."""
         n_keys = self.keys.shape[1]
         chosen = queries[torch.arange(n_keys, device=queries.device) % len(queries)].float()
         keys = chosen / chosen.norm(dim=-1, keepdim=True).clamp(min=1e-6) ** 2
         spread = keys.norm(dim=-1, keepdim=True) * noise * self.keys.shape[0] ** -0.5
-        drawn = self.keys.T / self.keys.T.std().clamp(min=1e-6)
+        drawn = torch.randn(keys.shape, generator=generator).to(keys)
         self.keys.copy_((keys + spread * drawn).T)
         if self.bias is not None:
             self.bias.fill_(QUERY_BIAS)
@@ -110,8 +112,12 @@ class PatchStack:
         first = patches[0]
         self.activation, self.n_keys = first.activation, first.keys.shape[1]
         self.keys = torch.cat([p.keys.detach() for p in patches], dim=1)
-        self.up = torch.cat([p.up.detach() for p in patches if p.up is not None], dim=1) if first.gated else None
-        self.bias = None if first.gated else torch.cat([p.bias.detach() for p in patches if p.bias is not None])
+        self.up = (
+            torch.cat([p.up.detach() for p in patches if p.up is not None], dim=1) if first.gated else None
+        )
+        self.bias = (
+            None if first.gated else torch.cat([p.bias.detach() for p in patches if p.bias is not None])
+        )
         self.values = torch.cat([p.edited_values().detach() for p in patches])
 
     def __call__(self, queries: torch.Tensor, open_gates: torch.Tensor | None = None) -> torch.Tensor:

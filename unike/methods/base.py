@@ -64,7 +64,9 @@ def check_method(hparams: HyperParams) -> None:
     if hparams.method not in _REGISTER:
         near = difflib.get_close_matches(hparams.method, methods(), 1)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        raise UserError(f"{hparams.source}: method: {hparams.method!r} is unknown; {hint}known: {', '.join(methods())}")
+        raise UserError(
+            f"{hparams.source}: method: {hparams.method!r} is unknown; {hint}known: {', '.join(methods())}"
+        )
 
 
 def needs_knowledge(hparams: HyperParams) -> bool:

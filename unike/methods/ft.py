@@ -31,7 +31,11 @@ class FineTuning:
         former = history.weights if isinstance(history, WeightDelta) else {}
         weights: dict[str, nn.Parameter] = {}
         for name, parameter in backbone.model.named_parameters():
-            if any(parameter is own for i in self.layers(backbone) for own in backbone.layout.layer(i).parameters()):
+            if any(
+                parameter is own
+                for i in self.layers(backbone)
+                for own in backbone.layout.layer(i).parameters()
+            ):
                 start = former.get(name, parameter)
                 weights[name] = nn.Parameter(start.detach().clone())
         edit = WeightDelta(weights)

@@ -87,7 +87,7 @@ class UniKE:
                 self.hparams.beta, generator,
             ).to(backbone.device)  # fmt: skip
             if self.hparams.key_init == "query":
-                patch.start_at_queries(own.ffn)
+                patch.start_at_queries(own.ffn, generator=generator)
             patches[index] = patch
         return patches
 

@@ -1,0 +1,77 @@
+"""Edits every record of a task and prints one table.
+
+    python run_edit.py --hparams_dir hparams/tiny_blip2.yaml --task vqa --size 20 k=10 alpha=0.5
+
+Exit code 0, 2 for input that the user can mend (one line per problem), 130 after Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import sys
+from collections.abc import Sequence
+
+from unike.hparams import HyperParams
+from unike.types import UserError
+
+
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    add = parser.add_argument
+    add("--hparams_dir", required=True, metavar="FILE", help="YAML of hyper-parameters")
+    add("--task", choices=("vqa", "caption", "cross"), default="vqa", help="E-VQA, E-IC, or both in turn")
+    add("--size", type=int, metavar="N", help="edit the first N records")
+    add("--seed", type=int, metavar="N", help="the same as seed=N")
+    add("--output", metavar="DIR", help="folder of the run; default: results/<yaml>-<task>, numbered")
+    add("--resume", action="store_true", help="go on with the run in that folder")
+    add("--skip_broken", action="store_true", help="leave out broken records and pictures, counted")
+    add("--check", action="store_true", help="only look whether all is there that the run needs")
+    add("--no_generated", action="store_true", help="teacher-forced reading only: faster")
+    add("overrides", nargs="*", metavar="key=value", help="changes to the YAML")
+    return parser.parse_intermixed_args(argv)
+
+
+def run(args: argparse.Namespace) -> int:
+    seed = [] if args.seed is None else [f"seed={args.seed}"]
+    hparams = HyperParams.from_hparams(args.hparams_dir, [*args.overrides, *seed])
+    # Imported late: torch takes seconds, and a typing error in the YAML should not.
+    from unike import check, runs, tables
+    from unike.backbones import load_backbone
+    from unike.editor import MultimodalEditor
+
+    if args.check:
+        return check.report(check.findings(hparams, args.task))
+    directory = runs.run_directory(hparams, args.task, args.output, args.resume)
+    if hparams.generate_data:
+        runs.require_backbone(hparams)
+        from scripts.tiny import make_data
+
+        make_data.ensure(hparams)
+    cases = runs.preflight(hparams, args.task, args.size, args.skip_broken)
+    editor = MultimodalEditor(hparams, load_backbone(hparams))
+    parts = editor.prepare(skip_broken=args.skip_broken)
+    generated = not args.no_generated
+    with runs.open_run(parts, args.task, directory, args.resume, generated) as writer:
+        summary = runs.run_cases(parts, cases, writer, generated, args.skip_broken)
+    print(tables.as_text(tables.summary_table(summary, directory.name)))
+    print(f"records: {directory}")
+    return 130 if summary["interrupted"] else 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = arguments(argv)
+    try:
+        return run(args)
+    except UserError as error:
+        print(*(f"error: {problem}" for problem in error.problems), sep="\n", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+    sys.exit(main())

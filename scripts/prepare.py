@@ -1,0 +1,72 @@
+"""Builds memory and encoders of a YAML, and prints how well each layer's encoders were trained.
+
+python -m scripts.prepare --hparams_dir hparams/blip2.yaml
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from unike import runs
+from unike.backbones import load_backbone
+from unike.hparams import HyperParams
+from unike.methods import build, needs_knowledge
+from unike.tables import as_text
+from unike.types import UserError
+
+
+def fit_table(fits: Mapping[str, Mapping[str, float]], title: str) -> Table:
+    """One row per layer."""
+    table = Table(title=title, box=box.SIMPLE_HEAD)
+    for column in ("layer", "L1 held out", "L2 held out", "top-1, %", "truth, %"):
+        table.add_column(column, justify="right")
+    for layer, fit in sorted(fits.items(), key=lambda item: int(item[0])):
+        losses = (f"{fit['held_truthful']:.3f}", f"{fit['held_semantic']:.3f}")
+        table.add_row(layer, *losses, f"{100 * fit['top1']:.1f}", f"{100 * fit['truth_accuracy']:.1f}")
+    return table
+
+
+def run(args: argparse.Namespace) -> int:
+    hparams = HyperParams.from_hparams(args.hparams_dir, args.overrides)
+    runs.require_backbone(hparams)
+    if not needs_knowledge(hparams):
+        raise UserError(f"{hparams.source}: method: {hparams.method} with these options needs no knowledge")
+    backbone = load_backbone(hparams)
+    if hparams.generate_data:
+        from scripts.tiny import make_data
+
+        make_data.ensure(hparams, ("train",), backbone)
+    triplets = runs.knowledge_triplets(hparams, skip_broken=args.skip_broken)
+    layers = build(hparams).layers(backbone)
+    runs.prepare(hparams, backbone, layers, triplets=lambda: triplets)
+    folder = runs.knowledge_folder(hparams, backbone, triplets)
+    index: dict[str, Any] = json.loads((folder / "knowledge.json").read_text(encoding="utf-8"))
+    print(as_text(fit_table(index["fit"], f"{len(triplets)} triplets")))
+    print(f"memory and encoders: {folder}")
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--hparams_dir", required=True, metavar="FILE")
+    parser.add_argument("--skip_broken", action="store_true")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    try:
+        return run(parser.parse_intermixed_args(argv))
+    except UserError as error:
+        print(*(f"error: {problem}" for problem in error.problems), sep="\n", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

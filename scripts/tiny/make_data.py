@@ -1,0 +1,267 @@
+"""Draws the embedded benchmark in MMEdit's JSON layout: E-VQA and E-IC, train, val and eval.
+
+    python -m scripts.tiny.make_data --hparams_dir hparams/tiny_blip2.yaml --records 200 --out data/tiny/blip2
+
+Edits are questions that the backbone gets wrong. Beside MMEdit's fields a record has three hard
+probes: ``same_question_image``, ``same_question_a`` (the same question on another picture),
+``same_image_q``, ``same_image_a`` (another question on the edited picture) and ``joint`` (rephrased
+prompt and rephrased picture together). In train, where the backbone's answer is right, ``pred`` is a
+plausible wrong answer instead, so that every record is a knowledge triplet.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from scripts.tiny.facts import text_facts
+from scripts.tiny.questions import HELD_OUT, TRAINED, Fact, counterfactual, facts_of
+from scripts.tiny.scenes import (
+    CATEGORY,
+    FREQUENCY,
+    INDEX,
+    OBJECTS,
+    RARE,
+    Painter,
+    Scene,
+    disturb,
+    redraw,
+    sample_scene,
+)
+from unike.backbones import Backbone, load_backbone
+from unike.hparams import HyperParams
+from unike.text import normalise_answer
+from unike.types import UserError
+
+VERSION = 1
+TEXTURES = Path("data/cache/openmoji.safetensors")
+SPLITS = ("train", "val", "eval")
+TASKS = ("vqa", "caption")
+SIZES = {"train": 600, "val": 100, "eval": 200}
+# Where the backbone errs on its own: rare objects, disturbed pictures.
+RARE_SHARE, DISTURBED_SHARE = 0.5, 0.35
+KIND_WEIGHT = {
+    "what": 1.6,
+    "left": 1.2,
+    "right": 1.2,
+    "category": 1.0,
+    "color": 0.5,
+    "count": 0.5,
+    "yesno": 0.6,
+}
+# A small third object would change the answer to the other kinds.
+DISTRACTOR_SAFE = {"what", "left", "right", "color", "caption"}
+CANDIDATES = 128
+MOST_ROUNDS = 60
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A question about a scene, in one of its trained wordings, and the backbone's answer."""
+
+    scene: Scene
+    fact: Fact
+    prompt: str
+    answer: str
+
+    @property
+    def wrong(self) -> bool:
+        return normalise_answer(self.answer) != normalise_answer(self.fact.answer)
+
+
+class Artist:
+    """Draws candidates and records for one split, deterministic by seed."""
+
+    def __init__(self, backbone: Backbone, painter: Painter, seed: int, split: str) -> None:
+        self.backbone, self.painter, self.split = backbone, painter, split
+        self.rng = np.random.default_rng([seed, VERSION, zlib.crc32(split.encode())])
+        self.pictures: dict[str, Scene] = {}
+
+    def _scene(self) -> Scene:
+        rng = self.rng
+        objects = None
+        if rng.random() < RARE_SHARE:
+            objects = (int(rng.choice(RARE)),)
+            if rng.random() < 0.5:
+                other = int(rng.choice(len(OBJECTS), p=FREQUENCY))
+                pair = (objects[0], other) if rng.random() < 0.5 else (other, objects[0])
+                objects = pair if pair[0] != pair[1] else objects
+        scene = sample_scene(rng, objects)
+        return disturb(scene, rng) if rng.random() < DISTURBED_SHARE else scene
+
+    def candidates(self, task: str, count: int) -> list[Candidate]:
+        chosen: list[tuple[Scene, Fact, str]] = []
+        while len(chosen) < count:
+            scene = self._scene()
+            facts = [f for f in facts_of(scene, self.rng) if (f.kind == "caption") == (task == "caption")]
+            if scene.disturbance is not None and scene.disturbance.kind == "distractor":
+                facts = [f for f in facts if f.kind in DISTRACTOR_SAFE]
+            weight = np.array([KIND_WEIGHT.get(f.kind, 1.0) for f in facts])
+            fact = facts[int(self.rng.choice(len(facts), p=weight / weight.sum()))]
+            chosen.append((scene, fact, fact.ask(self.rng)))
+        images = self.painter.images([s for s, _, _ in chosen])
+        answers = self.backbone.generate(list(images), [p for _, _, p in chosen])
+        return [Candidate(s, f, p, a) for (s, f, p), a in zip(chosen, answers, strict=True)]
+
+    def collect(self, task: str, count: int) -> list[Candidate]:
+        """``count`` candidates that the backbone gets wrong; in train, all that are drawn."""
+        kept: list[Candidate] = []
+        for _ in range(MOST_ROUNDS):
+            drawn = self.candidates(task, CANDIDATES)
+            kept += drawn if self.split == "train" else [c for c in drawn if c.wrong and c.answer]
+            if len(kept) >= count:
+                return kept[:count]
+        raise UserError(
+            f"{self.split}/{task}: the backbone got only {len(kept)} of {count} wanted questions wrong"
+        )
+
+    def _picture(self, name: str, scene: Scene) -> str:
+        path = f"pictures/{self.split}/{name}.png"
+        self.pictures[path] = scene
+        return path
+
+    def record(self, task: str, number: int, c: Candidate) -> dict[str, Any]:
+        """One record in MMEdit's layout, with the hard probes."""
+        rng, name = self.rng, f"{task}-{number:04d}"
+        again = redraw(c.scene, rng, c.fact.kind in ("color", "caption"), c.fact.kind in DISTRACTOR_SAFE)
+        wording = str(rng.choice(HELD_OUT[c.fact.kind]))
+        fact = text_facts()[int(rng.integers(len(text_facts())))]
+        unrelated, unrelated_fact = self._unrelated(c)
+        twin, twin_fact = self._twin(c)
+        other = self._other_fact(c)
+        pred = c.answer if c.wrong and c.answer else counterfactual(c.fact, c.scene, rng)
+        return {
+            "src": _question(c.fact, c.prompt),
+            "pred": pred,
+            "rephrase": c.fact.question(wording),
+            "alt": c.fact.answer,
+            "image": self._picture(f"{name}-image", c.scene),
+            "image_rephrase": self._picture(f"{name}-again", again),
+            "loc": fact.ask(rng),
+            "loc_ans": fact.answer,
+            "m_loc": self._picture(f"{name}-unrelated", unrelated),
+            "m_loc_q": unrelated_fact.question(str(rng.choice(TRAINED[unrelated_fact.kind]))),
+            "m_loc_a": unrelated_fact.answer,
+            "same_question_image": self._picture(f"{name}-twin", twin),
+            "same_question_a": twin_fact.answer,
+            "same_image_q": other.question(str(rng.choice(TRAINED[other.kind]))),
+            "same_image_a": other.answer,
+            "joint": True,
+            "kind": c.fact.kind,
+        }
+
+    def _unrelated(self, c: Candidate) -> tuple[Scene, Fact]:
+        """A scene without the edited scene's objects, and a question of another kind."""
+        while True:
+            scene = sample_scene(self.rng)
+            facts = [f for f in facts_of(scene, self.rng) if f.kind not in (c.fact.kind, "caption")]
+            if not set(scene.objects) & set(c.scene.objects) and facts:
+                return scene, facts[int(self.rng.integers(len(facts)))]
+
+    def _twin(self, c: Candidate) -> tuple[Scene, Fact]:
+        """Another scene for the very same question, with another answer."""
+        while True:
+            objects = None
+            if c.fact.kind == "category":
+                peers = [INDEX[n] for n, k in CATEGORY.items() if k == c.fact.argument and n != c.fact.answer]
+                objects = (int(self.rng.choice(peers)),)
+            scene = sample_scene(self.rng, objects)
+            if set(scene.objects) & set(c.scene.objects):
+                continue
+            for f in facts_of(scene, self.rng):
+                if (f.kind, f.argument) == (c.fact.kind, c.fact.argument) and f.answer != c.fact.answer:
+                    return scene, f
+
+    def _other_fact(self, c: Candidate) -> Fact:
+        """Another question about the edited scene, whose answer the edit does not imply."""
+        kinds = (
+            {"count", "color"}
+            if c.fact.kind == "caption"
+            else set(TRAINED) - {"caption", "yesno", c.fact.kind}
+        )
+        facts = [f for f in facts_of(c.scene, self.rng) if f.kind in kinds and f.answer != c.fact.answer]
+        return facts[int(self.rng.integers(len(facts)))]
+
+    def paint(self, out: Path) -> None:
+        (out / "pictures" / self.split).mkdir(parents=True, exist_ok=True)
+        items = list(self.pictures.items())
+        for start in range(0, len(items), 256):
+            part = items[start : start + 256]
+            for (path, _), image in zip(part, self.painter.images([s for _, s in part]), strict=True):
+                image.save(out / path)
+
+
+def _question(fact: Fact, prompt: str) -> str:
+    """The bare question inside a prompt."""
+    return (
+        prompt if fact.kind == "caption" else prompt.removeprefix("Question: ").removesuffix(" Short answer:")
+    )
+
+
+def make(
+    backbone: Backbone, out: Path, split: str, records: int, seed: int, textures: Path = TEXTURES
+) -> None:
+    """Writes both tasks of a split; the annotations come last, so that a broken run is drawn again."""
+    artist = Artist(backbone, Painter(textures), seed, split)
+    written = {}
+    for task in TASKS:
+        found = artist.collect(task, records)
+        written[task] = [artist.record(task, i, c) for i, c in enumerate(found)]
+    artist.paint(out)
+    for task, rows in written.items():
+        path = out / f"{task}_{split}.json"
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        os.replace(partial, path)
+
+
+def ensure(
+    hparams: HyperParams, splits: tuple[str, ...] | None = None, backbone: Backbone | None = None
+) -> None:
+    """Draws what is not there yet: eval, and train where memory and encoders are still to be built."""
+    if hparams.image_root is None:
+        raise UserError(
+            f"{hparams.source}: image_root: missing; expected the folder to draw the benchmark into"
+        )
+    out = Path(hparams.image_root)
+    kept = hparams.knowledge_dir is not None and (Path(hparams.knowledge_dir) / "knowledge.json").is_file()
+    wanted = splits or (("eval",) if kept else ("train", "eval"))
+    missing = [s for s in wanted if not all((out / f"{t}_{s}.json").is_file() for t in TASKS)]
+    if not missing:
+        return
+    backbone = backbone or load_backbone(hparams)
+    for split in missing:
+        print(f"drawing the embedded benchmark's {split} split into {out}", file=sys.stderr)
+        make(backbone, out, split, SIZES[split], hparams.seed)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument(
+        "--hparams_dir", required=True, help="YAML of the backbone whose errors are collected"
+    )
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--records", type=int, default=None, help="records a task; default: by split")
+    parser.add_argument("--splits", nargs="+", choices=SPLITS, default=list(SPLITS))
+    args = parser.parse_args()
+    try:
+        backbone = load_backbone(args.hparams_dir)
+        for split in args.splits:
+            make(backbone, args.out, split, args.records or SIZES[split], args.seed)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,24 @@
+"""Fixtures that several test files share."""
+
+from __future__ import annotations
+
+import pytest
+from helpers import Project, make_project
+
+
+@pytest.fixture(scope="session")
+def blip2_project(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """A BLIP2-OPT project; never written to outside its knowledge and results folders."""
+    return make_project(tmp_path_factory.mktemp("blip2"), "blip2")
+
+
+@pytest.fixture(scope="session")
+def minigpt4_project(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """A MiniGPT-4 project; never written to outside its knowledge and results folders."""
+    return make_project(tmp_path_factory.mktemp("minigpt4"), "minigpt4")
+
+
+@pytest.fixture(scope="session", params=["blip2", "minigpt4"])
+def project(request: pytest.FixtureRequest) -> Project:
+    """Each of the two projects in turn."""
+    return request.getfixturevalue(f"{request.param}_project")

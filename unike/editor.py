@@ -1,0 +1,377 @@
+"""``MultimodalEditor``: editing as EasyEdit's users write it."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import Any
+
+from tqdm import tqdm
+
+from unike import runs
+from unike.backbones.base import Backbone
+from unike.backbones.loading import load_backbone
+from unike.backbones.prefix import PrefixCache
+from unike.datasets.mmedit import CapVQADataset
+from unike.datasets.triplets import Triplet, triplets_of
+from unike.edits import Edit, compose
+from unike.hparams import HyperParams
+from unike.methods.base import EditMethod
+from unike.protocols import one_step
+from unike.tables import summarise
+from unike.types import Case, EditRequest, Expectation, ImageLike, Probe, Query, UserError
+
+METRIC_KEYS = {
+    "reliability": "rewrite_acc",
+    "t_generality": "rephrase_acc",
+    "m_generality": "image_rephrase_acc",
+    "t_locality": "locality_acc",
+    "m_locality": "multimodal_locality_acc",
+}
+Answer = tuple[list[dict[str, Any]], "EditedModel", dict[str, Any]]
+Texts = str | Sequence[str]
+
+
+def _same(one: tuple[Edit, ...], other: tuple[Edit, ...]) -> bool:
+    # By identity: comparing edits by value would compare their tensors.
+    return len(one) == len(other) and all(a is b for a, b in zip(one, other, strict=True))
+
+
+class _Slot:
+    """The edits that a backbone carries at the moment, and the editor that made them.
+
+    One for all editors of a backbone: otherwise one's edit would count as another's base model.
+    """
+
+    def __init__(self, backbone: Backbone) -> None:
+        self.backbone = backbone
+        self.edits: tuple[Edit, ...] = ()
+        self.editor: Any = None
+        self._stack = ExitStack()
+
+    @classmethod
+    def of(cls, backbone: Backbone) -> _Slot:
+        # Kept on the backbone itself, so that both are freed together.
+        slot: _Slot = vars(backbone).setdefault("_slot", cls(backbone))
+        return slot
+
+    def put(self, edits: tuple[Edit, ...]) -> None:
+        """Takes back what is attached, then attaches ``edits``."""
+        self.edits = ()
+        self._stack.close()
+        whole = compose(edits)
+        if whole is not None:
+            self._stack.enter_context(whole.applied(self.backbone))
+        self.edits = edits
+
+    @contextmanager
+    def only(self, edits: tuple[Edit, ...]) -> Iterator[None]:
+        """Inside the block the backbone carries just these."""
+        former = self.edits
+        if _same(former, edits):
+            yield
+            return
+        self.put(edits)
+        try:
+            yield
+        finally:
+            self.put(former)
+
+
+class EditedModel:
+    """The backbone with edits, as ``MultimodalEditor.edit`` hands it over: attached.
+
+    While attached, the backbone itself answers edited. A later ``edit`` attaches its own edits
+    instead; ``generate`` always answers with this object's, whatever is attached.
+    """
+
+    def __init__(self, slot: _Slot, edits: tuple[Edit, ...]) -> None:
+        self._slot, self._edits = slot, edits
+
+    @property
+    def edits(self) -> tuple[Edit, ...]:
+        """The edits in order; empty after ``remove``."""
+        return self._edits
+
+    @property
+    def attached(self) -> bool:
+        """Whether the backbone carries these edits now."""
+        return bool(self._edits) and _same(self._slot.edits, self._edits)
+
+    def generate(self, image: ImageLike | None, prompt: str, max_new_tokens: int | None = None) -> str:
+        """The edited model's greedy answer."""
+        whole, query = compose(self._edits), Query(image, prompt)
+        asked = query if whole is None else whole.rewrite(query)
+        with self._slot.only(self._edits):
+            return self._slot.backbone.generate([asked.image], [asked.prompt], max_new_tokens)[0]
+
+    def remove(self) -> None:
+        """Takes the edits back: the backbone is exactly what it was. May be called again."""
+        if self.attached:
+            self._slot.put(())
+        self._edits = ()
+
+
+class _Keeper:
+    """A method that remembers the last edit it made."""
+
+    def __init__(self, method: EditMethod) -> None:
+        self.method, self.hparams = method, method.hparams
+        self.last: Edit | None = None
+
+    def layers(self, backbone: Backbone) -> list[int]:
+        return self.method.layers(backbone)
+
+    def edit(
+        self, backbone: Backbone, request: EditRequest, prefixes: PrefixCache, history: Edit | None = None
+    ) -> Edit:
+        self.last = None
+        self.last = self.method.edit(backbone, request, prefixes, history)
+        return self.last
+
+
+class MultimodalEditor:
+    """Edits a vision-language model with the method that the hyper-parameters name.
+
+    Memory and encoders are read, or built, when the first edit needs them. Editors of one backbone
+    share what is attached to it.
+    """
+
+    def __init__(self, hparams: HyperParams, backbone: Backbone, progress: bool = True) -> None:
+        self.hparams, self.backbone, self.progress = hparams, backbone, progress
+        self._parts: runs.Parts | None = None
+        self._slot = _Slot.of(backbone)
+
+    @classmethod
+    def from_hparams(
+        cls, hparams: HyperParams | str | os.PathLike[str], progress: bool = True
+    ) -> MultimodalEditor:
+        """Loads the backbone; UserError with all problems of method, device and weights before that."""
+        if not isinstance(hparams, HyperParams):
+            hparams = HyperParams.from_hparams(hparams)
+        runs.require_backbone(hparams)
+        return cls(hparams, load_backbone(hparams), progress)
+
+    def prepare(self, train_ds: Iterable[Case] | None = None, skip_broken: bool = False) -> runs.Parts:
+        """Backbone and method with memory and encoders, from ``train_ds`` or the YAML's train data."""
+
+        def triplets() -> list[Triplet]:
+            if train_ds is not None:
+                return triplets_of(train_ds, self.hparams.triplets)
+            return runs.knowledge_triplets(self.hparams, skip_broken)
+
+        if self._parts is None or train_ds is not None:
+            with self._slot.only(()):
+                self._parts = runs.assemble(self.hparams, self.backbone, self.progress, triplets)
+        return self._parts
+
+    def generate(self, image: ImageLike | None, prompt: str, max_new_tokens: int | None = None) -> str:
+        """The unedited model's greedy answer, also while edits are attached."""
+        with self._slot.only(()):
+            return self.backbone.generate([image], [prompt], max_new_tokens)[0]
+
+    def edit(
+        self,
+        prompts: Texts,
+        targets: Texts,
+        image: ImageLike | Sequence[ImageLike],
+        rephrase_prompts: Texts | None = None,
+        rephrase_image: ImageLike | Sequence[ImageLike] | None = None,
+        locality_inputs: Mapping[str, Mapping[str, Any]] | None = None,
+        keep_original_weight: bool = True,
+        template: str | None = None,
+    ) -> Answer:
+        """Edits one request or a list of them: ``(metrics, edited_model, summary)``.
+
+        Images are paths, PIL images or normalised float tensors ``(3, H, W)``. ``locality_inputs``
+        holds ``{"text": {"prompt", "ground_truth"}, "vision": {"prompt", "ground_truth", "image"}}``.
+        Prompts about an image go into ``template``, whose ``{}`` they replace; without one they stay
+        as given. Metrics are teacher-forced, in [0, 1], for the probes that are given.
+
+        ``keep_original_weight=True`` edits each request from the original model; ``edited_model``
+        carries the last edit alone. ``False`` adds to what is attached, in order: each request is
+        edited, and measured, on top of the former ones, and ``edited_model`` carries them all.
+
+        Raises UserError, with all problems at once and nothing changed, for lists of different
+        lengths, empty texts and missing pictures.
+        """
+        former = () if keep_original_weight else self._slot.edits
+        if former and self._slot.editor is not self:
+            raise UserError(
+                "keep_original_weight: the attached edits are another editor's; remove them first"
+            )
+        given = _Given(prompts, targets, image, rephrase_prompts, rephrase_image, locality_inputs or {})
+        cases = given.cases(template, len(former))
+        return self._edit_all(cases, former, not keep_original_weight, generated=False)
+
+    def edit_dataset(
+        self,
+        ds: Sequence[Case],
+        train_ds: Iterable[Case] | None = None,
+        template: str | None = None,
+        generated: bool = True,
+    ) -> Answer:
+        """Edits each case from the original model: ``(metrics, edited_model, summary)``.
+
+        ``train_ds`` gives the knowledge triplets in place of the YAML's train data. ``template`` takes
+        the place of the dataset's own. ``summary`` holds means with intervals of both readings;
+        ``generated=False`` leaves out the second. ``edited_model`` carries the last edit.
+        """
+        cases = ds if template is None else _with_template(ds, template)
+        self.prepare(train_ds)
+        return self._edit_all(cases, (), accumulate=False, generated=generated)
+
+    def _edit_all(
+        self, cases: Sequence[Case], former: tuple[Edit, ...], accumulate: bool, generated: bool
+    ) -> Answer:
+        parts = self.prepare()
+        reader, keeper = parts.reader(generated), _Keeper(parts.method)
+        edits, metrics, records = former, [], []
+        with self._slot.only(()):
+            for number, case in enumerate(tqdm(cases, desc="edits", disable=not self.progress)):
+                history = compose(edits) if accumulate else None
+                record = one_step(self.backbone, keeper, case, reader, history)
+                if keeper.last is not None:
+                    edits = (*edits, keeper.last) if accumulate else (keeper.last,)
+                records.append(record)
+                metrics.append(_metric(number, case, record))
+        self._slot.put(edits)
+        self._slot.editor = self
+        return metrics, EditedModel(self._slot, edits), summarise(records, self.hparams.seed)
+
+
+def _metric(number: int, case: Case, record: Mapping[str, Any]) -> dict[str, Any]:
+    """A case's record in EasyEdit's shape."""
+    query = case.request.query
+    rewrite = {"prompt": query.prompt, "target": query.target, "image": query.image}
+    metric: dict[str, Any] = {"case_id": number, "requested_rewrite": rewrite, "time": record["seconds"]}
+    scores = record.get("scores", {}).get("teacher_forced", {})
+    for key, when in (("pre", "before"), ("post", "after")):
+        metric[key] = {METRIC_KEYS.get(name, f"{name}_acc"): value[when] for name, value in scores.items()}
+    if "error" in record:
+        metric["error"] = record["error"]
+    return metric
+
+
+def _wrapper(template: str | None) -> Callable[[str], str]:
+    if template is None:
+        return lambda text: text
+    if template.count("{}") != 1:
+        raise UserError(f"template {template!r}: expected exactly one {{}} where the question goes")
+    start, end = template.split("{}")
+
+    def wrap(text: str) -> str:
+        # Datasets and users wrap their prompts too: once is enough.
+        return text if text.startswith(start) and text.endswith(end) else start + text + end
+
+    return wrap
+
+
+def _with_template(ds: Sequence[Case], template: str) -> Sequence[Case]:
+    wrap = _wrapper(template)
+    if isinstance(ds, CapVQADataset):
+        raise UserError("template: give it to CapVQADataset itself; expected None here")
+    if hasattr(ds, "template"):
+        changed = copy.copy(ds)
+        changed.template = template  # type: ignore[attr-defined]
+        return changed
+
+    def wrapped(query: Query) -> Query:
+        return query if query.image is None else replace(query, prompt=wrap(query.prompt))
+
+    return [
+        replace(
+            case,
+            request=replace(case.request, query=wrapped(case.request.query)),
+            probes=tuple(replace(p, query=wrapped(p.query)) for p in case.probes),
+        )
+        for case in ds
+    ]
+
+
+class _Given:
+    """The arguments of ``edit`` as lists, checked together."""
+
+    def __init__(
+        self, prompts: Any, targets: Any, image: Any, rephrase_prompts: Any, rephrase_image: Any,
+        locality: Mapping[str, Mapping[str, Any]],
+    ) -> None:  # fmt: skip
+        self.columns = {"prompts": _listed(prompts), "targets": _listed(targets), "image": _listed(image)}
+        optional = {"rephrase_prompts": rephrase_prompts, "rephrase_image": rephrase_image}
+        self.columns |= {name: _listed(value) for name, value in optional.items() if value is not None}
+        self.problems: list[str] = []
+        known = {"text": ("prompt", "ground_truth"), "vision": ("prompt", "ground_truth", "image")}
+        for part, values in locality.items():
+            if part not in known:
+                self.problems.append(f"locality_inputs: {part!r} is unknown; expected text or vision")
+                continue
+            at = f"locality_inputs[{part!r}]"
+            if set(values) != set(known[part]):
+                self.problems.append(
+                    f"{at}: expected {', '.join(known[part])}, got {', '.join(values) or 'nothing'}"
+                )
+                continue
+            self.columns |= {f"{at}[{name!r}]": _listed(values[name]) for name in known[part]}
+        self._check()
+
+    def _check(self) -> None:
+        count = len(self.columns["prompts"])
+        if count == 0:
+            self.problems.append("prompts: is empty; expected at least one")
+        for name, values in self.columns.items():
+            if len(values) != count:
+                self.problems.append(f"{name}: expected as many as prompts, {count}, got {len(values)}")
+            check = _picture_problem if "image" in name.split("[")[-1] else _text_problem
+            for i, value in enumerate(values):
+                at = name if len(values) == 1 else f"{name}[{i}]"
+                if problem := check(value):
+                    self.problems.append(f"{at}: {problem}")
+        if self.problems:
+            raise UserError(*self.problems)
+
+    def cases(self, template: str | None, offset: int) -> list[Case]:
+        """One case per request; ids count on from ``offset``, so that they differ in one composition."""
+        return [
+            self._case(i, f"edit-{offset + i}", _wrapper(template))
+            for i in range(len(self.columns["prompts"]))
+        ]
+
+    def _case(self, i: int, name: str, wrap: Callable[[str], str]) -> Case:
+        row = {column: values[i] for column, values in self.columns.items()}
+        query = Query(row["image"], wrap(row["prompts"]), row["targets"].strip())
+        asked: list[tuple[str, Query, Expectation]] = [("reliability", query, "target")]
+        if "rephrase_prompts" in row:
+            asked.append(("t_generality", replace(query, prompt=wrap(row["rephrase_prompts"])), "target"))
+        if "rephrase_image" in row:
+            asked.append(("m_generality", replace(query, image=row["rephrase_image"]), "target"))
+        for part, metric in (("text", "t_locality"), ("vision", "m_locality")):
+            at = f"locality_inputs[{part!r}]"
+            if f"{at}['prompt']" not in row:
+                continue
+            prompt, answer = row[f"{at}['prompt']"], row[f"{at}['ground_truth']"].strip()
+            image = row.get(f"{at}['image']")
+            asked.append(
+                (metric, Query(image, prompt if image is None else wrap(prompt), answer), "unchanged")
+            )
+        return Case(EditRequest(name, query), tuple(Probe(*probe) for probe in asked))
+
+
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _text_problem(value: Any) -> str | None:
+    if not isinstance(value, str):
+        return f"expected a text, got {type(value).__name__}"
+    return None if value.strip() else "is empty; expected a text"
+
+
+def _picture_problem(value: Any) -> str | None:
+    if value is None:
+        return "is missing; expected a path, a PIL image or a tensor"
+    if isinstance(value, (str, os.PathLike)) and not os.path.isfile(value):
+        return f"{os.fspath(value)}: no such picture"
+    return None

@@ -1,0 +1,246 @@
+"""What UniKE learns once per backbone: knowledge states, memory, the two encoders.
+
+Everything is kept in one folder, under a key of weights, triplets and the hyper-parameters that it
+depends on: ``knowledge.safetensors`` and ``knowledge.json``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from unike.backbones.base import Backbone
+from unike.backbones.prefix import PrefixCache
+from unike.datasets.triplets import Triplet
+from unike.edits import LayerKnowledge
+from unike.hooks import capture
+from unike.hparams import HyperParams
+from unike.knowledge.encoders import Disentangler, FitReport, KnowledgeStates, fit
+from unike.knowledge.memory import KnowledgeMemory
+from unike.text import normalise_answer
+from unike.types import Query, UserError
+
+Tick = Callable[[str, int], None]
+_KEY_OPTIONS = (
+    "layers", "triplets", "encoder_hidden", "encoder_dim", "encoder_lr", "encoder_steps", "encoder_batch",
+    "encoder_tau", "include_anchor", "seed",
+)  # fmt: skip
+
+
+def silent(what: str, count: int) -> None:
+    """A progress callback that shows nothing."""
+
+
+@dataclass(frozen=True)
+class LayerStates:
+    """Knowledge states of one layer and the feed-forward inputs at the questions' ends ``(n, d)``."""
+
+    states: KnowledgeStates
+    ffn: torch.Tensor
+
+
+def wrong_answers(
+    backbone: Backbone, triplets: Sequence[Triplet], batch: int, tick: Tick = silent
+) -> list[str | None]:
+    """``A_neg`` of each triplet: its own, or the backbone's greedy answer where that is wrong."""
+    answers = [None if t.wrong is None else _if_wrong(t.wrong, t) for t in triplets]
+    asked = [i for i, t in enumerate(triplets) if t.wrong is None]
+    for start in range(0, len(asked), batch):
+        part = asked[start : start + batch]
+        queries = [triplets[i].query for i in part]
+        texts = backbone.generate([q.image for q in queries], [q.prompt for q in queries])
+        for i, text in zip(part, texts, strict=True):
+            answers[i] = _if_wrong(text, triplets[i])
+        tick("asking for wrong answers", len(part))
+    return answers
+
+
+def _if_wrong(answer: str, triplet: Triplet) -> str | None:
+    right = normalise_answer(answer) == normalise_answer(str(triplet.query.target))
+    return None if right or not answer.strip() else answer
+
+
+@torch.no_grad()
+def extract(
+    backbone: Backbone,
+    triplets: Sequence[Triplet],
+    layers: Sequence[int],
+    batch: int = 32,
+    tick: Tick = silent,
+) -> dict[int, LayerStates]:
+    """Knowledge states of all triplets that have a wrong answer, by layer.
+
+    Raises UserError where none is left.
+    """
+    wrongs = wrong_answers(backbone, triplets, batch, tick)
+    pairs = [(t.query, t.negative(w)) for t, w in zip(triplets, wrongs, strict=True) if w]
+    if not pairs:
+        raise UserError("knowledge triplets: none has a wrong answer (field `pred`); expected at least one")
+    prefixes = PrefixCache(backbone, min(layers), max_bytes=0)
+    parts: list[dict[int, list[torch.Tensor]]] = []
+    for start in range(0, len(pairs), batch):
+        part = pairs[start : start + batch]
+        positive = _ends(backbone, prefixes, [p for p, _ in part], layers)
+        negative = _ends(backbone, prefixes, [n for _, n in part], layers)
+        parts.append({i: [positive[i][0], positive[i][1], negative[i][1], positive[i][2]] for i in layers})
+        tick("extracting knowledge states", len(part))
+    out = {}
+    for i in layers:
+        sem, pos, neg, ffn = (torch.cat([p[i][j] for p in parts]).float() for j in range(4))
+        out[i] = LayerStates(KnowledgeStates(sem, pos, neg), ffn)
+    return out
+
+
+def _ends(
+    backbone: Backbone, prefixes: PrefixCache, queries: list[Query], layers: Sequence[int]
+) -> dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """By layer: attention's input at the prompt's end and at the last token, FFN's at the prompt's end."""
+    state = prefixes.state(queries)
+    rows = torch.arange(len(state), device=state.hidden.device)
+    last = state.attention_mask.sum(1) - 1
+    attention = {i: backbone.layout.attention(i).module for i in layers}
+    readers = {i: backbone.layout.ffn(i).keys[0] for i in layers}
+    with capture(attention) as x, capture(readers) as y:
+        backbone.suffix(state)
+    shaped = {i: y[i].reshape(*state.labels.shape, -1) for i in layers}
+    return {
+        i: (x[i][rows, state.question_end], x[i][rows, last], shaped[i][rows, state.question_end])
+        for i in layers
+    }
+
+
+def knowledge_key(backbone: Backbone, triplets: Sequence[Triplet], hparams: HyperParams) -> str:
+    """What the knowledge depends on, as a short checksum."""
+    digest = hashlib.sha256(backbone.fingerprint.encode())
+    digest.update(repr([(n, getattr(hparams, n)) for n in _KEY_OPTIONS]).encode())
+    for t in triplets:
+        image = Path(t.query.image).name if isinstance(t.query.image, str) else repr(t.query.image)
+        digest.update(repr((image, t.query.prompt, t.query.target, t.wrong)).encode())
+    return digest.hexdigest()[:16]
+
+
+def ensure_knowledge(
+    backbone: Backbone,
+    hparams: HyperParams,
+    layers: Sequence[int],
+    triplets: Callable[[], Sequence[Triplet]],
+    tick: Tick = silent,
+) -> dict[int, LayerKnowledge]:
+    """Memory and encoders for a backbone: read where they are kept, built where they are not.
+
+    ``knowledge_dir`` is either such a folder itself (as shipped with the tiny backbones; it must fit
+    the weights and options) or the parent of one folder per key. ``triplets`` is only called when
+    something must be built or a key be looked up. UserError where ``knowledge_dir`` is not given.
+    """
+    if hparams.knowledge_dir is None:
+        raise UserError(
+            f"{hparams.source}: knowledge_dir: missing; expected a folder to keep memory and encoders in"
+        )
+    folder = Path(hparams.knowledge_dir)
+    facts = _facts(backbone, layers, hparams)
+    if not _fits(folder, facts):
+        collected = triplets()
+        folder = folder / knowledge_key(backbone, collected, hparams)
+        if not _fits(folder, facts):
+            states, encoders, reports = build_knowledge(backbone, collected, layers, hparams, tick)
+            save_knowledge(folder, states, encoders, reports, facts)
+    return as_knowledge(*load_states(folder, backbone.device), hparams)
+
+
+def _facts(backbone: Backbone, layers: Sequence[int], hparams: HyperParams) -> dict[str, Any]:
+    options = {n: getattr(hparams, n) for n in _KEY_OPTIONS if n != "layers"}
+    return {"backbone": backbone.fingerprint, "layers": list(layers), "options": options}
+
+
+def _fits(folder: Path, facts: dict[str, Any]) -> bool:
+    """Whether a folder's index was written for these weights, layers and options."""
+    index = folder / "knowledge.json"
+    if not index.is_file():
+        return False
+    kept = json.loads(index.read_text())
+    return all(kept.get(name) == value for name, value in facts.items())
+
+
+def build_knowledge(
+    backbone: Backbone,
+    triplets: Sequence[Triplet],
+    layers: Sequence[int],
+    hparams: HyperParams,
+    tick: Tick = silent,
+) -> tuple[dict[int, LayerStates], dict[int, Disentangler], dict[int, FitReport]]:
+    """States and trained encoders of each layer, with a report of each training."""
+    states = extract(backbone, triplets, layers, hparams.eval_batch, tick)
+    encoders, reports = {}, {}
+    for i in layers:
+        encoders[i], reports[i] = fit(
+            states[i].states, hparams.encoder_hidden, hparams.encoder_dim, hparams.encoder_steps,
+            hparams.encoder_batch, hparams.encoder_lr, hparams.encoder_tau, hparams.include_anchor,
+            seed=hparams.seed, tick=lambda: tick("training encoders", 1),
+        )  # fmt: skip
+    return states, encoders, reports
+
+
+def save_knowledge(
+    folder: Path,
+    states: dict[int, LayerStates],
+    encoders: dict[int, Disentangler],
+    reports: dict[int, FitReport],
+    meta: dict[str, Any],
+) -> None:
+    """Writes the folder; states in half precision, encoders in full."""
+    tensors: dict[str, torch.Tensor] = {}
+    for i, s in states.items():
+        parts = {"sem": s.states.sem, "pos": s.states.pos, "neg": s.states.neg, "ffn": s.ffn}
+        tensors |= {f"{i}.{name}": t.half().contiguous().cpu() for name, t in parts.items()}
+        tensors |= {f"{i}.encoders.{k}": v.contiguous().cpu() for k, v in encoders[i].state_dict().items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    fits = {str(i): {k: v for k, v in asdict(r).items() if k != "losses"} for i, r in reports.items()}
+    # The index is written last: without it the folder counts as missing.
+    save_file(tensors, folder / "knowledge.safetensors")
+    (folder / "knowledge.json").write_text(json.dumps({**meta, "fit": fits}, indent=1) + "\n")
+
+
+def load_states(folder: Path, device: torch.device) -> tuple[dict[int, LayerStates], dict[int, Disentangler]]:
+    """What ``save_knowledge`` wrote. UserError where a file is missing or not what it should be."""
+    path = folder / "knowledge.safetensors"
+    try:
+        tensors = load_file(path, device=str(device))
+        layers = sorted({int(name.split(".")[0]) for name in tensors})
+        states, encoders = {}, {}
+        for i in layers:
+            sem, pos, neg, ffn = (tensors[f"{i}.{n}"].float() for n in ("sem", "pos", "neg", "ffn"))
+            states[i] = LayerStates(KnowledgeStates(sem, pos, neg), ffn)
+            encoders[i] = _encoders(tensors, f"{i}.encoders.").to(device)
+    except Exception as error:
+        raise UserError(
+            f"{path}: expected memory and encoders as scripts/prepare.py writes them: {error}"
+        ) from error
+    return states, encoders
+
+
+def _encoders(tensors: dict[str, torch.Tensor], prefix: str) -> Disentangler:
+    own = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
+    hidden, width = own["semantic.0.weight"].shape
+    encoders = Disentangler(width, hidden, own["truthful.2.weight"].shape[0])
+    encoders.load_state_dict(own)
+    return encoders.requires_grad_(False)
+
+
+def as_knowledge(
+    states: dict[int, LayerStates], encoders: dict[int, Disentangler], hparams: HyperParams
+) -> dict[int, LayerKnowledge]:
+    """Banks, encoders and the YAML's kind of zeta, by layer."""
+    return {
+        i: LayerKnowledge(
+            KnowledgeMemory(s.states.sem, s.states.pos), encoders[i], s.ffn,
+            encoders[i].zeta(s.states, hparams.zeta, hparams.seed),
+        )
+        for i, s in states.items()
+    }  # fmt: skip
