@@ -48,6 +48,11 @@ class Edit(ABC):
         """The query as the edited model is asked it: the same, unless the edit lives in the prompt."""
         return query
 
+    def explain(self) -> dict[str, list[float]]:
+        """What the edit decided for each prompt of the last forward pass: the mean over its layers of
+        ``alpha`` and of the best ``similarity`` in memory; empty where it decides nothing."""
+        return {}
+
     @property
     def nbytes(self) -> int:
         """Bytes of the edit's own tensors."""
@@ -172,6 +177,14 @@ class RoutedEdit(Edit):
                 if share.patch is not None:
                     out |= {f"{at}.patch.{k}": v.detach() for k, v in share.patch.state_dict().items()}
         return out
+
+    def explain(self) -> dict[str, list[float]]:
+        decisions = list(self.trace.values())
+        if not decisions or not decisions[0].retrieved.similarity.shape[1]:
+            return {}
+        alpha = torch.stack([d.alpha.float() for d in decisions]).mean(0)
+        best = torch.stack([d.retrieved.similarity[:, 0].float() for d in decisions]).mean(0)
+        return {"alpha": alpha.tolist(), "similarity": best.tolist()}
 
     def rewrite(self, query: Query) -> Query:
         shown = [r.demonstration for r in self.records if r.demonstration is not None]

@@ -42,6 +42,8 @@ class Reader:
     def __init__(self, backbone: Backbone, prefixes: PrefixCache, generated: bool = True) -> None:
         self.backbone, self.prefixes, self.generated = backbone, prefixes, generated
         self.decoded = 0
+        # What the last edit decided for each probe, see ``Edit.explain``.
+        self.explained: dict[str, list[float]] = {}
         self._base: dict[str, tuple[Reading, ...]] = {}
 
     def base(self, case: Case) -> tuple[Reading, ...]:
@@ -49,7 +51,7 @@ class Reader:
         key = f"{case.task}:{case.request.id}"
         if key not in self._base:
             queries = [p.query for p in case.probes]
-            self._base[key] = self._read(queries, [None] * len(queries), edited=False)
+            self._base[key] = self._read(queries, [None] * len(queries))
         return self._base[key]
 
     def edited(self, case: Case, edit: Edit, base: Sequence[Reading]) -> tuple[Reading, ...]:
@@ -61,15 +63,17 @@ class Reader:
         if self.generated:
             self.prefixes.state([q for q, _ in _drafted(queries, drafts)])
         with edit.applied(self.backbone):
-            return self._read(queries, drafts, edited=True)
+            return self._read(queries, drafts, edit)
 
     @torch.no_grad()
     def _read(
-        self, queries: Sequence[Query], drafts: Sequence[str | None], edited: bool
+        self, queries: Sequence[Query], drafts: Sequence[str | None], edit: Edit | None = None
     ) -> tuple[Reading, ...]:
         extra = _drafted(queries, drafts) if self.generated else []
         asked = [*queries, *(q for q, _ in extra)]
         forced = _forced(self.backbone, self.prefixes.state(asked))
+        if edit is not None:
+            self.explained = {k: v[: len(queries)] for k, v in edit.explain().items()}
         written: dict[int, str] = {}
         for i, f in enumerate(forced[: len(queries)]):
             if f.written:
@@ -86,7 +90,12 @@ class Reader:
                 )
                 written.update(zip(left, texts, strict=True))
         return tuple(
-            Reading(f.target_ids, f.predicted_ids, written.get(i) if self.generated else None, edited=edited)
+            Reading(
+                f.target_ids,
+                f.predicted_ids,
+                written.get(i) if self.generated else None,
+                edited=edit is not None,
+            )
             for i, f in enumerate(forced[: len(queries)])
         )
 
@@ -129,6 +138,11 @@ def one_step(
     after = reader.edited(case, edit if history is None else history | edit, before)
     record = _record(case, "ok", seconds, {**edit.info, "bytes": edit.nbytes})
     record["scores"] = _scores(case, before, after, reader.generated)
+    names = [probe.name for probe in case.probes]
+    record["decisions"] = {
+        what: {name: round(v, 4) for name, v in zip(names, values, strict=True)}
+        for what, values in reader.explained.items()
+    }
     record["answers"] = {
         probe.name: {
             "prompt": probe.query.prompt,

@@ -347,13 +347,18 @@ def run_cases(
     generated: bool = True,
     skip_broken: bool = False,
     progress: bool = True,
+    reader: Reader | None = None,
 ) -> dict[str, Any]:
     """Edits each case that is not recorded yet, from the base model, and gives the summary of all
     records in the folder, ``interrupted`` where Ctrl-C ended the run early.
 
+    A ``reader`` of the same cases and first layer may be handed on from run to run: what it knows of
+    the base model is not asked again.
+
     A picture that cannot be read ends the run, or counts as a failed case under ``skip_broken``.
     """
-    reader, done, interrupted = parts.reader(generated), writer.done_ids(), False
+    reader = reader or parts.reader(generated)
+    done, interrupted = writer.done_ids(), False
     means = _RunningMeans(read_records(writer.directory) if done else [])
     left = [i for i, case in enumerate(cases) if case.request.id not in done]
     with tqdm(total=len(cases), initial=len(cases) - len(left), desc="edits", disable=not progress) as bar:

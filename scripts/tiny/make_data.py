@@ -87,7 +87,7 @@ class Artist:
 
     def _scene(self) -> Scene:
         rng = self.rng
-        objects = None
+        objects: tuple[int, ...] | None = None
         if rng.random() < RARE_SHARE:
             objects = (int(rng.choice(RARE)),)
             if rng.random() < 0.5:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import Blip2ForConditionalGeneration, PreTrainedTokenizerBase
@@ -52,7 +53,8 @@ class VisionLanguageBackbone:
         self.max_new_tokens = max_new_tokens
         self.layout = DecoderLayout(model.language_model)
         self.prompt = Prompt()
-        trained = model.config.vision_config.image_size
+        vision: Any = model.config.vision_config
+        trained = vision.image_size
         self.image_size = image_size or trained
         self._resize_positions = self.image_size != trained
         self.processor = image_processor(folder, self.image_size)
@@ -234,7 +236,7 @@ class VisionLanguageBackbone:
         """Whether a generated answer ends where this token comes: EOS, or a stop."""
         if token in self.eos_ids:
             return True
-        text = self.tokenizer.decode([token])
+        text = str(self.tokenizer.decode([token]))
         return any(text.lstrip(" ").startswith(stop) for stop in self.dialogue.stops)
 
     def cut(self, text: str) -> str:
@@ -246,4 +248,4 @@ class VisionLanguageBackbone:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids."""
-        return self.cut(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+        return self.cut(str(self.tokenizer.decode(list(ids), skip_special_tokens=True)))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -109,7 +110,7 @@ class DecoderLayout:
     """
 
     def __init__(self, language_model: nn.Module) -> None:
-        config = language_model.config
+        config: Any = language_model.config
         if config.model_type not in FAMILIES:
             raise ValueError(f"no layout for decoder family {config.model_type!r}; known: {sorted(FAMILIES)}")
         self.family = FAMILIES[config.model_type]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoTokenizer, Blip2ForConditionalGeneration
@@ -47,7 +48,8 @@ def load_backbone(source: str | os.PathLike[str] | HyperParams | BackboneSpec) -
         model, folder = load_original(spec), None
     else:
         model, folder = _load_folder(spec), spec.name
-    decoder = model.config.text_config.model_type
+    text: Any = model.config.text_config
+    decoder = text.model_type
     if decoder not in dialogue.decoders:
         expected = " or ".join(dialogue.decoders)
         raise UserError(
@@ -55,8 +57,9 @@ def load_backbone(source: str | os.PathLike[str] | HyperParams | BackboneSpec) -
             f"model_name {spec.model_name} expects {expected}"
         )
     tokenizer = AutoTokenizer.from_pretrained(spec.name)
+    model.to(device)  # type: ignore[arg-type]
     return VisionLanguageBackbone(
-        model.to(device), tokenizer, dialogue, folder, None if spec.original_files else spec.image_size, limit
+        model, tokenizer, dialogue, folder, None if spec.original_files else spec.image_size, limit
     )
 
 

@@ -66,7 +66,7 @@ class JoinedMemory(KnowledgeMemory):
 
     def __init__(self, parts: tuple[KnowledgeMemory, ...]) -> None:
         flat = [q for p in parts for q in (p.parts if isinstance(p, JoinedMemory) else (p,))]
-        self.parts = tuple(p for p in flat if len(p)) or tuple(flat[:1])
+        self.parts: tuple[KnowledgeMemory, ...] = tuple(p for p in flat if len(p)) or tuple(flat[:1])
 
     def __len__(self) -> int:
         return sum(len(p) for p in self.parts)

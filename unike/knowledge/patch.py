@@ -44,6 +44,7 @@ class KeyValuePatch(nn.Module):
         self.bias = None if gated else nn.Parameter(torch.zeros(n_keys))
         self.values = nn.Parameter(torch.zeros(n_keys, width))
         self.zeta_projection = nn.Parameter(torch.zeros(len(zeta), width)) if zeta is not None else None
+        self.zeta: torch.Tensor | None
         self.register_buffer("zeta", None if zeta is None else zeta.detach().float())
 
     @torch.no_grad()
@@ -63,7 +64,7 @@ class KeyValuePatch(nn.Module):
 
     def edited_values(self) -> torch.Tensor:
         """``W_V + beta * zeta'`` with ``zeta' = W_zeta zeta``, the same for every pair, Eq. (6)."""
-        if self.zeta_projection is None or self.beta == 0.0:
+        if self.zeta is None or self.zeta_projection is None or self.beta == 0.0:
             return self.values
         return self.values + self.beta * (self.zeta @ self.zeta_projection)
 
