@@ -252,7 +252,7 @@ def test_the_release_file_loads_as_legacy(caplog):
     with caplog.at_level(logging.WARNING, logger="unike"):
         h = HyperParams.from_hparams(RELEASE, ["max_steps=7"], legacy=True)
     assert (h.method, h.model_name, h.name) == ("unike", "minigpt4", "./hugging_cache/vicuna-7b")
-    assert (h.layers, h.lr, h.beta, h.n_keys, h.k) == ((30, 31), 7e-4, 0.9, 25, 20)
+    assert (h.layers, h.lr, h.beta, h.n_keys, h.k) == ((30, 31), 7e-4, 0.9, 20, 40)
     assert (h.triplets, h.seed, h.device, h.results_dir) == (40000, 42, "cuda:0", "./results")
     assert (h.image_root, h.rephrase_root) == ("./images", "./images")
     assert (h.memory_loss, h.activation_loss, h.max_steps) == (0.0, 0.0, 7)

@@ -26,8 +26,9 @@ SAME_NAME = (
 )
 RENAMED = {
     "edit_lr": "lr",
+    # The limit, which the count below overrides, as the release's own code does.
     "max_add_neuron_num": "n_keys",
-    "hyperparams_nn_count": "k",
+    "hyperparams_nn_count": "n_keys",
     "memory_size": "triplets",
 }
 UNUSED = (
@@ -66,6 +67,8 @@ def translate(values: Mapping[Any, Any], ours: frozenset[str]) -> tuple[dict[str
     for key, value in values.items():
         if key == "alg_name":
             mapped["method"] = value
+        elif key == "max_add_neuron_num" and "hyperparams_nn_count" in values:
+            ignored.append(key)
         elif key in RENAMED:
             mapped[RENAMED[key]] = value
         elif key in SAME_NAME:
