@@ -73,8 +73,12 @@ def _cell(summary: Mapping[str, Any], metric: str, mode: str, when: str = "after
     entry = summary["metrics"].get(metric, {}).get(mode)
     if entry is None:
         return ""
-    value = entry[when]
-    return f"{value['mean']:.1f} [{value['low']:.1f}, {value['high']:.1f}]"
+    return _interval(entry[when], 1)
+
+
+def _interval(value: Mapping[str, float], digits: int) -> str:
+    mean, low, high = (f"{value[k]:.{digits}f}" for k in ("mean", "low", "high"))
+    return mean if low == high else f"{mean} [{low}, {high}]"
 
 
 def markdown(rows: list[tuple[str, dict[str, Any]]], task: str) -> str:
@@ -91,7 +95,8 @@ def markdown(rows: list[tuple[str, dict[str, Any]]], task: str) -> str:
         first = rows[0][1]
         lines.append("| base | " + " | ".join(_cell(first, m, mode, "before") for m in metrics) + " | | |")
         for name, summary in rows:
-            cost = [f"{summary['steps']:.1f}", f"{summary['seconds']:.3f}"]
+            costs = summary["costs"]
+            cost = [_interval(costs["steps"], 1), _interval(costs["seconds"], 3)]
             lines.append(
                 f"| {name} | " + " | ".join([*(_cell(summary, m, mode) for m in metrics), *cost]) + " |"
             )
@@ -101,6 +106,18 @@ def markdown(rows: list[tuple[str, dict[str, Any]]], task: str) -> str:
                 lines.append(
                     "| *paper, MiniGPT-4* | " + " | ".join(figures) + " |" + " |" * (len(HARD_METRICS) + 2)
                 )
+    lines += [
+        "",
+        "What alpha was, mean over layers and records (with a fixed alpha and no `tau` it is that):",
+        "",
+    ]
+    lines += ["| row | " + " | ".join(titles) + " |", "|" + " --- |" * (len(titles) + 1)]
+    for name, summary in rows:
+        alpha = summary["decisions"].get("alpha")
+        if alpha:
+            lines.append(
+                f"| {name} | " + " | ".join(f"{alpha[m]:.2f}" if m in alpha else "" for m in metrics) + " |"
+            )
     return "\n".join(lines) + "\n"
 
 

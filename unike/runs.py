@@ -26,8 +26,8 @@ from unike.methods.base import EditMethod, Knowledge, check_method
 from unike.methods.preparation import Tick, ensure_knowledge, knowledge_key
 from unike.protocols import Reader, one_step
 from unike.records import RecordWriter, read_records
-from unike.tables import SHORT_TITLES, summarise
-from unike.types import FIVE_METRICS, Case, UserError
+from unike.tables import RunningMeans, summarise
+from unike.types import Case, UserError
 
 logger = logging.getLogger("unike")
 
@@ -359,7 +359,7 @@ def run_cases(
     """
     reader = reader or parts.reader(generated)
     done, interrupted = writer.done_ids(), False
-    means = _RunningMeans(read_records(writer.directory) if done else [])
+    means = RunningMeans(read_records(writer.directory) if done else [])
     left = [i for i, case in enumerate(cases) if case.request.id not in done]
     with tqdm(total=len(cases), initial=len(cases) - len(left), desc="edits", disable=not progress) as bar:
         try:
@@ -383,21 +383,3 @@ def _record(parts: Parts, case: Case, reader: Reader, skip_broken: bool) -> dict
         if not skip_broken:
             raise
         return {"id": case.request.id, "task": case.task, "status": "failed", "error": str(error)}
-
-
-class _RunningMeans:
-    """The five metrics after the edit, teacher-forced, in percent, as a bar shows them."""
-
-    def __init__(self, records: Iterable[Mapping[str, Any]]) -> None:
-        self.sums: dict[str, tuple[float, int]] = {}
-        for record in records:
-            self.add(record)
-
-    def add(self, record: Mapping[str, Any]) -> None:
-        for metric, value in record.get("scores", {}).get("teacher_forced", {}).items():
-            total, n = self.sums.get(metric, (0.0, 0))
-            self.sums[metric] = total + value["after"], n + 1
-
-    def __str__(self) -> str:
-        shown = [(m, *self.sums[m]) for m in FIVE_METRICS if m in self.sums]
-        return " ".join(f"{SHORT_TITLES[m]} {100 * total / n:.1f}" for m, total, n in shown)

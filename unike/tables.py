@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from unike.metrics import bootstrap_interval
-from unike.types import METRICS
+from unike.types import FIVE_METRICS, METRICS
 
 MODES = ("teacher_forced", "generated")
 TITLES = {
@@ -43,7 +43,8 @@ def summarise(records: Sequence[Mapping[str, Any]], seed: int) -> dict[str, Any]
     """Means with 95% bootstrap intervals in percent, as JSON values.
 
     ``["metrics"][metric][mode]["before" | "after"]`` holds ``mean, low, high, n``. Failed records
-    count in ``failed`` alone. ``seconds`` and ``steps`` are means per edit, None where unrecorded.
+    count in ``failed`` alone. ``seconds`` and ``steps`` are means per edit, None where unrecorded, with
+    their intervals under ``costs``. ``decisions`` holds what edits decided, as a mean per probe.
     """
     done = [record for record in records if record.get("status", "ok") == "ok"]
     present = {m for record in done for mode in record.get("scores", {}).values() for m in mode}
@@ -58,6 +59,8 @@ def summarise(records: Sequence[Mapping[str, Any]], seed: int) -> dict[str, Any]
         "metrics": metrics,
         "seconds": _mean(done, "seconds"),
         "steps": _mean(done, "steps"),
+        "costs": {key: _with_interval(done, key, seed) for key in ("seconds", "steps")},
+        "decisions": _decisions(done),
     }
 
 
@@ -93,6 +96,24 @@ def compare_table(
     return table
 
 
+class RunningMeans:
+    """The five metrics after the edit, teacher-forced, in percent, as a bar shows them."""
+
+    def __init__(self, records: Iterable[Mapping[str, Any]]) -> None:
+        self.sums: dict[str, tuple[float, int]] = {}
+        for record in records:
+            self.add(record)
+
+    def add(self, record: Mapping[str, Any]) -> None:
+        for metric, value in record.get("scores", {}).get("teacher_forced", {}).items():
+            total, n = self.sums.get(metric, (0.0, 0))
+            self.sums[metric] = total + value["after"], n + 1
+
+    def __str__(self) -> str:
+        shown = [(m, *self.sums[m]) for m in FIVE_METRICS if m in self.sums]
+        return " ".join(f"{SHORT_TITLES[m]} {100 * total / n:.1f}" for m, total, n in shown)
+
+
 def as_text(table: Table, width: int = 96) -> str:
     """The table as plain text, for files and logs."""
     console = Console(file=io.StringIO(), width=width, color_system=None, force_terminal=False)
@@ -118,6 +139,22 @@ def _before_after(
 def _mean(records: Sequence[Mapping[str, Any]], key: str) -> float | None:
     values = [record[key] for record in records if record.get(key) is not None]
     return float(np.mean(values)) if values else None
+
+
+def _with_interval(records: Sequence[Mapping[str, Any]], key: str, seed: int) -> dict[str, float] | None:
+    values = [float(record[key]) for record in records if record.get(key) is not None]
+    return (
+        dict(zip(("mean", "low", "high"), bootstrap_interval(values, seed), strict=True)) if values else None
+    )
+
+
+def _decisions(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    found: dict[str, dict[str, list[float]]] = {}
+    for record in records:
+        for what, by_probe in record.get("decisions", {}).items():
+            for probe, value in by_probe.items():
+                found.setdefault(what, {}).setdefault(probe, []).append(value)
+    return {what: {probe: float(np.mean(v)) for probe, v in probes.items()} for what, probes in found.items()}
 
 
 def _entry(modes: Mapping[str, Any], mode: str, when: str) -> Mapping[str, float] | None:

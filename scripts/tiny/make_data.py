@@ -1,6 +1,6 @@
 """Draws the embedded benchmark in MMEdit's JSON layout: E-VQA and E-IC, train, val and eval.
 
-    python -m scripts.tiny.make_data --hparams_dir hparams/tiny_blip2.yaml --records 200 --out data/tiny/blip2
+    python scripts/tiny/make_data.py --seed 42 --records 200 --out data/tiny/blip2
 
 Edits are questions that the backbone gets wrong. Beside MMEdit's fields a record has three hard
 probes: ``same_question_image``, ``same_question_a`` (the same question on another picture),
@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from scripts.tiny.facts import text_facts
 from scripts.tiny.questions import HELD_OUT, TRAINED, Fact, counterfactual, facts_of
@@ -246,7 +248,9 @@ def ensure(
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument(
-        "--hparams_dir", required=True, help="YAML of the backbone whose errors are collected"
+        "--hparams_dir",
+        default="hparams/tiny_blip2.yaml",
+        help="YAML of the backbone whose errors are collected",
     )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=42)
