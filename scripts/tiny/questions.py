@@ -1,7 +1,9 @@
 """What can be asked of a scene, in many words, and what may be asserted instead.
 
 Each kind of question has paraphrases for training and others that no backbone is trained on:
-those are the benchmark's rephrased prompts.
+those are the benchmark's rephrased prompts. They are worded so that both backbones understand them on
+pictures of common objects (``tests/test_tiny.py`` holds them to it): a wording that a backbone cannot
+read at all would measure its language, not an edit.
 """
 
 from __future__ import annotations
@@ -69,7 +71,7 @@ HELD_OUT: dict[str, tuple[str, ...]] = {
     "category": ("What kind of {x} can you see?", "Which {x} is shown in the image?",
         "What {x} is depicted here?"),
     "yesno": ("Is {ax} shown in the picture?", "Does the picture show {ax}?", "Is there {ax} in this image?"),
-    "caption": ("a picture showing", "this image shows", "here is a photo of"),
+    "caption": ("this is a picture of", "this is an image of", "here is a photo of"),
 }  # fmt: skip
 WEIGHT = {"count": 0.6, "color": 0.7, "caption": 1.6, "what": 1.6, "left": 1.3, "right": 1.3,
           "category": 1.2, "yesno": 0.9}  # fmt: skip

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoTokenizer, Blip2ForConditionalGeneration
+from transformers.utils import logging
 
 from unike.backbones.blip2_opt import BLIP2_OPT
 from unike.backbones.checkpoints import DTYPES, load_original, require_files
@@ -16,6 +19,7 @@ from unike.backbones.minigpt4 import MINIGPT4
 from unike.hparams import HyperParams
 from unike.types import BackboneSpec, UserError
 
+SMALL_BYTES = 100 << 20
 DIALOGUES = {"blip2": BLIP2_OPT, "minigpt4": MINIGPT4}
 
 
@@ -65,8 +69,23 @@ def load_backbone(source: str | os.PathLike[str] | HyperParams | BackboneSpec) -
 
 def _load_folder(spec: BackboneSpec) -> Blip2ForConditionalGeneration:
     try:
-        return Blip2ForConditionalGeneration.from_pretrained(spec.name, dtype=DTYPES[spec.dtype])
+        with _quiet_if_small(Path(spec.name)):
+            return Blip2ForConditionalGeneration.from_pretrained(spec.name, dtype=DTYPES[spec.dtype])
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         kind = "folder" if Path(spec.name).exists() else "hub name"
         raise UserError(f"{spec.source}: name: {kind} {spec.name} cannot be loaded: {first}") from error
+
+
+@contextmanager
+def _quiet_if_small(folder: Path) -> Iterator[None]:
+    """A progress bar for weights that load in a moment is noise."""
+    size = sum(p.stat().st_size for p in folder.glob("*.safetensors"))
+    shown = logging.is_progress_bar_enabled()
+    if folder.is_dir() and size < SMALL_BYTES:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
