@@ -14,7 +14,8 @@ from unike.backbones.base import encode_queries
 from unike.backbones.prefix import PrefixCache
 from unike.hparams import HyperParams
 from unike.methods import build
-from unike.protocols import Reader, one_step
+from unike.protocols import one_step
+from unike.reading import Reader
 from unike.types import METRICS, Case, EditRequest, Probe, Query
 
 COLORS = ("teal", "navy", "olive", "maroon")
