@@ -31,6 +31,7 @@ UNIKE = {
     "model_name": "blip2", "name": "unused", "layers": 2, "external": "latent", "memory": "edit",
     "alpha": 0.5, "zeta": "none", "lr": 2e-2, "max_steps": 15, "n_keys": 4,
 }  # fmt: skip
+SCOPED = UNIKE | {"scope_gate": "nearest", "scope_threshold": 0.3}
 FT = {"model_name": "blip2", "name": "unused", "method": "ft", "layers": 1, "lr": 5e-3, "max_steps": 10}
 COSTS = {"seconds"}
 
@@ -186,7 +187,7 @@ def test_the_order_matters_for_fine_tuning(backbone) -> None:
 
 def test_readings_do_not_depend_on_how_many_cases_are_asked_at_once(backbone) -> None:
     cases = [case(i) for i in range(3)]
-    method = build(HyperParams.from_dict(UNIKE))
+    method = build(HyperParams.from_dict(SCOPED))
     found = []
     for batch in (1, 10, 100):
         reader = reader_of(backbone, method)
@@ -297,7 +298,7 @@ def test_a_run_of_sequences(copied: Project, capsys: pytest.CaptureFixture[str])
     ]
     assert min(means) - 1e-9 <= forced["low"] <= forced["high"] <= max(means) + 1e-9
     assert set(summary["base_right"]["generated"]) == {"t_locality", "m_locality"}
-    assert set(summary["fluency"]) == {"before", "after", "n"}
+    assert set(summary["fluency"]) == {"before", "after", "n", "source"}
     assert summary["bytes"] == records[-1]["bytes"] > records[0]["bytes"]
 
 

@@ -19,6 +19,11 @@ from unike.text import normalise_answer
 from unike.types import Probe
 
 _BLOCK = 1_000_000
+FLUENCY = (
+    "mean over generated answers of (2/3 H2 + 4/3 H3) / 2, n-gram entropies in bits, as ROME and MEMIT "
+    "(kmeng01/rome, experiments/py/eval_utils_counterfact.py) have it for texts of 100 tokens; answers of "
+    "one or two words have none"
+)
 # How many of the most probable tokens the widest of the presets compares.
 RANKS = 10
 

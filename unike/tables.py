@@ -12,7 +12,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from unike.metrics import PRESETS, bootstrap_interval, bootstrap_means, harmonic_mean, ngram_entropy
+from unike.metrics import (
+    FLUENCY,
+    PRESETS,
+    bootstrap_interval,
+    bootstrap_means,
+    harmonic_mean,
+    ngram_entropy,
+)
 from unike.types import FIVE_METRICS, METRICS
 
 MODES = ("teacher_forced", "generated")
@@ -211,12 +218,12 @@ def _preset(sample: _Sample, name: str) -> dict[str, Any]:
     return {"provenance": PRESETS[name].provenance, "metrics": metrics}
 
 
-def _fluency(records: Sequence[Mapping[str, Any]]) -> dict[str, float] | None:
+def _fluency(records: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     said = [a for r in records if "generated" in r.get("scores", {}) for a in r.get("answers", {}).values()]
     if not said:
         return None
     means = {when: float(np.mean([ngram_entropy(answer[when] or "") for answer in said])) for when in WHEN}
-    return means | {"n": len(said)}
+    return means | {"n": len(said), "source": FLUENCY}
 
 
 def _sequences(steps: Sequence[Mapping[str, Any]], ends: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
