@@ -78,8 +78,9 @@ def sequential(
     A ``step`` follows every edit: how the newest does (``scores``) and how the ones before it still do
     (``former``, means after the edit), both teacher-forced. ``former`` bounds how many of these are
     asked, drawn anew by ``seed`` at each step; None asks all. The ``final`` records come at the end:
-    every case under all edits, in both ways of reading. Locality compares with the base model, which
-    is read before the first edit.
+    every case under all edits, in both ways of reading. Their means are the five metrics of K-step
+    editing, Eq. (16), Eq. (17), Eq. (18), Eq. (19) and Eq. (20). Locality compares with the base model,
+    which is read before the first edit.
 
     An edit that fails (its loss stops being a number, or one of ``tolerated`` is raised) is marked in
     both of its records and leaves no trace: the next one continues from the edits before it.
