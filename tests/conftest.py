@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 from helpers import Project, make_project
 
@@ -22,3 +25,19 @@ def minigpt4_project(tmp_path_factory: pytest.TempPathFactory) -> Project:
 def project(request: pytest.FixtureRequest) -> Project:
     """Each of the two projects in turn."""
     return request.getfixturevalue(f"{request.param}_project")
+
+
+@pytest.fixture
+def copied(blip2_project: Project, tmp_path: Path) -> Project:
+    """A BLIP2-OPT project that a test may damage."""
+    return blip2_project.copy(tmp_path / "project")
+
+
+@pytest.fixture
+def nothing_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails a test that gets as far as loading a backbone."""
+
+    def load(*_: Any) -> None:
+        raise AssertionError("a backbone is loaded")
+
+    monkeypatch.setattr("unike.backbones.load_backbone", load)

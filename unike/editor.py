@@ -240,7 +240,8 @@ class MultimodalEditor:
                 metrics.append(_metric(number, case, record))
         self._slot.put(edits)
         self._slot.editor = self
-        return metrics, EditedModel(self._slot, edits), summarise(records, self.hparams.seed)
+        summary = summarise(records, self.hparams.seed, self.hparams.metric_presets)
+        return metrics, EditedModel(self._slot, edits), summary
 
 
 def _metric(number: int, case: Case, record: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import Any
 
 from unike import legacy as release
 from unike.options import Option, expected, parse_yaml, read_yaml, shown, typed_value
-from unike.types import BackboneSpec, UserError
+from unike.types import PROTOCOLS, BackboneSpec, UserError
 
 logger = logging.getLogger("unike")
 
@@ -112,6 +112,14 @@ class HyperParams:
     )
     generate_data: bool = _option("data", "draw the embedded benchmark on first use", False)
     clean: bool = _option("data", "leave out records that the data doctor finds faulty", False)
+
+    protocol: str = _option("protocol", "what is edited in which order", "one_step", choices=PROTOCOLS)
+    sequence_length: int = _option("protocol", "edits that accumulate in a sequence", 10, low=1)
+    sequences: int = _option("protocol", "sequences drawn from the data", 10, low=1)
+    curve_cases: int | None = _option(
+        "protocol", "former edits asked again after each edit; null: all of them", 10, low=0
+    )
+    metric_presets: tuple[str, ...] = _option("protocol", "whose definitions of locality", ("paper",))
 
     seed: int = _option("run", "random seed", 42, low=0, high=2**32 - 1)
     results_dir: str = _option("run", "parent of the run folders", "./results")

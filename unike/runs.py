@@ -24,8 +24,10 @@ from unike.hparams import HyperParams
 from unike.methods import build, methods, needs_knowledge
 from unike.methods.base import EditMethod, Knowledge, check_method
 from unike.methods.preparation import Tick, ensure_knowledge, knowledge_key
-from unike.protocols import Reader, one_step
+from unike.protocols import one_step
+from unike.reading import Reader
 from unike.records import RecordWriter, read_records
+from unike.sequences import run_sequences, sequences_of
 from unike.tables import RunningMeans, summarise
 from unike.types import Case, UserError
 
@@ -51,7 +53,7 @@ class Parts:
 
     def reader(self, generated: bool = True) -> Reader:
         """Asks probes. It remembers the base's answers by case id: take a new one for other cases."""
-        return Reader(self.backbone, self.prefixes, generated)
+        return Reader(self.backbone, self.prefixes, generated, self.hparams.metric_presets)
 
 
 # ---------------------------------------------------------------- checks before anything is loaded
@@ -92,6 +94,7 @@ def preflight(
         lambda: require_backbone(hparams),
         lambda: opened.append(open_datasets(hparams, task, size, skip_broken)),
         lambda: wants_triplets(hparams) and knowledge_triplets(hparams, skip_broken),
+        lambda: opened and hparams.protocol != "one_step" and sequences_of(hparams, opened[0]),
     )
     return opened[0]
 
@@ -287,8 +290,8 @@ def assemble(
 
 
 def run_directory(hparams: HyperParams, task: str, output: str | None = None, resume: bool = False) -> Path:
-    """Where a run is recorded: ``output``, or ``<results_dir>/<yaml>-<task>``, with ``-2``, ``-3`` ...
-    where that is taken; ``resume`` takes the latest of these.
+    """Where a run is recorded: ``output``, or ``<results_dir>/<yaml>-<task>``, followed by the protocol
+    if it is not one-step, with ``-2``, ``-3`` ... where that is taken; ``resume`` takes the latest.
 
     Raises UserError, before anything is loaded, where ``output`` holds a run and ``resume`` is off.
     """
@@ -296,7 +299,8 @@ def run_directory(hparams: HyperParams, task: str, output: str | None = None, re
         if _taken(Path(output)) and not resume:
             raise UserError(f"{output}: is not empty; go on with --resume, or name another --output")
         return Path(output)
-    stem = Path(hparams.results_dir) / f"{Path(hparams.source).stem}-{task}"
+    protocol = "" if hparams.protocol == "one_step" else f"-{hparams.protocol}"
+    stem = Path(hparams.results_dir) / f"{Path(hparams.source).stem}-{task}{protocol}"
     former = stem
     for number in count(1):
         directory = stem if number == 1 else stem.with_name(f"{stem.name}-{number}")
@@ -349,15 +353,17 @@ def run_cases(
     progress: bool = True,
     reader: Reader | None = None,
 ) -> dict[str, Any]:
-    """Edits each case that is not recorded yet, from the base model, and gives the summary of all
-    records in the folder, ``interrupted`` where Ctrl-C ended the run early.
+    """Edits each case that is not recorded yet, from the base model or as the YAML's ``protocol`` has
+    it, and gives the summary of all records in the folder, ``interrupted`` where Ctrl-C ended it early.
 
     A ``reader`` of the same cases and first layer may be handed on from run to run: what it knows of
     the base model is not asked again.
 
     A picture that cannot be read ends the run, or counts as a failed case under ``skip_broken``.
     """
-    reader = reader or parts.reader(generated)
+    reader, hp = reader or parts.reader(generated), parts.hparams
+    if hp.protocol != "one_step":
+        return run_sequences(hp, parts.backbone, parts.method, cases, writer, reader, skip_broken, progress)
     done, interrupted = writer.done_ids(), False
     means = RunningMeans(read_records(writer.directory) if done else [])
     left = [i for i, case in enumerate(cases) if case.request.id not in done]
@@ -371,7 +377,8 @@ def run_cases(
                 bar.update()
         except KeyboardInterrupt:
             interrupted = True
-    summary = summarise(read_records(writer.directory), parts.hparams.seed) | {"interrupted": interrupted}
+    summary = summarise(read_records(writer.directory), hp.seed, hp.metric_presets)
+    summary |= {"interrupted": interrupted}
     writer.write_summary(summary)
     return summary
 
