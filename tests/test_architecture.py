@@ -53,7 +53,7 @@ LAYERS = (
     (
         "unike.methods.*",
         f"{_BOTTOM} unike.hparams unike.hooks unike.datasets* unike.knowledge* unike.edits* {_PROTOCOL} "
-        "unike.methods.base unike.methods.training unike.methods.meta_training",
+        "unike.methods.base unike.methods.training unike.methods.patching unike.methods.meta_training",
     ),
     ("unike.protocols", f"{_BOTTOM} unike.metrics unike.edits* unike.methods.base {_PROTOCOL}"),
     ("unike.tables", "unike.types unike.metrics unike.records"),
