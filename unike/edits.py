@@ -48,6 +48,13 @@ class Edit(ABC):
         """The query as the edited model is asked it: the same, unless the edit lives in the prompt."""
         return query
 
+    def changes_prefix(self, backbone: Backbone, first: int) -> bool:
+        """Whether the edit changes what enters decoder layer ``first``.
+
+        The base model's prefix states then say nothing about the edited model's answers.
+        """
+        return False
+
     def explain(self) -> dict[str, list[float]]:
         """What the edit decided for each prompt of the last forward pass: the mean over its layers of
         ``alpha`` and of the best ``similarity`` in memory; empty where it decides nothing."""
@@ -82,6 +89,12 @@ class WeightDelta(Edit):
         finally:
             for owner, leaf, parameter in reversed(former):
                 owner._parameters[leaf] = parameter
+
+    def changes_prefix(self, backbone: Backbone, first: int) -> bool:
+        layers = [backbone.layout.layer(i) for i in range(first, len(backbone.layout))]
+        behind = {id(module) for layer in layers for module in layer.modules()}
+        owners = (backbone.model.get_submodule(name.rpartition(".")[0]) for name in self.weights)
+        return any(id(owner) not in behind for owner in owners)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         return {name: w.detach() for name, w in self.weights.items()}
@@ -167,6 +180,9 @@ class RoutedEdit(Edit):
         with ExitStack() as stack:
             stack.enter_context(transform(afters))
             yield
+
+    def changes_prefix(self, backbone: Backbone, first: int) -> bool:
+        return self.layers[0] < first
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         out = {}

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from unike.backbones.base import IGNORED, Backbone, PrefixState
+from unike.backbones.base import IGNORED, Backbone, encode_queries
 from unike.backbones.prefix import PrefixCache
 from unike.edits import Edit
 from unike.methods.base import EditMethod
@@ -57,9 +57,12 @@ class Reader:
     def edited(self, case: Case, edit: Edit, base: Sequence[Reading]) -> tuple[Reading, ...]:
         """Readings with ``edit`` applied."""
         queries = [edit.rewrite(p.query) for p in case.probes]
+        drafts = [r.generated or None for r in base]
+        if edit.changes_prefix(self.backbone, self.prefixes.first):
+            with edit.applied(self.backbone):
+                return self._read(queries, drafts, edit, whole=True)
         # Prefixes are the base model's: they are filled before the edit is applied.
         self.prefixes.state(queries)
-        drafts = [r.generated or None for r in base]
         if self.generated:
             self.prefixes.state([q for q, _ in _drafted(queries, drafts)])
         with edit.applied(self.backbone):
@@ -67,11 +70,21 @@ class Reader:
 
     @torch.no_grad()
     def _read(
-        self, queries: Sequence[Query], drafts: Sequence[str | None], edit: Edit | None = None
+        self,
+        queries: Sequence[Query],
+        drafts: Sequence[str | None],
+        edit: Edit | None = None,
+        whole: bool = False,
     ) -> tuple[Reading, ...]:
+        """``whole`` runs the whole model, where the prefix states that are kept don't hold."""
         extra = _drafted(queries, drafts) if self.generated else []
         asked = [*queries, *(q for q, _ in extra)]
-        forced = _forced(self.backbone, self.prefixes.state(asked))
+        if whole:
+            batch = encode_queries(self.backbone, asked)
+            forced = _forced(self.backbone, self.backbone(batch).logits, batch.labels)
+        else:
+            state = self.prefixes.state(asked)
+            forced = _forced(self.backbone, self.backbone.suffix(state), state.labels)
         if edit is not None:
             self.explained = {k: v[: len(queries)] for k, v in edit.explain().items()}
         written: dict[int, str] = {}
@@ -109,12 +122,12 @@ def _drafted(queries: Sequence[Query], drafts: Sequence[str | None]) -> list[tup
     ]
 
 
-def _forced(backbone: Backbone, state: PrefixState) -> list[_Forced]:
-    best = backbone.suffix(state).argmax(-1)
+def _forced(backbone: Backbone, logits: torch.Tensor, labels: torch.Tensor) -> list[_Forced]:
+    best = logits.argmax(-1)
     out = []
-    for i in range(len(state)):
-        at = (state.labels[i] != IGNORED).nonzero().flatten()
-        target = tuple(state.labels[i, at].tolist())
+    for i in range(len(labels)):
+        at = (labels[i] != IGNORED).nonzero().flatten()
+        target = tuple(labels[i, at].tolist())
         predicted = tuple(best[i, at - 1].tolist())
         ends = backbone.ends_answer(int(best[i, at[-1]]))
         out.append(_Forced(target, predicted, predicted == target and ends))
