@@ -39,6 +39,7 @@ LAYERS = (
     ("unike", "unike.*"),
     ("unike.types", ""),
     ("unike.text", ""),
+    ("unike.progress", ""),
     ("unike.hooks", ""),
     ("unike.legacy", "unike.types"),
     ("unike.options", "unike.types"),

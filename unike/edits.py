@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -103,6 +103,58 @@ class WeightDelta(Edit):
         if not isinstance(other, WeightDelta):
             return NotImplemented
         return WeightDelta(self.weights | other.weights, self.info | other.info)
+
+
+class Shown(NamedTuple):
+    """A text in a prompt, with the number of its tokens."""
+
+    text: str
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Fact:
+    """An edit as text, and its demonstrations, the best first."""
+
+    id: str
+    fact: Shown
+    demonstrations: tuple[Shown, ...] = ()
+
+
+@dataclass
+class PromptEdit(Edit):
+    """Edits that stand in the prompt: what the model is asked changes, the model doesn't.
+
+    Before a question come the last edit's demonstrations, the best last, then all facts in order. If
+    they have more than ``room`` tokens, the worst demonstrations go first, then the oldest facts; the
+    last fact stays.
+    """
+
+    facts: tuple[Fact, ...]
+    room: int
+    info: dict[str, Any] = field(default_factory=dict)
+
+    def applied(self, backbone: Backbone) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def rewrite(self, query: Query) -> Query:
+        newest = self.facts[-1]
+        pieces = [*(f.fact for f in reversed(self.facts)), *newest.demonstrations]
+        shown, room = [newest.fact.text], self.room - newest.fact.tokens
+        for piece in pieces[1:]:
+            room -= piece.tokens
+            if room < 0:
+                break
+            shown.insert(0, piece.text)
+        return replace(query, prompt=f"{''.join(shown)}Prompt: {query.prompt}")
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return {}
+
+    def __or__(self, other: Any) -> Edit:
+        if not isinstance(other, PromptEdit):
+            return NotImplemented
+        return PromptEdit(self.facts + other.facts, other.room, self.info | other.info)
 
 
 @dataclass(frozen=True)

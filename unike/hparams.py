@@ -266,9 +266,6 @@ def _check(
     plain = {"method": "unike", "intrinsic": True, "external": "latent"} | checked
     if (plain["method"], plain["intrinsic"], plain["external"]) == ("unike", False, "none"):
         problems.append(f"{source}: intrinsic: false together with `external: none` edits nothing")
-    losses = {"activation_loss": 0, "memory_loss": 0} | checked
-    if plain["method"] == "tpatcher" and not losses["activation_loss"] + losses["memory_loss"]:
-        problems.append(f"{source}: activation_loss, memory_loss: both 0; T-Patcher needs one of them")
     return checked, problems
 
 

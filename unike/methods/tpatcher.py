@@ -14,10 +14,17 @@ from unike.edits import Edit, EditRecord, LayerShare, RoutedEdit, Routing
 from unike.hparams import HyperParams
 from unike.methods.base import Knowledge, edited_layers, register
 from unike.methods.patching import fresh_patches, own_states, train_patches
-from unike.types import EditRequest
+from unike.types import EditRequest, UserError
 
 
-@register("tpatcher", lambda hparams: hparams.memory_loss > 0)
+def _has_losses(hparams: HyperParams) -> None:
+    if not hparams.activation_loss and not hparams.memory_loss:
+        raise UserError(
+            f"{hparams.source}: activation_loss, memory_loss: both are 0; T-Patcher needs at least one"
+        )
+
+
+@register("tpatcher", lambda hparams: hparams.memory_loss > 0, check=_has_losses)
 class TPatcher:
     """Patches without zeta, gate and in-context knowledge, whatever the YAML says of these."""
 
