@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import pytest
 from helpers import Project, make_project
+from original_files import FAMILIES
+from worlds import World
+
+from unike.methods import ike
 
 
 @pytest.fixture(scope="session")
@@ -22,3 +26,17 @@ def minigpt4_project(tmp_path_factory: pytest.TempPathFactory) -> Project:
 def project(request: pytest.FixtureRequest) -> Project:
     """Each of the two projects in turn."""
     return request.getfixturevalue(f"{request.param}_project")
+
+
+@pytest.fixture(scope="session")
+def worlds() -> dict[str, World]:
+    return {}
+
+
+@pytest.fixture(params=FAMILIES)
+def world(request: pytest.FixtureRequest, worlds: dict[str, World], monkeypatch) -> World:
+    # The small decoders know few positions: less is left for the question.
+    monkeypatch.setattr(ike, "ASKING", 40)
+    if request.param not in worlds:
+        worlds[request.param] = World(request.param)
+    return worlds[request.param]
