@@ -7,6 +7,10 @@ from typing import Any
 
 import pytest
 from helpers import Project, make_project
+from original_files import FAMILIES
+from worlds import World
+
+from unike.methods import ike
 
 
 @pytest.fixture(scope="session")
@@ -41,3 +45,17 @@ def nothing_loads(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("a backbone is loaded")
 
     monkeypatch.setattr("unike.backbones.load_backbone", load)
+
+
+@pytest.fixture(scope="session")
+def worlds() -> dict[str, World]:
+    return {}
+
+
+@pytest.fixture(params=FAMILIES)
+def world(request: pytest.FixtureRequest, worlds: dict[str, World], monkeypatch) -> World:
+    # The small decoders know few positions: less is left for the question.
+    monkeypatch.setattr(ike, "ASKING", 40)
+    if request.param not in worlds:
+        worlds[request.param] = World(request.param)
+    return worlds[request.param]

@@ -39,6 +39,7 @@ LAYERS = (
     ("unike", "unike.*"),
     ("unike.types", ""),
     ("unike.text", ""),
+    ("unike.progress", ""),
     ("unike.hooks", ""),
     ("unike.legacy", "unike.types"),
     ("unike.options", "unike.types"),
@@ -53,7 +54,7 @@ LAYERS = (
     (
         "unike.methods.*",
         f"{_BOTTOM} unike.hparams unike.hooks unike.datasets* unike.knowledge* unike.edits* {_PROTOCOL} "
-        "unike.methods.base unike.methods.training unike.methods.meta_training",
+        "unike.methods.base unike.methods.training unike.methods.patching unike.methods.meta_training",
     ),
     ("unike.reading", f"{_BOTTOM} unike.metrics unike.edits* {_PROTOCOL}"),
     ("unike.protocols", f"{_BOTTOM} unike.metrics unike.edits* unike.methods.base unike.reading {_PROTOCOL}"),

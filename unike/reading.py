@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from unike.backbones.base import IGNORED, Backbone, PrefixState
+from unike.backbones.base import IGNORED, Backbone, Batch, PrefixState, encode_queries
 from unike.backbones.prefix import PrefixCache
 from unike.edits import Edit
 from unike.metrics import RANKS, Reading, needs_ranks
@@ -100,12 +100,14 @@ class Reader:
         self, cases: Sequence[Case], edit: Edit, drafts: Sequence[str | None], generated: bool
     ) -> list[Asked]:
         queries = [edit.rewrite(p.query) for case in cases for p in case.probes]
-        # Prefixes are the base model's: they are filled before the edit is applied.
-        self.prefixes.state(queries)
-        if generated:
-            self.prefixes.state([q for q, _ in _drafted(queries, drafts)])
+        whole = edit.changes_prefix(self.backbone, self.prefixes.first)
+        if not whole:
+            # Prefixes are the base model's: they are filled before the edit is applied.
+            self.prefixes.state(queries)
+            if generated:
+                self.prefixes.state([q for q, _ in _drafted(queries, drafts)])
         with edit.applied(self.backbone):
-            readings, explained = self._read(queries, drafts, edit, generated)
+            readings, explained = self._read(queries, drafts, edit, generated, whole)
         out, start = [], 0
         for case in cases:
             at = slice(start, start + len(case.probes))
@@ -115,11 +117,23 @@ class Reader:
 
     @torch.no_grad()
     def _read(
-        self, queries: Sequence[Query], drafts: Sequence[str | None], edit: Edit | None, generated: bool
+        self,
+        queries: Sequence[Query],
+        drafts: Sequence[str | None],
+        edit: Edit | None,
+        generated: bool,
+        whole: bool = False,
     ) -> tuple[tuple[Reading, ...], dict[str, list[float]]]:
+        """``whole`` runs the whole model, where the prefix states that are kept don't hold."""
         extra = _drafted(queries, drafts) if generated else []
         asked = [*queries, *(q for q, _ in extra)]
-        forced = _forced(self.backbone, self.prefixes.state(asked), len(queries) if self._ranks else 0)
+        ranked = len(queries) if self._ranks else 0
+        if whole:
+            batch = encode_queries(self.backbone, asked)
+            forced = _forced(self.backbone, self.backbone(batch).logits, batch, ranked)
+        else:
+            state = self.prefixes.state(asked)
+            forced = _forced(self.backbone, self.backbone.suffix(state), state, ranked)
         # Looked at before anything is decoded: it is about the last forward pass.
         explained = {} if edit is None else edit.explain()
         written: dict[int, str] = {}
@@ -160,19 +174,20 @@ def _drafted(queries: Sequence[Query], drafts: Sequence[str | None]) -> list[tup
     ]
 
 
-def _forced(backbone: Backbone, state: PrefixState, ranked: int = 0) -> list[_Forced]:
+def _forced(
+    backbone: Backbone, logits: torch.Tensor, asked: Batch | PrefixState, ranked: int = 0
+) -> list[_Forced]:
     """All rows; the first ``ranked`` of them with the tokens that lead at each position."""
-    logits = backbone.suffix(state)
     best = logits.argmax(-1)
     out = []
-    for i in range(len(state)):
-        at = (state.labels[i] != IGNORED).nonzero().flatten()
-        target = tuple(state.labels[i, at].tolist())
+    for i in range(len(asked)):
+        at = (asked.labels[i] != IGNORED).nonzero().flatten()
+        target = tuple(asked.labels[i, at].tolist())
         predicted = tuple(best[i, at - 1].tolist())
         ends = backbone.ends_answer(int(best[i, at[-1]]))
         leading: tuple[Any, Any] = (None, None)
         if i < ranked:
-            leading = leaders(logits[i, state.attention_mask[i].bool()])
+            leading = leaders(logits[i, asked.attention_mask[i].bool()])
         out.append(_Forced(target, predicted, predicted == target and ends, *leading))
     return out
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -21,9 +20,10 @@ from unike.backbones.prefix import PrefixCache
 from unike.datasets.mmedit import CaptionDataset, CapVQADataset, VQADataset
 from unike.datasets.triplets import Triplet, triplets_of
 from unike.hparams import HyperParams
-from unike.methods import build, methods, needs_knowledge
-from unike.methods.base import EditMethod, Knowledge, check_method
-from unike.methods.preparation import Tick, ensure_knowledge, knowledge_key
+from unike.methods import build, methods, needs_cases, needs_knowledge
+from unike.methods.base import CaseSource, EditMethod, Knowledge, check_method
+from unike.methods.preparation import ensure_knowledge, knowledge_key
+from unike.progress import bars
 from unike.protocols import one_step
 from unike.reading import Reader
 from unike.records import RecordWriter, read_records
@@ -94,6 +94,7 @@ def preflight(
         lambda: require_backbone(hparams),
         lambda: opened.append(open_datasets(hparams, task, size, skip_broken)),
         lambda: wants_triplets(hparams) and knowledge_triplets(hparams, skip_broken),
+        lambda: needs_cases(hparams) and train_cases(hparams, skip_broken),
         lambda: opened and hparams.protocol != "one_step" and sequences_of(hparams, opened[0]),
     )
     return opened[0]
@@ -216,19 +217,27 @@ def _train_files(hparams: HyperParams) -> dict[str, str]:
     return {name: annotation_file(hparams, name, "train") for name in names}
 
 
-def knowledge_triplets(hparams: HyperParams, skip_broken: bool = False) -> list[Triplet]:
-    """``hparams.triplets`` knowledge triplets from the train annotations, the tasks in turn."""
+def train_cases(hparams: HyperParams, skip_broken: bool = False) -> Sequence[Case]:
+    """The first ``hparams.triplets`` cases of the train annotations, the tasks in turn."""
+    return _train_split(hparams, skip_broken)[: hparams.triplets]
+
+
+def _train_split(hparams: HyperParams, skip_broken: bool) -> _Dataset:
     files = _train_files(hparams)
     if hparams.triplets == 0:
-        raise UserError(f"{hparams.source}: triplets: 0; the method's memory and encoders need some")
+        raise UserError(f"{hparams.source}: triplets: 0; the method needs some of the train annotations")
     # A record whose own answer is right has no wrong one to learn from.
     common: dict[str, Any] = {"image_root": hparams.image_root, "rephrase_root": hparams.rephrase_root}
-    common |= {"clean": True, "skip_broken": skip_broken}
-    triplets = triplets_of(_opened(files, common), hparams.triplets)
+    return _opened(files, common | {"clean": True, "skip_broken": skip_broken})
+
+
+def knowledge_triplets(hparams: HyperParams, skip_broken: bool = False) -> list[Triplet]:
+    """``hparams.triplets`` knowledge triplets from the train annotations, the tasks in turn."""
+    triplets = triplets_of(_train_split(hparams, skip_broken), hparams.triplets)
     lost = {str(t.query.image) for t in triplets if not os.path.isfile(str(t.query.image))}
     if skip_broken:
         return [t for t in triplets if t.query.image not in lost]
-    _require_pictures(", ".join(files.values()), sorted(lost))
+    _require_pictures(", ".join(_train_files(hparams).values()), sorted(lost))
     return triplets
 
 
@@ -246,7 +255,9 @@ def prepare(
     if not needs_knowledge(hparams):
         return {}
     source = triplets or (lambda: knowledge_triplets(hparams))
-    with _bars(hparams, len(layers), progress) as tick:
+    steps = len(layers) * hparams.encoder_steps
+    totals = {"extracting knowledge states": hparams.triplets, "training encoders": steps}
+    with bars(totals, progress) as tick:
         return ensure_knowledge(backbone, hparams, layers, source, tick)
 
 
@@ -257,33 +268,18 @@ def knowledge_folder(hparams: HyperParams, backbone: Backbone, triplets: Sequenc
     return keyed if (keyed / "knowledge.json").is_file() else parent
 
 
-@contextmanager
-def _bars(hparams: HyperParams, layers: int, progress: bool) -> Iterator[Tick]:
-    """A progress callback that draws one bar per stage."""
-    steps = layers * hparams.encoder_steps
-    totals = {"extracting knowledge states": hparams.triplets, "training encoders": steps}
-    bars: dict[str, tqdm[Any]] = {}
-
-    def tick(what: str, n: int) -> None:
-        if what not in bars:
-            for bar in bars.values():
-                bar.close()
-            bars[what] = tqdm(desc=what, total=totals.get(what), disable=not progress)
-        bars[what].update(n)
-
-    try:
-        yield tick
-    finally:
-        for bar in bars.values():
-            bar.close()
-
-
 def assemble(
-    hparams: HyperParams, backbone: Backbone, progress: bool = True, triplets: TripletSource | None = None
+    hparams: HyperParams,
+    backbone: Backbone,
+    progress: bool = True,
+    triplets: TripletSource | None = None,
+    cases: CaseSource | None = None,
 ) -> Parts:
-    """The YAML's method on a backbone, with its knowledge."""
+    """The YAML's method on a backbone, with its knowledge; ``triplets`` and ``cases`` take the place of
+    the train annotations that the YAML names."""
     layers = build(hparams).layers(backbone)
-    return Parts(hparams, backbone, build(hparams, prepare(hparams, backbone, layers, progress, triplets)))
+    knowledge = prepare(hparams, backbone, layers, progress, triplets)
+    return Parts(hparams, backbone, build(hparams, knowledge, cases or (lambda: train_cases(hparams))))
 
 
 # ---------------------------------------------------------------- the run and its folder
@@ -317,7 +313,7 @@ def _taken(directory: Path) -> bool:
 def checksums(hparams: HyperParams, task: str) -> dict[str, str]:
     """SHA-256 of every data file that a run reads, by YAML key."""
     files = {f"data.{n}.eval": annotation_file(hparams, n, "eval") for n in parts_of(task)}
-    if wants_triplets(hparams):
+    if wants_triplets(hparams) or needs_cases(hparams):
         files |= {f"data.{n}.train": path for n, path in _train_files(hparams).items()}
     elif needs_knowledge(hparams):
         files["knowledge_dir"] = str(Path(str(hparams.knowledge_dir)) / "knowledge.safetensors")

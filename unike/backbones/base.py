@@ -104,6 +104,11 @@ class Backbone(Protocol):
     def device(self) -> torch.device: ...
 
     @property
+    def projection(self) -> nn.Module:
+        """What carries the vision side's states into the decoder; it comes before every layer."""
+        ...
+
+    @property
     def fingerprint(self) -> str:
         """A checksum of configuration and weights."""
         ...

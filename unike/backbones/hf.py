@@ -88,12 +88,17 @@ class VisionLanguageBackbone:
             self._fingerprint = digest.hexdigest()[:16]
         return self._fingerprint
 
+    @property
+    def projection(self) -> torch.nn.Module:
+        return self.model.language_projection
+
     @torch.no_grad()
     def _see(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """The Q-Former's output, in the vision tower's precision: what the projection receives."""
         vision = self.model.vision_model
         given = pixel_values.to(vision.device, vision.dtype)
         seen = self.model.get_image_features(given, interpolate_pos_encoding=self._resize_positions)
-        return seen.pooler_output
+        return seen.qformer_outputs[0].to(given.dtype)
 
     def tokens(self, text: str) -> list[int]:
         """Token ids of ``text`` alone, without BOS or EOS."""
@@ -118,7 +123,6 @@ class VisionLanguageBackbone:
             return asked, both[len(asked) :]
         return asked, self.tokens(answer)
 
-    @torch.no_grad()
     def encode(
         self,
         images: Sequence[ImageLike | None],
@@ -127,6 +131,9 @@ class VisionLanguageBackbone:
         padding_side: str = "right",
     ) -> Batch:
         """One batch of queries; ``targets`` may be left out to ask without an answer.
+
+        Pictures are seen once, but projected each time: an edit of the projection shows here, and a
+        gradient reaches it.
 
         Raises UserError for a picture that cannot be read, and ValueError where the lists differ
         in length.
@@ -143,7 +150,7 @@ class VisionLanguageBackbone:
     def _row(
         self, features: torch.Tensor | None, prompt: str, target: str | None
     ) -> tuple[torch.Tensor, list[int]]:
-        """Embeddings ``(s, d)`` and the answer's token ids at their end."""
+        """Embeddings ``(s, d)`` and the answer's token ids at their end; ``features`` as ``_see`` gives."""
         asked, answer = self.prompt_and_answer(prompt, target)
         if not asked:
             raise UserError("prompt: is empty; expected a question")
@@ -154,7 +161,7 @@ class VisionLanguageBackbone:
             before, after = (
                 embed(torch.tensor(self.tokens(t), device=self.device, dtype=torch.long)) for t in around
             )
-            parts = [before, features.to(before), after, *parts]
+            parts = [before, self.projection(features).to(before), after, *parts]
         return torch.cat(parts), answer
 
     def _pad(self, rows: list[tuple[torch.Tensor, list[int]]], side: str) -> Batch:

@@ -165,7 +165,9 @@ def _fits(folder: Path, facts: dict[str, Any]) -> bool:
     if not index.is_file():
         return False
     kept = json.loads(index.read_text())
-    return all(kept.get(name) == value for name, value in facts.items())
+    # A method of fewer layers reads what was learnt for more.
+    layers = set(facts["layers"]) <= set(kept.get("layers", ()))
+    return layers and all(kept.get(name) == value for name, value in facts.items() if name != "layers")
 
 
 def build_knowledge(

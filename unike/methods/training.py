@@ -30,17 +30,35 @@ def train_to_target(
     clip_norm: float,
     extra_loss: Callable[[], torch.Tensor] | None = None,
 ) -> Trained:
+    """``train`` where only the suffix must run at each step."""
+    return train(
+        lambda: backbone.suffix(state), state.labels, parameters, lr, max_steps, stop_loss, clip_norm,
+        extra_loss,
+    )  # fmt: skip
+
+
+def train(
+    logits_of: Callable[[], torch.Tensor],
+    labels: torch.Tensor,
+    parameters: Sequence[torch.Tensor],
+    lr: float,
+    max_steps: int,
+    stop_loss: float,
+    clip_norm: float,
+    extra_loss: Callable[[], torch.Tensor] | None = None,
+) -> Trained:
     """Adam on the answer's negative log-likelihood until every target token is predicted and the
     loss is at most ``stop_loss``.
 
-    Only the suffix runs. Raises FloatingPointError where the loss is no longer a number.
+    ``logits_of`` is called at each step. Raises FloatingPointError where the loss is no longer a
+    number.
     """
     optimiser = torch.optim.Adam(list(parameters), lr=lr)
-    goal = state.labels[:, 1:]
+    goal = labels[:, 1:]
     at = goal != IGNORED
     for step in range(max_steps + 1):
-        logits = backbone.suffix(state)
-        loss = answer_loss(logits, state.labels).mean()
+        logits = logits_of()
+        loss = answer_loss(logits, labels).mean()
         value = loss.item()
         if not math.isfinite(value):
             raise FloatingPointError(f"the loss is {value} after {step} steps")
