@@ -40,6 +40,7 @@ LAYERS = (
     ("unike.types", ""),
     ("unike.text", ""),
     ("unike.hooks", ""),
+    ("unike.progress", ""),
     ("unike.legacy", "unike.types"),
     ("unike.options", "unike.types"),
     ("unike.hparams", "unike.types unike.options unike.legacy"),

@@ -163,9 +163,12 @@ class MultimodalEditor:
                 return triplets_of(train_ds, self.hparams.triplets)
             return runs.knowledge_triplets(self.hparams, skip_broken)
 
+        def cases() -> list[Case]:
+            return runs.training_cases(self.hparams, skip_broken) if train_ds is None else list(train_ds)
+
         if self._parts is None or train_ds is not None:
             with self._slot.only(()):
-                self._parts = runs.assemble(self.hparams, self.backbone, self.progress, triplets)
+                self._parts = runs.assemble(self.hparams, self.backbone, self.progress, triplets, cases)
         return self._parts
 
     def generate(self, image: ImageLike | None, prompt: str, max_new_tokens: int | None = None) -> str:

@@ -92,6 +92,63 @@ class WeightDelta(Edit):
         return WeightDelta(self.weights | other.weights, self.info | other.info)
 
 
+Site = tuple[int, str]
+
+
+def ffn_sites(backbone: Backbone, layers: Sequence[int]) -> dict[Site, nn.Linear]:
+    """Every linear module of the layers' feed-forward networks, by layer and role."""
+    out: dict[Site, Any] = {}
+    for index in layers:
+        site = backbone.layout.ffn(index)
+        out |= {(index, f"key{j}"): module for j, module in enumerate(site.keys)}
+        out[index, "value"] = site.value
+    return out
+
+
+class LowRankDelta(Edit):
+    """Changes to feed-forward weights as factors: ``W + sum_r right[r] left[r]^T``.
+
+    ``factors`` holds, by site, ``left (r, in)`` and ``right (r, out)``. Two edits add up, so their
+    factors are stacked. The base weight is neither copied nor changed.
+    """
+
+    def __init__(
+        self, factors: Mapping[Site, tuple[torch.Tensor, torch.Tensor]], info: dict[str, Any] | None = None
+    ) -> None:
+        self.factors = dict(factors)
+        self.info = info or {}
+
+    @contextmanager
+    def applied(self, backbone: Backbone) -> Iterator[None]:
+        modules = ffn_sites(backbone, sorted({index for index, _ in self.factors}))
+        afters = [(modules[at], modules[at], _added(*pair)) for at, pair in self.factors.items()]
+        with transform(afters):
+            yield
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        out = {}
+        for (index, role), (left, right) in self.factors.items():
+            out[f"{index}.{role}.left"], out[f"{index}.{role}.right"] = left.detach(), right.detach()
+        return out
+
+    def __or__(self, other: Any) -> Edit:
+        if not isinstance(other, LowRankDelta):
+            return NotImplemented
+        both = dict(self.factors)
+        for at, pair in other.factors.items():
+            if at in both:
+                pair = (torch.cat([both[at][0], pair[0]]), torch.cat([both[at][1], pair[1]]))
+            both[at] = pair
+        return LowRankDelta(both, self.info | other.info)
+
+
+def _added(left: torch.Tensor, right: torch.Tensor) -> After:
+    def after(x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        return output + (x.to(left.dtype) @ left.T @ right).to(output.dtype)
+
+    return after
+
+
 @dataclass(frozen=True)
 class LayerKnowledge:
     """One layer's bank, encoders, zeta, and remembered feed-forward inputs ``(m, d)``."""

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -23,9 +22,12 @@ from unike.datasets.triplets import Triplet, triplets_of
 from unike.hparams import HyperParams
 from unike.methods import build, methods, needs_knowledge
 from unike.methods.base import EditMethod, Knowledge, check_method
+from unike.methods.meta_training import TRAINING, TrainableMethod
 from unike.methods.preparation import Tick, ensure_knowledge, knowledge_key
+from unike.methods.trained import ensure_editor, kept_editor, learns, wants_cases
+from unike.progress import bars
 from unike.protocols import Reader, one_step
-from unike.records import RecordWriter, read_records
+from unike.records import RecordWriter, read_records, sha256_of
 from unike.tables import RunningMeans, summarise
 from unike.types import Case, UserError
 
@@ -33,6 +35,7 @@ logger = logging.getLogger("unike")
 
 TASKS = ("vqa", "caption", "cross")
 TripletSource = Callable[[], Sequence[Triplet]]
+CaseSource = Callable[[], Sequence[Case]]
 _Dataset = VQADataset | CaptionDataset | CapVQADataset
 _DATASETS: dict[str, type[VQADataset] | type[CaptionDataset]] = {"vqa": VQADataset, "caption": CaptionDataset}
 
@@ -92,6 +95,7 @@ def preflight(
         lambda: require_backbone(hparams),
         lambda: opened.append(open_datasets(hparams, task, size, skip_broken)),
         lambda: wants_triplets(hparams) and knowledge_triplets(hparams, skip_broken),
+        lambda: wants_cases(hparams) and training_cases(hparams, skip_broken),
     )
     return opened[0]
 
@@ -229,6 +233,17 @@ def knowledge_triplets(hparams: HyperParams, skip_broken: bool = False) -> list[
     return triplets
 
 
+def training_cases(hparams: HyperParams, skip_broken: bool = False) -> list[Case]:
+    """Every train case that the YAML names, the tasks in turn."""
+    files = _train_files(hparams)
+    roots = {"image_root": hparams.image_root, "rephrase_root": hparams.rephrase_root}
+    dataset = _opened(files, {**roots, "skip_broken": skip_broken})
+    if skip_broken:
+        return _with_pictures(dataset, None)[0]
+    _require_pictures(", ".join(files.values()), dataset.missing_images())
+    return list(dataset)
+
+
 def prepare(
     hparams: HyperParams,
     backbone: Backbone,
@@ -254,33 +269,29 @@ def knowledge_folder(hparams: HyperParams, backbone: Backbone, triplets: Sequenc
     return keyed if (keyed / "knowledge.json").is_file() else parent
 
 
-@contextmanager
-def _bars(hparams: HyperParams, layers: int, progress: bool) -> Iterator[Tick]:
-    """A progress callback that draws one bar per stage."""
+def _bars(hparams: HyperParams, layers: int, progress: bool) -> AbstractContextManager[Tick]:
     steps = layers * hparams.encoder_steps
     totals = {"extracting knowledge states": hparams.triplets, "training encoders": steps}
-    bars: dict[str, tqdm[Any]] = {}
-
-    def tick(what: str, n: int) -> None:
-        if what not in bars:
-            for bar in bars.values():
-                bar.close()
-            bars[what] = tqdm(desc=what, total=totals.get(what), disable=not progress)
-        bars[what].update(n)
-
-    try:
-        yield tick
-    finally:
-        for bar in bars.values():
-            bar.close()
+    return bars(totals | {TRAINING: hparams.editor_steps * hparams.editor_batch}, progress)
 
 
 def assemble(
-    hparams: HyperParams, backbone: Backbone, progress: bool = True, triplets: TripletSource | None = None
+    hparams: HyperParams,
+    backbone: Backbone,
+    progress: bool = True,
+    triplets: TripletSource | None = None,
+    cases: CaseSource | None = None,
 ) -> Parts:
-    """The YAML's method on a backbone, with its knowledge."""
+    """The YAML's method on a backbone, with its knowledge, and trained where it learns to edit.
+
+    ``triplets`` and ``cases`` take the place of the train annotations that the YAML names.
+    """
     layers = build(hparams).layers(backbone)
-    return Parts(hparams, backbone, build(hparams, prepare(hparams, backbone, layers, progress, triplets)))
+    method = build(hparams, prepare(hparams, backbone, layers, progress, triplets))
+    if isinstance(method, TrainableMethod):
+        with _bars(hparams, len(layers), progress) as tick:
+            ensure_editor(method, backbone, cases or (lambda: training_cases(hparams)), tick)
+    return Parts(hparams, backbone, method)
 
 
 # ---------------------------------------------------------------- the run and its folder
@@ -313,19 +324,13 @@ def _taken(directory: Path) -> bool:
 def checksums(hparams: HyperParams, task: str) -> dict[str, str]:
     """SHA-256 of every data file that a run reads, by YAML key."""
     files = {f"data.{n}.eval": annotation_file(hparams, n, "eval") for n in parts_of(task)}
-    if wants_triplets(hparams):
+    if wants_triplets(hparams) or wants_cases(hparams):
         files |= {f"data.{n}.train": path for n, path in _train_files(hparams).items()}
     elif needs_knowledge(hparams):
         files["knowledge_dir"] = str(Path(str(hparams.knowledge_dir)) / "knowledge.safetensors")
-    return {key: _sha256(path) for key, path in files.items()}
-
-
-def _sha256(path: str) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    elif learns(hparams):
+        files["editor_dir"] = str(Path(str(kept_editor(hparams))) / "editor.safetensors")
+    return {key: sha256_of(path) for key, path in files.items()}
 
 
 def open_run(parts: Parts, task: str, directory: Path, resume: bool, generated: bool = True) -> RecordWriter:
