@@ -17,6 +17,7 @@ from unike.backbones import load_backbone
 from unike.backbones.base import Batch, encode_queries
 from unike.backbones.hf import VisionLanguageBackbone
 from unike.backbones.prefix import PrefixCache
+from unike.edits import LowRankDelta
 from unike.hooks import hook_count, tape
 from unike.hparams import HyperParams
 from unike.methods.base import build
@@ -25,7 +26,7 @@ from unike.methods.trained import ensure_editor, kept_editor, load_editor
 from unike.methods.training import answer_gradients
 from unike.types import Case, EditRequest, Probe, Query, UserError
 
-METHODS = ("mend",)
+METHODS = ("mend", "serac", "ke")
 COLORS = ("teal", "navy", "olive", "maroon", "gold", "gray")
 BASE = {
     "model_name": "blip2", "name": "unused", "layers": 2, "editor_rank": 6, "edit_scale": 1e-2,
@@ -152,8 +153,14 @@ def test_composed_edits_are_both_in_force(world: World, name: str) -> None:
     first = world.edit(name, 0)
     second = world.edit(name, 1, history=first)
     batch = encode_queries(backbone, [query(0), query(1)])
-    with (first | second).applied(backbone):
+    both = first | second
+    assert both.nbytes == first.nbytes + second.nbytes
+    with both.applied(backbone):
         together = world.logits(batch)
+    if not isinstance(both, LowRankDelta):
+        # Not a sum: the nearest edit answers.
+        assert [r.id for r in both.records] == ["e0", "e1"]
+        return
     with first.applied(backbone), second.applied(backbone):
         torch.testing.assert_close(world.logits(batch), together, atol=2e-5, rtol=0)
     for alone in (first, second):
@@ -182,7 +189,7 @@ def test_cached_decoding_agrees_with_teacher_forcing(world: World, name: str) ->
     batch = backbone.encode([query(0).image], [query(0).prompt])
     lm = backbone.model.language_model
     with edit.applied(backbone), torch.no_grad():
-        with backbone.prompt.asking(batch.question_end):
+        with backbone.prompt.asking(batch.question_end, batch.prompts):
             out = lm.generate(
                 inputs_embeds=batch.inputs_embeds, attention_mask=batch.attention_mask, do_sample=False,
                 max_new_tokens=steps, eos_token_id=None, output_logits=True, return_dict_in_generate=True,

@@ -121,7 +121,9 @@ class LowRankDelta(Edit):
     @contextmanager
     def applied(self, backbone: Backbone) -> Iterator[None]:
         modules = ffn_sites(backbone, sorted({index for index, _ in self.factors}))
-        afters = [(modules[at], modules[at], _added(*pair)) for at, pair in self.factors.items()]
+        afters: list[tuple[nn.Module, nn.Module, After]] = [
+            (modules[at], modules[at], _added(*pair)) for at, pair in self.factors.items()
+        ]
         with transform(afters):
             yield
 

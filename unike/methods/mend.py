@@ -73,7 +73,7 @@ class MendNetwork(nn.Module):
         self.place = {site: (name, mode) for name, own in shapes.items() for mode, site in enumerate(own)}
         rows = {_shape(m): m.weight.shape for m in sites.values()}
         self.editors = nn.ModuleDict(
-            {name: _ShapeEditor(*rows[name], rank, len(own)) for name, own in shapes.items()}
+            {name: _ShapeEditor(rows[name][0], rows[name][1], rank, len(own)) for name, own in shapes.items()}
         )
         self.log_scale = nn.Parameter(torch.full((len(sites),), scale).log())
 
