@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import Project
+from original_files import FAMILIES
 from test_trained_methods import BASE, CASES, World, hparams, query
 
 import run_edit
 from scripts import prepare
 from unike.backbones.base import encode_queries
 from unike.backbones.prefix import PrefixCache
+from unike.hooks import hook_count, tape
 from unike.methods.base import build
 from unike.methods.training import answer_gradients
 from unike.types import EditRequest
@@ -139,6 +141,44 @@ def test_the_nearest_edit_answers(world: World) -> None:
     for row, alone in enumerate((first, second)):
         with alone.applied(world.backbone):
             torch.testing.assert_close(both[row], world.logits(batch)[row], atol=1e-5, rtol=0)
+
+
+# ---------------------------------------------------------------- gradients
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_inputs_and_output_gradients_make_up_the_weights_gradient(family: str, tmp_path: Path) -> None:
+    backbone = World(family, tmp_path).backbone
+    site = backbone.layout.ffn(4)
+    modules = {f"key{j}": m for j, m in enumerate(site.keys)} | {"value": site.value}
+    state = PrefixCache(backbone, 4).state([query(0)])
+    gradients = answer_gradients(backbone, state, modules)
+    for key, module in modules.items():
+        module.weight.requires_grad_(True)
+        try:
+            logits = backbone.suffix(state)
+            goal = state.labels[0, 1:]
+            at = goal != -100
+            loss = torch.nn.functional.cross_entropy(logits[0, :-1][at], goal[at])
+            (expected,) = torch.autograd.grad(loss, module.weight)
+        finally:
+            module.weight.requires_grad_(False)
+        inputs, outputs = gradients[key]
+        torch.testing.assert_close(outputs.T @ inputs, expected, atol=1e-6, rtol=1e-4)
+
+
+def test_the_tape_takes_its_hooks_away(world: World) -> None:
+    backbone = world.backbone
+    hooks, value = hook_count(backbone.model), backbone.layout.ffn(5).value
+
+    def fail_inside() -> None:
+        with tape({"value": value}):
+            assert hook_count(backbone.model) == hooks + 1
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail_inside()
+    assert hook_count(backbone.model) == hooks
 
 
 # ---------------------------------------------------------------- from a YAML
