@@ -50,19 +50,18 @@ LAYERS = (
     ("unike.datasets*", f"{_BOTTOM} unike.datasets*"),
     ("unike.backbones*", "unike.types unike.hparams unike.hooks unike.datasets.images unike.backbones*"),
     ("unike.edits*", f"unike.types unike.hooks unike.knowledge* unike.edits* {_PROTOCOL}"),
+    ("unike.deltas", f"unike.hooks unike.edits {_PROTOCOL}"),
     ("unike.methods", "unike.methods.*"),
     (
         "unike.methods.*",
-        f"{_BOTTOM} unike.hparams unike.hooks unike.datasets* unike.knowledge* unike.edits* {_PROTOCOL} "
+        f"{_BOTTOM} unike.hparams unike.hooks unike.d[ae]* unike.knowledge* unike.edits* {_PROTOCOL} "
         "unike.methods.base unike.methods.training unike.methods.patching unike.methods.meta_training",
     ),
     ("unike.reading", f"{_BOTTOM} unike.metrics unike.edits* {_PROTOCOL}"),
     ("unike.protocols", f"{_BOTTOM} unike.metrics unike.edits* unike.methods.base unike.reading {_PROTOCOL}"),
     ("unike.sequences", f"{_PROTOCOL} unike.types unike.[hpt]* unike.methods.base unike.re[ac]*"),
     ("unike.tables", "unike.types unike.metrics unike.records"),
-    ("unike.editor", "unike.*"),
-    ("unike.runs", "unike.*"),
-    ("unike.check", "unike.*"),
+    *((f"unike.{top}", "unike.*") for top in ("editor", "runs", "check")),
 )
 THIRD_PARTY = (("unike.types", ""), ("unike.text", ""), ("unike.knowledge*", "torch torch.*"))
 

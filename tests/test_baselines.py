@@ -9,7 +9,8 @@ import torch
 from worlds import BASE, SETTINGS, World, assert_untouched, case, query, snapshot
 
 from unike.backbones.prefix import PrefixCache
-from unike.edits import Fact, PromptEdit, RoutedEdit, Shown, WeightDelta
+from unike.deltas import WeightDelta
+from unike.edits import Fact, PromptEdit, RoutedEdit, Shown
 from unike.hparams import HyperParams
 from unike.methods import build, ike, needs_cases
 from unike.types import Case, EditRequest, Query, UserError

@@ -20,7 +20,8 @@ ROOT = Path(__file__).parents[1]
 ROWS = [(name, row) for name, rows in SETTINGS.items() for row in rows]
 IDS = [f"{name}-{'-'.join(map(str, row.values()))}".strip("-") for name, row in ROWS]
 each_row = pytest.mark.parametrize("row", ROWS, ids=IDS)
-TRAINED = [(n, r) for n, r in ROWS if n != "ike"]
+# Methods that lower an edit's own loss step by step; the others learnt to edit before, or show it.
+TRAINED = {i: row for i, row in zip(IDS, ROWS, strict=True) if row[0] in ("ft", "tpatcher", "unike")}
 
 
 def test_every_registered_method_is_held_to_the_contract() -> None:
@@ -59,7 +60,7 @@ def test_the_base_is_whole_after_an_exception(world: World, row) -> None:
     assert_untouched(backbone, before, hooks)
 
 
-@pytest.mark.parametrize("row", TRAINED, ids=[i for i, (n, _) in zip(IDS, ROWS, strict=True) if n != "ike"])
+@pytest.mark.parametrize("row", TRAINED.values(), ids=TRAINED)
 def test_training_lowers_the_edits_loss_in_the_whole_model(world: World, row) -> None:
     backbone, batch = world.backbone, encode_queries(world.backbone, [query(0)])
     start = answer_loss(world.logits([query(0)]), batch.labels).item()

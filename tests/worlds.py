@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from original_files import make_spec
@@ -18,6 +20,7 @@ from unike.edits import Edit
 from unike.hooks import hook_count
 from unike.hparams import HyperParams
 from unike.methods import base, build, needs_knowledge
+from unike.methods.meta_training import TrainableMethod, meta_train
 from unike.methods.preparation import as_knowledge, build_knowledge
 from unike.types import METRICS, Case, EditRequest, Probe, Query
 
@@ -25,6 +28,8 @@ COLORS = ("teal", "navy", "olive", "maroon", "gold", "gray")
 BASE = {
     "model_name": "blip2", "name": "unused", "layers": 2, "k": 3, "max_steps": 25, "lr": 2e-2,
     "encoder_steps": 5, "encoder_batch": 4, "eval_batch": 4, "n_keys": 4,
+    "editor_rank": 6, "editor_lr": 1e-2, "editor_steps": 5, "editor_batch": 2, "editor_val_every": 5,
+    "c_edit": 1.0,
 }  # fmt: skip
 # By method: what its YAML says, one row per way of working. A method that is registered has one.
 SETTINGS = {
@@ -32,6 +37,10 @@ SETTINGS = {
     "ft": [{"layers": 1}, {"ft_target": "projection"}],
     "tpatcher": [{"activation_loss": 0.1, "memory_loss": 0.1}],
     "ike": [{"ike_retriever": "states", "ike_demonstrations": 2}],
+    "ke": [{}],
+    "mend": [{}],
+    # All cases ask the same question: only the picture tells them apart.
+    "serac": [{"serac_scope": "multimodal"}],
 }
 
 
@@ -59,11 +68,19 @@ class World:
         self.built = build_knowledge(
             self.backbone, triplets_of(self.train), [4, 5], HyperParams.from_dict(BASE)
         )
+        self.learnt: dict[str, TrainableMethod] = {}
 
     def method(self, name: str, changes: dict) -> base.EditMethod:
         hparams = HyperParams.from_dict({**BASE, "method": name, **changes})
         knowledge = as_knowledge(*self.built[:2], hparams) if needs_knowledge(hparams) else {}
-        return build(hparams, knowledge, lambda: self.train)
+        method = build(hparams, knowledge, lambda: self.train)
+        if not isinstance(method, TrainableMethod):
+            return method
+        if name not in self.learnt:
+            with TemporaryDirectory() as folder:
+                meta_train(method, self.backbone, self.train, self.train[:2], hparams, Path(folder))
+            self.learnt[name] = method
+        return self.learnt[name]
 
     def prefixes(self, method: base.EditMethod) -> PrefixCache:
         return PrefixCache(self.backbone, method.layers(self.backbone)[0])

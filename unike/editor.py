@@ -7,7 +7,6 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from itertools import islice
 from typing import Any
 
 from tqdm import tqdm
@@ -165,9 +164,7 @@ class MultimodalEditor:
             return runs.knowledge_triplets(self.hparams, skip_broken)
 
         def cases() -> Sequence[Case]:
-            if train_ds is not None:
-                return list(islice(train_ds, self.hparams.triplets))
-            return runs.train_cases(self.hparams, skip_broken)
+            return runs.train_cases(self.hparams, skip_broken, train_ds)
 
         if self._parts is None or train_ds is not None:
             with self._slot.only(()):

@@ -66,45 +66,6 @@ class Edit(ABC):
         return sum(t.nbytes for t in self.state_dict().values())
 
 
-class WeightDelta(Edit):
-    """New values for some of the model's parameters, by name."""
-
-    def __init__(self, weights: Mapping[str, torch.Tensor], info: dict[str, Any] | None = None) -> None:
-        self.weights = dict(weights)
-        self.info = info or {}
-
-    @contextmanager
-    def applied(self, backbone: Backbone) -> Iterator[None]:
-        former: list[tuple[nn.Module, str, nn.Parameter | None]] = []
-        try:
-            for name, tensor in self.weights.items():
-                path, _, leaf = name.rpartition(".")
-                owner = backbone.model.get_submodule(path)
-                former.append((owner, leaf, owner._parameters[leaf]))
-                new = (
-                    tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=False)
-                )
-                owner._parameters[leaf] = new
-            yield
-        finally:
-            for owner, leaf, parameter in reversed(former):
-                owner._parameters[leaf] = parameter
-
-    def changes_prefix(self, backbone: Backbone, first: int) -> bool:
-        layers = [backbone.layout.layer(i) for i in range(first, len(backbone.layout))]
-        behind = {id(module) for layer in layers for module in layer.modules()}
-        owners = (backbone.model.get_submodule(name.rpartition(".")[0]) for name in self.weights)
-        return any(id(owner) not in behind for owner in owners)
-
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        return {name: w.detach() for name, w in self.weights.items()}
-
-    def __or__(self, other: Any) -> Edit:
-        if not isinstance(other, WeightDelta):
-            return NotImplemented
-        return WeightDelta(self.weights | other.weights, self.info | other.info)
-
-
 class Shown(NamedTuple):
     """A text in a prompt, with the number of its tokens."""
 

@@ -113,6 +113,25 @@ class HyperParams:
     triplets: int = _option("knowledge", "knowledge triplets collected", 2000, low=0)
     knowledge_dir: str | None = _option("knowledge", "where memory and encoders are kept", None)
 
+    editor_dir: str | None = _option("editor", "where trained editors (KE, MEND, SERAC) are kept", None)
+    editor_rank: int = _option("editor", "inner width of the editor networks", 96, low=1)
+    editor_probes: str = _option(
+        "editor", "probes of the train records that an editor learns from", "five", choices=("five", "all")
+    )
+    edit_scale: float = _option("editor", "size of an untrained editor's steps", 1e-2, low=0, above=True)
+    editor_lr: float = _option("editor", "learning rate of the editor", 1e-3, low=0, above=True)
+    editor_steps: int = _option("editor", "most training steps", 2000, low=0)
+    editor_batch: int = _option("editor", "records whose gradients are summed up in a step", 4, low=1)
+    editor_val_every: int = _option("editor", "steps between validations", 100, low=1)
+    editor_val_cases: int = _option("editor", "held-out train records of a validation", 60, low=1)
+    editor_patience: int = _option("editor", "validations without a better one that end training", 6, low=1)
+    c_edit: float = _option("editor", "weight of the loss on edit and neighbours", 0.1, low=0)
+    c_loc: float = _option("editor", "weight of the change elsewhere", 1.0, low=0)
+    ke_margin: float = _option("editor", "KE: change elsewhere that is allowed", 1e-3, low=0)
+    serac_scope: str = _option(
+        "editor", "what SERAC's scope classifier reads of a query", "text", choices=("text", "multimodal")
+    )
+
     data: dict[str, Any] = field(
         default_factory=dict,
         metadata={

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import count
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +21,13 @@ from unike.datasets.triplets import Triplet, triplets_of
 from unike.hparams import HyperParams
 from unike.methods import build, methods, needs_cases, needs_knowledge
 from unike.methods.base import CaseSource, EditMethod, Knowledge, check_method
-from unike.methods.preparation import ensure_knowledge, knowledge_key
+from unike.methods.meta_training import TRAINING, TrainableMethod
+from unike.methods.preparation import ensure_knowledge
+from unike.methods.trained import ensure_editor, kept_editor, learns, wants_cases
 from unike.progress import bars
 from unike.protocols import one_step
 from unike.reading import Reader
-from unike.records import RecordWriter, read_records
+from unike.records import RecordWriter, read_records, sha256_of
 from unike.sequences import run_sequences, sequences_of
 from unike.tables import RunningMeans, summarise
 from unike.types import Case, UserError
@@ -94,7 +95,7 @@ def preflight(
         lambda: require_backbone(hparams),
         lambda: opened.append(open_datasets(hparams, task, size, skip_broken)),
         lambda: wants_triplets(hparams) and knowledge_triplets(hparams, skip_broken),
-        lambda: needs_cases(hparams) and train_cases(hparams, skip_broken),
+        lambda: (needs_cases(hparams) or wants_cases(hparams)) and train_cases(hparams, skip_broken),
         lambda: opened and hparams.protocol != "one_step" and sequences_of(hparams, opened[0]),
     )
     return opened[0]
@@ -217,18 +218,23 @@ def _train_files(hparams: HyperParams) -> dict[str, str]:
     return {name: annotation_file(hparams, name, "train") for name in names}
 
 
-def train_cases(hparams: HyperParams, skip_broken: bool = False) -> Sequence[Case]:
-    """The first ``hparams.triplets`` cases of the train annotations, the tasks in turn."""
-    return _train_split(hparams, skip_broken)[: hparams.triplets]
+def train_cases(
+    hparams: HyperParams, skip_broken: bool = False, given: Iterable[Case] | None = None
+) -> Sequence[Case]:
+    """What the method wants of the train annotations, the tasks in turn, or of ``given`` cases: all of
+    them to learn from, or the first ``hparams.triplets`` to show."""
+    if learns(hparams):
+        return training_cases(hparams, skip_broken) if given is None else list(given)
+    return list(islice(_train_split(hparams, skip_broken) if given is None else given, hparams.triplets))
 
 
-def _train_split(hparams: HyperParams, skip_broken: bool) -> _Dataset:
+def _train_split(hparams: HyperParams, skip_broken: bool, whole: bool = False) -> _Dataset:
     files = _train_files(hparams)
-    if hparams.triplets == 0:
+    if not whole and hparams.triplets == 0:
         raise UserError(f"{hparams.source}: triplets: 0; the method needs some of the train annotations")
     # A record whose own answer is right has no wrong one to learn from.
     common: dict[str, Any] = {"image_root": hparams.image_root, "rephrase_root": hparams.rephrase_root}
-    return _opened(files, common | {"clean": True, "skip_broken": skip_broken})
+    return _opened(files, common | {"clean": not whole, "skip_broken": skip_broken})
 
 
 def knowledge_triplets(hparams: HyperParams, skip_broken: bool = False) -> list[Triplet]:
@@ -239,6 +245,15 @@ def knowledge_triplets(hparams: HyperParams, skip_broken: bool = False) -> list[
         return [t for t in triplets if t.query.image not in lost]
     _require_pictures(", ".join(_train_files(hparams).values()), sorted(lost))
     return triplets
+
+
+def training_cases(hparams: HyperParams, skip_broken: bool = False) -> list[Case]:
+    """Every train case that the YAML names, the tasks in turn."""
+    dataset = _train_split(hparams, skip_broken, whole=True)
+    if skip_broken:
+        return _with_pictures(dataset, None)[0]
+    _require_pictures(", ".join(_train_files(hparams).values()), dataset.missing_images())
+    return list(dataset)
 
 
 def prepare(
@@ -261,13 +276,6 @@ def prepare(
         return ensure_knowledge(backbone, hparams, layers, source, tick)
 
 
-def knowledge_folder(hparams: HyperParams, backbone: Backbone, triplets: Sequence[Triplet]) -> Path:
-    """Where ``prepare`` keeps what it builds from these triplets, or a shipped ``knowledge_dir`` itself."""
-    parent = Path(hparams.knowledge_dir or "")
-    keyed = parent / knowledge_key(backbone, triplets, hparams)
-    return keyed if (keyed / "knowledge.json").is_file() else parent
-
-
 def assemble(
     hparams: HyperParams,
     backbone: Backbone,
@@ -275,11 +283,17 @@ def assemble(
     triplets: TripletSource | None = None,
     cases: CaseSource | None = None,
 ) -> Parts:
-    """The YAML's method on a backbone, with its knowledge; ``triplets`` and ``cases`` take the place of
-    the train annotations that the YAML names."""
+    """The YAML's method on a backbone, with its knowledge, and trained where it learns to edit.
+
+    ``triplets`` and ``cases`` take the place of the train annotations that the YAML names.
+    """
+    cases = cases or (lambda: train_cases(hparams))
     layers = build(hparams).layers(backbone)
-    knowledge = prepare(hparams, backbone, layers, progress, triplets)
-    return Parts(hparams, backbone, build(hparams, knowledge, cases or (lambda: train_cases(hparams))))
+    method = build(hparams, prepare(hparams, backbone, layers, progress, triplets), cases)
+    if isinstance(method, TrainableMethod):
+        with bars({TRAINING: hparams.editor_steps * hparams.editor_batch}, progress) as tick:
+            ensure_editor(method, backbone, cases, tick)
+    return Parts(hparams, backbone, method)
 
 
 # ---------------------------------------------------------------- the run and its folder
@@ -313,19 +327,13 @@ def _taken(directory: Path) -> bool:
 def checksums(hparams: HyperParams, task: str) -> dict[str, str]:
     """SHA-256 of every data file that a run reads, by YAML key."""
     files = {f"data.{n}.eval": annotation_file(hparams, n, "eval") for n in parts_of(task)}
-    if wants_triplets(hparams) or needs_cases(hparams):
+    if wants_triplets(hparams) or needs_cases(hparams) or wants_cases(hparams):
         files |= {f"data.{n}.train": path for n, path in _train_files(hparams).items()}
     elif needs_knowledge(hparams):
         files["knowledge_dir"] = str(Path(str(hparams.knowledge_dir)) / "knowledge.safetensors")
-    return {key: _sha256(path) for key, path in files.items()}
-
-
-def _sha256(path: str) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    elif learns(hparams):
+        files["editor_dir"] = str(Path(str(kept_editor(hparams))) / "editor.safetensors")
+    return {key: sha256_of(path) for key, path in files.items()}
 
 
 def open_run(parts: Parts, task: str, directory: Path, resume: bool, generated: bool = True) -> RecordWriter:

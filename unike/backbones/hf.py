@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -145,7 +145,7 @@ class VisionLanguageBackbone:
             self._row(next(features) if i is not None else None, p, t)
             for i, p, t in zip(images, prompts, targets, strict=True)
         ]
-        return self._pad(rows, padding_side)
+        return replace(self._pad(rows, padding_side), prompts=tuple(prompts))
 
     def _row(
         self, features: torch.Tensor | None, prompt: str, target: str | None
@@ -191,7 +191,7 @@ class VisionLanguageBackbone:
 
     def __call__(self, batch: Batch) -> Output:
         """The whole decoder over a batch."""
-        with self.prompt.asking(batch.question_end):
+        with self.prompt.asking(batch.question_end, batch.prompts):
             return Output(self._decode_whole(batch))
 
     @torch.no_grad()
@@ -200,7 +200,9 @@ class VisionLanguageBackbone:
         args, kwargs = inputs_of(self.layout.layer(first), lambda: self._decode_whole(batch))
         hidden = hidden_states(args, kwargs)
         rest = {k: v for k, v in kwargs.items() if k != "hidden_states"}
-        return PrefixState(hidden, batch.attention_mask, batch.labels, batch.question_end, first, rest)
+        return PrefixState(
+            hidden, batch.attention_mask, batch.labels, batch.question_end, first, rest, batch.prompts
+        )
 
     @torch.no_grad()
     def layer_inputs(self, attention_mask: torch.Tensor) -> dict[str, object]:
@@ -220,7 +222,7 @@ class VisionLanguageBackbone:
     def suffix_hidden(self, state: PrefixState) -> torch.Tensor:
         """What enters the final norm, ``[b,s,d]``."""
         hidden = state.hidden
-        with self.prompt.asking(state.question_end):
+        with self.prompt.asking(state.question_end, state.prompts):
             for index in range(state.first, len(self.layout)):
                 hidden = first_tensor(self.layout.layer(index)(hidden, **state.layer_inputs))
         return hidden
@@ -231,7 +233,7 @@ class VisionLanguageBackbone:
     ) -> list[str]:
         """Greedy answers, each cut at the first stop."""
         batch = self.encode(images, prompts, padding_side="left")
-        with self.prompt.asking(batch.question_end):
+        with self.prompt.asking(batch.question_end, batch.prompts):
             ids = self.model.language_model.generate(
                 inputs_embeds=batch.inputs_embeds, attention_mask=batch.attention_mask, do_sample=False,
                 max_new_tokens=max_new_tokens or self.max_new_tokens, eos_token_id=list(self.eos_ids),

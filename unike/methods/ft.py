@@ -6,7 +6,8 @@ from torch import nn
 
 from unike.backbones.base import Backbone, encode_queries
 from unike.backbones.prefix import PrefixCache
-from unike.edits import Edit, WeightDelta
+from unike.deltas import WeightDelta
+from unike.edits import Edit
 from unike.hparams import HyperParams
 from unike.methods.base import Knowledge, edited_layers, register
 from unike.methods.training import Trained, train, train_to_target
