@@ -20,9 +20,12 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     add = parser.add_argument
     add("--hparams_dir", required=True, metavar="FILE", help="YAML of hyper-parameters")
-    add("--task", choices=("vqa", "caption", "cross"), default="vqa", help="E-VQA, E-IC, or both in turn")
+    add("--task", choices=("vqa", "caption", "cross"), help="E-VQA, E-IC, or both in turn")
     add("--size", type=int, metavar="N", help="edit the first N records")
-    add("--seed", type=int, metavar="N", help="the same as seed=N")
+    named = {"--k": "sequence_length"} | {f"--{key}": key for key in ("seed", "protocol", "sequences")}
+    for flag, key in named.items():
+        value = f"{key}={{}}".format
+        add(flag, dest="named", action="append", default=[], type=value, metavar="X", help=value("X"))
     add("--output", metavar="DIR", help="folder of the run; default: results/<yaml>-<task>, numbered")
     add("--resume", action="store_true", help="go on with the run in that folder")
     add("--skip_broken", action="store_true", help="leave out broken records and pictures, counted")
@@ -33,8 +36,8 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> int:
-    seed = [] if args.seed is None else [f"seed={args.seed}"]
-    hparams = HyperParams.from_hparams(args.hparams_dir, [*args.overrides, *seed])
+    hparams = HyperParams.from_hparams(args.hparams_dir, [*args.overrides, *args.named])
+    args.task = args.task or ("cross" if hparams.protocol == "cross_task" else "vqa")
     # Imported late: torch takes seconds, and a typing error in the YAML should not.
     from unike import check, runs, tables
     from unike.backbones import load_backbone

@@ -22,7 +22,7 @@ import yaml
 from unike import runs, tables
 from unike.backbones import load_backbone
 from unike.hparams import HyperParams
-from unike.protocols import Reader
+from unike.reading import Reader
 from unike.types import FIVE_METRICS, HARD_METRICS, UserError
 
 PAPER_NAMES = dict(zip(FIVE_METRICS, ("rel", "t_gen", "m_gen", "t_loc", "m_loc"), strict=True))

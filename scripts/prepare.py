@@ -1,4 +1,5 @@
-"""Builds memory and encoders of a YAML, and prints how well each layer's encoders were trained.
+"""Builds what a YAML's method learns before it edits, and prints how well it was learnt: memory and
+encoders for UniKE, the editor for KE, MEND and SERAC. A killed training goes on where it was.
 
 python -m scripts.prepare --hparams_dir hparams/blip2.yaml
 """
@@ -21,6 +22,8 @@ from unike import runs
 from unike.backbones import load_backbone
 from unike.hparams import HyperParams
 from unike.methods import build, needs_knowledge
+from unike.methods.preparation import knowledge_folder
+from unike.methods.trained import kept_editor, learns, wants_cases
 from unike.tables import as_text
 from unike.types import UserError
 
@@ -36,9 +39,30 @@ def fit_table(fits: Mapping[str, Mapping[str, float]], title: str) -> Table:
     return table
 
 
+def train(hparams: HyperParams, skip_broken: bool) -> int:
+    """Loads the editor or trains it."""
+    if not wants_cases(hparams):
+        print(f"editor: {kept_editor(hparams)}")
+        return 0
+    backbone = load_backbone(hparams)
+    if hparams.generate_data:
+        from scripts.tiny import make_data
+
+        make_data.ensure(hparams, ("train",), backbone)
+    cases = runs.training_cases(hparams, skip_broken)
+    runs.assemble(hparams, backbone, cases=lambda: cases)
+    folder = kept_editor(hparams)
+    report = json.loads((Path(str(folder)) / "editor.json").read_text(encoding="utf-8"))["training"]
+    print(f"{len(cases)} records, {report['step']} steps; best validation {report['best']:.4f}", end="")
+    print(f" after {report['best_step']}\neditor: {folder}")
+    return 0
+
+
 def run(args: argparse.Namespace) -> int:
     hparams = HyperParams.from_hparams(args.hparams_dir, args.overrides)
     runs.require_backbone(hparams)
+    if learns(hparams):
+        return train(hparams, args.skip_broken)
     if not needs_knowledge(hparams):
         raise UserError(f"{hparams.source}: method: {hparams.method} with these options needs no knowledge")
     backbone = load_backbone(hparams)
@@ -49,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     triplets = runs.knowledge_triplets(hparams, skip_broken=args.skip_broken)
     layers = build(hparams).layers(backbone)
     runs.prepare(hparams, backbone, layers, triplets=lambda: triplets)
-    folder = runs.knowledge_folder(hparams, backbone, triplets)
+    folder = knowledge_folder(hparams, backbone, triplets)
     index: dict[str, Any] = json.loads((folder / "knowledge.json").read_text(encoding="utf-8"))
     print(as_text(fit_table(index["fit"], f"{len(triplets)} triplets")))
     print(f"memory and encoders: {folder}")

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 from helpers import Project, make_project
+from original_files import FAMILIES
+from worlds import World
+
+from unike.methods import ike
 
 
 @pytest.fixture(scope="session")
@@ -22,3 +29,33 @@ def minigpt4_project(tmp_path_factory: pytest.TempPathFactory) -> Project:
 def project(request: pytest.FixtureRequest) -> Project:
     """Each of the two projects in turn."""
     return request.getfixturevalue(f"{request.param}_project")
+
+
+@pytest.fixture
+def copied(blip2_project: Project, tmp_path: Path) -> Project:
+    """A BLIP2-OPT project that a test may damage."""
+    return blip2_project.copy(tmp_path / "project")
+
+
+@pytest.fixture
+def nothing_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails a test that gets as far as loading a backbone."""
+
+    def load(*_: Any) -> None:
+        raise AssertionError("a backbone is loaded")
+
+    monkeypatch.setattr("unike.backbones.load_backbone", load)
+
+
+@pytest.fixture(scope="session")
+def worlds() -> dict[str, World]:
+    return {}
+
+
+@pytest.fixture(params=FAMILIES)
+def world(request: pytest.FixtureRequest, worlds: dict[str, World], monkeypatch) -> World:
+    # The small decoders know few positions: less is left for the question.
+    monkeypatch.setattr(ike, "ASKING", 40)
+    if request.param not in worlds:
+        worlds[request.param] = World(request.param)
+    return worlds[request.param]

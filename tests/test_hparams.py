@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from unike.hparams import OPTIONS, HyperParams, UniKEHyperParams
 from unike.legacy import edited_layers
-from unike.types import BackboneSpec, UserError
+from unike.types import METRIC_PRESETS, BackboneSpec, UserError
 
 RELEASE = Path(__file__).parent / "fixtures" / "release_minigpt4.yaml"
 BASE = {"model_name": "blip2", "name": "./cache/blip2"}
@@ -27,6 +27,7 @@ def values_of(option):
         "layers": st.integers(1, 99) | st.sets(st.integers(0, 99), min_size=1).map(sorted).map(tuple),
         "alpha": st.just("adaptive") | st.floats(0, 1),
         "device": st.sampled_from(["auto", "cpu", "cuda", "cuda:0", "cuda:12"]),
+        "metric_presets": st.sets(st.sampled_from(METRIC_PRESETS), min_size=1).map(sorted).map(tuple),
         "data": st.dictionaries(
             st.sampled_from(["vqa", "caption"]),
             st.dictionaries(st.sampled_from(["train", "eval"]), st.none() | texts),

@@ -119,6 +119,21 @@ def test_bootstrap_matches_a_loop(monkeypatch, block):
     assert (low, high) == pytest.approx((np.quantile(means, 0.025), np.quantile(means, 0.975)))
 
 
+def test_bootstrap_of_groups_matches_a_loop():
+    values, groups = [0.0, 1.0, 1.0, 0.5, 0.25], ["b", "a", "b", "c", "a"]
+    generator = np.random.default_rng(3)
+    named = {g: [v for v, own in zip(values, groups, strict=True) if own == g] for g in sorted(set(groups))}
+    means = []
+    for _ in range(500):
+        drawn = [v for i in generator.integers(0, 3, 3) for v in list(named.values())[i]]
+        means.append(sum(drawn) / len(drawn))
+    mean, low, high = bootstrap_interval(values, seed=3, samples=500, groups=groups)
+    assert mean == pytest.approx(statistics.mean(values))
+    assert (low, high) == pytest.approx((np.quantile(means, 0.025), np.quantile(means, 0.975)))
+    single = bootstrap_interval(values, seed=3, groups=range(5))
+    assert single == bootstrap_interval(values, seed=3)
+
+
 @settings(deadline=None, max_examples=50)
 @given(values=st.lists(st.floats(0, 1), min_size=1, max_size=30), seed=st.integers(0, 2**32 - 1))
 def test_bootstrap_is_deterministic_and_bounded(values, seed):

@@ -14,8 +14,9 @@ from unike.backbones.base import encode_queries
 from unike.backbones.prefix import PrefixCache
 from unike.hparams import HyperParams
 from unike.methods import build
-from unike.protocols import Reader, one_step
-from unike.types import METRICS, Case, EditRequest, Probe, Query
+from unike.protocols import one_step
+from unike.reading import Reader
+from unike.types import METRIC_PRESETS, METRICS, Case, EditRequest, Probe, Query
 
 COLORS = ("teal", "navy", "olive", "maroon")
 HPARAMS = {
@@ -87,6 +88,30 @@ def test_teacher_forced_readings_are_the_whole_models(backbone) -> None:
     with edit.applied(backbone):
         assert [r.predicted_ids for r in after] == whole()
     assert all(r.generated is None for r in (*base, *after))
+
+
+def test_one_forward_pass_serves_all_presets(backbone, monkeypatch) -> None:
+    one = case(backbone)
+    maker = method()
+    reader = Reader(backbone, PrefixCache(backbone, maker.layers(backbone)[0]), False, METRIC_PRESETS)
+    base = reader.base(one)
+    edit = maker.edit(backbone, one.request, reader.prefixes)
+    passes, suffix = [], backbone.suffix
+    monkeypatch.setattr(backbone, "suffix", lambda state: passes.append(len(state)) or suffix(state))
+    after = reader.edited(one, edit, base)
+    assert passes == [len(one.probes)]
+    monkeypatch.undo()
+    batch = encode_queries(backbone, [p.query for p in one.probes])
+
+    def whole() -> list[list[list[int]]]:
+        logits = backbone(batch).logits
+        kept = [logits[i][batch.attention_mask[i].bool()] for i in range(len(batch))]
+        return [rows.topk(10).indices.tolist() for rows in kept]
+
+    assert [r.ranked.tolist() for r in base] == whole()
+    assert [r.best.tolist() for r in base] == [[row[0] for row in rows] for rows in whole()]
+    with edit.applied(backbone):
+        assert [r.ranked.tolist() for r in after] == whole()
 
 
 def test_the_base_is_asked_once(backbone, monkeypatch) -> None:

@@ -33,19 +33,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture
-def copied(blip2_project: Project, tmp_path: Path) -> Project:
-    return blip2_project.copy(tmp_path / "project")
-
-
-@pytest.fixture
-def nothing_loads(monkeypatch: pytest.MonkeyPatch) -> None:
-    def load(*_: Any) -> None:
-        raise AssertionError("a backbone is loaded")
-
-    monkeypatch.setattr("unike.backbones.load_backbone", load)
-
-
 def start(project: Project, *arguments: str) -> int:
     return run_edit.main(["--hparams_dir", str(project.yaml), *arguments])
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from unike.metrics import bootstrap_interval
+from unike.metrics import bootstrap_interval, ngram_entropy
 from unike.tables import as_text, compare_table, summarise, summary_table
 from unike.types import FIVE_METRICS, METRICS
 
@@ -28,8 +28,59 @@ def test_summary_values():
     assert summary["metrics"]["joint"]["teacher_forced"]["after"] == after
     assert summary["metrics"]["reliability"]["generated"]["after"]["mean"] == 50.0
     assert summary["metrics"]["reliability"]["generated"]["before"]["mean"] == 0.0
+    mean, low, high = bootstrap_interval([10.0, 20.0], 1)
+    assert summary["costs"]["steps"] == {"mean": mean, "low": low, "high": high}
+    assert summary["costs"]["seconds"] == {"mean": 0.25, "low": 0.25, "high": 0.25}
     assert json.loads(json.dumps(summary)) == summary
     assert summarise(RECORDS, seed=1) == summary
+
+
+def test_what_stands_beside_the_metrics():
+    more = {
+        "bytes": 8,
+        "presets": {"easyedit": {"m_locality": 0.5}},
+        "base_right": {"teacher_forced": {"m_locality": 1.0}},
+        "answers": {"joint": {"before": "a dog", "after": "a red dog and a red cat"}},
+    }
+    records = [record(0, 1.0, **more), record(1, 0.5, bytes=16), {"id": "2", "status": "failed"}]
+    summary = summarise(records, 1, ("paper", "easyedit"))
+    means = summary["harmonic_mean"]["teacher_forced"]
+    assert set(means) == {"five", "all"}
+    assert means["five"]["before"]["mean"] == 0.0
+    assert means["five"]["after"]["mean"] == pytest.approx(75.0)
+    assert means["five"]["after"]["low"] == pytest.approx(50.0)
+    assert means["five"]["after"]["high"] == pytest.approx(100.0)
+    assert summary["bytes"] == 12.0
+    assert summary["base_right"]["teacher_forced"]["m_locality"]["mean"] == 100.0
+    assert summary["presets"]["easyedit"]["metrics"] == {
+        "m_locality": {"mean": 50.0, "low": 50.0, "high": 50.0, "n": 1}
+    }
+    assert summary["presets"]["paper"]["metrics"]["joint"]["mean"] == 75.0
+    assert summary["fluency"]["before"] == 0.0
+    assert summary["fluency"]["after"] == pytest.approx(ngram_entropy("a red dog and a red cat"))
+    assert "ROME" in summary["fluency"]["source"]
+    assert json.loads(json.dumps(summary)) == summary
+    text = as_text(summary_table(summary, "x"))
+    assert "M-Locality, easyedit" in text
+    assert next(row for row in text.splitlines() if "harmonic mean" in row).split()[2:5] == [
+        "0.0",
+        "/",
+        "0.0",
+    ]
+
+
+def test_sequences_are_resampled_whole():
+    """Two sequences, one all right and one all wrong: the interval knows of two draws, not of ten."""
+    place = {"kind": "final", "position": 1}
+    records = [record(i, float(i < 5), sequence=int(i < 5), **place) for i in range(10)]
+    records += [record(10, 1.0, sequence=0, position=1, kind="step", former={})]
+    after = summarise(records, seed=1)["metrics"]["joint"]["teacher_forced"]["after"]
+    assert (after["mean"], after["low"], after["high"], after["n"]) == (50.0, 0.0, 100.0, 10)
+    steps = summarise([{**r, "steps": 20 * r["sequence"]} for r in records], seed=1)["costs"]["steps"]
+    assert (steps["mean"], steps["low"], steps["high"]) == (10.0, 0.0, 20.0)
+    alone = summarise([{**r, "sequence": 0} for r in records], seed=1)
+    after = alone["metrics"]["joint"]["teacher_forced"]["after"]
+    assert 0.0 < after["low"] < 50.0 < after["high"] < 100.0
 
 
 def test_what_is_missing_is_not_counted():

@@ -121,8 +121,14 @@ def test_knowledge_is_shipped_for_the_shipped_weights(world: World) -> None:
     folder = Path(str(world.hparams.knowledge_dir))
     assert json.loads((folder / "knowledge.json").read_text())["backbone"] == world.backbone.fingerprint
     assert not runs.wants_triplets(world.hparams)
-    sizes = [p.stat().st_size for p in Path(world.hparams.name).rglob("*") if p.is_file()]
-    assert sum(sizes) < 25e6
+    root = Path(world.hparams.name)
+    sizes = {p.relative_to(root): p.stat().st_size for p in root.rglob("*") if p.is_file()}
+    learnt = sum(size for path, size in sizes.items() if path.parts[0] == "editors")
+    assert sum(sizes.values()) - learnt < 25e6
+    # Whatever editors are shipped beside it are few and its own.
+    assert learnt < 10e6
+    for index in root.glob("editors/*/*/editor.json"):
+        assert json.loads(index.read_text())["backbone"] == world.backbone.fingerprint
 
 
 def test_drawing_is_deterministic_by_seed(world: World, tmp_path: Path, textures: Path) -> None:

@@ -16,6 +16,7 @@ from unike.backbones.loading import pick_device
 from unike.hparams import HyperParams
 from unike.methods import needs_knowledge
 from unike.methods.base import check_method
+from unike.methods.trained import kept_editor, learns
 from unike.types import Case
 
 CONSTRAINTS = Path(__file__).resolve().parents[1] / "constraints.txt"
@@ -34,6 +35,8 @@ def findings(hparams: HyperParams, task: str) -> list[Finding]:
     ]
     if found[0].ok and needs_knowledge(hparams):
         found += _knowledge(hparams)
+    if found[0].ok and learns(hparams):
+        found += _editor(hparams)
     # Two data sets may lack the same folder: once is enough.
     return list(dict.fromkeys(found + versions()))
 
@@ -124,6 +127,18 @@ def _shipped(hparams: HyperParams, folder: Path) -> Finding:
         what = f"knowledge_dir: {folder}: made with other values of {', '.join(changed)}"
         return Finding(True, what, "built anew from the train data")
     return Finding(True, f"knowledge_dir: {folder}: memory and encoders are there")
+
+
+def _editor(hparams: HyperParams) -> list[Finding]:
+    """The trained editor: kept, or to be trained first; weights tell on loading."""
+    if hparams.editor_dir is None:
+        return [Finding(False, "editor_dir: missing", "name a folder for trained editors")]
+    if (kept := kept_editor(hparams)) is not None:
+        return [Finding(True, f"editor_dir: {kept}: the editor is there")]
+    what = f"editor_dir: {hparams.editor_dir}: no editor of these options"
+    if not hparams.generate_data and (problems := runs.problems_of(lambda: runs.training_cases(hparams))):
+        return [Finding(False, problem) for problem in problems]
+    return [Finding(True, what, "trained first (scripts/prepare.py)")]
 
 
 # ---------------------------------------------------------------- versions

@@ -163,9 +163,12 @@ class MultimodalEditor:
                 return triplets_of(train_ds, self.hparams.triplets)
             return runs.knowledge_triplets(self.hparams, skip_broken)
 
+        def cases() -> Sequence[Case]:
+            return runs.train_cases(self.hparams, skip_broken, train_ds)
+
         if self._parts is None or train_ds is not None:
             with self._slot.only(()):
-                self._parts = runs.assemble(self.hparams, self.backbone, self.progress, triplets)
+                self._parts = runs.assemble(self.hparams, self.backbone, self.progress, triplets, cases)
         return self._parts
 
     def generate(self, image: ImageLike | None, prompt: str, max_new_tokens: int | None = None) -> str:
@@ -240,7 +243,8 @@ class MultimodalEditor:
                 metrics.append(_metric(number, case, record))
         self._slot.put(edits)
         self._slot.editor = self
-        return metrics, EditedModel(self._slot, edits), summarise(records, self.hparams.seed)
+        summary = summarise(records, self.hparams.seed, self.hparams.metric_presets)
+        return metrics, EditedModel(self._slot, edits), summary
 
 
 def _metric(number: int, case: Case, record: Mapping[str, Any]) -> dict[str, Any]:

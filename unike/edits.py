@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -48,6 +48,13 @@ class Edit(ABC):
         """The query as the edited model is asked it: the same, unless the edit lives in the prompt."""
         return query
 
+    def changes_prefix(self, backbone: Backbone, first: int) -> bool:
+        """Whether the edit changes what enters decoder layer ``first``.
+
+        The base model's prefix states then say nothing about the edited model's answers.
+        """
+        return False
+
     def explain(self) -> dict[str, list[float]]:
         """What the edit decided for each prompt of the last forward pass: the mean over its layers of
         ``alpha`` and of the best ``similarity`` in memory; empty where it decides nothing."""
@@ -59,37 +66,56 @@ class Edit(ABC):
         return sum(t.nbytes for t in self.state_dict().values())
 
 
-class WeightDelta(Edit):
-    """New values for some of the model's parameters, by name."""
+class Shown(NamedTuple):
+    """A text in a prompt, with the number of its tokens."""
 
-    def __init__(self, weights: Mapping[str, torch.Tensor], info: dict[str, Any] | None = None) -> None:
-        self.weights = dict(weights)
-        self.info = info or {}
+    text: str
+    tokens: int
 
-    @contextmanager
-    def applied(self, backbone: Backbone) -> Iterator[None]:
-        former: list[tuple[nn.Module, str, nn.Parameter | None]] = []
-        try:
-            for name, tensor in self.weights.items():
-                path, _, leaf = name.rpartition(".")
-                owner = backbone.model.get_submodule(path)
-                former.append((owner, leaf, owner._parameters[leaf]))
-                new = (
-                    tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=False)
-                )
-                owner._parameters[leaf] = new
-            yield
-        finally:
-            for owner, leaf, parameter in reversed(former):
-                owner._parameters[leaf] = parameter
+
+@dataclass(frozen=True)
+class Fact:
+    """An edit as text, and its demonstrations, the best first."""
+
+    id: str
+    fact: Shown
+    demonstrations: tuple[Shown, ...] = ()
+
+
+@dataclass
+class PromptEdit(Edit):
+    """Edits that stand in the prompt: what the model is asked changes, the model doesn't.
+
+    Before a question come the last edit's demonstrations, the best last, then all facts in order. If
+    they have more than ``room`` tokens, the worst demonstrations go first, then the oldest facts; the
+    last fact stays.
+    """
+
+    facts: tuple[Fact, ...]
+    room: int
+    info: dict[str, Any] = field(default_factory=dict)
+
+    def applied(self, backbone: Backbone) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def rewrite(self, query: Query) -> Query:
+        newest = self.facts[-1]
+        pieces = [*(f.fact for f in reversed(self.facts)), *newest.demonstrations]
+        shown, room = [newest.fact.text], self.room - newest.fact.tokens
+        for piece in pieces[1:]:
+            room -= piece.tokens
+            if room < 0:
+                break
+            shown.insert(0, piece.text)
+        return replace(query, prompt=f"{''.join(shown)}Prompt: {query.prompt}")
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        return {name: w.detach() for name, w in self.weights.items()}
+        return {}
 
     def __or__(self, other: Any) -> Edit:
-        if not isinstance(other, WeightDelta):
+        if not isinstance(other, PromptEdit):
             return NotImplemented
-        return WeightDelta(self.weights | other.weights, self.info | other.info)
+        return PromptEdit(self.facts + other.facts, other.room, self.info | other.info)
 
 
 @dataclass(frozen=True)
@@ -167,6 +193,9 @@ class RoutedEdit(Edit):
         with ExitStack() as stack:
             stack.enter_context(transform(afters))
             yield
+
+    def changes_prefix(self, backbone: Backbone, first: int) -> bool:
+        return self.layers[0] < first
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         out = {}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -49,6 +50,41 @@ def capture(modules: Mapping[Any, nn.Module]) -> Iterator[dict[Any, torch.Tensor
     try:
         for key, module in modules.items():
             handles.append(module.register_forward_pre_hook(keep(key), with_kwargs=True))
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@dataclass(frozen=True)
+class Passed:
+    """What went into a linear module and what came out, as one forward pass left them."""
+
+    inputs: torch.Tensor
+    outputs: torch.Tensor
+
+
+@contextmanager
+def tape(modules: Mapping[Any, nn.Module]) -> Iterator[dict[Any, Passed]]:
+    """Collects inputs and outputs of each module, under the module's key, for ``torch.autograd.grad``.
+
+    A frozen module that reads a constant gives an output without history: it is opened to
+    gradients here, so that the layers above become part of a graph.
+    """
+    seen: dict[Any, Passed] = {}
+
+    def keep(key: Any) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
+            if torch.is_grad_enabled() and not output.requires_grad:
+                output.requires_grad_()
+            seen[key] = Passed(args[0], output)
+
+        return hook
+
+    handles = []
+    try:
+        for key, module in modules.items():
+            handles.append(module.register_forward_hook(keep(key)))
         yield seen
     finally:
         for handle in handles:

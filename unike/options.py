@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from unike.types import UserError
+from unike.types import METRIC_PRESETS, UserError
 
 # YAML 1.1 reads 1e-4 as text: a float needs a dot and a signed exponent there.
 _NUMBER = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?")
@@ -195,6 +195,14 @@ def _mapping(value: Any) -> dict[str, Any]:
     return copy.deepcopy(dict(value))
 
 
+def _presets(value: Any) -> tuple[str, ...]:
+    names = [value] if isinstance(value, str) else value
+    _require(isinstance(names, (list, tuple)) and bool(names))
+    names = tuple(_text(name).lower() for name in names)
+    _require(set(names) <= set(METRIC_PRESETS) and len(set(names)) == len(names))
+    return names
+
+
 def _annotations(value: Any) -> dict[str, Any]:
     tasks = _mapping(value)
     _require(set(tasks) <= set(_TASKS))
@@ -215,5 +223,6 @@ _KINDS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "layers": ("a number of layers from 1 on, or a list of different layer numbers", _layers),
     "alpha": ("adaptive or a number", _alpha),
     "device": ("auto, cpu, cuda, cuda:N or the number N", _device),
+    "metric_presets": (f"a list of different names out of {', '.join(METRIC_PRESETS)}", _presets),
     "data": ("{vqa: {train: file, eval: file}, caption: {train: file, eval: file}}", _annotations),
 }

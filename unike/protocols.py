@@ -1,124 +1,34 @@
 """Protocols: what is edited, in which order, and what is asked before and after.
 
 A case is read twice: once from the untouched base model (kept, since no edit changes it) and once
-under the edit. Each reading is taken in two ways, never mixed: ``teacher_forced`` and ``generated``.
+under the edit or the sequence of edits. See ``unike.reading`` for how.
 """
 
 from __future__ import annotations
 
+import random
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import torch
+import numpy as np
 
-from unike.backbones.base import IGNORED, Backbone, PrefixState
-from unike.backbones.prefix import PrefixCache
+from unike.backbones.base import Backbone
 from unike.edits import Edit
 from unike.methods.base import EditMethod
-from unike.metrics import Reading, base_score, base_score_generated, score, score_generated
-from unike.types import Case, Query
-
-
-@dataclass(frozen=True)
-class _Forced:
-    """One query under teacher forcing: its target's ids, the argmax at each, and whether decoding
-    greedily from the prompt would have written exactly the target."""
-
-    target_ids: tuple[int, ...]
-    predicted_ids: tuple[int, ...]
-    written: bool
-
-
-class Reader:
-    """Asks a backbone a case's probes, as it is at the moment.
-
-    Greedy decoding is verified rather than run where it can be: if every target token is predicted
-    and the answer ends behind it, decoding would have written the target. Under an edit the base's
-    own answers serve as further drafts. Only what no draft explains is decoded token by token.
-    """
-
-    def __init__(self, backbone: Backbone, prefixes: PrefixCache, generated: bool = True) -> None:
-        self.backbone, self.prefixes, self.generated = backbone, prefixes, generated
-        self.decoded = 0
-        # What the last edit decided for each probe, see ``Edit.explain``.
-        self.explained: dict[str, list[float]] = {}
-        self._base: dict[str, tuple[Reading, ...]] = {}
-
-    def base(self, case: Case) -> tuple[Reading, ...]:
-        """Readings of the untouched model, kept by the case's id."""
-        key = f"{case.task}:{case.request.id}"
-        if key not in self._base:
-            queries = [p.query for p in case.probes]
-            self._base[key] = self._read(queries, [None] * len(queries))
-        return self._base[key]
-
-    def edited(self, case: Case, edit: Edit, base: Sequence[Reading]) -> tuple[Reading, ...]:
-        """Readings with ``edit`` applied."""
-        queries = [edit.rewrite(p.query) for p in case.probes]
-        # Prefixes are the base model's: they are filled before the edit is applied.
-        self.prefixes.state(queries)
-        drafts = [r.generated or None for r in base]
-        if self.generated:
-            self.prefixes.state([q for q, _ in _drafted(queries, drafts)])
-        with edit.applied(self.backbone):
-            return self._read(queries, drafts, edit)
-
-    @torch.no_grad()
-    def _read(
-        self, queries: Sequence[Query], drafts: Sequence[str | None], edit: Edit | None = None
-    ) -> tuple[Reading, ...]:
-        extra = _drafted(queries, drafts) if self.generated else []
-        asked = [*queries, *(q for q, _ in extra)]
-        forced = _forced(self.backbone, self.prefixes.state(asked))
-        if edit is not None:
-            self.explained = {k: v[: len(queries)] for k, v in edit.explain().items()}
-        written: dict[int, str] = {}
-        for i, f in enumerate(forced[: len(queries)]):
-            if f.written:
-                written[i] = self.backbone.decode(f.target_ids)
-        for (_, i), f in zip(extra, forced[len(queries) :], strict=True):
-            if f.written:
-                written.setdefault(i, self.backbone.decode(f.target_ids))
-        if self.generated:
-            left = [i for i in range(len(queries)) if i not in written]
-            self.decoded += len(left)
-            if left:
-                texts = self.backbone.generate(
-                    [queries[i].image for i in left], [queries[i].prompt for i in left]
-                )
-                written.update(zip(left, texts, strict=True))
-        return tuple(
-            Reading(
-                f.target_ids,
-                f.predicted_ids,
-                written.get(i) if self.generated else None,
-                edited=edit is not None,
-            )
-            for i, f in enumerate(forced[: len(queries)])
-        )
-
-
-def _drafted(queries: Sequence[Query], drafts: Sequence[str | None]) -> list[tuple[Query, int]]:
-    """Queries with a draft answer in place of the target, where the two differ."""
-    return [
-        (replace(q, target=d), i)
-        for i, (q, d) in enumerate(zip(queries, drafts, strict=True))
-        if d is not None and d != str(q.target).strip()
-    ]
-
-
-def _forced(backbone: Backbone, state: PrefixState) -> list[_Forced]:
-    best = backbone.suffix(state).argmax(-1)
-    out = []
-    for i in range(len(state)):
-        at = (state.labels[i] != IGNORED).nonzero().flatten()
-        target = tuple(state.labels[i, at].tolist())
-        predicted = tuple(best[i, at - 1].tolist())
-        ends = backbone.ends_answer(int(best[i, at[-1]]))
-        out.append(_Forced(target, predicted, predicted == target and ends))
-    return out
+from unike.metrics import (
+    Reading,
+    base_score,
+    base_score_generated,
+    preset_score,
+    right_everywhere,
+    right_text,
+    score,
+    score_generated,
+)
+from unike.reading import Asked, Reader
+from unike.types import Case, UserError
 
 
 def one_step(
@@ -137,26 +47,211 @@ def one_step(
     seconds = time.perf_counter() - started
     after = reader.edited(case, edit if history is None else history | edit, before)
     record = _record(case, "ok", seconds, {**edit.info, "bytes": edit.nbytes})
-    record["scores"] = _scores(case, before, after, reader.generated)
-    names = [probe.name for probe in case.probes]
-    record["decisions"] = {
-        what: {name: round(v, 4) for name, v in zip(names, values, strict=True)}
-        for what, values in reader.explained.items()
-    }
-    record["answers"] = {
-        probe.name: {
-            "prompt": probe.query.prompt,
-            "target": probe.query.target,
-            "before": b.generated if reader.generated else backbone.decode(b.predicted_ids),
-            "after": a.generated if reader.generated else backbone.decode(a.predicted_ids),
-        }
-        for probe, b, a in zip(case.probes, before, after, strict=True)
-    }
-    return record
+    return record | _measured(backbone, case, Asked(after, reader.explained), reader)
+
+
+@dataclass(frozen=True)
+class _Made:
+    """An edit of a sequence: its case, the seconds it took, and what the method reports of it."""
+
+    case: Case
+    seconds: float
+    info: Mapping[str, Any]
+
+    @property
+    def failed(self) -> bool:
+        return "error" in self.info
+
+
+def sequential(
+    backbone: Backbone,
+    method: EditMethod,
+    cases: Sequence[Case],
+    reader: Reader,
+    number: int = 0,
+    former: int | None = None,
+    seed: int = 0,
+    tolerated: tuple[type[Exception], ...] = (),
+) -> Iterator[dict[str, Any]]:
+    """Edits the cases in order, each on top of all before it, and gives two records for each of them.
+
+    A ``step`` follows every edit: how the newest does (``scores``) and how the ones before it still do
+    (``former``, means after the edit), both teacher-forced. ``former`` bounds how many of these are
+    asked, drawn anew by ``seed`` at each step; None asks all. The ``final`` records come at the end:
+    every case under all edits, in both ways of reading. Their means are the five metrics of K-step
+    editing, Eq. (16), Eq. (17), Eq. (18), Eq. (19) and Eq. (20). Locality compares with the base model,
+    which is read before the first edit.
+
+    An edit that fails (its loss stops being a number, or one of ``tolerated`` is raised) is marked in
+    both of its records and leaves no trace: the next one continues from the edits before it.
+    """
+    failures: tuple[type[Exception], ...] = (FloatingPointError, *tolerated)
+    broken: dict[int, str] = {}
+    for position, case in enumerate(cases, 1):
+        try:
+            reader.base(case)
+        except tolerated as error:
+            broken[position] = str(error)
+    whole: Edit | None = None
+    all_made: list[_Made] = []
+    chooser = random.Random(f"{seed}/{number}")
+    for position, case in enumerate(cases, 1):
+        started = time.perf_counter()
+        info: dict[str, Any] = {}
+        try:
+            if position in broken:
+                info = {"error": broken[position]}
+            else:
+                edit = method.edit(backbone, case.request, reader.prefixes, whole)
+                whole = edit if whole is None else whole | edit
+                info = {**edit.info, "bytes": edit.nbytes}
+        except failures as error:
+            info = {"error": str(error)}
+        made = _Made(case, time.perf_counter() - started, info)
+        asked = [m.case for m in all_made if not m.failed]
+        if former is not None and len(asked) > former:
+            asked = chooser.sample(asked, former)
+        about = _placed(made, number, position, "step")
+        yield about if made.failed or whole is None else about | _step(case, asked, whole, reader)
+        all_made.append(made)
+    yield from _finals(backbone, all_made, whole, reader, number)
+
+
+def _step(case: Case, former: Sequence[Case], whole: Edit, reader: Reader) -> dict[str, Any]:
+    found: dict[str, list[float]] = {}
+    newest: dict[str, Any] = {}
+    for i, (one, asked) in enumerate(reader.edited_all([case, *former], whole, generated=False)):
+        scores = _scores(one, reader.base(one), asked.readings, False)
+        if i == 0:
+            newest = scores
+            continue
+        for metric, value in scores["teacher_forced"].items():
+            found.setdefault(metric, []).append(value["after"])
+    still = {metric: float(np.mean(values)) for metric, values in found.items()}
+    return {"scores": newest, "former": still, "former_cases": len(former)}
+
+
+def _finals(
+    backbone: Backbone, all_made: Sequence[_Made], whole: Edit | None, reader: Reader, number: int
+) -> Iterator[dict[str, Any]]:
+    readings: Iterator[tuple[Case, Asked]] = iter(())
+    if whole is not None:
+        readings = reader.edited_all([m.case for m in all_made if not m.failed], whole)
+    for position, made in enumerate(all_made, 1):
+        record = _placed(made, number, position, "final")
+        if not made.failed and whole is not None:
+            _, asked = next(readings)
+            record |= {"bytes": whole.nbytes} | _measured(backbone, made.case, asked, reader)
+        yield record
+
+
+def _placed(made: _Made, number: int, position: int, kind: str) -> dict[str, Any]:
+    """A record of a sequence; ids count sequences and positions, since cases may come again."""
+    record = _record(made.case, "failed" if made.failed else "ok", made.seconds, dict(made.info))
+    place = {"case": record["id"], "sequence": number, "position": position, "kind": kind}
+    return record | {"id": sequence_id(number, position, kind)} | place
+
+
+def sequence_id(number: int, position: int, kind: str) -> str:
+    """The id of a sequence's record; ``kind`` is ``step`` or ``final``."""
+    return f"{number}/{position}/{kind}"
+
+
+def draw_sequences(cases: Sequence[Case], length: int, count: int, seed: int) -> list[list[Case]]:
+    """``count`` sequences of ``length`` different cases. No case comes twice before all have come once.
+
+    Raises UserError where there are too few cases for one sequence.
+    """
+    if len(cases) < length:
+        raise UserError(f"sequence_length: {length}; the data hold {len(cases)} records")
+    generator = random.Random(seed)
+    return [[cases[i] for i in drawn] for drawn in _draw(range(len(cases)), length, count, generator)]
+
+
+def draw_cross_task(cases: Sequence[Case], length: int, count: int, seed: int) -> list[list[Case]]:
+    """``count`` sequences, each half E-VQA and half E-IC, in an order drawn by ``seed``.
+
+    Raises UserError for an odd ``length``, and where a task has too few cases.
+    """
+    if length % 2:
+        raise UserError(f"sequence_length: {length}; expected an even number, half of it from each task")
+    tasks = [case.task for case in cases]
+    generator = random.Random(seed)
+    halves = []
+    for task in ("vqa", "caption"):
+        own = [i for i, name in enumerate(tasks) if name == task]
+        if len(own) < length // 2:
+            raise UserError(
+                f"sequence_length: {length}; needs {length // 2} {task} records, the data hold {len(own)}"
+            )
+        halves.append(_draw(own, length // 2, count, generator))
+    out = []
+    for one, other in zip(*halves, strict=True):
+        drawn = one + other
+        generator.shuffle(drawn)
+        out.append([cases[i] for i in drawn])
+    return out
+
+
+DRAWS: dict[str, Callable[[Sequence[Case], int, int, int], list[list[Case]]]] = {
+    "sequential": draw_sequences,
+    "cross_task": draw_cross_task,
+}
+
+
+def _draw(numbers: Sequence[int], length: int, count: int, generator: random.Random) -> list[list[int]]:
+    out: list[list[int]] = []
+    pool: list[int] = []
+    for _ in range(count):
+        drawn = pool[:length]
+        pool = pool[length:]
+        if len(drawn) < length:
+            fresh = generator.sample(numbers, len(numbers))
+            more = [i for i in fresh if i not in drawn][: length - len(drawn)]
+            drawn += more
+            pool = [i for i in fresh if i not in more]
+        out.append(drawn)
+    return out
 
 
 def _record(case: Case, status: str, seconds: float, info: dict[str, Any]) -> dict[str, Any]:
     return {"id": case.request.id, "task": case.task, "status": status, "seconds": round(seconds, 4), **info}
+
+
+def _measured(backbone: Backbone, case: Case, asked: Asked, reader: Reader) -> dict[str, Any]:
+    """What a record says of a case's probes, before and after."""
+    before, after = reader.base(case), asked.readings
+    triples = list(zip(case.probes, before, after, strict=True))
+    names = [probe.name for probe in case.probes]
+    return {
+        "scores": _scores(case, before, after, reader.generated),
+        "presets": {
+            name: {p.name: preset_score(name, p, b, a) for p, b, a in triples}
+            for name in reader.presets
+            if name != "paper"
+        },
+        "base_right": _base_right(case, before, reader.generated),
+        "decisions": {
+            what: {name: round(v, 4) for name, v in zip(names, values, strict=True)}
+            for what, values in asked.decisions.items()
+        },
+        "answers": {
+            probe.name: {
+                "prompt": probe.query.prompt,
+                "target": probe.query.target,
+                "before": b.generated if reader.generated else backbone.decode(b.predicted_ids),
+                "after": a.generated if reader.generated else backbone.decode(a.predicted_ids),
+            }
+            for probe, b, a in triples
+        },
+    }
+
+
+def _base_right(case: Case, before: Sequence[Reading], generated: bool) -> dict[str, dict[str, float]]:
+    """Whether the base model itself answers the probes right that an edit must leave unchanged."""
+    held = [(p, b) for p, b in zip(case.probes, before, strict=True) if p.expect == "unchanged"]
+    right = {"teacher_forced": {p.name: right_everywhere(b) for p, b in held}}
+    return right | {"generated": {p.name: right_text(p, b) for p, b in held}} if generated else right
 
 
 def _scores(

@@ -6,6 +6,7 @@ versions and checksums; ``summary.json`` is written at the end.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
@@ -136,6 +137,15 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sha256_of(path: str | os.PathLike[str]) -> str:
+    """A file's checksum, read in blocks."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _make_folder(directory: Path) -> None:

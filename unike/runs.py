@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import count
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +19,16 @@ from unike.backbones.prefix import PrefixCache
 from unike.datasets.mmedit import CaptionDataset, CapVQADataset, VQADataset
 from unike.datasets.triplets import Triplet, triplets_of
 from unike.hparams import HyperParams
-from unike.methods import build, methods, needs_knowledge
-from unike.methods.base import EditMethod, Knowledge, check_method
-from unike.methods.preparation import Tick, ensure_knowledge, knowledge_key
-from unike.protocols import Reader, one_step
-from unike.records import RecordWriter, read_records
+from unike.methods import build, methods, needs_cases, needs_knowledge
+from unike.methods.base import CaseSource, EditMethod, Knowledge, check_method
+from unike.methods.meta_training import TRAINING, TrainableMethod
+from unike.methods.preparation import ensure_knowledge
+from unike.methods.trained import ensure_editor, kept_editor, learns, wants_cases
+from unike.progress import bars
+from unike.protocols import one_step
+from unike.reading import Reader
+from unike.records import RecordWriter, read_records, sha256_of
+from unike.sequences import run_sequences, sequences_of
 from unike.tables import RunningMeans, summarise
 from unike.types import Case, UserError
 
@@ -51,7 +54,7 @@ class Parts:
 
     def reader(self, generated: bool = True) -> Reader:
         """Asks probes. It remembers the base's answers by case id: take a new one for other cases."""
-        return Reader(self.backbone, self.prefixes, generated)
+        return Reader(self.backbone, self.prefixes, generated, self.hparams.metric_presets)
 
 
 # ---------------------------------------------------------------- checks before anything is loaded
@@ -92,6 +95,8 @@ def preflight(
         lambda: require_backbone(hparams),
         lambda: opened.append(open_datasets(hparams, task, size, skip_broken)),
         lambda: wants_triplets(hparams) and knowledge_triplets(hparams, skip_broken),
+        lambda: (needs_cases(hparams) or wants_cases(hparams)) and train_cases(hparams, skip_broken),
+        lambda: opened and hparams.protocol != "one_step" and sequences_of(hparams, opened[0]),
     )
     return opened[0]
 
@@ -213,20 +218,42 @@ def _train_files(hparams: HyperParams) -> dict[str, str]:
     return {name: annotation_file(hparams, name, "train") for name in names}
 
 
-def knowledge_triplets(hparams: HyperParams, skip_broken: bool = False) -> list[Triplet]:
-    """``hparams.triplets`` knowledge triplets from the train annotations, the tasks in turn."""
+def train_cases(
+    hparams: HyperParams, skip_broken: bool = False, given: Iterable[Case] | None = None
+) -> Sequence[Case]:
+    """What the method wants of the train annotations, the tasks in turn, or of ``given`` cases: all of
+    them to learn from, or the first ``hparams.triplets`` to show."""
+    if learns(hparams):
+        return training_cases(hparams, skip_broken) if given is None else list(given)
+    return list(islice(_train_split(hparams, skip_broken) if given is None else given, hparams.triplets))
+
+
+def _train_split(hparams: HyperParams, skip_broken: bool, whole: bool = False) -> _Dataset:
     files = _train_files(hparams)
-    if hparams.triplets == 0:
-        raise UserError(f"{hparams.source}: triplets: 0; the method's memory and encoders need some")
+    if not whole and hparams.triplets == 0:
+        raise UserError(f"{hparams.source}: triplets: 0; the method needs some of the train annotations")
     # A record whose own answer is right has no wrong one to learn from.
     common: dict[str, Any] = {"image_root": hparams.image_root, "rephrase_root": hparams.rephrase_root}
-    common |= {"clean": True, "skip_broken": skip_broken}
-    triplets = triplets_of(_opened(files, common), hparams.triplets)
+    return _opened(files, common | {"clean": not whole, "skip_broken": skip_broken})
+
+
+def knowledge_triplets(hparams: HyperParams, skip_broken: bool = False) -> list[Triplet]:
+    """``hparams.triplets`` knowledge triplets from the train annotations, the tasks in turn."""
+    triplets = triplets_of(_train_split(hparams, skip_broken), hparams.triplets)
     lost = {str(t.query.image) for t in triplets if not os.path.isfile(str(t.query.image))}
     if skip_broken:
         return [t for t in triplets if t.query.image not in lost]
-    _require_pictures(", ".join(files.values()), sorted(lost))
+    _require_pictures(", ".join(_train_files(hparams).values()), sorted(lost))
     return triplets
+
+
+def training_cases(hparams: HyperParams, skip_broken: bool = False) -> list[Case]:
+    """Every train case that the YAML names, the tasks in turn."""
+    dataset = _train_split(hparams, skip_broken, whole=True)
+    if skip_broken:
+        return _with_pictures(dataset, None)[0]
+    _require_pictures(", ".join(_train_files(hparams).values()), dataset.missing_images())
+    return list(dataset)
 
 
 def prepare(
@@ -243,52 +270,38 @@ def prepare(
     if not needs_knowledge(hparams):
         return {}
     source = triplets or (lambda: knowledge_triplets(hparams))
-    with _bars(hparams, len(layers), progress) as tick:
+    steps = len(layers) * hparams.encoder_steps
+    totals = {"extracting knowledge states": hparams.triplets, "training encoders": steps}
+    with bars(totals, progress) as tick:
         return ensure_knowledge(backbone, hparams, layers, source, tick)
 
 
-def knowledge_folder(hparams: HyperParams, backbone: Backbone, triplets: Sequence[Triplet]) -> Path:
-    """Where ``prepare`` keeps what it builds from these triplets, or a shipped ``knowledge_dir`` itself."""
-    parent = Path(hparams.knowledge_dir or "")
-    keyed = parent / knowledge_key(backbone, triplets, hparams)
-    return keyed if (keyed / "knowledge.json").is_file() else parent
-
-
-@contextmanager
-def _bars(hparams: HyperParams, layers: int, progress: bool) -> Iterator[Tick]:
-    """A progress callback that draws one bar per stage."""
-    steps = layers * hparams.encoder_steps
-    totals = {"extracting knowledge states": hparams.triplets, "training encoders": steps}
-    bars: dict[str, tqdm[Any]] = {}
-
-    def tick(what: str, n: int) -> None:
-        if what not in bars:
-            for bar in bars.values():
-                bar.close()
-            bars[what] = tqdm(desc=what, total=totals.get(what), disable=not progress)
-        bars[what].update(n)
-
-    try:
-        yield tick
-    finally:
-        for bar in bars.values():
-            bar.close()
-
-
 def assemble(
-    hparams: HyperParams, backbone: Backbone, progress: bool = True, triplets: TripletSource | None = None
+    hparams: HyperParams,
+    backbone: Backbone,
+    progress: bool = True,
+    triplets: TripletSource | None = None,
+    cases: CaseSource | None = None,
 ) -> Parts:
-    """The YAML's method on a backbone, with its knowledge."""
+    """The YAML's method on a backbone, with its knowledge, and trained where it learns to edit.
+
+    ``triplets`` and ``cases`` take the place of the train annotations that the YAML names.
+    """
+    cases = cases or (lambda: train_cases(hparams))
     layers = build(hparams).layers(backbone)
-    return Parts(hparams, backbone, build(hparams, prepare(hparams, backbone, layers, progress, triplets)))
+    method = build(hparams, prepare(hparams, backbone, layers, progress, triplets), cases)
+    if isinstance(method, TrainableMethod):
+        with bars({TRAINING: hparams.editor_steps * hparams.editor_batch}, progress) as tick:
+            ensure_editor(method, backbone, cases, tick)
+    return Parts(hparams, backbone, method)
 
 
 # ---------------------------------------------------------------- the run and its folder
 
 
 def run_directory(hparams: HyperParams, task: str, output: str | None = None, resume: bool = False) -> Path:
-    """Where a run is recorded: ``output``, or ``<results_dir>/<yaml>-<task>``, with ``-2``, ``-3`` ...
-    where that is taken; ``resume`` takes the latest of these.
+    """Where a run is recorded: ``output``, or ``<results_dir>/<yaml>-<task>``, followed by the protocol
+    if it is not one-step, with ``-2``, ``-3`` ... where that is taken; ``resume`` takes the latest.
 
     Raises UserError, before anything is loaded, where ``output`` holds a run and ``resume`` is off.
     """
@@ -296,7 +309,8 @@ def run_directory(hparams: HyperParams, task: str, output: str | None = None, re
         if _taken(Path(output)) and not resume:
             raise UserError(f"{output}: is not empty; go on with --resume, or name another --output")
         return Path(output)
-    stem = Path(hparams.results_dir) / f"{Path(hparams.source).stem}-{task}"
+    protocol = "" if hparams.protocol == "one_step" else f"-{hparams.protocol}"
+    stem = Path(hparams.results_dir) / f"{Path(hparams.source).stem}-{task}{protocol}"
     former = stem
     for number in count(1):
         directory = stem if number == 1 else stem.with_name(f"{stem.name}-{number}")
@@ -313,19 +327,13 @@ def _taken(directory: Path) -> bool:
 def checksums(hparams: HyperParams, task: str) -> dict[str, str]:
     """SHA-256 of every data file that a run reads, by YAML key."""
     files = {f"data.{n}.eval": annotation_file(hparams, n, "eval") for n in parts_of(task)}
-    if wants_triplets(hparams):
+    if wants_triplets(hparams) or needs_cases(hparams) or wants_cases(hparams):
         files |= {f"data.{n}.train": path for n, path in _train_files(hparams).items()}
     elif needs_knowledge(hparams):
         files["knowledge_dir"] = str(Path(str(hparams.knowledge_dir)) / "knowledge.safetensors")
-    return {key: _sha256(path) for key, path in files.items()}
-
-
-def _sha256(path: str) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    elif learns(hparams):
+        files["editor_dir"] = str(Path(str(kept_editor(hparams))) / "editor.safetensors")
+    return {key: sha256_of(path) for key, path in files.items()}
 
 
 def open_run(parts: Parts, task: str, directory: Path, resume: bool, generated: bool = True) -> RecordWriter:
@@ -349,15 +357,17 @@ def run_cases(
     progress: bool = True,
     reader: Reader | None = None,
 ) -> dict[str, Any]:
-    """Edits each case that is not recorded yet, from the base model, and gives the summary of all
-    records in the folder, ``interrupted`` where Ctrl-C ended the run early.
+    """Edits each case that is not recorded yet, from the base model or as the YAML's ``protocol`` has
+    it, and gives the summary of all records in the folder, ``interrupted`` where Ctrl-C ended it early.
 
     A ``reader`` of the same cases and first layer may be handed on from run to run: what it knows of
     the base model is not asked again.
 
     A picture that cannot be read ends the run, or counts as a failed case under ``skip_broken``.
     """
-    reader = reader or parts.reader(generated)
+    reader, hp = reader or parts.reader(generated), parts.hparams
+    if hp.protocol != "one_step":
+        return run_sequences(hp, parts.backbone, parts.method, cases, writer, reader, skip_broken, progress)
     done, interrupted = writer.done_ids(), False
     means = RunningMeans(read_records(writer.directory) if done else [])
     left = [i for i, case in enumerate(cases) if case.request.id not in done]
@@ -371,7 +381,8 @@ def run_cases(
                 bar.update()
         except KeyboardInterrupt:
             interrupted = True
-    summary = summarise(read_records(writer.directory), parts.hparams.seed) | {"interrupted": interrupted}
+    summary = summarise(read_records(writer.directory), hp.seed, hp.metric_presets)
+    summary |= {"interrupted": interrupted}
     writer.write_summary(summary)
     return summary
 

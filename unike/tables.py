@@ -12,10 +12,20 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from unike.metrics import bootstrap_interval
+from unike.metrics import (
+    FLUENCY,
+    PRESETS,
+    bootstrap_interval,
+    bootstrap_means,
+    harmonic_mean,
+    ngram_entropy,
+)
 from unike.types import FIVE_METRICS, METRICS
 
 MODES = ("teacher_forced", "generated")
+WHEN = ("before", "after")
+LOCALITY = ("t_locality", "m_locality")
+HARMONIC = ("five", "all")
 TITLES = {
     "reliability": "Reliability",
     "t_generality": "T-Generality",
@@ -39,61 +49,46 @@ SHORT_TITLES = {
 _NOTHING = "-"
 
 
-def summarise(records: Sequence[Mapping[str, Any]], seed: int) -> dict[str, Any]:
+def summarise(
+    records: Sequence[Mapping[str, Any]], seed: int, presets: Sequence[str] = ("paper",)
+) -> dict[str, Any]:
     """Means with 95% bootstrap intervals in percent, as JSON values.
 
-    ``["metrics"][metric][mode]["before" | "after"]`` holds ``mean, low, high, n``. Failed records
-    count in ``failed`` alone. ``seconds`` and ``steps`` are means per edit, None where unrecorded, with
-    their intervals under ``costs``. ``decisions`` holds what edits decided, as a mean per probe.
+    ``["metrics"][metric][mode]["before" | "after"]`` holds ``mean, low, high, n``, and the entries of
+    ``harmonic_mean`` (of the five metrics, and of all eight), of ``presets`` and of ``base_right`` (how
+    many of the probes that must not change the base itself answers right) are alike. ``fluency`` is the
+    mean n-gram entropy of the generated answers. Failed records count in ``failed`` alone. ``seconds``
+    and ``steps`` are means per edit, with their intervals under ``costs``, ``bytes`` of what is applied
+    at the end; None where unrecorded. ``decisions`` holds what edits decided, as a mean per probe.
+
+    For sequences all this is of the records at the end, and whole sequences are resampled where there
+    are two or more; ``curve`` holds the means after each edit.
     """
-    done = [record for record in records if record.get("status", "ok") == "ok"]
-    present = {m for record in done for mode in record.get("scores", {}).values() for m in mode}
-    known = [metric for metric in METRICS if metric in present]
-    metrics = {}
-    for metric in [*known, *sorted(present - set(METRICS))]:
-        modes = {mode: _before_after(done, mode, metric, seed) for mode in MODES}
-        metrics[metric] = {mode: values for mode, values in modes.items() if values}
-    return {
+    steps = [record for record in records if record.get("kind") == "step"]
+    ends = [record for record in records if record.get("kind") != "step"]
+    done = [record for record in ends if record.get("status", "ok") == "ok"]
+    sample = _Sample(done, seed)
+    metrics: dict[str, Any] = {}
+    for metric in _ordered({m for r in done for mode in r.get("scores", {}).values() for m in mode}):
+        for mode in MODES:
+            pairs = {when: sample.interval("scores", mode, metric, when) for when in WHEN}
+            if found := {when: value for when, value in pairs.items() if value}:
+                metrics.setdefault(metric, {})[mode] = found
+    summary = {
         "n": len(done),
-        "failed": len(records) - len(done),
+        "failed": len(ends) - len(done),
         "metrics": metrics,
+        "harmonic_mean": {mode: means for mode in MODES if (means := sample.harmonic(mode))},
+        "presets": {name: _preset(sample, name) for name in presets},
+        "base_right": {mode: held for mode in MODES if (held := sample.intervals("base_right", mode))},
+        "fluency": _fluency(done),
         "seconds": _mean(done, "seconds"),
         "steps": _mean(done, "steps"),
-        "costs": {key: _with_interval(done, key, seed) for key in ("seconds", "steps")},
+        "costs": {key: sample.cost(key) for key in ("seconds", "steps")},
         "decisions": _decisions(done),
+        "bytes": _mean(done, "bytes"),
     }
-
-
-def summary_table(summary: Mapping[str, Any], title: str) -> Table:
-    """Rows are metrics; what the model said before and after the edit; costs in the last line."""
-    table = Table(title=Text(title), caption=Text(_costs(summary)), box=box.SIMPLE_HEAD)
-    table.caption_justify = "left"
-    table.add_column("metric", no_wrap=True)
-    table.add_column("before\nforced / gen.", justify="right", no_wrap=True)
-    table.add_column("after, teacher-forced\n[95% interval]", justify="right", no_wrap=True)
-    table.add_column("after, generated\n[95% interval]", justify="right", no_wrap=True)
-    for metric, modes in summary["metrics"].items():
-        before = " / ".join(_percent(_entry(modes, mode, "before")) for mode in MODES)
-        after = (Text(_interval(_entry(modes, mode, "after"))) for mode in MODES)
-        table.add_row(Text(TITLES.get(metric, metric)), before, *after)
-    return table
-
-
-def compare_table(
-    rows: Sequence[tuple[str, Mapping[str, Any]]], mode: str = "teacher_forced", title: str | None = None
-) -> Table:
-    """One row per method, the metrics after the edit as columns, read in one ``mode``."""
-    heading = title or f"after the edit, {mode.replace('_', '-')}, %"
-    table = Table(title=Text(heading), box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    present: set[str] = {metric for _, summary in rows for metric in summary["metrics"]}
-    columns = [metric for metric in METRICS if metric in present] + sorted(present - set(METRICS))
-    table.add_column("method", overflow="fold")
-    for metric in columns:
-        table.add_column(Text(SHORT_TITLES.get(metric, metric)), justify="right", no_wrap=True)
-    for name, summary in rows:
-        values = (_entry(summary["metrics"].get(metric, {}), mode, "after") for metric in columns)
-        table.add_row(Text(name), *(_percent(value) for value in values))
-    return table
+    return summary | _sequences(steps, ends) if steps else summary
 
 
 class RunningMeans:
@@ -114,6 +109,45 @@ class RunningMeans:
         return " ".join(f"{SHORT_TITLES[m]} {100 * total / n:.1f}" for m, total, n in shown)
 
 
+def summary_table(summary: Mapping[str, Any], title: str) -> Table:
+    """Rows are metrics; what the model said before and after the edit; costs in the last line."""
+    table = Table(title=Text(title), caption=Text(_costs(summary)), box=box.SIMPLE_HEAD)
+    table.caption_justify = "left"
+    table.add_column("metric", no_wrap=True)
+    table.add_column("before\nforced / gen.", justify="right", no_wrap=True)
+    table.add_column("after, teacher-forced\n[95% interval]", justify="right", no_wrap=True)
+    table.add_column("after, generated\n[95% interval]", justify="right", no_wrap=True)
+    for metric, modes in summary["metrics"].items():
+        before = " / ".join(_percent(_entry(modes, mode, "before")) for mode in MODES)
+        after = (Text(_interval(_entry(modes, mode, "after"))) for mode in MODES)
+        table.add_row(Text(TITLES.get(metric, metric)), before, *after)
+    for name, preset in summary.get("presets", {}).items():
+        for metric in LOCALITY if name != "paper" else ():
+            if entry := preset["metrics"].get(metric):
+                table.add_row(Text(f"{TITLES[metric]}, {name}"), _NOTHING, Text(_interval(entry)), _NOTHING)
+    if any(HARMONIC[0] in values for values in summary.get("harmonic_mean", {}).values()):
+        means = {mode: values.get(HARMONIC[0], {}) for mode, values in summary["harmonic_mean"].items()}
+        before = " / ".join(_percent(_entry(means, mode, "before")) for mode in MODES)
+        table.add_row("harmonic mean", before, *(Text(_interval(_entry(means, m, "after"))) for m in MODES))
+    return table
+
+
+def compare_table(
+    rows: Sequence[tuple[str, Mapping[str, Any]]], mode: str = "teacher_forced", title: str | None = None
+) -> Table:
+    """One row per method, the metrics after the edit as columns, read in one ``mode``."""
+    heading = title or f"after the edit, {mode.replace('_', '-')}, %"
+    table = Table(title=Text(heading), box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    columns = _ordered({metric for _, summary in rows for metric in summary["metrics"]})
+    table.add_column("method", overflow="fold")
+    for metric in columns:
+        table.add_column(Text(SHORT_TITLES.get(metric, metric)), justify="right", no_wrap=True)
+    for name, summary in rows:
+        values = (_entry(summary["metrics"].get(metric, {}), mode, "after") for metric in columns)
+        table.add_row(Text(name), *(_percent(value) for value in values))
+    return table
+
+
 def as_text(table: Table, width: int = 96) -> str:
     """The table as plain text, for files and logs."""
     console = Console(file=io.StringIO(), width=width, color_system=None, force_terminal=False)
@@ -122,30 +156,113 @@ def as_text(table: Table, width: int = 96) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def _before_after(
-    records: Sequence[Mapping[str, Any]], mode: str, metric: str, seed: int
-) -> dict[str, dict[str, float]]:
-    scores = [record.get("scores", {}).get(mode, {}).get(metric, {}) for record in records]
-    found = {}
-    for when in ("before", "after"):
-        values = [100.0 * score[when] for score in scores if score.get(when) is not None]
-        if values:
-            # One seed for all: the same resampling of records behind every metric.
-            mean, low, high = bootstrap_interval(values, seed)
-            found[when] = {"mean": mean, "low": low, "high": high, "n": len(values)}
-    return found
+class _Sample:
+    """Records whose values are averaged and resampled together."""
+
+    def __init__(self, records: Sequence[Mapping[str, Any]], seed: int) -> None:
+        self.records, self.seed = records, seed
+        # One sequence alone says nothing about others: then its records are resampled.
+        self.grouped = len({record.get("sequence") for record in records}) > 1
+
+    def values(self, *keys: str) -> tuple[list[float], list[Any] | None]:
+        """What the records hold under ``keys``, in percent, with their sequences."""
+        values, groups = [], []
+        for record in self.records:
+            value: Any = record
+            for key in keys:
+                value = value.get(key, {})
+            if isinstance(value, (int, float)):
+                values.append(100.0 * value)
+                groups.append(record.get("sequence"))
+        return values, groups if self.grouped else None
+
+    def interval(self, *keys: str) -> dict[str, float] | None:
+        values, groups = self.values(*keys)
+        if not values:
+            return None
+        # One seed for all: the same resampling of records behind every metric.
+        mean, low, high = bootstrap_interval(values, self.seed, groups=groups)
+        return {"mean": mean, "low": low, "high": high, "n": len(values)}
+
+    def cost(self, key: str) -> dict[str, float] | None:
+        """Mean and interval of a number per edit, as it is recorded."""
+        rows = [record for record in self.records if record.get(key) is not None]
+        groups = [record.get("sequence") for record in rows] if self.grouped else None
+        values = [float(record[key]) for record in rows]
+        if not values:
+            return None
+        found = bootstrap_interval(values, self.seed, groups=groups)
+        return dict(zip(("mean", "low", "high"), found, strict=True))
+
+    def intervals(self, *keys: str) -> dict[str, dict[str, float]]:
+        """One for each metric that the records hold under ``keys``."""
+        names: set[str] = set()
+        for record in self.records:
+            value: Any = record
+            for key in keys:
+                value = value.get(key, {})
+            names |= set(value)
+        return {name: found for name in _ordered(names) if (found := self.interval(*keys, name))}
+
+    def harmonic(self, mode: str) -> dict[str, dict[str, dict[str, float]]]:
+        """Harmonic means of the metrics' means, before and after, where all of the metrics are there."""
+        out: dict[str, dict[str, dict[str, float]]] = {}
+        for name, metrics in zip(HARMONIC, (FIVE_METRICS, METRICS), strict=True):
+            for when in WHEN:
+                pairs = [self.values("scores", mode, metric, when) for metric in metrics]
+                if not all(values for values, _ in pairs):
+                    continue
+                mean = harmonic_mean([float(np.mean(values)) for values, _ in pairs])
+                drawn = np.stack([bootstrap_means(v, self.seed, groups=g) for v, g in pairs])
+                low, high = np.quantile(
+                    [harmonic_mean(column) for column in drawn.T.tolist()], [0.025, 0.975]
+                )
+                found = {"mean": mean, "low": float(low), "high": float(high), "n": len(pairs[0][0])}
+                out.setdefault(name, {})[when] = found
+        return out
+
+
+def _preset(sample: _Sample, name: str) -> dict[str, Any]:
+    metrics = sample.intervals("presets", name)
+    if name == "paper":
+        names = _ordered({m for r in sample.records for m in r.get("scores", {}).get(MODES[0], {})})
+        found = {m: sample.interval("scores", MODES[0], m, "after") for m in names}
+        metrics = {m: value for m, value in found.items() if value}
+    return {"provenance": PRESETS[name].provenance, "metrics": metrics}
+
+
+def _fluency(records: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    said = [a for r in records if "generated" in r.get("scores", {}) for a in r.get("answers", {}).values()]
+    if not said:
+        return None
+    means = {when: float(np.mean([ngram_entropy(answer[when] or "") for answer in said])) for when in WHEN}
+    return means | {"n": len(said), "source": FLUENCY}
+
+
+def _sequences(steps: Sequence[Mapping[str, Any]], ends: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """How many sequences there are, and the curve: in percent, teacher-forced, after each edit."""
+    curve = []
+    for position in sorted({record["position"] for record in steps}):
+        here = [r for r in steps if r["position"] == position and r["status"] == "ok"]
+        newest = _percent_means([{m: v["after"] for m, v in r["scores"][MODES[0]].items()} for r in here])
+        former = _percent_means([r["former"] for r in here])
+        curve.append({"edits": position, "n": len(here), "newest": newest, "former": former})
+    numbers = {record["sequence"] for record in ends}
+    return {"sequences": {"n": len(numbers), "length": len(curve)}, "curve": curve}
+
+
+def _percent_means(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    names = _ordered({name for row in rows for name in row})
+    return {name: 100.0 * float(np.mean([row[name] for row in rows if name in row])) for name in names}
+
+
+def _ordered(metrics: set[str]) -> list[str]:
+    return [metric for metric in METRICS if metric in metrics] + sorted(metrics - set(METRICS))
 
 
 def _mean(records: Sequence[Mapping[str, Any]], key: str) -> float | None:
     values = [record[key] for record in records if record.get(key) is not None]
     return float(np.mean(values)) if values else None
-
-
-def _with_interval(records: Sequence[Mapping[str, Any]], key: str, seed: int) -> dict[str, float] | None:
-    values = [float(record[key]) for record in records if record.get(key) is not None]
-    return (
-        dict(zip(("mean", "low", "high"), bootstrap_interval(values, seed), strict=True)) if values else None
-    )
 
 
 def _decisions(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
@@ -171,6 +288,8 @@ def _interval(entry: Mapping[str, float] | None) -> str:
 
 def _costs(summary: Mapping[str, Any]) -> str:
     parts = [f"{summary['n']} records"]
+    if found := summary.get("sequences"):
+        parts.append(f"{found['n']} sequence{'s' * (found['n'] != 1)} of {found['length']} edits")
     if summary["failed"]:
         parts.append(f"{summary['failed']} failed")
     if summary["seconds"] is not None:

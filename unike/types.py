@@ -15,6 +15,8 @@ ImageLike = Any
 FIVE_METRICS = ("reliability", "t_generality", "m_generality", "t_locality", "m_locality")
 HARD_METRICS = ("same_question", "same_image", "joint")
 METRICS = FIVE_METRICS + HARD_METRICS
+METRIC_PRESETS = ("paper", "easyedit", "easyedit_icl", "release")
+PROTOCOLS = ("one_step", "sequential", "cross_task")
 
 Expectation = Literal["target", "unchanged"]
 

@@ -40,6 +40,7 @@ from scripts.tiny.scenes import (
 )
 from unike.backbones import Backbone, load_backbone
 from unike.hparams import HyperParams
+from unike.methods.trained import learns, wants_cases
 from unike.text import normalise_answer
 from unike.types import UserError
 
@@ -228,13 +229,15 @@ def make(
 def ensure(
     hparams: HyperParams, splits: tuple[str, ...] | None = None, backbone: Backbone | None = None
 ) -> None:
-    """Draws what is not there yet: eval, and train where memory and encoders are still to be built."""
+    """Draws what is not there yet: eval, and train where memory, encoders or editor are still to be made."""
     if hparams.image_root is None:
         raise UserError(
             f"{hparams.source}: image_root: missing; expected the folder to draw the benchmark into"
         )
     out = Path(hparams.image_root)
     kept = hparams.knowledge_dir is not None and (Path(hparams.knowledge_dir) / "knowledge.json").is_file()
+    if learns(hparams):
+        kept = not wants_cases(hparams)
     wanted = splits or (("eval",) if kept else ("train", "eval"))
     missing = [s for s in wanted if not all((out / f"{t}_{s}.json").is_file() for t in TASKS)]
     if not missing:

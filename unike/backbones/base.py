@@ -27,13 +27,15 @@ class Batch:
     """Encoded queries.
 
     ``inputs_embeds [b,s,d]``; ``attention_mask [b,s]`` of 0 and 1; ``labels [b,s]``, -100 outside
-    the answer; ``question_end [b]``, the position ``p`` of the last prompt token.
+    the answer; ``question_end [b]``, the position ``p`` of the last prompt token; ``prompts``, the
+    texts that were asked.
     """
 
     inputs_embeds: torch.Tensor
     attention_mask: torch.Tensor
     labels: torch.Tensor
     question_end: torch.Tensor
+    prompts: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -60,6 +62,7 @@ class PrefixState:
     question_end: torch.Tensor
     first: int
     layer_inputs: Mapping[str, Any] = field(repr=False, default_factory=dict)
+    prompts: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -80,16 +83,17 @@ class Prompt:
     def __init__(self) -> None:
         self.number = 0
         self.question_end: torch.Tensor | None = None
+        self.texts: tuple[str, ...] = ()
         self._numbers = count(1)
 
     @contextmanager
-    def asking(self, question_end: torch.Tensor) -> Iterator[None]:
-        former = (self.number, self.question_end)
-        self.number, self.question_end = next(self._numbers), question_end
+    def asking(self, question_end: torch.Tensor, texts: tuple[str, ...] = ()) -> Iterator[None]:
+        former = (self.number, self.question_end, self.texts)
+        self.number, self.question_end, self.texts = next(self._numbers), question_end, texts
         try:
             yield
         finally:
-            self.number, self.question_end = former
+            self.number, self.question_end, self.texts = former
 
 
 @runtime_checkable
@@ -102,6 +106,11 @@ class Backbone(Protocol):
 
     @property
     def device(self) -> torch.device: ...
+
+    @property
+    def projection(self) -> nn.Module:
+        """What carries the vision side's states into the decoder; it comes before every layer."""
+        ...
 
     @property
     def fingerprint(self) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -88,12 +88,17 @@ class VisionLanguageBackbone:
             self._fingerprint = digest.hexdigest()[:16]
         return self._fingerprint
 
+    @property
+    def projection(self) -> torch.nn.Module:
+        return self.model.language_projection
+
     @torch.no_grad()
     def _see(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """The Q-Former's output, in the vision tower's precision: what the projection receives."""
         vision = self.model.vision_model
         given = pixel_values.to(vision.device, vision.dtype)
         seen = self.model.get_image_features(given, interpolate_pos_encoding=self._resize_positions)
-        return seen.pooler_output
+        return seen.qformer_outputs[0].to(given.dtype)
 
     def tokens(self, text: str) -> list[int]:
         """Token ids of ``text`` alone, without BOS or EOS."""
@@ -118,7 +123,6 @@ class VisionLanguageBackbone:
             return asked, both[len(asked) :]
         return asked, self.tokens(answer)
 
-    @torch.no_grad()
     def encode(
         self,
         images: Sequence[ImageLike | None],
@@ -127,6 +131,9 @@ class VisionLanguageBackbone:
         padding_side: str = "right",
     ) -> Batch:
         """One batch of queries; ``targets`` may be left out to ask without an answer.
+
+        Pictures are seen once, but projected each time: an edit of the projection shows here, and a
+        gradient reaches it.
 
         Raises UserError for a picture that cannot be read, and ValueError where the lists differ
         in length.
@@ -138,12 +145,12 @@ class VisionLanguageBackbone:
             self._row(next(features) if i is not None else None, p, t)
             for i, p, t in zip(images, prompts, targets, strict=True)
         ]
-        return self._pad(rows, padding_side)
+        return replace(self._pad(rows, padding_side), prompts=tuple(prompts))
 
     def _row(
         self, features: torch.Tensor | None, prompt: str, target: str | None
     ) -> tuple[torch.Tensor, list[int]]:
-        """Embeddings ``(s, d)`` and the answer's token ids at their end."""
+        """Embeddings ``(s, d)`` and the answer's token ids at their end; ``features`` as ``_see`` gives."""
         asked, answer = self.prompt_and_answer(prompt, target)
         if not asked:
             raise UserError("prompt: is empty; expected a question")
@@ -154,7 +161,7 @@ class VisionLanguageBackbone:
             before, after = (
                 embed(torch.tensor(self.tokens(t), device=self.device, dtype=torch.long)) for t in around
             )
-            parts = [before, features.to(before), after, *parts]
+            parts = [before, self.projection(features).to(before), after, *parts]
         return torch.cat(parts), answer
 
     def _pad(self, rows: list[tuple[torch.Tensor, list[int]]], side: str) -> Batch:
@@ -184,7 +191,7 @@ class VisionLanguageBackbone:
 
     def __call__(self, batch: Batch) -> Output:
         """The whole decoder over a batch."""
-        with self.prompt.asking(batch.question_end):
+        with self.prompt.asking(batch.question_end, batch.prompts):
             return Output(self._decode_whole(batch))
 
     @torch.no_grad()
@@ -193,7 +200,9 @@ class VisionLanguageBackbone:
         args, kwargs = inputs_of(self.layout.layer(first), lambda: self._decode_whole(batch))
         hidden = hidden_states(args, kwargs)
         rest = {k: v for k, v in kwargs.items() if k != "hidden_states"}
-        return PrefixState(hidden, batch.attention_mask, batch.labels, batch.question_end, first, rest)
+        return PrefixState(
+            hidden, batch.attention_mask, batch.labels, batch.question_end, first, rest, batch.prompts
+        )
 
     @torch.no_grad()
     def layer_inputs(self, attention_mask: torch.Tensor) -> dict[str, object]:
@@ -213,7 +222,7 @@ class VisionLanguageBackbone:
     def suffix_hidden(self, state: PrefixState) -> torch.Tensor:
         """What enters the final norm, ``[b,s,d]``."""
         hidden = state.hidden
-        with self.prompt.asking(state.question_end):
+        with self.prompt.asking(state.question_end, state.prompts):
             for index in range(state.first, len(self.layout)):
                 hidden = first_tensor(self.layout.layer(index)(hidden, **state.layer_inputs))
         return hidden
@@ -224,7 +233,7 @@ class VisionLanguageBackbone:
     ) -> list[str]:
         """Greedy answers, each cut at the first stop."""
         batch = self.encode(images, prompts, padding_side="left")
-        with self.prompt.asking(batch.question_end):
+        with self.prompt.asking(batch.question_end, batch.prompts):
             ids = self.model.language_model.generate(
                 inputs_embeds=batch.inputs_embeds, attention_mask=batch.attention_mask, do_sample=False,
                 max_new_tokens=max_new_tokens or self.max_new_tokens, eos_token_id=list(self.eos_ids),

@@ -116,6 +116,8 @@ class DecoderLayout:
         self.family = FAMILIES[config.model_type]
         self.layers = language_model.get_submodule(self.family.layers)
         self.width: int = config.hidden_size
+        # Positions that the decoder knows: picture, prompt and answer must fit.
+        self.context: int = config.max_position_embeddings
         self.head_dim: int = (
             getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -50,7 +50,8 @@ class PrefixCache:
             for (key, _), row in zip(part, self._compute([q for _, q in part]), strict=True):
                 rows[key] = row
                 self._keep(key, row)
-        return self._collate([rows[k] for k in keys])
+        state = self._collate([rows[k] for k in keys])
+        return replace(state, prompts=tuple(q.prompt for q in queries))
 
     def _compute(self, queries: list[Query]) -> list[_Row]:
         state = self.backbone.prefix(encode_queries(self.backbone, queries), self.first)

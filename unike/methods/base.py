@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from unike.backbones.base import Backbone
 from unike.backbones.prefix import PrefixCache
 from unike.edits import Edit, LayerKnowledge
 from unike.hparams import HyperParams
-from unike.types import EditRequest, UserError
+from unike.types import Case, EditRequest, UserError
 
 Knowledge = Mapping[int, LayerKnowledge]
 
@@ -35,20 +36,39 @@ class EditMethod(Protocol):
         ...
 
 
-Factory = Callable[[HyperParams, Knowledge], EditMethod]
-_REGISTER: dict[str, Factory] = {}
-_NEEDS_KNOWLEDGE: dict[str, Callable[[HyperParams], bool]] = {}
+# The training split's cases, read when they are first needed.
+CaseSource = Callable[[], Sequence[Case]]
+Factory = Callable[..., EditMethod]
+
+
+@dataclass(frozen=True)
+class _Entry:
+    factory: Factory
+    needs_knowledge: Callable[[HyperParams], bool]
+    needs_cases: Callable[[HyperParams], bool] | None
+    check: Callable[[HyperParams], None]
+
+
+_REGISTER: dict[str, _Entry] = {}
 
 
 def register(
-    name: str, needs_knowledge: Callable[[HyperParams], bool] = lambda _: False
+    name: str,
+    needs_knowledge: Callable[[HyperParams], bool] = lambda _: False,
+    needs_cases: Callable[[HyperParams], bool] | None = None,
+    check: Callable[[HyperParams], None] = lambda _: None,
 ) -> Callable[[Factory], Factory]:
-    """Makes a method known under ``name``; ValueError if the name is taken."""
+    """Makes a method known under ``name``; ValueError if the name is taken.
+
+    A factory takes hyper-parameters and knowledge, and with ``needs_cases`` a ``CaseSource`` too.
+    ``check`` raises UserError where the method can't work with the YAML; it runs before anything is
+    loaded.
+    """
 
     def keep(factory: Factory) -> Factory:
         if name in _REGISTER:
             raise ValueError(f"a method named {name!r} is registered already")
-        _REGISTER[name], _NEEDS_KNOWLEDGE[name] = factory, needs_knowledge
+        _REGISTER[name] = _Entry(factory, needs_knowledge, needs_cases, check)
         return factory
 
     return keep
@@ -60,25 +80,38 @@ def methods() -> list[str]:
 
 
 def check_method(hparams: HyperParams) -> None:
-    """UserError where the YAML names a method that is not registered."""
+    """UserError where the YAML names a method that is not registered, or that can't work with it."""
     if hparams.method not in _REGISTER:
         near = difflib.get_close_matches(hparams.method, methods(), 1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise UserError(
             f"{hparams.source}: method: {hparams.method!r} is unknown; {hint}known: {', '.join(methods())}"
         )
+    _REGISTER[hparams.method].check(hparams)
 
 
 def needs_knowledge(hparams: HyperParams) -> bool:
     """Whether the method wants memory and encoders."""
     check_method(hparams)
-    return _NEEDS_KNOWLEDGE[hparams.method](hparams)
+    return _REGISTER[hparams.method].needs_knowledge(hparams)
 
 
-def build(hparams: HyperParams, knowledge: Knowledge | None = None) -> EditMethod:
-    """The method that the YAML names."""
+def needs_cases(hparams: HyperParams) -> bool:
+    """Whether the method reads the training split while it edits."""
     check_method(hparams)
-    return _REGISTER[hparams.method](hparams, knowledge or {})
+    wanted = _REGISTER[hparams.method].needs_cases
+    return wanted is not None and wanted(hparams)
+
+
+def build(
+    hparams: HyperParams, knowledge: Knowledge | None = None, cases: CaseSource | None = None
+) -> EditMethod:
+    """The method that the YAML names; ``cases`` is only called by one that needs them."""
+    check_method(hparams)
+    entry = _REGISTER[hparams.method]
+    if entry.needs_cases is None:
+        return entry.factory(hparams, knowledge or {})
+    return entry.factory(hparams, knowledge or {}, cases or tuple)
 
 
 def edited_layers(hparams: HyperParams, backbone: Backbone) -> list[int]:

@@ -159,13 +159,22 @@ def _facts(backbone: Backbone, layers: Sequence[int], hparams: HyperParams) -> d
     return {"backbone": backbone.fingerprint, "layers": list(layers), "options": options}
 
 
+def knowledge_folder(hparams: HyperParams, backbone: Backbone, triplets: Sequence[Triplet]) -> Path:
+    """Where these triplets' knowledge is kept once it is built, or a shipped ``knowledge_dir`` itself."""
+    parent = Path(hparams.knowledge_dir or "")
+    keyed = parent / knowledge_key(backbone, triplets, hparams)
+    return keyed if (keyed / "knowledge.json").is_file() else parent
+
+
 def _fits(folder: Path, facts: dict[str, Any]) -> bool:
     """Whether a folder's index was written for these weights, layers and options."""
     index = folder / "knowledge.json"
     if not index.is_file():
         return False
     kept = json.loads(index.read_text())
-    return all(kept.get(name) == value for name, value in facts.items())
+    # A method of fewer layers reads what was learnt for more.
+    layers = set(facts["layers"]) <= set(kept.get("layers", ()))
+    return layers and all(kept.get(name) == value for name, value in facts.items() if name != "layers")
 
 
 def build_knowledge(

@@ -1,0 +1,106 @@
+"""A small random backbone with what editing methods may want, for the tests of methods."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from original_files import make_spec
+from PIL import Image
+
+from unike.backbones import load_backbone
+from unike.backbones.base import encode_queries
+from unike.backbones.hf import VisionLanguageBackbone
+from unike.backbones.prefix import PrefixCache
+from unike.datasets.triplets import triplets_of
+from unike.edits import Edit
+from unike.hooks import hook_count
+from unike.hparams import HyperParams
+from unike.methods import base, build, needs_knowledge
+from unike.methods.meta_training import TrainableMethod, meta_train
+from unike.methods.preparation import as_knowledge, build_knowledge
+from unike.types import METRICS, Case, EditRequest, Probe, Query
+
+COLORS = ("teal", "navy", "olive", "maroon", "gold", "gray")
+BASE = {
+    "model_name": "blip2", "name": "unused", "layers": 2, "k": 3, "max_steps": 25, "lr": 2e-2,
+    "encoder_steps": 5, "encoder_batch": 4, "eval_batch": 4, "n_keys": 4,
+    "editor_rank": 6, "editor_lr": 1e-2, "editor_steps": 5, "editor_batch": 2, "editor_val_every": 5,
+    "c_edit": 1.0,
+}  # fmt: skip
+# By method: what its YAML says, one row per way of working. A method that is registered has one.
+SETTINGS = {
+    "unike": [{}],
+    "ft": [{"layers": 1}, {"ft_target": "projection"}],
+    "tpatcher": [{"activation_loss": 0.1, "memory_loss": 0.1}],
+    "ike": [{"ike_retriever": "states", "ike_demonstrations": 2}],
+    "ke": [{}],
+    "mend": [{}],
+    # All cases ask the same question: only the picture tells them apart.
+    "serac": [{"serac_scope": "multimodal"}],
+}
+
+
+def query(i: int, answer: str | None = "a fox", prompt: str = "what is it?") -> Query:
+    return Query(Image.new("RGB", (84, 84), COLORS[i]), prompt, answer)
+
+
+def case(i: int, answer: str = "a fox") -> Case:
+    asked = query(i, answer)
+    queries = [asked, replace(asked, prompt="what?"), query(i - 1), Query(None, "where is it?", "there")]
+    probes = [
+        Probe(m, q, "target" if n < 3 else "unchanged")
+        for n, (m, q) in enumerate(zip(METRICS, queries, strict=False))
+    ]
+    return Case(EditRequest(f"e{i}", asked, "a dog"), tuple(probes))
+
+
+class World:
+    """A random backbone with what methods may want: knowledge, and training cases."""
+
+    def __init__(self, family: str) -> None:
+        self.backbone: VisionLanguageBackbone = load_backbone(make_spec(family))
+        self.backbone.max_new_tokens = 3
+        self.train = [case(i, "two dogs") for i in range(len(COLORS))]
+        self.built = build_knowledge(
+            self.backbone, triplets_of(self.train), [4, 5], HyperParams.from_dict(BASE)
+        )
+        self.learnt: dict[str, TrainableMethod] = {}
+
+    def method(self, name: str, changes: dict) -> base.EditMethod:
+        hparams = HyperParams.from_dict({**BASE, "method": name, **changes})
+        knowledge = as_knowledge(*self.built[:2], hparams) if needs_knowledge(hparams) else {}
+        method = build(hparams, knowledge, lambda: self.train)
+        if not isinstance(method, TrainableMethod):
+            return method
+        if name not in self.learnt:
+            with TemporaryDirectory() as folder:
+                meta_train(method, self.backbone, self.train, self.train[:2], hparams, Path(folder))
+            self.learnt[name] = method
+        return self.learnt[name]
+
+    def prefixes(self, method: base.EditMethod) -> PrefixCache:
+        return PrefixCache(self.backbone, method.layers(self.backbone)[0])
+
+    def edit(self, row: tuple[str, dict], i: int = 0, history: Edit | None = None) -> Edit:
+        method = self.method(*row)
+        return method.edit(self.backbone, case(i).request, self.prefixes(method), history)
+
+    @torch.no_grad()
+    def logits(self, queries: Sequence[Query]) -> torch.Tensor:
+        return self.backbone(encode_queries(self.backbone, queries)).logits
+
+
+def snapshot(backbone: VisionLanguageBackbone) -> tuple[dict[str, torch.Tensor], int]:
+    return {k: v.clone() for k, v in backbone.model.state_dict().items()}, hook_count(backbone.model)
+
+
+def assert_untouched(backbone: VisionLanguageBackbone, before: dict[str, torch.Tensor], hooks: int) -> None:
+    after = backbone.model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[k], v) for k, v in before.items())
+    assert hook_count(backbone.model) == hooks
+    assert not any(p.requires_grad for p in backbone.model.parameters())

@@ -1,0 +1,115 @@
+"""Edits of weights: new values, or factors beside the weights that are there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from unike.backbones.base import Backbone
+from unike.edits import Edit
+from unike.hooks import After, transform
+
+
+class WeightDelta(Edit):
+    """New values for some of the model's parameters, by name."""
+
+    def __init__(self, weights: Mapping[str, torch.Tensor], info: dict[str, Any] | None = None) -> None:
+        self.weights = dict(weights)
+        self.info = info or {}
+
+    @contextmanager
+    def applied(self, backbone: Backbone) -> Iterator[None]:
+        former: list[tuple[nn.Module, str, nn.Parameter | None]] = []
+        try:
+            for name, tensor in self.weights.items():
+                path, _, leaf = name.rpartition(".")
+                owner = backbone.model.get_submodule(path)
+                former.append((owner, leaf, owner._parameters[leaf]))
+                new = (
+                    tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=False)
+                )
+                owner._parameters[leaf] = new
+            yield
+        finally:
+            for owner, leaf, parameter in reversed(former):
+                owner._parameters[leaf] = parameter
+
+    def changes_prefix(self, backbone: Backbone, first: int) -> bool:
+        layers = [backbone.layout.layer(i) for i in range(first, len(backbone.layout))]
+        behind = {id(module) for layer in layers for module in layer.modules()}
+        owners = (backbone.model.get_submodule(name.rpartition(".")[0]) for name in self.weights)
+        return any(id(owner) not in behind for owner in owners)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return {name: w.detach() for name, w in self.weights.items()}
+
+    def __or__(self, other: Any) -> Edit:
+        if not isinstance(other, WeightDelta):
+            return NotImplemented
+        return WeightDelta(self.weights | other.weights, self.info | other.info)
+
+
+Site = tuple[int, str]
+
+
+def ffn_sites(backbone: Backbone, layers: Sequence[int]) -> dict[Site, nn.Linear]:
+    """Every linear module of the layers' feed-forward networks, by layer and role."""
+    out: dict[Site, Any] = {}
+    for index in layers:
+        site = backbone.layout.ffn(index)
+        out |= {(index, f"key{j}"): module for j, module in enumerate(site.keys)}
+        out[index, "value"] = site.value
+    return out
+
+
+class LowRankDelta(Edit):
+    """Changes to feed-forward weights as factors: ``W + sum_r right[r] left[r]^T``.
+
+    ``factors`` holds, by site, ``left (r, in)`` and ``right (r, out)``. Two edits add up, so their
+    factors are stacked. The base weight is neither copied nor changed.
+    """
+
+    def __init__(
+        self, factors: Mapping[Site, tuple[torch.Tensor, torch.Tensor]], info: dict[str, Any] | None = None
+    ) -> None:
+        self.factors = dict(factors)
+        self.info = info or {}
+
+    @contextmanager
+    def applied(self, backbone: Backbone) -> Iterator[None]:
+        modules = ffn_sites(backbone, sorted({index for index, _ in self.factors}))
+        afters: list[tuple[nn.Module, nn.Module, After]] = [
+            (modules[at], modules[at], _added(*pair)) for at, pair in self.factors.items()
+        ]
+        with transform(afters):
+            yield
+
+    def changes_prefix(self, backbone: Backbone, first: int) -> bool:
+        return any(index < first for index, _ in self.factors)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        out = {}
+        for (index, role), (left, right) in self.factors.items():
+            out[f"{index}.{role}.left"], out[f"{index}.{role}.right"] = left.detach(), right.detach()
+        return out
+
+    def __or__(self, other: Any) -> Edit:
+        if not isinstance(other, LowRankDelta):
+            return NotImplemented
+        both = dict(self.factors)
+        for at, pair in other.factors.items():
+            if at in both:
+                pair = (torch.cat([both[at][0], pair[0]]), torch.cat([both[at][1], pair[1]]))
+            both[at] = pair
+        return LowRankDelta(both, self.info | other.info)
+
+
+def _added(left: torch.Tensor, right: torch.Tensor) -> After:
+    def after(x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        return output + (x.to(left.dtype) @ left.T @ right).to(output.dtype)
+
+    return after

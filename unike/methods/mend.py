@@ -1,0 +1,149 @@
+"""MEND: editor networks that turn an edit's raw gradients into a better step (Mitchell et al. 2022).
+
+The gradient of a linear module is a sum over tokens of (output gradient) x (input): a network maps
+each such pair to another pair, starting from the identity. One network serves all modules of the
+same shape, with a scale and a shift of its own for each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+
+from unike.backbones.base import Backbone
+from unike.backbones.prefix import PrefixCache
+from unike.deltas import LowRankDelta, Site, ffn_sites
+from unike.edits import Edit
+from unike.hparams import HyperParams
+from unike.methods.base import Knowledge, edited_layers, register
+from unike.methods.meta_training import TrainableMethod, edit_losses
+from unike.methods.training import answer_gradients
+from unike.types import Case, EditRequest
+
+
+class _Block(nn.Module):
+    """``x + act(scale * (up down x + bias) + shift)``; the identity before training."""
+
+    def __init__(self, width: int, rank: int, modes: int, last: bool) -> None:
+        super().__init__()
+        self.down = nn.Linear(width, rank, bias=False)
+        self.up = nn.Linear(rank, width)
+        self.scale = nn.Parameter(torch.ones(modes, width))
+        self.shift = nn.Parameter(torch.zeros(modes, width))
+        self.last = last
+        nn.init.xavier_uniform_(self.down.weight)
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
+
+    def forward(self, x: torch.Tensor, mode: int) -> torch.Tensor:
+        moved = self.scale[mode] * self.up(self.down(x)) + self.shift[mode]
+        # At the identity the argument is exactly 0, where relu has no gradient and clamp has one.
+        return x + (moved if self.last else moved.clamp(min=0))
+
+
+class _ShapeEditor(nn.Module):
+    """The network of one weight shape ``(out, in)``: normalised pairs to pairs."""
+
+    def __init__(self, outputs: int, inputs: int, rank: int, modes: int) -> None:
+        super().__init__()
+        width = inputs + outputs
+        self.inputs = inputs
+        self.blocks = nn.ModuleList(_Block(width, rank, modes, last) for last in (False, True))
+        self.mean: torch.Tensor
+        self.std: torch.Tensor
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("std", torch.ones(width))
+
+    def forward(self, pairs: torch.Tensor, mode: int) -> tuple[torch.Tensor, torch.Tensor]:
+        x = (pairs - self.mean) / (self.std + 1e-7)
+        for block in self.blocks:
+            x = block(x, mode)
+        return x[:, : self.inputs], x[:, self.inputs :]
+
+
+class MendNetwork(nn.Module):
+    """All shapes' networks, and each site's learnt step size."""
+
+    def __init__(self, sites: Mapping[Site, nn.Linear], rank: int, scale: float) -> None:
+        super().__init__()
+        shapes: dict[str, list[Site]] = {}
+        for site, module in sites.items():
+            shapes.setdefault(_shape(module), []).append(site)
+        self.place = {site: (name, mode) for name, own in shapes.items() for mode, site in enumerate(own)}
+        rows = {_shape(m): m.weight.shape for m in sites.values()}
+        self.editors = nn.ModuleDict(
+            {name: _ShapeEditor(rows[name][0], rows[name][1], rank, len(own)) for name, own in shapes.items()}
+        )
+        self.log_scale = nn.Parameter(torch.full((len(sites),), scale).log())
+
+    def forward(self, site: Site, pairs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The factors of a site's change, from its ``pairs (T, in + out)``."""
+        name, mode = self.place[site]
+        left, right = self.editors[name](pairs, mode)
+        return left, -self.log_scale[list(self.place).index(site)].exp() * right
+
+
+def _shape(module: nn.Linear) -> str:
+    outputs, inputs = module.weight.shape
+    return f"{inputs}x{outputs}"
+
+
+@register("mend")
+class MEND(TrainableMethod):
+    """Edits the feed-forward networks of the YAML's ``layers`` with one transformed gradient."""
+
+    def __init__(self, hparams: HyperParams, knowledge: Knowledge) -> None:
+        self.hparams = hparams
+
+    def layers(self, backbone: Backbone) -> list[int]:
+        return edited_layers(self.hparams, backbone)
+
+    def build(self, backbone: Backbone) -> MendNetwork:
+        sites = ffn_sites(backbone, self.layers(backbone))
+        return MendNetwork(sites, self.hparams.editor_rank, self.hparams.edit_scale)
+
+    def calibrate(self, backbone: Backbone, cases: Sequence[Case], prefixes: PrefixCache) -> None:
+        """Mean and spread of the raw pairs, by shape."""
+        network = self._network
+        pairs: dict[str, list[torch.Tensor]] = {}
+        for case in cases:
+            for site, own in self._pairs(backbone, case.request, prefixes, None).items():
+                pairs.setdefault(network.place[site][0], []).append(own)
+        for name, parts in pairs.items():
+            editor, seen = network.editors[name], torch.cat(parts)
+            editor.mean.copy_(seen.mean(0))  # type: ignore[union-attr, operator]
+            editor.std.copy_(seen.std(0))  # type: ignore[union-attr, operator]
+
+    def edit(
+        self, backbone: Backbone, request: EditRequest, prefixes: PrefixCache, history: Edit | None = None
+    ) -> LowRankDelta:
+        with torch.no_grad():
+            return self._edit(backbone, request, prefixes, history)
+
+    def loss(self, backbone: Backbone, case: Case, prefixes: PrefixCache) -> torch.Tensor:
+        hp = self.hparams
+        edit = self._edit(backbone, case.request, prefixes, None)
+        nll, change = edit_losses(backbone, edit, case, prefixes, hp.editor_probes)
+        return hp.c_edit * nll + hp.c_loc * change
+
+    @property
+    def _network(self) -> MendNetwork:
+        assert isinstance(self.trained, MendNetwork)
+        return self.trained
+
+    def _edit(
+        self, backbone: Backbone, request: EditRequest, prefixes: PrefixCache, history: Edit | None
+    ) -> LowRankDelta:
+        pairs = self._pairs(backbone, request, prefixes, history)
+        return LowRankDelta({site: self._network(site, own) for site, own in pairs.items()}, {"steps": 1})
+
+    def _pairs(
+        self, backbone: Backbone, request: EditRequest, prefixes: PrefixCache, history: Edit | None
+    ) -> dict[Site, torch.Tensor]:
+        """Each site's ``(T, in + out)``: input and output gradient of every token that has one."""
+        state = prefixes.state([request.query])
+        sites = ffn_sites(backbone, self.layers(backbone))
+        gradients = answer_gradients(backbone, state, sites, history)
+        return {site: torch.cat([x, d], 1)[(d != 0).any(1)] for site, (x, d) in gradients.items()}

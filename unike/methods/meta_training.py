@@ -1,0 +1,335 @@
+"""One training loop for the methods that learn to edit: KE, MEND, SERAC.
+
+Only suffixes run: the prefix states are constants of the queries. A run that is killed at any
+point and started again gives the same editor, bit for bit: what is drawn depends on the seed and
+the step alone, and every prefix is computed in a batch of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from unike.backbones.base import Backbone, answer_loss
+from unike.backbones.prefix import PrefixCache
+from unike.edits import Edit
+from unike.hparams import HyperParams
+from unike.types import FIVE_METRICS, Case, EditRequest, Query, UserError
+
+Tick = Callable[[str, int], None]
+Tensors = dict[str, torch.Tensor]
+TRAINING = "training the editor"
+CALIBRATION_CASES = 64
+
+
+class TrainableMethod(ABC):
+    """An ``EditMethod`` whose ``network`` is trained on cases before it makes its first edit."""
+
+    hparams: HyperParams
+    network: nn.Module | None = None
+
+    @abstractmethod
+    def layers(self, backbone: Backbone) -> list[int]: ...
+
+    @abstractmethod
+    def edit(
+        self, backbone: Backbone, request: EditRequest, prefixes: PrefixCache, history: Edit | None = None
+    ) -> Edit: ...
+
+    @abstractmethod
+    def build(self, backbone: Backbone) -> nn.Module:
+        """The untrained network."""
+
+    @abstractmethod
+    def loss(self, backbone: Backbone, case: Case, prefixes: PrefixCache) -> torch.Tensor:
+        """What training lowers, for one case; a scalar."""
+
+    def validation(self, backbone: Backbone, case: Case, prefixes: PrefixCache) -> torch.Tensor:
+        """What a held-out case is judged by: the loss, unless that changes its meaning in training."""
+        return self.loss(backbone, case, prefixes)
+
+    def parameters(self) -> list[dict[str, Any]]:
+        """Parameter groups as optimisers take them."""
+        return [{"params": list(self.trained.parameters())}]
+
+    def calibrate(self, backbone: Backbone, cases: Sequence[Case], prefixes: PrefixCache) -> None:
+        """Sets the network's constants from a few train cases, once, before the first step."""
+        return
+
+    def settle(self) -> None:
+        """Called after each step: puts parameters back into their range."""
+        return
+
+    def start(self, backbone: Backbone) -> None:
+        """A fresh network, drawn from the run's seed."""
+        with torch.random.fork_rng():
+            torch.manual_seed(self.hparams.seed)
+            self.network = self.build(backbone).to(backbone.device)
+
+    @property
+    def trained(self) -> nn.Module:
+        """The network; UserError where there is none yet."""
+        if self.network is None:
+            at = f"{self.hparams.source}: method: {self.hparams.method}"
+            raise UserError(f"{at} has no trained editor; scripts/prepare.py trains it")
+        return self.network
+
+
+# ---------------------------------------------------------------- what an edit costs
+
+
+def scope_of(case: Case, probes: str = "five") -> tuple[list[Query], list[Query]]:
+    """The case's queries in and out of the edit's scope."""
+    used = [p for p in case.probes if probes == "all" or p.name in FIVE_METRICS]
+    inside = [p.query for p in used if p.expect == "target"] or [case.request.query]
+    return inside, [p.query for p in used if p.expect == "unchanged"]
+
+
+def edit_losses(
+    backbone: Backbone, edit: Edit, case: Case, prefixes: PrefixCache, probes: str = "five"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean answer loss of the probes that expect the target, and mean KL from the base model over the
+    answers of those that expect no change. ``probes`` is the YAML's ``editor_probes``.
+    """
+    inside, outside = scope_of(case, probes)
+    state = prefixes.state([*inside, *outside])
+    with torch.no_grad():
+        base = backbone.suffix(prefixes.state(outside)) if outside else None
+    with edit.applied(backbone):
+        logits = backbone.suffix(state)
+    count = len(inside)
+    nll = answer_loss(logits[:count], state.labels[:count]).mean()
+    if base is None:
+        return nll, nll.new_zeros(())
+    mask = state.answer_mask[count:]
+    after = logits[count:, :-1][mask].float().log_softmax(-1)
+    # The base batch may be shorter: padding differs, answers do not.
+    before = base[:, :-1][mask[:, : base.shape[1] - 1]].float().log_softmax(-1)
+    return nll, (before.exp() * (before - after)).sum(-1).mean()
+
+
+class Lessons:
+    """Cases as an editor learns from them.
+
+    An edit to what the base says anyway teaches nothing: there the wrong answer becomes the target,
+    as with the alternative answers on which KE and MEND were trained.
+    """
+
+    def __init__(self, backbone: Backbone, prefixes: PrefixCache) -> None:
+        self.backbone, self.prefixes = backbone, prefixes
+        self._kept: dict[tuple[str, str], Case] = {}
+
+    def of(self, case: Case) -> Case:
+        key = (case.task, case.request.id)
+        if key not in self._kept:
+            wrong = case.request.wrong
+            self._kept[key] = _retargeted(case, wrong) if wrong and self._known(case) else case
+        return self._kept[key]
+
+    @torch.no_grad()
+    def _known(self, case: Case) -> bool:
+        state = self.prefixes.state([case.request.query])
+        predicted = self.backbone.suffix(state)[:, :-1].argmax(-1)
+        return bool((predicted == state.labels[:, 1:])[state.answer_mask].all())
+
+
+def _retargeted(case: Case, target: str) -> Case:
+    probes = tuple(
+        replace(p, query=replace(p.query, target=target)) if p.expect == "target" else p for p in case.probes
+    )
+    request = replace(case.request, query=replace(case.request.query, target=target), wrong=None)
+    return replace(case, request=request, probes=probes)
+
+
+# ---------------------------------------------------------------- the loop
+
+
+def silent(what: str, count: int) -> None:
+    """A progress callback that shows nothing."""
+
+
+@dataclass
+class Progress:
+    """Where a training stands: the validations' mean ``losses``, and how many came since the best."""
+
+    step: int = 0
+    best: float = math.inf
+    best_step: int = 0
+    waited: int = 0
+    losses: list[float] = field(default_factory=list)
+
+
+def meta_train(
+    method: TrainableMethod,
+    backbone: Backbone,
+    cases: Sequence[Case],
+    val_cases: Sequence[Case],
+    hparams: HyperParams,
+    folder: Path,
+    tick: Tick = silent,
+    facts: dict[str, Any] | None = None,
+) -> Progress:
+    """Trains a method's network and leaves it with the weights of its best validation.
+
+    A checkpoint is written to ``folder`` at every validation, and training goes on from it if
+    ``facts`` and cases are still the same. ``tick`` hears of every train case (1) and held-out one (0).
+    Raises FloatingPointError where a loss is no longer a number.
+    """
+    prefixes = PrefixCache(backbone, method.layers(backbone)[0], batch=1)
+    lessons = Lessons(backbone, prefixes)
+    method.start(backbone)
+    run = _Run(method, hparams, folder, {"facts": facts or {}, "cases": _names(cases)})
+    with torch.random.fork_rng():
+        torch.manual_seed(hparams.seed)
+        if not run.resume():
+            method.calibrate(backbone, [lessons.of(c) for c in cases[:CALIBRATION_CASES]], prefixes)
+        else:
+            tick(TRAINING, run.progress.step * hparams.editor_batch)
+        while not run.done:
+            run.optimiser.zero_grad(set_to_none=True)
+            for case in _batch(cases, run.progress.step, hparams):
+                loss = method.loss(backbone, lessons.of(case), prefixes)
+                if not math.isfinite(loss.item()):
+                    raise FloatingPointError(f"the loss is {loss.item()} after {run.progress.step} steps")
+                (loss / hparams.editor_batch).backward()
+                tick(TRAINING, 1)
+            run.step()
+            if run.due:
+                with torch.no_grad():
+                    losses = []
+                    for case in val_cases:
+                        losses.append(method.validation(backbone, lessons.of(case), prefixes).item())
+                        tick(TRAINING, 0)
+                run.judge(sum(losses) / max(1, len(losses)))
+                run.save()
+    run.finish()
+    return run.progress
+
+
+def _names(cases: Sequence[Case]) -> list[Any]:
+    return [[c.task, c.request.id, c.request.query.prompt, c.request.query.target] for c in cases]
+
+
+def _batch(cases: Sequence[Case], step: int, hparams: HyperParams) -> list[Case]:
+    """The step's cases: the epochs' own shuffles, one after the other."""
+    out, orders = [], {}
+    for n in range(step * hparams.editor_batch, (step + 1) * hparams.editor_batch):
+        epoch, place = divmod(n, len(cases))
+        if epoch not in orders:
+            generator = torch.Generator().manual_seed(hparams.seed + epoch)
+            orders[epoch] = torch.randperm(len(cases), generator=generator).tolist()
+        out.append(cases[orders[epoch][place]])
+    return out
+
+
+class _Run:
+    """Optimiser, progress and best weights of one training, and their checkpoint."""
+
+    def __init__(
+        self, method: TrainableMethod, hparams: HyperParams, folder: Path, facts: dict[str, Any]
+    ) -> None:
+        self.method, self.hparams, self.folder, self.facts = method, hparams, folder, facts
+        self.progress = Progress()
+        self.optimiser = torch.optim.Adam(method.parameters(), lr=hparams.editor_lr)
+        self.best: Tensors = {}
+
+    @property
+    def done(self) -> bool:
+        p, hp = self.progress, self.hparams
+        return p.step >= hp.editor_steps or p.waited >= hp.editor_patience
+
+    @property
+    def due(self) -> bool:
+        """Whether this step is followed by a validation and a checkpoint."""
+        step = self.progress.step
+        return step % self.hparams.editor_val_every == 0 or step >= self.hparams.editor_steps
+
+    def step(self) -> None:
+        own = [p for group in self.optimiser.param_groups for p in group["params"]]
+        torch.nn.utils.clip_grad_norm_(own, self.hparams.clip_norm)
+        self.optimiser.step()
+        self.method.settle()
+        self.progress.step += 1
+
+    def judge(self, loss: float) -> None:
+        """Takes note of a validation, and of the weights where it is the best so far."""
+        p = self.progress
+        p.losses.append(loss)
+        if loss < p.best:
+            p.best, p.best_step, p.waited = loss, p.step, 0
+            self.best = copied(self.method.trained.state_dict())
+        else:
+            p.waited += 1
+
+    def finish(self) -> None:
+        """The best weights, ready to edit with."""
+        if self.best:
+            self.method.trained.load_state_dict(self.best)
+        self.method.trained.requires_grad_(False)
+        self.optimiser.zero_grad(set_to_none=True)
+
+    def save(self) -> None:
+        """Tensors first, under a name of their own; the index that names them replaces the former
+        one in one go, so that a kill at any moment leaves a whole checkpoint."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        tensors = {f"network.{k}": v for k, v in copied(self.method.trained.state_dict()).items()}
+        tensors |= {f"best.{k}": v for k, v in self.best.items()}
+        for number, state in self.optimiser.state_dict()["state"].items():
+            tensors |= {f"adam.{number}.{k}": v for k, v in copied(state).items()}
+        tensors["rng"] = torch.get_rng_state()
+        name = f"checkpoint-{self.progress.step}.safetensors"
+        save_file(tensors, self.folder / name)
+        index = {"tensors": name, "progress": asdict(self.progress), **self.facts}
+        write_index(self.folder / "checkpoint.json", index)
+        for old in self.folder.glob("checkpoint-*.safetensors"):
+            if old.name != name:
+                old.unlink()
+
+    def resume(self) -> bool:
+        """Goes on from the folder's checkpoint; False where there is none of this very training."""
+        kept = read_index(self.folder / "checkpoint.json")
+        if any(kept.get(k) != json.loads(json.dumps(v)) for k, v in self.facts.items()):
+            return False
+        tensors = load_file(self.folder / kept["tensors"])
+        self.method.trained.load_state_dict(_under(tensors, "network."))
+        self.best = _under(tensors, "best.")
+        states: dict[int, Tensors] = {}
+        for name, tensor in _under(tensors, "adam.").items():
+            number, _, key = name.partition(".")
+            states.setdefault(int(number), {})[key] = tensor
+        groups = self.optimiser.state_dict()["param_groups"]
+        self.optimiser.load_state_dict({"state": states, "param_groups": groups})
+        torch.set_rng_state(tensors["rng"])
+        self.progress = Progress(**kept["progress"])
+        return True
+
+
+def copied(tensors: Tensors) -> Tensors:
+    """Tensors as safetensors takes them."""
+    return {k: v.detach().cpu().clone().contiguous() for k, v in tensors.items()}
+
+
+def _under(tensors: Tensors, prefix: str) -> Tensors:
+    return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def write_index(path: Path, values: dict[str, Any]) -> None:
+    """Writes JSON in one go: the file is the former one or the new one, never a part."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def read_index(path: Path) -> dict[str, Any]:
+    """The index's values; empty where there is none."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

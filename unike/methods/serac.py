@@ -1,0 +1,253 @@
+"""SERAC: a memory of edits, a scope classifier, and a counterfactual model (Mitchell et al. 2022b).
+
+The base answers what no edit is about; within the scope of one, the counterfactual model does. The
+published pair of separate transformers is replaced by two small networks on the frozen backbone's
+own states. The classifier reads words, and with ``serac_scope: multimodal`` the state of the
+question on its picture; it never sees an answer. The counterfactual model is one step of attention
+before the head: each position looks among the edit's answer positions for the one that stands where
+it stands, and takes that one's token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from unike.backbones.base import Backbone, PrefixState, answer_loss
+from unike.backbones.prefix import PrefixCache
+from unike.edits import Edit
+from unike.hooks import capture, transform
+from unike.hparams import HyperParams
+from unike.methods.base import Knowledge, edited_layers, register
+from unike.methods.meta_training import TrainableMethod, scope_of
+from unike.types import Case, EditRequest
+
+
+class ScopeClassifier(nn.Module):
+    """Questions to unit vectors: the more alike two are, the more probable one scope."""
+
+    def __init__(self, width: int, rank: int, multimodal: bool) -> None:
+        super().__init__()
+        self.words = nn.GRU(width, rank, batch_first=True, bidirectional=True)
+        self.state = nn.Sequential(nn.Linear(width, rank), nn.ReLU()) if multimodal else None
+        self.out = nn.Linear(2 * rank + (rank if multimodal else 0), rank)
+        self.scale = nn.Parameter(torch.tensor(10.0))
+        self.bias = nn.Parameter(torch.tensor(-5.0))
+
+    def forward(self, words: Sequence[torch.Tensor], ends: torch.Tensor) -> torch.Tensor:
+        """``(b, rank)`` from each question's word embeddings ``(t, d)`` and its last state ``(b, d)``."""
+        # One question at a time: what a question means does not depend on its neighbours' lengths.
+        seen = torch.stack([self.words(w[None])[0].mean(1)[0] for w in words])
+        if self.state is not None:
+            seen = torch.cat([seen, self.state(F.layer_norm(ends, ends.shape[-1:]))], 1)
+        return F.normalize(self.out(seen), dim=1)
+
+    def logits(self, questions: torch.Tensor, edits: torch.Tensor) -> torch.Tensor:
+        """``(b, e)``: above 0 where the question is probably in the edit's scope."""
+        return self.scale * (questions @ edits.T) + self.bias
+
+
+class Counterfactual(nn.Module):
+    """Attention of every position over an edit's answer positions."""
+
+    def __init__(self, width: int, rank: int) -> None:
+        super().__init__()
+        self.match = nn.Linear(width, rank, bias=False)
+        self.sharpness = nn.Parameter(torch.tensor(2.0))
+        self.nothing = nn.Parameter(torch.zeros(()))
+        self.gain = nn.Parameter(torch.tensor(1.0))
+        last = nn.Linear(rank, width, bias=False)
+        nn.init.zeros_(last.weight)
+        self.turn = nn.Sequential(nn.Linear(width, rank, bias=False), last)
+
+    def keys(self, states: torch.Tensor) -> torch.Tensor:
+        return F.normalize(self.match(F.layer_norm(states, states.shape[-1:])), dim=-1)
+
+    def values(self, states: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
+        """``(j, d)``: what pulls the head towards each word, on the scale of the states."""
+        unit = F.normalize(words, dim=-1)
+        return states.norm(dim=-1, keepdim=True) * self.gain * (unit + self.turn(unit))
+
+    def forward(self, states: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """The change at states ``(b, t, d)`` under the edits' ``keys (b, j, r)``, ``values (b, j, d)``.
+
+        Keys and values of zeros, as short answers are filled up with, take no part.
+        """
+        logits = self.sharpness.exp() * (self.keys(states) @ keys.transpose(1, 2))
+        logits = logits.masked_fill((keys == 0).all(-1)[:, None], float("-inf"))
+        nothing = self.nothing.expand(*logits.shape[:2], 1)
+        return torch.cat([logits, nothing], -1).softmax(-1)[..., :-1] @ values
+
+
+class SeracNetwork(nn.Module):
+    """Both networks."""
+
+    def __init__(self, width: int, rank: int, multimodal: bool) -> None:
+        super().__init__()
+        self.scope = ScopeClassifier(width, rank, multimodal)
+        self.counterfactual = Counterfactual(width, rank)
+
+
+@dataclass(frozen=True)
+class Remembered:
+    """One edit in memory: its question ``(rank)``, and ``keys (j, rank)`` and ``values (j, d)`` of
+    its answer's positions; the last, behind the answer, has no value, so that the base ends it."""
+
+    id: str
+    question: torch.Tensor
+    keys: torch.Tensor
+    values: torch.Tensor
+
+
+@dataclass
+class SeracEdit(Edit):
+    """Edits in memory. ``scopes`` holds the last prompts' probabilities of being in the nearest one's
+    scope; above one half it answers."""
+
+    records: tuple[Remembered, ...]
+    network: SeracNetwork
+    first: int
+    info: dict[str, Any] = field(default_factory=dict)
+    scopes: torch.Tensor | None = field(default=None, repr=False)
+
+    @contextmanager
+    def applied(self, backbone: Backbone) -> Iterator[None]:
+        runtime = _Runtime(self, backbone)
+        first, last = backbone.layout.layer(self.first), backbone.layout.layer(len(backbone.layout) - 1)
+        with transform([(first, first, runtime.decide), (last, last, runtime.answer)]):
+            yield
+
+    def changes_prefix(self, backbone: Backbone, first: int) -> bool:
+        return self.first < first
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        parts = ("question", "keys", "values")
+        return {f"{r.id}.{part}": getattr(r, part) for r in self.records for part in parts}
+
+    def explain(self) -> dict[str, list[float]]:
+        return {} if self.scopes is None else {"scope": self.scopes.tolist()}
+
+    def __or__(self, other: Any) -> Edit:
+        if not isinstance(other, SeracEdit):
+            return NotImplemented
+        return SeracEdit(self.records + other.records, other.network, other.first, other.info)
+
+
+class _Runtime:
+    """A memory while it is applied."""
+
+    def __init__(self, edit: SeracEdit, backbone: Backbone) -> None:
+        self.edit, self.backbone, self.prompt = edit, backbone, backbone.prompt
+        pad = nn.utils.rnn.pad_sequence
+        self.questions = torch.stack([r.question for r in edit.records])
+        self.keys = pad([r.keys for r in edit.records], batch_first=True)
+        self.values = pad([r.values for r in edit.records], batch_first=True)
+        self.decided = -1
+        self.chosen: torch.Tensor | None = None
+        self.open: torch.Tensor | None = None
+
+    def decide(self, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        """Once per prompt, at its last token; kept while the answer is decoded."""
+        if self.decided != self.prompt.number:
+            self.decided, end = self.prompt.number, self.prompt.question_end
+            assert end is not None, "an edit must be asked through its backbone"
+            ends = x[torch.arange(len(x), device=x.device), end].float()
+            words = [_words(self.backbone, text) for text in self.prompt.texts]
+            scope = self.edit.network.scope
+            logits, self.chosen = scope.logits(scope(words, ends), self.questions).max(1)
+            self.open = logits > 0
+            self.edit.scopes = logits.sigmoid().detach()
+        return output
+
+    def answer(self, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        assert self.open is not None
+        if not bool(self.open.any()):
+            return output
+        moved = self.edit.network.counterfactual(x.float(), self.keys[self.chosen], self.values[self.chosen])
+        return torch.where(self.open[:, None, None], output + moved.to(output.dtype), output)
+
+
+def _words(backbone: Backbone, text: str) -> torch.Tensor:
+    """Embeddings ``(t, d)`` of a text's tokens."""
+    model: Any = backbone.model
+    ids = torch.tensor(backbone.tokens(text), device=backbone.device)
+    return model.get_input_embeddings()(ids).float()
+
+
+@register("serac")
+class SERAC(TrainableMethod):
+    """Keeps the edits beside the model, whose weights stay what they are."""
+
+    def __init__(self, hparams: HyperParams, knowledge: Knowledge) -> None:
+        self.hparams = hparams
+
+    def layers(self, backbone: Backbone) -> list[int]:
+        return edited_layers(self.hparams, backbone)
+
+    def build(self, backbone: Backbone) -> SeracNetwork:
+        multimodal = self.hparams.serac_scope == "multimodal"
+        return SeracNetwork(backbone.layout.width, self.hparams.editor_rank, multimodal)
+
+    def edit(
+        self, backbone: Backbone, request: EditRequest, prefixes: PrefixCache, history: Edit | None = None
+    ) -> SeracEdit:
+        """Remembers the request; no step is taken, whatever ``history`` holds."""
+        with torch.no_grad():
+            record = self._remember(backbone, request, prefixes)
+        return SeracEdit((record,), self._network, prefixes.first, {"steps": 0})
+
+    def loss(self, backbone: Backbone, case: Case, prefixes: PrefixCache) -> torch.Tensor:
+        """The counterfactual answers' loss within the scope, and the classifier's on both sides of it."""
+        record = self._remember(backbone, case.request, prefixes)
+        inside, outside = scope_of(case, self.hparams.editor_probes)
+        scope = self._network.scope
+        questions = self._questions(backbone, prefixes.state([*inside, *outside]))
+        logits = scope.logits(questions, record.question[None])[:, 0]
+        wanted = (torch.arange(len(logits), device=logits.device) < len(inside)).to(logits.dtype)
+        counted = F.binary_cross_entropy_with_logits(logits, wanted, reduction="none")
+        classified = sum(counted[wanted == side].mean() for side in (0, 1) if bool((wanted == side).any()))
+        state = prefixes.state(inside)
+        nll = answer_loss(self._counterfactual(backbone, state, record), state.labels).mean()
+        return self.hparams.c_edit * nll + self.hparams.c_loc * classified
+
+    @property
+    def _network(self) -> SeracNetwork:
+        assert isinstance(self.trained, SeracNetwork)
+        return self.trained
+
+    def _questions(self, backbone: Backbone, state: PrefixState) -> torch.Tensor:
+        ends = state.hidden[torch.arange(len(state), device=state.hidden.device), state.question_end]
+        return self._network.scope([_words(backbone, text) for text in state.prompts], ends.float())
+
+    def _counterfactual(self, backbone: Backbone, state: PrefixState, record: Remembered) -> torch.Tensor:
+        """Logits where every query is taken to be in scope."""
+        keys, values = (t.expand(len(state), *t.shape) for t in (record.keys, record.values))
+
+        def answer(x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+            return output + self._network.counterfactual(x.float(), keys, values).to(output.dtype)
+
+        last = backbone.layout.layer(len(backbone.layout) - 1)
+        with transform([(last, last, answer)]):
+            return backbone.suffix(state)
+
+    def _remember(self, backbone: Backbone, request: EditRequest, prefixes: PrefixCache) -> Remembered:
+        state = prefixes.state([request.query])
+        with torch.no_grad(), capture(_last(backbone)) as seen:
+            backbone.suffix(state)
+        end, stop = int(state.question_end[0]), int(state.attention_mask[0].sum())
+        states = seen["last"][0, end:stop].float()
+        model: Any = backbone.model
+        words = model.get_output_embeddings().weight[state.labels[0, end + 1 : stop]].float()
+        network = self._network.counterfactual
+        values = F.pad(network.values(states[:-1], words), (0, 0, 0, 1))
+        return Remembered(request.id, self._questions(backbone, state)[0], network.keys(states), values)
+
+
+def _last(backbone: Backbone) -> Mapping[str, nn.Module]:
+    return {"last": backbone.layout.layer(len(backbone.layout) - 1)}

@@ -1,0 +1,52 @@
+"""T-Patcher (Huang et al. 2023): UniKE's intrinsic half alone, with its own keys and losses.
+
+Each new key starts at a query of the edit's own. The activation loss keeps it firing there, the
+memory loss keeps it silent on remembered queries of the training split.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from unike.backbones.base import Backbone
+from unike.backbones.prefix import PrefixCache
+from unike.edits import Edit, EditRecord, LayerShare, RoutedEdit, Routing
+from unike.hparams import HyperParams
+from unike.methods.base import Knowledge, edited_layers, register
+from unike.methods.patching import fresh_patches, own_states, train_patches
+from unike.types import EditRequest, UserError
+
+
+def _has_losses(hparams: HyperParams) -> None:
+    if not hparams.activation_loss and not hparams.memory_loss:
+        raise UserError(
+            f"{hparams.source}: activation_loss, memory_loss: both are 0; T-Patcher needs at least one"
+        )
+
+
+@register("tpatcher", lambda hparams: hparams.memory_loss > 0, check=_has_losses)
+class TPatcher:
+    """Patches without zeta, gate and in-context knowledge, whatever the YAML says of these."""
+
+    def __init__(self, hparams: HyperParams, knowledge: Knowledge) -> None:
+        self.hparams = hparams
+        self.knowledge = knowledge
+        self.settings = replace(hparams, key_init="query", beta=0.0)
+        self.routing = Routing(external="none")
+
+    def layers(self, backbone: Backbone) -> list[int]:
+        return edited_layers(self.hparams, backbone)
+
+    def edit(
+        self, backbone: Backbone, request: EditRequest, prefixes: PrefixCache, history: Edit | None = None
+    ) -> RoutedEdit:
+        """Trains a patch in each edited layer while the former ones are in force."""
+        state = prefixes.state([request.query])
+        states = own_states(backbone, state, self.layers(backbone))
+        patches = fresh_patches(backbone, request, states, self.settings, self.knowledge)
+        shares = {i: LayerShare(s.sem, s.pos, patches[i]) for i, s in states.items()}
+        edit = RoutedEdit((EditRecord(request.id, shares),), self.routing)
+        whole = edit if history is None else history | edit
+        trained = train_patches(backbone, state, patches, whole, self.settings, self.knowledge)
+        edit.info.update(steps=trained.steps, loss=trained.loss, reached=trained.reached)
+        return edit
