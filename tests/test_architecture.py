@@ -337,7 +337,7 @@ RULES = (
     Rule(
         machine_paths, ("",), METHOD,
         caught=("x = '/ho" + "me/me/x.pth'", "cd /tm" + "p/x", "(/ro" + "ot/x)"),
-        passed=("https://host/home/x", "./data/tmp/x", "Path('/proc/meminfo')", "work/vision.safetensors"),
+        passed=("https://host/home/x", "./a/tm" + "p/x", "Path('/proc/meminfo')", "work/vision.safetensors"),
     ),
 )  # fmt: skip
 NAMES = [f"{rule.find.__name__}-{Path(rule.at).stem}" for rule in RULES]

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from worlds import BASE, SETTINGS, World, assert_untouched, case, query, snapshot
+from untouched import assert_untouched
+from worlds import BASE, SETTINGS, World, case, query, snapshot
 
 from unike.backbones.prefix import PrefixCache
 from unike.deltas import WeightDelta

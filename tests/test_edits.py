@@ -8,6 +8,7 @@ import pytest
 import torch
 from original_files import FAMILIES, make_spec
 from PIL import Image
+from untouched import assert_untouched, weights_of
 
 from unike.backbones import load_backbone
 from unike.backbones.base import Batch, answer_loss, encode_queries
@@ -88,22 +89,10 @@ def world(request: pytest.FixtureRequest, worlds: dict[str, World]) -> World:
     return worlds[request.param]
 
 
-def snapshot(backbone: VisionLanguageBackbone) -> dict[str, torch.Tensor]:
-    return {k: v.clone() for k, v in backbone.model.state_dict().items()}
-
-
-def assert_untouched(backbone: VisionLanguageBackbone, before: dict[str, torch.Tensor], hooks: int) -> None:
-    after = backbone.model.state_dict()
-    assert after.keys() == before.keys()
-    assert all(torch.equal(after[k], v) for k, v in before.items())
-    assert hook_count(backbone.model) == hooks
-    assert not any(p.requires_grad for p in backbone.model.parameters())
-
-
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_an_edit_changes_answers_while_applied_and_nothing_after(world: World, setting: str) -> None:
     backbone = world.backbone
-    before, hooks = snapshot(backbone), hook_count(backbone.model)
+    before, hooks = weights_of(backbone), hook_count(backbone.model)
     batch = encode_queries(backbone, [query(0), query(1)])
     base = world.logits(batch)
     edit = world.edit(setting)
@@ -119,7 +108,7 @@ def test_an_edit_changes_answers_while_applied_and_nothing_after(world: World, s
 def test_the_base_is_whole_after_an_exception_in_the_middle(world: World, setting: str) -> None:
     backbone = world.backbone
     edit = world.edit(setting)
-    before, hooks = snapshot(backbone), hook_count(backbone.model)
+    before, hooks = weights_of(backbone), hook_count(backbone.model)
 
     def ask_and_fail() -> None:
         with edit.applied(backbone):
@@ -133,7 +122,7 @@ def test_the_base_is_whole_after_an_exception_in_the_middle(world: World, settin
 
 def test_the_base_is_whole_when_making_the_edit_fails(world: World, monkeypatch) -> None:
     backbone = world.backbone
-    before, hooks = snapshot(backbone), hook_count(backbone.model)
+    before, hooks = weights_of(backbone), hook_count(backbone.model)
     monkeypatch.setattr("unike.methods.training.answer_loss", lambda *_: torch.tensor([float("nan")]))
     for setting in ("paper", "ft"):
         with pytest.raises(FloatingPointError, match="nan after 0 steps"):

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from worlds import BASE, SETTINGS, World, assert_untouched, case, query, snapshot
+from untouched import assert_untouched
+from worlds import BASE, SETTINGS, World, case, query, snapshot
 
 from unike.backbones.base import answer_loss, encode_queries
 from unike.hparams import HyperParams

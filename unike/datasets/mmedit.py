@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+from abc import abstractmethod
 from collections.abc import Sequence
 from itertools import chain, zip_longest
 from pathlib import Path
@@ -117,8 +118,8 @@ def _optional_text(value: str | None) -> str | None:
 class _CaseSequence(Sequence[Case]):
     """What the datasets share: indexing over ``len`` and ``_case``, and the audit of their pictures."""
 
-    def _case(self, position: int) -> Case:
-        raise NotImplementedError
+    @abstractmethod
+    def _case(self, position: int) -> Case: ...
 
     @overload
     def __getitem__(self, index: int) -> Case: ...
@@ -180,9 +181,9 @@ class _MMEditDataset(_CaseSequence):
         """The number of cases kept."""
         return len(self._records)
 
+    @abstractmethod
     def _prompt(self, text: str) -> str:
         """The prompt of the edit itself, from ``src`` or ``rephrase``."""
-        raise NotImplementedError
 
     def _question(self, text: str) -> str:
         return self.template.replace("{}", text.strip())
