@@ -55,13 +55,14 @@ LAYERS = (
     (
         "unike.methods.*",
         f"{_BOTTOM} unike.hparams unike.hooks unike.d[ae]* unike.knowledge* unike.edits* {_PROTOCOL} "
-        "unike.methods.base unike.methods.training unike.methods.patching unike.methods.meta_training",
+        "unike.methods.base unike.methods.training unike.methods.patching unike.methods.meta_training "
+        "unike.methods.scoping",
     ),
     ("unike.reading", f"{_BOTTOM} unike.metrics unike.edits* {_PROTOCOL}"),
     ("unike.protocols", f"{_BOTTOM} unike.metrics unike.edits* unike.methods.base unike.reading {_PROTOCOL}"),
     ("unike.sequences", f"{_PROTOCOL} unike.types unike.[hpt]* unike.methods.base unike.re[ac]*"),
     ("unike.tables", "unike.types unike.metrics unike.records"),
-    *((f"unike.{top}", "unike.*") for top in ("editor", "runs", "check")),
+    *((f"unike.{top}", "unike.*") for top in ("editor", "runs", "inputs", "check")),
 )
 THIRD_PARTY = (("unike.types", ""), ("unike.text", ""), ("unike.knowledge*", "torch torch.*"))
 
