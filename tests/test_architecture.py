@@ -62,6 +62,9 @@ LAYERS = (
     ("unike.protocols", f"{_BOTTOM} unike.metrics unike.edits* unike.methods.base unike.reading {_PROTOCOL}"),
     ("unike.sequences", f"{_PROTOCOL} unike.types unike.[hpt]* unike.methods.base unike.re[ac]*"),
     ("unike.tables", "unike.types unike.metrics unike.records"),
+    ("unike.published", "unike.types"),
+    ("unike.claims", "unike.types unike.metrics unike.tables"),
+    ("unike.comparison", "unike.types unike.tables unike.published unike.claims"),
     *((f"unike.{top}", "unike.*") for top in ("editor", "runs", "inputs", "check")),
 )
 THIRD_PARTY = (("unike.types", ""), ("unike.text", ""), ("unike.knowledge*", "torch torch.*"))

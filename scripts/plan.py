@@ -1,0 +1,306 @@
+"""What is run for a table or a figure, read from a plan (``hparams/tables.yaml``).
+
+    runs = read_plan(Path("hparams/tables.yaml"), ["1"], ["tiny_blip2"], size=20)
+    outcome = scripts.workers.ensure(runs)     # runs what is missing
+    summaries = {run.row: summary(run) for run in runs if is_complete(run)}
+
+Rows that mean the same run, in whichever table they stand, have the same ``folder``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from unike import published
+from unike.comparison import EXTRAS
+from unike.hparams import HyperParams
+from unike.options import read_yaml
+from unike.records import SUMMARY, read_records
+from unike.runs import TASKS, problems_of
+from unike.tables import summarise
+from unike.types import PROTOCOLS, UserError
+
+PLAN = Path("hparams/tables.yaml")
+OUTPUT = Path("results/tables")
+BACKBONES = ("tiny_blip2", "tiny_minigpt4")
+_PARTS = ("tables", "figures")
+_KINDS: dict[str, tuple[Any, str]] = {
+    "tuple": (list, "a list"), "Mapping": (dict, "lines of `key: value`"), "str": (str, "text"),
+    "bool": (bool, "true or false"), "float": ((int, float), "a number"),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RowPlan:
+    """A row of a table: a YAML, ``{backbone}`` in its path filled in, with changes.
+
+    ``paper`` is its name in the paper's figures (None: it has none there), ``ours`` marks what the paper
+    does not have and is compared with all that it has, ``line`` and ``x`` place it in a figure.
+    """
+
+    name: str
+    yaml: str
+    set: Mapping[str, Any] = field(default_factory=dict)
+    paper: str | None = None
+    ours: bool = False
+    line: str | None = None
+    x: float | None = None
+
+
+@dataclass(frozen=True)
+class TablePlan:
+    """A table: its rows on each of the tasks, at each of the lengths; of length 1 is one-step editing.
+
+    ``paper`` names the published figures, ``reference`` the row whose order they state, ``extras`` what is
+    shown and told beside them, see ``unike.comparison.Block``.
+    """
+
+    title: str
+    protocol: str
+    rows: tuple[RowPlan, ...]
+    tasks: tuple[str, ...] = ("vqa",)
+    lengths: tuple[int, ...] = (1,)
+    paper: str | None = None
+    reference: str = "UniKE"
+    extras: tuple[str, ...] = ()
+    set: Mapping[str, Any] = field(default_factory=dict)
+    set_by_length: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
+
+    def changes(self, row: RowPlan, length: int) -> dict[str, Any]:
+        """What the row's YAML is changed in: row over length over table."""
+        own = dict(self.set) | dict(self.set_by_length.get(length, {})) | dict(row.set)
+        if length == 1:
+            return {k: v for k, v in own.items() if k not in ("sequences", "curve_cases")}
+        return own | {"protocol": self.protocol, "sequence_length": length}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A row in one block of a table. ``folder`` holds its records, and those of every row alike."""
+
+    table: str
+    row: RowPlan
+    backbone: str
+    task: str
+    length: int
+    hparams: HyperParams
+    size: int | None
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        return f"{self.backbone}, {self.task}, {placed(self.hparams)}, {self.row.name}"
+
+
+def placed(hparams: HyperParams) -> str:
+    """The protocol with its length."""
+    if hparams.protocol == "one_step":
+        return hparams.protocol
+    return f"{hparams.protocol}-{hparams.sequence_length}"
+
+
+def read_tables(path: Path = PLAN) -> dict[str, TablePlan]:
+    """All plans of a file by name, figures after tables; one UserError with every problem of the file."""
+    values, _, problems = read_yaml(str(path))
+    problems += [f"{path}: {key}: unknown; expected tables, figures" for key in values.keys() - _PARTS]
+    found: dict[str, TablePlan] = {}
+    for part in _PARTS:
+        entries = values.get(part) or {}
+        if not isinstance(entries, dict):
+            problems.append(f"{path}: {part}: expected plans by name")
+            continue
+        for name, entry in entries.items():
+            try:
+                found[str(name)] = _table(entry, f"{path}: {name}")
+            except UserError as error:
+                problems += error.problems
+    if problems:
+        raise UserError(*dict.fromkeys(problems))
+    return found
+
+
+def table_names(path: Path = PLAN) -> list[str]:
+    """What ``--table all`` stands for: the tables, without the figures' sweeps."""
+    values, _, _ = read_yaml(str(path))
+    return [str(name) for name in values.get("tables") or {}]
+
+
+def read_plan(
+    path: Path = PLAN,
+    tables: Sequence[str] = ("all",),
+    backbones: Sequence[str] = BACKBONES,
+    size: int | None = None,
+    output: Path = OUTPUT,
+    overrides: Sequence[str] = (),
+    sequences: int | None = None,
+) -> list[Run]:
+    """Every run of the named tables and figures, in the order of the plan.
+
+    ``size`` bounds the records, ``sequences`` the sequences of each run, ``overrides`` are
+    ``key=value`` for all rows. One UserError names everything wrong: the plan, unknown tables, YAMLs
+    that are missing or hold a misspelt key.
+    """
+    plans = read_tables(path)
+    names = list(dict.fromkeys(n for t in tables for n in (table_names(path) if t == "all" else [t])))
+    known = f"expected {', '.join(plans)} or all"
+    problems = [f"--table: {n}: not in {path}; {known}" for n in names if n not in plans]
+    if size is not None and size < 1:
+        problems.append(f"--size: {size}; expected 1 or more")
+    bases: dict[Path, HyperParams | UserError] = {}
+    checked = partial(_base, bases, overrides)
+    wanted = [(n, b, t, k, r) for n in names if n in plans for b in backbones
+              for t in plans[n].tasks for k in plans[n].lengths for r in plans[n].rows]  # fmt: skip
+    out: list[Run] = []
+    folders: dict[str, Path] = {}
+    for name, backbone, task, length, row in wanted:
+        file = path.parent / row.yaml.format(backbone=backbone)
+        changes = plans[name].changes(row, length)
+        if sequences is not None and length > 1:
+            changes["sequences"] = min(sequences, changes.get("sequences", sequences))
+        made: list[HyperParams] = []
+        make = partial(_changed, changes, f"{path}: {row.name}", overrides)
+        problems += problems_of(lambda: made.append(make(checked(file))))  # noqa: B023
+        if made:
+            folder = _folder(output, backbone, task, made[0], size, row.name, folders)
+            out.append(Run(name, row, backbone, task, length, made[0], size, folder))
+    if problems:
+        raise UserError(*dict.fromkeys(problems))
+    return out
+
+
+def is_complete(run: Run) -> bool:
+    """Whether all records of the run are there."""
+    return _kept(run).get("interrupted") is False
+
+
+def _kept(run: Run) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads((run.folder / SUMMARY).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found
+
+
+def records(run: Run) -> list[dict[str, Any]]:
+    """What is recorded of the run up to now; empty where nothing is."""
+    return read_records(run.folder) if run.folder.is_dir() else []
+
+
+def summary(run: Run) -> dict[str, Any]:
+    """The run's records summed up, as ``unike.tables.summarise`` gives it; ``interrupted`` where some
+    are missing."""
+    kept, hp = _kept(run), run.hparams
+    # Summing up takes a second; a summary of an earlier version may lack parts.
+    if kept.get("interrupted") is False and "means" in kept:
+        return kept
+    found = summarise(records(run), hp.seed, hp.metric_presets)
+    return found | {"interrupted": not is_complete(run)}
+
+
+def _base(known: dict[Path, HyperParams | UserError], overrides: Sequence[str], file: Path) -> HyperParams:
+    """The YAML, read once; its problems and those of the overrides on it are said once, under its name."""
+    if file not in known:
+        try:
+            HyperParams.from_hparams(file, overrides)
+            known[file] = HyperParams.from_hparams(file)
+        except UserError as error:
+            known[file] = error
+    found = known[file]
+    if isinstance(found, UserError):
+        raise found
+    return found
+
+
+def _changed(
+    changes: Mapping[str, Any], source: str, overrides: Sequence[str], base: HyperParams
+) -> HyperParams:
+    made = HyperParams.from_dict({**base.to_dict(), **changes}, source=source, overrides=overrides)
+    # What files lack is the fault of the YAML that names them: said once, not for every row.
+    return HyperParams.from_dict(made.to_dict(), source=base.source)
+
+
+def _folder(
+    output: Path,
+    backbone: str,
+    task: str,
+    hparams: HyperParams,
+    size: int | None,
+    name: str,
+    known: dict[str, Path],
+) -> Path:
+    """By what the run depends on; the row's name is there for readers only."""
+    what = json.dumps({"hparams": hparams.to_dict(), "task": task, "size": size}, sort_keys=True)
+    key = hashlib.sha256(what.encode()).hexdigest()[:10]
+    if key not in known:
+        group = output / f"{backbone}-{task}-{placed(hparams)}"
+        slug = re.sub(r"\W+", "-", name).strip("-").lower()
+        known[key] = next(iter(sorted(group.glob(f"*-{key}"))), group / f"{slug}-{key}")
+    return known[key]
+
+
+def _table(entry: Any, at: str) -> TablePlan:
+    values = _known(entry, TablePlan, at)
+    problems: list[str] = []
+    rows: list[RowPlan] = []
+    for number, row in enumerate(values.get("rows") or [], 1):
+        try:
+            rows.append(_row(row, f"{at}: row {number}"))
+        except UserError as error:
+            problems += error.problems
+    repeated = {r.name for r in rows if [o.name for o in rows].count(r.name) > 1}
+    problems += [f"{at}: {name}: two rows of that name" for name in sorted(repeated)]
+    plan = TablePlan(**{**values, "rows": tuple(rows)} | {
+        key: tuple(values[key]) for key in ("tasks", "lengths", "extras") if key in values
+    })  # fmt: skip
+    wrong = [("protocol", plan.protocol, PROTOCOLS)]
+    wrong += [("tasks", task, TASKS) for task in plan.tasks]
+    wrong += [("extras", extra, EXTRAS) for extra in plan.extras]
+    wrong += [("paper", plan.paper, published.keys())] if plan.paper is not None else []
+    problems += [f"{at}: {k}: {v}; expected {', '.join(among)}" for k, v, among in wrong if v not in among]
+    problems += [
+        f"{at}: lengths: {n}; expected whole numbers from 1 on"
+        for n in plan.lengths
+        if not isinstance(n, int) or n < 1
+    ]
+    if not rows and not problems:
+        problems.append(f"{at}: rows: expected a list of rows with `name` and `yaml`")
+    if problems:
+        raise UserError(*problems)
+    return plan
+
+
+def _row(entry: Any, at: str) -> RowPlan:
+    values = _known(entry, RowPlan, at)
+    values["set"] = dict(values.get("set") or {})
+    if not values.get("ours"):
+        values.setdefault("paper", values["name"])
+    return RowPlan(**values)
+
+
+def _known(entry: Any, kind: type, at: str) -> dict[str, Any]:
+    """The entry's values, every key known and every needed one there."""
+    if not isinstance(entry, dict):
+        raise UserError(f"{at}: expected lines of `key: value`")
+    names = [f.name for f in fields(kind)]
+    problems = []
+    for key in entry.keys() - set(names):
+        nearest = difflib.get_close_matches(str(key), names, n=1, cutoff=0.0)[0]
+        problems.append(f"{at}: {key}: unknown key; the nearest known key is {nearest}")
+    needed = names[: 3 if kind is TablePlan else 2]
+    problems += [f"{at}: {key}: missing" for key in needed if not entry.get(key)]
+    for key, value in entry.items():
+        declared = next((str(f.type) for f in fields(kind) if f.name == key), "")
+        wanted = next((w for start, w in _KINDS.items() if declared.startswith(start)), None)
+        if wanted and not isinstance(value, wanted[0]) and not (value is None and "None" in declared):
+            problems.append(f"{at}: {key}: expected {wanted[1]}, got {value!r}")
+    if problems:
+        raise UserError(*problems)
+    return dict(entry)

@@ -1,0 +1,293 @@
+"""Runs what a plan lacks: groups of rows on one backbone and one set of cases, worked off by processes.
+
+    outcome = ensure(read_plan(...), jobs=2)
+
+Everything lies in the runs' folders as it is made: after Ctrl-C, a failure or a kill, the same call
+goes on.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from scripts.plan import Run, is_complete
+from unike import runs
+from unike.backbones import load_backbone
+from unike.reading import Reader
+from unike.records import read_manifest
+from unike.types import UserError
+
+PATIENCE = 60.0
+Report = Callable[[str, Any], None]
+
+
+@dataclass
+class Outcome:
+    """How the work ended: by Ctrl-C, or with failures, one text per row that could not be run."""
+
+    interrupted: bool = False
+    failures: list[str] = field(default_factory=list)
+
+
+def ensure(planned: Sequence[Run], jobs: int | None = None) -> Outcome:
+    """Runs what is not complete and gives back how that went; what is complete is not loaded.
+
+    ``jobs`` processes share the cores; None: one per core, or one where there is a GPU. All inputs are
+    checked first: UserError with every problem, also where a kept run was made from other data.
+    """
+    by_folder: dict[Path, Run] = {}
+    for run in planned:
+        by_folder.setdefault(run.folder, run)
+    todo = [run for run in by_folder.values() if not is_complete(run)]
+    runs.require(*(partial(_unchanged, run) for run in by_folder.values() if is_complete(run)))
+    if not todo:
+        return Outcome()
+    check(todo)
+    groups = grouped(todo)
+    jobs = min(jobs or default_jobs(), len(groups))
+    with tqdm(total=len(todo), desc="rows", unit="row", dynamic_ncols=True) as bar:
+        watch = _Watch(bar)
+        try:
+            if jobs == 1:
+                for group in groups:
+                    work(group, nullcontext(), watch, lambda: False)
+            else:
+                _Crew(groups, jobs, watch).run()
+        except KeyboardInterrupt:
+            watch.outcome.interrupted = True
+    return watch.outcome
+
+
+def default_jobs() -> int:
+    """One process per core that this one may use; a GPU is not shared."""
+    return 1 if torch.cuda.is_available() else cores()
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def check(todo: Sequence[Run]) -> None:
+    """Everything that the runs read, before a model is loaded; UserError with every problem. The
+    embedded backbones' benchmark is drawn where it is missing."""
+    runs.require(*(partial(runs.require_backbone, run.hparams) for run in _distinct(todo, "backbone")))
+    runs.require(*(partial(_draw, run) for run in _distinct(todo) if run.hparams.generate_data))
+    runs.require(*(partial(runs.preflight, r.hparams, r.task, r.size) for r in _distinct(todo)))
+
+
+def _draw(run: Run) -> None:
+    from scripts.tiny import make_data
+
+    make_data.ensure(run.hparams)
+
+
+def _distinct(todo: Sequence[Run], *keys: str) -> list[Run]:
+    """One run for each YAML, method and block: changes to a row's numbers need no check of their own."""
+    seen: dict[Any, Run] = {}
+    for run in todo:
+        hp = run.hparams
+        own = (hp.source, hp.method, hp.backbone)
+        what = (run.task, run.size, hp.protocol, hp.sequence_length, hp.external, hp.zeta, hp.serac_scope)
+        seen.setdefault(repr(own if keys else (own, what)), run)
+    return list(seen.values())
+
+
+def _unchanged(run: Run) -> None:
+    """UserError where the data have changed since the run; without the data there is nothing to compare."""
+    try:
+        now = runs.checksums(run.hparams, run.task)
+    except UserError:
+        return
+    kept = read_manifest(run.folder).get("data", {})
+    changed = [key for key in now.keys() | kept.keys() if now.get(key) != kept.get(key)]
+    if changed:
+        what = ", ".join(sorted(changed))
+        raise UserError(f"{run.folder}: {what}: changed since; delete the folder or name another --output")
+
+
+def grouped(todo: Sequence[Run]) -> list[list[Run]]:
+    """Runs that share a backbone and its answers, most edits first."""
+    found: dict[str, list[Run]] = {}
+    for run in todo:
+        hp = run.hparams
+        cases = (hp.data, hp.image_root, hp.rephrase_root, hp.clean, run.size)
+        block = (run.task, hp.protocol, hp.sequence_length, hp.sequences)
+        backbone = replace(hp.backbone, source="")
+        found.setdefault(repr((run.backbone, backbone, cases, block)), []).append(run)
+    return sorted(found.values(), key=lambda group: -sum(map(_edits, group)))
+
+
+def _edits(run: Run) -> int:
+    hp = run.hparams
+    return (run.size or 200) if hp.protocol == "one_step" else 3 * hp.sequences * hp.sequence_length
+
+
+def work(group: Sequence[Run], lock: Any, report: Report, stopped: Callable[[], bool]) -> None:
+    """Runs a group's rows one after the other; a row that fails is reported and the next one follows."""
+    first = group[0]
+    try:
+        backbone = load_backbone(first.hparams)
+        cases = runs.open_datasets(first.hparams, first.task, first.size)
+    except UserError as error:
+        report("failed", (first.name, "; ".join(error.problems), len(group)))
+        return
+    readers: dict[Any, Reader] = {}
+    for run in group:
+        if stopped():
+            return
+        started = time.perf_counter()
+        try:
+            # Editors and knowledge are made on first use: by one process, not by all.
+            with lock:
+                parts = runs.assemble(run.hparams, backbone, progress=False)
+            key = (parts.prefixes.first, parts.prefixes.batch, run.hparams.metric_presets)
+            reader = readers.setdefault(key, parts.reader())
+            with runs.open_run(parts, run.task, run.folder, resume=run.folder.exists()) as writer:
+                found = runs.run_cases(parts, cases, writer, progress=False, reader=reader)
+        except UserError as error:
+            report("failed", (run.name, "; ".join(error.problems), 1))
+        except Exception as error:
+            report("failed", (run.name, f"{error!r}\n{traceback.format_exc()}", 1))
+        else:
+            if found["interrupted"]:
+                raise KeyboardInterrupt
+            report("done", (run.name, found["n"], found["failed"], time.perf_counter() - started))
+
+
+class _Watch:
+    """Turns reports into progress lines and the outcome."""
+
+    def __init__(self, bar: Any) -> None:
+        self.bar, self.outcome = bar, Outcome()
+
+    def __call__(self, kind: str, what: Any) -> None:
+        if kind == "done":
+            name, n, failed, seconds = what
+            broken = f", {failed} failed" if failed else ""
+            self._say(f"{name}: {n} records{broken}, {seconds:.0f} s")
+            self.bar.update()
+        elif kind == "failed":
+            name, why, rows = what
+            self.outcome.failures.append(f"{name}: {why}")
+            self._say(f"{name}: failed: {why}")
+            self.bar.update(rows)
+
+    def _say(self, line: str) -> None:
+        # Standard output is for the table alone.
+        self.bar.write(line, file=sys.stderr)
+
+
+class _Crew:
+    """Processes, at most ``jobs`` at a time, each with a group of runs."""
+
+    def __init__(self, groups: Sequence[list[Run]], jobs: int, watch: _Watch) -> None:
+        self.context = multiprocessing.get_context("spawn")
+        self.left, self.jobs, self.watch = list(groups), jobs, watch
+        self.reports = self.context.Queue()
+        self.stop = self.context.Event()
+        self.locks = {group[0].backbone: self.context.Lock() for group in groups}
+        self.at_work: list[Any] = []
+
+    def run(self) -> None:
+        # Read by the children's torch as it loads.
+        threads = {"OMP_NUM_THREADS": str(max(1, cores() // self.jobs))}
+        former = {key: os.environ.get(key) for key in threads}
+        os.environ.update({key: value for key, value in threads.items() if former[key] is None})
+        try:
+            while (self.left or self.at_work) and not self.stop.is_set():
+                while self.left and len(self.at_work) < self.jobs:
+                    self._start(self.left.pop(0))
+                self._listen(0.2)
+                self._look()
+        except KeyboardInterrupt:
+            self.watch.outcome.interrupted = True
+        finally:
+            self._end()
+            for key in threads:
+                if former[key] is None:
+                    del os.environ[key]
+
+    def _start(self, group: list[Run]) -> None:
+        target = (group, self.locks[group[0].backbone], self.reports, self.stop)
+        process = self.context.Process(target=_child, args=target, name=group[0].name)
+        # A child is deaf to Ctrl-C until it can end well: it would print tracebacks while it imports.
+        with _deaf():
+            process.start()
+        self.at_work.append(process)
+
+    def _listen(self, seconds: float) -> None:
+        try:
+            while True:
+                self.watch(*self.reports.get(timeout=seconds))
+                seconds = 0.0
+        except queue.Empty:
+            return
+
+    def _look(self) -> None:
+        for process in [p for p in self.at_work if not p.is_alive()]:
+            self.at_work.remove(process)
+            if process.exitcode:
+                # It may have died with a lock in hand: the others would wait for it forever.
+                why = f"its process ended with code {process.exitcode}"
+                self.watch("failed", (process.name, why, 0))
+                self.stop.set()
+
+    def _end(self) -> None:
+        """Lets the children write what they have, then ends them."""
+        self.stop.set()
+        for process in self.at_work:
+            if process.is_alive():
+                os.kill(process.pid, signal.SIGINT)
+        until = time.monotonic() + PATIENCE
+        while any(p.is_alive() for p in self.at_work) and time.monotonic() < until:
+            self._listen(0.2)
+        for process in self.at_work:
+            process.terminate()
+            process.join()
+        self._listen(0.2)
+
+
+@contextmanager
+def _deaf() -> Iterator[None]:
+    former = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, former)
+
+
+def _child(group: Sequence[Run], lock: Any, reports: Any, stop: Any) -> None:
+    def once(*_: Any) -> None:
+        # Ctrl-C reaches a process twice, from the terminal and from the parent.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    def orphaned() -> None:
+        # Whoever starts the command again must be alone in the runs' folders.
+        parent = multiprocessing.parent_process()
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=orphaned, daemon=True).start()
+    try:
+        signal.signal(signal.SIGINT, once)
+        work(group, lock, lambda kind, what: reports.put((kind, what)), stop.is_set)
+    except KeyboardInterrupt:
+        return
