@@ -42,8 +42,8 @@ _KINDS: dict[str, tuple[Any, str]] = {
 class RowPlan:
     """A row of a table: a YAML, ``{backbone}`` in its path filled in, with changes.
 
-    ``paper`` is its name in the paper's figures (None: it has none there), ``ours`` marks what the paper
-    does not have and is compared with all that it has, ``line`` and ``x`` place it in a figure.
+    ``paper`` is its name in the paper's figures (None: it has none there), ``ours`` marks the rows whose
+    best is compared with the best of the others, ``line`` and ``x`` place it in a figure.
     """
 
     name: str
@@ -280,8 +280,7 @@ def _table(entry: Any, at: str) -> TablePlan:
 def _row(entry: Any, at: str) -> RowPlan:
     values = _known(entry, RowPlan, at)
     values["set"] = dict(values.get("set") or {})
-    if not values.get("ours"):
-        values.setdefault("paper", values["name"])
+    values.setdefault("paper", values["name"])
     return RowPlan(**values)
 
 
