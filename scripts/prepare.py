@@ -22,7 +22,9 @@ from unike import runs
 from unike.backbones import load_backbone
 from unike.hparams import HyperParams
 from unike.methods import build, needs_knowledge
+from unike.methods.base import needs_scope
 from unike.methods.preparation import knowledge_folder
+from unike.methods.scoping import kept_scope
 from unike.methods.trained import kept_editor, learns, wants_cases
 from unike.tables import as_text
 from unike.types import UserError
@@ -77,6 +79,11 @@ def run(args: argparse.Namespace) -> int:
     index: dict[str, Any] = json.loads((folder / "knowledge.json").read_text(encoding="utf-8"))
     print(as_text(fit_table(index["fit"], f"{len(triplets)} triplets")))
     print(f"memory and encoders: {folder}")
+    if needs_scope(hparams):
+        kept = Path(str(kept_scope(hparams)))
+        learnt = json.loads((kept / "scope.json").read_text(encoding="utf-8"))
+        shares = ", ".join(f"{name} {100 * share:.1f}" for name, share in learnt["held_out"].items())
+        print(f"scope, held-out records that go right, %: {shares}\nscope: {kept}")
     return 0
 
 

@@ -41,8 +41,7 @@ LAYERS = (
     ("unike.text", ""),
     ("unike.progress", ""),
     ("unike.hooks", ""),
-    ("unike.legacy", "unike.types"),
-    ("unike.options", "unike.types"),
+    *((f"unike.{top}", "unike.types") for top in ("legacy", "options", "published")),
     ("unike.hparams", "unike.types unike.options unike.legacy"),
     ("unike.knowledge*", "unike.knowledge*"),
     ("unike.metrics", _BOTTOM),
@@ -55,15 +54,15 @@ LAYERS = (
     (
         "unike.methods.*",
         f"{_BOTTOM} unike.hparams unike.hooks unike.d[ae]* unike.knowledge* unike.edits* {_PROTOCOL} "
-        "unike.methods.base unike.methods.training unike.methods.patching unike.methods.meta_training",
+        "unike.methods.base unike.methods.training unike.methods.patching unike.methods.meta_training "
+        "unike.methods.scoping",
     ),
     ("unike.reading", f"{_BOTTOM} unike.metrics unike.edits* {_PROTOCOL}"),
     ("unike.protocols", f"{_BOTTOM} unike.metrics unike.edits* unike.methods.base unike.reading {_PROTOCOL}"),
     ("unike.sequences", f"{_PROTOCOL} unike.types unike.[hpt]* unike.methods.base unike.re[ac]*"),
     ("unike.tables", "unike.types unike.metrics unike.records"),
-    ("unike.published", "unike.types"),
     ("unike.c[lo]*", "unike.types unike.metrics unike.tables unike.published unike.claims"),
-    *((f"unike.{top}", "unike.*") for top in ("editor", "runs", "check")),
+    *((f"unike.{top}", "unike.*") for top in ("editor", "runs", "inputs", "check")),
 )
 THIRD_PARTY = (("unike.types", ""), ("unike.text", ""), ("unike.knowledge*", "torch torch.*"))
 

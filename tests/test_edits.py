@@ -19,6 +19,7 @@ from unike.deltas import WeightDelta
 from unike.edits import RoutedEdit, compose
 from unike.hooks import hook_count
 from unike.hparams import HyperParams
+from unike.knowledge.scope import ScopeEncoder, ScopeMeasure
 from unike.methods.base import build
 from unike.methods.preparation import as_knowledge, build_knowledge
 from unike.types import EditRequest, Query
@@ -35,6 +36,10 @@ SETTINGS = {
     "plain": {"attention": "plain", "alpha": 0.3, "tau": 0.1, "similarity_bias": 5.0},
     "prompt": {"external": "prompt", "zeta": "random"},
     "scoped": {"scope_gate": "nearest", "memory": "edit", "tau": 0.2},
+    "trained": {
+        "scope_gate": "nearest", "scope_measure": "trained", "scope_halves": "both", "memory": "edit",
+        "scope_threshold": 0.99, "alpha": 0.5,
+    },
     "semantic": {"zeta": "semantic", "memory": "bank"},
     "patcher": {
         "external": "none", "zeta": "none", "key_init": "query", "activation_loss": 0.1, "memory_loss": 0.1,
@@ -65,7 +70,12 @@ class World:
 
     def method(self, setting: str):
         hparams = HyperParams.from_dict({**BASE, **SETTINGS[setting]})
-        return build(hparams, as_knowledge(self.states, self.encoders, hparams))
+        known = as_knowledge(self.states, self.encoders, hparams)
+        torch.manual_seed(0)
+        # Untrained: what the gate measures with is another matter than what it does.
+        encoder = ScopeEncoder(self.backbone.layout.width, 16, 8, 2).eval().requires_grad_(False)
+        known[4] = replace(known[4], scope=ScopeMeasure(encoder, 0.9))
+        return build(hparams, known)
 
     def edit(self, setting: str, i: int = 0, history=None):
         method = self.method(setting)
@@ -168,7 +178,7 @@ def test_cached_decoding_agrees_with_teacher_forcing(world: World, setting: str)
     batch = backbone.encode([one.image], [one.prompt])
     lm = backbone.model.language_model
     with edit.applied(backbone), torch.no_grad():
-        with backbone.prompt.asking(batch.question_end):
+        with backbone.prompt.asking(batch):
             out = lm.generate(
                 inputs_embeds=batch.inputs_embeds, attention_mask=batch.attention_mask, do_sample=False,
                 max_new_tokens=steps, eos_token_id=None, output_logits=True, return_dict_in_generate=True,
@@ -182,7 +192,7 @@ def test_cached_decoding_agrees_with_teacher_forcing(world: World, setting: str)
     torch.testing.assert_close(forced, torch.cat(out.logits), atol=2e-5, rtol=0)
 
 
-@pytest.mark.parametrize("setting", ["paper", "intrinsic", "scoped"])
+@pytest.mark.parametrize("setting", ["paper", "intrinsic", "scoped", "trained"])
 def test_composed_edits_are_both_in_force(world: World, setting: str) -> None:
     backbone = world.backbone
     first = world.edit(setting, 0)
@@ -215,6 +225,53 @@ def test_a_closed_gate_leaves_the_base_bit_for_bit(world: World) -> None:
         routing = replace(edit.routing, external="none", scope_threshold=threshold)
         with replace(edit, routing=routing).applied(backbone):
             assert torch.equal(world.logits(batch), base) == same
+
+
+def test_a_closed_gate_closes_both_halves(world: World) -> None:
+    backbone, edit = world.backbone, world.edit("trained")
+    batch = encode_queries(backbone, [query(1)])
+    base = world.logits(batch)
+    for halves, threshold, same in (
+        ("both", 1.1, True),
+        ("both", -1.1, False),
+        # The knowledge states speak behind a gate that closes the extra pairs alone.
+        ("intrinsic", 1.1, False),
+    ):
+        routing = replace(edit.routing, scope_halves=halves, scope_threshold=threshold)
+        with replace(edit, routing=routing).applied(backbone):
+            assert torch.equal(world.logits(batch), base) == same
+
+
+def test_a_gated_edit_leaves_the_bank_to_every_prompt(world: World) -> None:
+    backbone, edit = world.backbone, world.edit("trained")
+    batch = encode_queries(backbone, [query(1)])
+    base = world.logits(batch)
+    routing = replace(edit.routing, scope_threshold=1.1, memory="both")
+    gated, bank = replace(edit, routing=routing), replace(edit, routing=replace(routing, memory="bank"))
+    with gated.applied(backbone):
+        given = world.logits(batch)
+    assert not torch.equal(given, base)
+    with bank.applied(backbone):
+        torch.testing.assert_close(world.logits(batch), given, atol=1e-6, rtol=0)
+
+
+def test_the_trained_gate_finds_the_edits_own_prompt(world: World) -> None:
+    backbone, edit = world.backbone, world.edit("trained")
+    with edit.applied(backbone):
+        world.logits(backbone.encode([picture(COLORS[0])] * 2, [query(0).prompt, "what?"], None, "left"))
+    own, other = edit.explain()["scope"]
+    assert own == pytest.approx(1, abs=1e-5)
+    assert other < own
+    assert "e0.scope_key" in edit.state_dict()
+
+
+def test_a_measure_of_the_yaml_is_needed(world: World) -> None:
+    edit = world.edit("trained")
+    for changes in ({"scope_measure": "cosine", "scope_threshold": None}, {"scope_measure": "trained"}):
+        known = {} if changes["scope_measure"] == "trained" else edit.knowledge
+        broken = replace(edit, routing=replace(edit.routing, **changes), knowledge=known)
+        with pytest.raises(ValueError, match="scope_measure"), broken.applied(world.backbone):
+            pass
 
 
 def test_only_the_nearest_edit_speaks(world: World) -> None:

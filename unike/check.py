@@ -15,7 +15,8 @@ from unike.backbones.checkpoint_files import Finding, check_spec, memory_finding
 from unike.backbones.loading import pick_device
 from unike.hparams import HyperParams
 from unike.methods import needs_knowledge
-from unike.methods.base import check_method
+from unike.methods.base import check_method, needs_scope
+from unike.methods.scoping import kept_scope
 from unike.methods.trained import kept_editor, learns
 from unike.types import Case
 
@@ -35,6 +36,8 @@ def findings(hparams: HyperParams, task: str) -> list[Finding]:
     ]
     if found[0].ok and needs_knowledge(hparams):
         found += _knowledge(hparams)
+    if found[0].ok and needs_scope(hparams):
+        found += _scope(hparams)
     if found[0].ok and learns(hparams):
         found += _editor(hparams)
     # Two data sets may lack the same folder: once is enough.
@@ -136,6 +139,18 @@ def _editor(hparams: HyperParams) -> list[Finding]:
     if (kept := kept_editor(hparams)) is not None:
         return [Finding(True, f"editor_dir: {kept}: the editor is there")]
     what = f"editor_dir: {hparams.editor_dir}: no editor of these options"
+    if not hparams.generate_data and (problems := runs.problems_of(lambda: runs.training_cases(hparams))):
+        return [Finding(False, problem) for problem in problems]
+    return [Finding(True, what, "trained first (scripts/prepare.py)")]
+
+
+def _scope(hparams: HyperParams) -> list[Finding]:
+    """The trained measure of scope: kept, or to be trained first; weights tell on loading."""
+    if hparams.scope_dir is None:
+        return [Finding(False, "scope_dir: missing", "name a folder for the trained scope")]
+    if (kept := kept_scope(hparams)) is not None:
+        return [Finding(True, f"scope_dir: {kept}: the measure is there")]
+    what = f"scope_dir: {hparams.scope_dir}: no measure of these options"
     if not hparams.generate_data and (problems := runs.problems_of(lambda: runs.training_cases(hparams))):
         return [Finding(False, problem) for problem in problems]
     return [Finding(True, what, "trained first (scripts/prepare.py)")]

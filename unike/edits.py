@@ -15,12 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from unike.backbones.base import Backbone
+from unike.backbones.base import Backbone, Prompt
 from unike.hooks import After, transform
 from unike.knowledge.adapter import AdapterLayer, Shift
 from unike.knowledge.encoders import Disentangler
 from unike.knowledge.memory import KnowledgeMemory
 from unike.knowledge.patch import KeyValuePatch, PatchStack
+from unike.knowledge.scope import ScopeMeasure, open_edits
 from unike.types import Query
 
 
@@ -120,12 +121,14 @@ class PromptEdit(Edit):
 
 @dataclass(frozen=True)
 class LayerKnowledge:
-    """One layer's bank, encoders, zeta, and remembered feed-forward inputs ``(m, d)``."""
+    """One layer's bank, encoders, zeta, and remembered feed-forward inputs ``(m, d)``; in the first
+    edited layer the trained measure of scope, if one is used."""
 
     bank: KnowledgeMemory
     encoders: Disentangler
     ffn_queries: torch.Tensor
     zeta: torch.Tensor | None = None
+    scope: ScopeMeasure | None = None
 
 
 @dataclass(frozen=True)
@@ -140,11 +143,13 @@ class LayerShare:
 
 @dataclass(frozen=True)
 class EditRecord:
-    """One edit of a routed edit: its shares by layer."""
+    """One edit of a routed edit: its shares by layer, and its key ``(r)`` in the trained space of
+    scope."""
 
     id: str
     layers: Mapping[int, LayerShare]
     demonstration: str | None = None
+    scope_key: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -159,7 +164,9 @@ class Routing:
     tau: float | None = None
     similarity_bias: float = 0.0
     scope_gate: str = "none"
-    scope_threshold: float = 0.5
+    scope_threshold: float | None = 0.5
+    scope_measure: str = "cosine"
+    scope_halves: str = "intrinsic"
 
 
 @dataclass
@@ -167,7 +174,8 @@ class RoutedEdit(Edit):
     """UniKE's edit: patches beside feed-forward networks, shifted attention, and who may speak.
 
     ``records`` share the ``knowledge`` (bank and encoders by layer) and the ``routing``. After a
-    forward pass ``trace`` holds each layer's decision for the last batch of prompts.
+    forward pass ``trace`` holds each layer's decision for the last batch of prompts, and ``scopes``
+    each prompt's similarity with the nearest edit where a gate is on.
     """
 
     records: tuple[EditRecord, ...]
@@ -175,6 +183,7 @@ class RoutedEdit(Edit):
     knowledge: Mapping[int, LayerKnowledge] = field(default_factory=dict)
     info: dict[str, Any] = field(default_factory=dict)
     trace: dict[int, Shift] = field(default_factory=dict, repr=False)
+    scopes: torch.Tensor | None = field(default=None, repr=False)
 
     @property
     def layers(self) -> list[int]:
@@ -182,7 +191,7 @@ class RoutedEdit(Edit):
 
     @contextmanager
     def applied(self, backbone: Backbone) -> Iterator[None]:
-        gate = ScopeGate(self, backbone) if self.routing.scope_gate != "none" else None
+        gate = ScopeGate(self) if self.routing.scope_gate != "none" else None
         afters: list[tuple[nn.Module, nn.Module, After]] = []
         for index in self.layers:
             runtime = _Layer(self, backbone, index, gate)
@@ -205,15 +214,18 @@ class RoutedEdit(Edit):
                 out[f"{at}.key"], out[f"{at}.value"] = share.key, share.value
                 if share.patch is not None:
                     out |= {f"{at}.patch.{k}": v.detach() for k, v in share.patch.state_dict().items()}
+            if record.scope_key is not None:
+                out[f"{record.id}.scope_key"] = record.scope_key
         return out
 
     def explain(self) -> dict[str, list[float]]:
+        scope = {} if self.scopes is None else {"scope": self.scopes.tolist()}
         decisions = list(self.trace.values())
         if not decisions or not decisions[0].retrieved.similarity.shape[1]:
-            return {}
+            return scope
         alpha = torch.stack([d.alpha.float() for d in decisions]).mean(0)
         best = torch.stack([d.retrieved.similarity[:, 0].float() for d in decisions]).mean(0)
-        return {"alpha": alpha.tolist(), "similarity": best.tolist()}
+        return {"alpha": alpha.tolist(), "similarity": best.tolist(), **scope}
 
     def rewrite(self, query: Query) -> Query:
         shown = [r.demonstration for r in self.records if r.demonstration is not None]
@@ -229,29 +241,55 @@ class RoutedEdit(Edit):
 
 
 class ScopeGate:
-    """Which edits' patches may speak for a prompt, decided where the edited layers begin.
+    """Which edits may speak for a prompt, decided where the edited layers begin.
 
-    The state there is the base model's, whatever edits are applied: the decision depends on the
-    prompt alone. ``threshold`` opens every edit whose own key is similar enough to the state at the
-    prompt's last token; ``nearest`` only the most similar of them.
+    The states there are the base model's, whatever edits are applied: the decision depends on the
+    prompt alone. ``threshold`` opens every edit whose own key is similar enough; ``nearest`` only the
+    most similar of them. Similarity is the cosine of the states at the prompt's last token, or that of
+    the trained space.
     """
 
-    def __init__(self, edit: RoutedEdit, backbone: Backbone) -> None:
-        self.first = edit.layers[0]
+    def __init__(self, edit: RoutedEdit) -> None:
+        self.edit, self.first = edit, edit.layers[0]
         self.nearest = edit.routing.scope_gate == "nearest"
-        self.threshold = edit.routing.scope_threshold
-        keys = torch.stack([r.layers[self.first].key for r in edit.records])
+        self.latent = edit.routing.scope_halves == "both"
+        known = edit.knowledge.get(self.first)
+        trained = edit.routing.scope_measure == "trained"
+        self.measure = known.scope if trained and known is not None else None
+        threshold = edit.routing.scope_threshold
+        if self.measure is not None:
+            keys = torch.stack([r.scope_key for r in edit.records if r.scope_key is not None])
+            threshold = self.measure.threshold if threshold is None else threshold
+        else:
+            keys = torch.stack([r.layers[self.first].key for r in edit.records])
+        if threshold is None or trained != (self.measure is not None) or len(keys) != len(edit.records):
+            raise ValueError("scope_measure: trained needs the measure, and cosine a scope_threshold")
+        self.threshold = threshold
         self.directions = F.normalize(keys.float(), dim=-1)
         self.open = torch.zeros(0, len(edit.records), dtype=torch.bool)
 
     @torch.no_grad()
-    def decide(self, query: torch.Tensor) -> None:
-        """``query (B, d)``: sets ``open (B, E)``."""
-        similarity = F.normalize(query.float(), dim=-1) @ self.directions.T
-        self.open = similarity >= self.threshold
-        if self.nearest:
-            best = F.one_hot(similarity.argmax(1), similarity.shape[1]).bool()
-            self.open &= best
+    def decide(self, x: torch.Tensor, prompt: Prompt) -> None:
+        """What enters the first edited layer, ``x (B, T, d)``: sets ``open (B, E)``."""
+        end = prompt.question_end
+        assert end is not None
+        assert prompt.attention_mask is not None
+        if self.measure is None:
+            query = F.normalize(x[torch.arange(len(x), device=x.device), end].float(), dim=-1)
+        else:
+            places = torch.arange(x.shape[1], device=x.device)
+            asked = prompt.attention_mask.bool() & (places <= end[:, None])
+            query = self.measure.encoder(x, asked)
+        similarity = query @ self.directions.T
+        self.open = open_edits(similarity, self.threshold, self.nearest)
+        self.edit.scopes = similarity.amax(1)
+
+    def allowed(self, items: int) -> torch.Tensor | None:
+        """Which of a memory's ``items``, the edits' own the last of them, a prompt may retrieve."""
+        if not self.latent:
+            return None
+        bank = self.open.new_ones(len(self.open), items - self.open.shape[1])
+        return torch.cat([bank, self.open], 1)
 
 
 class _Layer:
@@ -262,6 +300,7 @@ class _Layer:
         self.decided = -1
         self.shift: Shift | None = None
         self.adapter = _adapter(edit, backbone, index) if edit.routing.external == "latent" else None
+        self.owned = edit.routing.memory != "bank"
         patches = [(e, r.layers[index].patch) for e, r in enumerate(edit.records)]
         owned = [(e, p) for e, p in patches if p is not None]
         # A stack is built once; a patch in training must be read anew at every step.
@@ -283,11 +322,13 @@ class _Layer:
         self.decided = self.prompt.number
         end = self.prompt.question_end
         assert end is not None, "an edit must be asked through its backbone"
-        query = x[torch.arange(len(x), device=x.device), end]
         if self.gate is not None and self.index == self.gate.first:
-            self.gate.decide(query)
+            self.gate.decide(x, self.prompt)
         if self.adapter is not None:
-            self.shift = self.adapter.decide(query)
+            allowed = None
+            if self.gate is not None and self.owned:
+                allowed = self.gate.allowed(len(self.adapter.memory))
+            self.shift = self.adapter.decide(x[torch.arange(len(x), device=x.device), end], allowed)
             self.trace[self.index] = self.shift
 
     def after_ffn(self, queries: torch.Tensor, output: torch.Tensor) -> torch.Tensor:

@@ -77,9 +77,31 @@ class HyperParams:
     )
     similarity_bias: float = _option("method", "weight of similarity in the knowledge logits", 0.0, low=0)
     scope_gate: str = _option(
-        "method", "when an edit's extra pairs are active", "none", choices=("none", "threshold", "nearest")
+        "method", "when an edit is active", "none", choices=("none", "threshold", "nearest")
     )
-    scope_threshold: float = _option("method", "similarity that opens the gate", 0.5, low=-1, high=1)
+    scope_threshold: float | None = _option(
+        "method", "similarity that opens the gate; null: the trained measure's own", 0.5, low=-1, high=1
+    )
+    scope_measure: str = _option(
+        "method", "what similarity is: the cosine of raw states, or learnt", "cosine",
+        choices=("cosine", "trained"),
+    )  # fmt: skip
+    scope_halves: str = _option(
+        "method", "what the gate closes: the extra pairs, or the edit's own knowledge states too",
+        "intrinsic", choices=("intrinsic", "both"),
+    )  # fmt: skip
+    scope_dir: str | None = _option("method", "where trained measures of scope are kept", None)
+
+    scope_hidden: int | None = _option(
+        "scope training", "hidden width; null: twice the decoder's", None, low=1
+    )
+    scope_dim: int = _option("scope training", "width of the space that scope is measured in", 128, low=1)
+    scope_heads: int = _option("scope training", "heads that look at the prompt", 4, low=1)
+    scope_records: int = _option("scope training", "train records that teach it", 2000, low=20)
+    scope_steps: int = _option("scope training", "training steps", 1000, low=0)
+    scope_batch: int = _option("scope training", "records in a batch", 64, low=2)
+    scope_lr: float = _option("scope training", "learning rate", 1e-3, low=0, above=True)
+    scope_tau: float = _option("scope training", "contrastive temperature", 0.1, low=0, above=True)
 
     n_keys: int = _option("intrinsic", "extra pairs per edit and layer", 10, low=1)
     key_init: str = _option("intrinsic", "how extra keys start", "random", choices=("random", "query"))

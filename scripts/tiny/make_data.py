@@ -237,7 +237,8 @@ def ensure(
     out = Path(hparams.image_root)
     kept = hparams.knowledge_dir is not None and (Path(hparams.knowledge_dir) / "knowledge.json").is_file()
     if learns(hparams):
-        kept = not wants_cases(hparams)
+        kept = True
+    kept = kept and not wants_cases(hparams)
     wanted = splits or (("eval",) if kept else ("train", "eval"))
     missing = [s for s in wanted if not all((out / f"{t}_{s}.json").is_file() for t in TASKS)]
     if not missing:

@@ -78,22 +78,25 @@ class Prompt:
 
     ``number`` changes with every new batch of prompts. An edit decides what it does at
     ``question_end`` when it meets a new number, and keeps its decision while the answer is decoded.
+    ``attention_mask [b,s]`` is the batch's, with its answers where they are given.
     """
 
     def __init__(self) -> None:
         self.number = 0
         self.question_end: torch.Tensor | None = None
+        self.attention_mask: torch.Tensor | None = None
         self.texts: tuple[str, ...] = ()
         self._numbers = count(1)
 
     @contextmanager
-    def asking(self, question_end: torch.Tensor, texts: tuple[str, ...] = ()) -> Iterator[None]:
-        former = (self.number, self.question_end, self.texts)
-        self.number, self.question_end, self.texts = next(self._numbers), question_end, texts
+    def asking(self, asked: Batch | PrefixState) -> Iterator[None]:
+        former = (self.number, self.question_end, self.attention_mask, self.texts)
+        self.number, self.question_end = next(self._numbers), asked.question_end
+        self.attention_mask, self.texts = asked.attention_mask, asked.prompts
         try:
             yield
         finally:
-            self.number, self.question_end, self.texts = former
+            self.number, self.question_end, self.attention_mask, self.texts = former
 
 
 @runtime_checkable

@@ -191,7 +191,7 @@ class VisionLanguageBackbone:
 
     def __call__(self, batch: Batch) -> Output:
         """The whole decoder over a batch."""
-        with self.prompt.asking(batch.question_end, batch.prompts):
+        with self.prompt.asking(batch):
             return Output(self._decode_whole(batch))
 
     @torch.no_grad()
@@ -222,7 +222,7 @@ class VisionLanguageBackbone:
     def suffix_hidden(self, state: PrefixState) -> torch.Tensor:
         """What enters the final norm, ``[b,s,d]``."""
         hidden = state.hidden
-        with self.prompt.asking(state.question_end, state.prompts):
+        with self.prompt.asking(state):
             for index in range(state.first, len(self.layout)):
                 hidden = first_tensor(self.layout.layer(index)(hidden, **state.layer_inputs))
         return hidden
@@ -233,7 +233,7 @@ class VisionLanguageBackbone:
     ) -> list[str]:
         """Greedy answers, each cut at the first stop."""
         batch = self.encode(images, prompts, padding_side="left")
-        with self.prompt.asking(batch.question_end, batch.prompts):
+        with self.prompt.asking(batch):
             ids = self.model.language_model.generate(
                 inputs_embeds=batch.inputs_embeds, attention_mask=batch.attention_mask, do_sample=False,
                 max_new_tokens=max_new_tokens or self.max_new_tokens, eos_token_id=list(self.eos_ids),

@@ -95,11 +95,14 @@ class AdapterLayer:
         self.k, self.alpha, self.attention = k, alpha, attention
         self.tau, self.similarity_bias = tau, similarity_bias
 
-    def decide(self, query: torch.Tensor) -> Shift:
-        """Retrieval and alpha for prompts whose last token's state is ``query (B, d)``."""
-        found = self.memory.retrieve(query, self.k)
+    def decide(self, query: torch.Tensor, allowed: torch.Tensor | None = None) -> Shift:
+        """Retrieval and alpha for prompts whose last token's state is ``query (B, d)``, out of the
+        items that are ``allowed (B, m)``."""
+        found = self.memory.retrieve(query, self.k, allowed)
         bias = self.similarity_bias * (found.similarity - found.similarity[:, :1])
         kept = found.similarity >= (-torch.inf if self.tau is None else self.tau)
+        if allowed is not None:
+            kept &= allowed.gather(1, found.index)
         left = kept.any(1)
         # With nothing left alpha is 0, and a softmax over minus infinities must not give NaN.
         bias = bias.masked_fill(~kept & left[:, None], -torch.inf)

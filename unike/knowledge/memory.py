@@ -55,10 +55,15 @@ class KnowledgeMemory:
         """Values by index, ``(B, K) -> (B, K, d)``."""
         return self.values[index]
 
-    def retrieve(self, queries: torch.Tensor, k: int) -> Retrieved:
-        """The ``k`` most similar items of each query, or all where there are fewer."""
-        similarity, index = self.similarities(queries).topk(min(k, len(self)), dim=-1)
-        return Retrieved(similarity, index, self.states(index))
+    def retrieve(self, queries: torch.Tensor, k: int, allowed: torch.Tensor | None = None) -> Retrieved:
+        """The ``k`` most similar items of each query, or all where there are fewer.
+
+        Items that ``allowed (B, m)`` excludes come after all others.
+        """
+        similarity = self.similarities(queries)
+        rank = similarity if allowed is None else similarity.masked_fill(~allowed, -torch.inf)
+        index = rank.topk(min(k, len(self)), dim=-1).indices
+        return Retrieved(similarity.gather(-1, index), index, self.states(index))
 
 
 class JoinedMemory(KnowledgeMemory):

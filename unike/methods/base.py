@@ -47,6 +47,7 @@ class _Entry:
     needs_knowledge: Callable[[HyperParams], bool]
     needs_cases: Callable[[HyperParams], bool] | None
     check: Callable[[HyperParams], None]
+    needs_scope: Callable[[HyperParams], bool]
 
 
 _REGISTER: dict[str, _Entry] = {}
@@ -57,18 +58,19 @@ def register(
     needs_knowledge: Callable[[HyperParams], bool] = lambda _: False,
     needs_cases: Callable[[HyperParams], bool] | None = None,
     check: Callable[[HyperParams], None] = lambda _: None,
+    needs_scope: Callable[[HyperParams], bool] = lambda _: False,
 ) -> Callable[[Factory], Factory]:
     """Makes a method known under ``name``; ValueError if the name is taken.
 
     A factory takes hyper-parameters and knowledge, and with ``needs_cases`` a ``CaseSource`` too.
     ``check`` raises UserError where the method can't work with the YAML; it runs before anything is
-    loaded.
+    loaded. With ``needs_scope`` the first edited layer's knowledge holds the trained measure of scope.
     """
 
     def keep(factory: Factory) -> Factory:
         if name in _REGISTER:
             raise ValueError(f"a method named {name!r} is registered already")
-        _REGISTER[name] = _Entry(factory, needs_knowledge, needs_cases, check)
+        _REGISTER[name] = _Entry(factory, needs_knowledge, needs_cases, check, needs_scope)
         return factory
 
     return keep
@@ -94,6 +96,12 @@ def needs_knowledge(hparams: HyperParams) -> bool:
     """Whether the method wants memory and encoders."""
     check_method(hparams)
     return _REGISTER[hparams.method].needs_knowledge(hparams)
+
+
+def needs_scope(hparams: HyperParams) -> bool:
+    """Whether the method wants the trained measure of scope."""
+    check_method(hparams)
+    return _REGISTER[hparams.method].needs_scope(hparams)
 
 
 def needs_cases(hparams: HyperParams) -> bool:

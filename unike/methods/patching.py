@@ -21,10 +21,11 @@ from unike.types import EditRequest
 
 @dataclass(frozen=True)
 class OwnStates:
-    """An edit's own states in one layer, from the base model: ``sem (d)`` at the prompt's end,
-    ``pos (d)`` at the end of prompt + target, ``ffn (T, d)``, the feed-forward network's inputs
-    that predict the answer."""
+    """An edit's own states in one layer, from the base model: ``asked (p + 1, d)`` of the prompt,
+    ``sem (d)`` at its end, ``pos (d)`` at the end of prompt + target, ``ffn (T, d)``, the
+    feed-forward network's inputs that predict the answer."""
 
+    asked: torch.Tensor
     sem: torch.Tensor
     pos: torch.Tensor
     ffn: torch.Tensor
@@ -42,7 +43,8 @@ def own_states(backbone: Backbone, state: PrefixState, layers: list[int]) -> dic
     out = {}
     for i in layers:
         ffn = y[i].reshape(*state.labels.shape, -1)[0, end:last]
-        out[i] = OwnStates(x[i][0, end].clone(), x[i][0, last].clone(), ffn.clone())
+        asked = x[i][0, : end + 1].clone()
+        out[i] = OwnStates(asked, asked[-1], x[i][0, last].clone(), ffn.clone())
     return out
 
 

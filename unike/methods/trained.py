@@ -28,6 +28,7 @@ from unike.methods.meta_training import (
     silent,
     write_index,
 )
+from unike.methods.scoping import wants_scope
 from unike.types import Case, UserError
 
 HELD_OUT = 10
@@ -55,8 +56,11 @@ def learns(hparams: HyperParams) -> bool:
 
 
 def wants_cases(hparams: HyperParams) -> bool:
-    """Whether the train annotations are needed to train an editor: not where one is kept."""
-    return learns(hparams) and kept_editor(hparams) is None
+    """Whether the train annotations are needed to train an editor or a measure of scope: not where
+    they are kept."""
+    if learns(hparams):
+        return kept_editor(hparams) is None
+    return hparams.method in methods() and wants_scope(hparams)
 
 
 def kept_editor(hparams: HyperParams, facts: dict[str, Any] | None = None) -> Path | None:
