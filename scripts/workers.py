@@ -29,11 +29,14 @@ from tqdm import tqdm
 from scripts.plan import Run, is_complete
 from unike import runs
 from unike.backbones import load_backbone
+from unike.hparams import OPTIONS
 from unike.reading import Reader
 from unike.records import read_manifest
 from unike.types import UserError
 
 PATIENCE = 60.0
+# Groups of options whose numbers say how an edit is made, not what it needs.
+_NUMBERS = ("method", "intrinsic")
 Report = Callable[[str, Any], None]
 
 
@@ -86,7 +89,7 @@ def cores() -> int:
 def check(todo: Sequence[Run]) -> None:
     """Everything that the runs read, before a model is loaded; UserError with every problem. The
     embedded backbones' benchmark is drawn where it is missing."""
-    runs.require(*(partial(runs.require_backbone, run.hparams) for run in _distinct(todo, "backbone")))
+    runs.require(*(partial(runs.require_backbone, run.hparams) for run in _distinct(todo, by_yaml=True)))
     runs.require(*(partial(_draw, run) for run in _distinct(todo) if run.hparams.generate_data))
     runs.require(*(partial(runs.preflight, r.hparams, r.task, r.size) for r in _distinct(todo)))
 
@@ -97,14 +100,19 @@ def _draw(run: Run) -> None:
     make_data.ensure(run.hparams)
 
 
-def _distinct(todo: Sequence[Run], *keys: str) -> list[Run]:
-    """One run for each YAML, method and block: changes to a row's numbers need no check of their own."""
+def _distinct(todo: Sequence[Run], by_yaml: bool = False) -> list[Run]:
+    """One run for each YAML, block and way of working, or for each YAML and method alone ``by_yaml``:
+    numbers that decide how an edit is made need no check of their own."""
     seen: dict[Any, Run] = {}
     for run in todo:
         hp = run.hparams
-        own = (hp.source, hp.method, hp.backbone)
-        what = (run.task, run.size, hp.protocol, hp.sequence_length, hp.external, hp.zeta, hp.serac_scope)
-        seen.setdefault(repr(own if keys else (own, what)), run)
+        ways = {
+            name: value
+            for name, value in hp.to_dict().items()
+            if name != "k" and not (isinstance(value, float) and OPTIONS[name].group in _NUMBERS)
+        }
+        what = (hp.source, hp.method, hp.backbone) if by_yaml else (hp.source, run.task, run.size, ways)
+        seen.setdefault(repr(what), run)
     return list(seen.values())
 
 
