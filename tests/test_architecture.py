@@ -61,6 +61,7 @@ LAYERS = (
     ("unike.protocols", f"{_BOTTOM} unike.metrics unike.edits* unike.methods.base unike.reading {_PROTOCOL}"),
     ("unike.sequences", f"{_PROTOCOL} unike.types unike.[hpt]* unike.methods.base unike.re[ac]*"),
     ("unike.tables", "unike.types unike.metrics unike.records"),
+    ("unike.figures", "unike.types"),
     *((f"unike.{top}", "unike.*") for top in ("editor", "runs", "check")),
 )
 THIRD_PARTY = (("unike.types", ""), ("unike.text", ""), ("unike.knowledge*", "torch torch.*"))
