@@ -137,16 +137,13 @@ def published_zeta() -> dict[str, Sequence[float]]:
 
 
 def held_out(hparams: HyperParams) -> HyperParams:
-    """The YAML with data that the encoders were not trained on in place of ``eval``: the split ``val``
-    that it names or the embedded benchmark has, else ``eval`` itself. UserError for a missing file."""
-    found = {}
-    for task, named in hparams.data.items():
-        if "val" in named:
-            found[task] = runs.annotation_file(hparams, task, "val")
-        elif hparams.generate_data:
-            found[task] = str(Path(hparams.image_root or "") / f"{task}_val.json")
-        else:
-            found[task] = runs.annotation_file(hparams, task, "eval")
+    """The YAML with data that the encoders were not trained on in place of ``eval``: the embedded
+    benchmark's split ``val``; else ``eval`` itself. UserError for a missing file."""
+    if hparams.generate_data:
+        root = Path(hparams.image_root or "")
+        found = {task: str(root / f"{task}_val.json") for task in hparams.data}
+    else:
+        found = {task: runs.annotation_file(hparams, task, "eval") for task in hparams.data}
     return replace(hparams, data={task: {"eval": path} for task, path in found.items()})
 
 

@@ -22,6 +22,8 @@ from unike.types import UserError
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#56B4E9", "#CC79A7", "#000000", "#D55E00")
 MARKERS = "osD^vPX*<>hd"
+LINE_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
+DASHES = ("-", "--", "-.", ":")
 BARS = ("#999999", "#E69F00", "#56B4E9", "#0072B2")
 RIGHT, WRONG = "#0072B2", "#D55E00"
 HELD, BROKEN = "\N{CHECK MARK}", "\N{BALLOT X}"
@@ -234,7 +236,9 @@ def sweeps(panels: Mapping[tuple[str, str], Sweep]) -> Any:
         axes = grid[rows.index(row), columns.index(column)]
         for i, name in enumerate(names):
             if name in sweep.lines:
-                _line(axes, sweep, name, COLOURS[(0, 6, 2, 4)[i % 4]], MARKERS[i])
+                # Lines that coincide are told apart by a step aside and by their dashes.
+                aside = 0.11 * (i - (len(names) - 1) / 2)
+                _line(axes, sweep, name, aside, (LINE_COLOURS[i % 4], MARKERS[i], DASHES[i % 4]))
         at = _places(sweep)
         axes.set_xticks(at, sweep.settings)
         axes.set_xlim(-0.4, at[-1] + 0.4)
@@ -252,14 +256,15 @@ def _places(sweep: Sweep) -> list[float]:
     return [i + 0.4 * (i >= cut) for i in range(len(sweep.settings))]
 
 
-def _line(axes: Any, sweep: Sweep, name: str, colour: str, marker: str) -> None:
+def _line(axes: Any, sweep: Sweep, name: str, aside: float, look: tuple[str, str, str]) -> None:
     values, cut = sweep.lines[name], len(sweep.settings) - sweep.apart
+    colour, marker, dashes = look
     for part, label in ((slice(0, cut), name), (slice(cut, None), None)):
-        at = _places(sweep)[part]
+        at = [x + aside for x in _places(sweep)[part]]
         if at:
             axes.errorbar(
                 at, [v.mean for v in values[part]], _reach(values[part]), color=colour, marker=marker,
-                ls="-" if label else "", ms=6, lw=1.8, elinewidth=1.2, capsize=2, label=label,
+                ls=dashes if label else "", ms=6, lw=1.8, elinewidth=1.2, capsize=2, label=label,
             )  # fmt: skip
 
 
