@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from scripts.plan import Run, records
-from unike import runs
+from unike import published, runs
 from unike.backbones import load_backbone
 from unike.datasets.mmedit import VQA_TEMPLATE
 from unike.datasets.triplets import Triplet, triplets_of
@@ -29,8 +27,6 @@ GENERALITY, LOCALITY = ("t_generality", "m_generality"), ("t_locality", "m_local
 MEANS = {"generality": GENERALITY, "locality": LOCALITY}
 LINES = {"reliability": ("reliability",), **MEANS}
 SWEPT = {"k": "retrieved states k", "ike_demonstrations": "demonstrations", "alpha": "alpha"}
-MODELS = {"blip2": "BLIP2-OPT", "minigpt4": "MiniGPT-4"}
-PAPER_MODELS = {"blip2": "blip2-opt", "minigpt4": "minigpt4"}
 TASKS = {"vqa": "E-VQA", "caption": "E-IC"}
 # What a worked example shows of an edit: the probe, and its heading.
 SHOWN = {
@@ -41,11 +37,12 @@ SHOWN = {
     "m_locality": "unrelated",
 }
 NEIGHBOURS = 10
+Panels = dict[str, dict[str, dict[str, Interval]]]
 
 
 def title(hparams: HyperParams) -> str:
     """The backbone as a panel calls it; the embedded ones are tiny."""
-    return MODELS[hparams.model_name] + (" (tiny)" if hparams.generate_data else "")
+    return published.FAMILY_TITLES[hparams.model_name] + (" (tiny)" if hparams.generate_data else "")
 
 
 # ---------------------------------------------------------------- records
@@ -78,14 +75,16 @@ def trade_off(planned: Sequence[Run]) -> dict[str, list[Point]]:
     """Points by backbone and task, the paper's beside those of its rows."""
     out: dict[str, list[Point]] = {}
     for run in planned:
-        found = published()["table1_one_step"][PAPER_MODELS[run.hparams.model_name]]
-        values = found.get(run.row.paper, {}).get(run.task)
-        pair = (
-            (values["t_loc"] + values["m_loc"]) / 2, (values["t_gen"] + values["m_gen"]) / 2
-        ) if values else None  # fmt: skip
+        told = published.figures("table1_one_step", run.hparams.model_name, run.task)
+        values = told.get(run.row.paper or "")
+        pair = (_mean(values, LOCALITY), _mean(values, GENERALITY)) if values else None
         point = Point(run.row.name, _measured(run, LOCALITY), _measured(run, GENERALITY), pair)
         out.setdefault(", ".join(_block(run)), []).append(point)
     return out
+
+
+def _mean(values: Mapping[str, float], metrics: Sequence[str]) -> float:
+    return sum(values[m] for m in metrics) / len(metrics)
 
 
 def sweeps(planned: Sequence[Run]) -> dict[tuple[str, str], Sweep]:
@@ -106,31 +105,19 @@ def sweeps(planned: Sequence[Run]) -> dict[tuple[str, str], Sweep]:
     return out
 
 
-def zetas(
-    planned: Sequence[Run],
-) -> tuple[dict[str, dict[str, dict[str, Interval]]], dict[str, dict[str, float]]]:
-    """Generality and locality by panel and zeta, and the paper's by zeta."""
-    panels: dict[str, dict[str, dict[str, Interval]]] = {}
-    paper: dict[str, dict[str, float]] = {}
+def zetas(planned: Sequence[Run]) -> tuple[Panels, dict[str, dict[str, dict[str, float]]]]:
+    """Generality and locality by panel and zeta, and the paper's alike where it has them."""
+    panels: Panels = {}
+    paper: dict[str, dict[str, dict[str, float]]] = {}
     for run in planned:
-        panel = panels.setdefault(", ".join(_block(run)), {})
-        told = published_zeta()[str(run.row.paper)]
-        for (name, metrics), value in zip(MEANS.items(), told, strict=True):
-            panel.setdefault(name, {})[run.hparams.zeta] = _measured(run, metrics)
-            paper.setdefault(name, {})[run.hparams.zeta] = value
+        name = ", ".join(_block(run))
+        told = published.figures(published.ZETA, run.hparams.model_name, run.task)
+        for group, metrics in MEANS.items():
+            value = _measured(run, metrics)
+            panels.setdefault(name, {}).setdefault(group, {})[run.hparams.zeta] = value
+            if values := told.get(run.row.paper or ""):
+                paper.setdefault(name, {}).setdefault(group, {})[run.hparams.zeta] = values[group]
     return panels, paper
-
-
-def published() -> dict[str, Any]:
-    """The paper's figures, in percent."""
-    found: dict[str, Any] = json.loads(files("unike").joinpath("paper/tables.json").read_text("utf-8"))
-    return found
-
-
-def published_zeta() -> dict[str, Sequence[float]]:
-    """Mean generality and mean locality by the paper's names of zeta."""
-    found: dict[str, Sequence[float]] = published()["figure4c_zeta_generality_locality"]
-    return found
 
 
 # ---------------------------------------------------------------- spaces

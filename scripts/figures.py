@@ -23,6 +23,7 @@ from scripts import figure_data as data
 from scripts.plan import BACKBONES, OUTPUT, PLAN, Run, is_complete, read_plan, records
 from scripts.workers import ensure
 from unike import figures, runs
+from unike.comparison import rewritten
 from unike.hparams import HyperParams
 from unike.types import UserError
 
@@ -51,7 +52,7 @@ def plan(args: argparse.Namespace) -> dict[str, list[Run]]:
     planned = read_plan(args.plan, tables, args.backbones, args.size, args.results) if tables else []
     found = {name: [run for run in planned if run.table == table] for name, table in wanted.items()}
     if "4c" in found:
-        found["4c"] = [run for run in found["4c"] if run.row.paper in data.published_zeta()]
+        found["4c"] = [run for run in found["4c"] if run.row.paper]
     if lost := [name for name, some in found.items() if not some]:
         raise UserError(
             *(f"{args.plan}: {wanted[name]}: has none of the rows that figure {name} shows" for name in lost)
@@ -94,7 +95,7 @@ def draw_alpha(planned: Sequence[Run]) -> Drawn:
 def draw_zeta(planned: Sequence[Run]) -> Drawn:
     caption = (
         f"the direction zeta that is added to the extra values, after one edit, teacher-forced; {MEANS}; "
-        f"{BARS}; diamonds: the paper, whose one set of values stands in every panel; {sample(planned)}"
+        f"{BARS}; diamonds: the paper, whose values are taken to be of MiniGPT-4 on E-VQA; {sample(planned)}"
     )
     return Drawn({"figure4c": figures.grouped_bars(*data.zetas(planned))}, caption)
 
@@ -145,31 +146,13 @@ def block(name: str, drawn: Drawn, files: Sequence[Path], document: Path) -> str
     return "\n\n".join([*links, f"Figure {name}: {drawn.caption}."])
 
 
-def marks(name: str) -> tuple[str, str]:
-    return f"<!-- figure {name} -->", f"<!-- end of figure {name} -->"
-
-
-def check_marks(document: Path, names: Sequence[str]) -> None:
-    """UserError where the document or a figure's pair of marks is missing."""
+def with_blocks(document: Path, blocks: Mapping[str, str]) -> str:
+    """The document with figures' blocks between their marks; UserError where it or a mark is missing."""
     try:
         text = document.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        raise UserError(f"--write: {document}: cannot be read: {error}") from error
-    pairs = [marks(name) for name in names]
-    lost = [pair for pair in pairs if [text.count(m) for m in pair] != [1, 1] or not in_order(text, pair)]
-    if lost:
-        raise UserError(*(f"--write: {document}: expected {one} once, then {two} once" for one, two in lost))
-
-
-def in_order(text: str, pair: tuple[str, str]) -> bool:
-    return text.index(pair[0]) < text.index(pair[1])
-
-
-def write_block(document: Path, name: str, written: str) -> None:
-    """Puts a figure's block between its marks; all else stays."""
-    text, (start, end) = document.read_text(encoding="utf-8"), marks(name)
-    before, rest = text.split(start)
-    document.write_text(f"{before}{start}\n{written}\n{end}{rest.split(end)[1]}", encoding="utf-8")
+        raise UserError(f"--write: {document}: cannot be read: {error}") from None
+    return rewritten(text, str(document), blocks, "figure")
 
 
 def check(args: argparse.Namespace) -> tuple[dict[str, list[Run]], list[HyperParams]]:
@@ -180,7 +163,7 @@ def check(args: argparse.Namespace) -> tuple[dict[str, list[Run]], list[HyperPar
     runs.require(
         lambda: figures.require("matplotlib"),
         lambda: spaces and figures.require("sklearn"),
-        lambda: args.write and check_marks(args.write, args.figures),
+        lambda: args.write and with_blocks(args.write, dict.fromkeys(args.figures, "")),
         lambda: planned.update(plan(args)),
         *(
             lambda b=b: own.append(HyperParams.from_hparams(args.plan.parent / f"{b}.yaml"))
@@ -206,7 +189,8 @@ def run(args: argparse.Namespace) -> int:
         files = [f for stem, made in drawn.pictures.items() for f in figures.save(made, args.output / stem)]
         print(*files, sep="\n")
         if args.write:
-            write_block(args.write, name, block(name, drawn, files, args.write))
+            text = with_blocks(args.write, {name: block(name, drawn, files, args.write)})
+            args.write.write_text(text, encoding="utf-8")
     print(
         *(f"error: {problem}" for problem in problems), sep="\n", end="\n" * bool(problems), file=sys.stderr
     )

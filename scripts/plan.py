@@ -19,6 +19,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from unike import published
+from unike.comparison import EXTRAS
 from unike.hparams import HyperParams
 from unike.options import read_yaml
 from unike.records import SUMMARY, read_records
@@ -29,7 +31,6 @@ from unike.types import PROTOCOLS, UserError
 PLAN = Path("hparams/tables.yaml")
 OUTPUT = Path("results/tables")
 BACKBONES = ("tiny_blip2", "tiny_minigpt4")
-EXTRAS = ("presets", "means", "alpha")
 _PARTS = ("tables", "figures")
 _KINDS: dict[str, tuple[Any, str]] = {
     "tuple": (list, "a list"), "Mapping": (dict, "lines of `key: value`"), "str": (str, "text"),
@@ -56,7 +57,11 @@ class RowPlan:
 
 @dataclass(frozen=True)
 class TablePlan:
-    """A table: its rows on each of the tasks, at each of the lengths; of length 1 is one-step editing."""
+    """A table: its rows on each of the tasks, at each of the lengths; of length 1 is one-step editing.
+
+    ``paper`` names the published figures, ``reference`` the row whose order they state, ``extras`` what is
+    shown and told beside them, see ``unike.comparison.Block``.
+    """
 
     title: str
     protocol: str
@@ -64,6 +69,7 @@ class TablePlan:
     tasks: tuple[str, ...] = ("vqa",)
     lengths: tuple[int, ...] = (1,)
     paper: str | None = None
+    reference: str = "UniKE"
     extras: tuple[str, ...] = ()
     set: Mapping[str, Any] = field(default_factory=dict)
     set_by_length: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
@@ -172,11 +178,15 @@ def read_plan(
 
 def is_complete(run: Run) -> bool:
     """Whether all records of the run are there."""
+    return _kept(run).get("interrupted") is False
+
+
+def _kept(run: Run) -> dict[str, Any]:
     try:
-        kept = json.loads((run.folder / SUMMARY).read_text(encoding="utf-8"))
+        found: dict[str, Any] = json.loads((run.folder / SUMMARY).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return False
-    return kept.get("interrupted") is False
+        return {}
+    return found
 
 
 def records(run: Run) -> list[dict[str, Any]]:
@@ -187,11 +197,12 @@ def records(run: Run) -> list[dict[str, Any]]:
 def summary(run: Run) -> dict[str, Any]:
     """The run's records summed up, as ``unike.tables.summarise`` gives it; ``interrupted`` where some
     are missing."""
-    if is_complete(run):
-        found: dict[str, Any] = json.loads((run.folder / SUMMARY).read_text(encoding="utf-8"))
-        return found
-    hp = run.hparams
-    return summarise(records(run), hp.seed, hp.metric_presets) | {"interrupted": True}
+    kept, hp = _kept(run), run.hparams
+    # Summing up takes a second; a summary of an earlier version may lack parts.
+    if kept.get("interrupted") is False and "means" in kept:
+        return kept
+    found = summarise(records(run), hp.seed, hp.metric_presets)
+    return found | {"interrupted": not is_complete(run)}
 
 
 def _base(known: dict[Path, HyperParams | UserError], overrides: Sequence[str], file: Path) -> HyperParams:
@@ -252,6 +263,7 @@ def _table(entry: Any, at: str) -> TablePlan:
     wrong = [("protocol", plan.protocol, PROTOCOLS)]
     wrong += [("tasks", task, TASKS) for task in plan.tasks]
     wrong += [("extras", extra, EXTRAS) for extra in plan.extras]
+    wrong += [("paper", plan.paper, published.keys())] if plan.paper is not None else []
     problems += [f"{at}: {k}: {v}; expected {', '.join(among)}" for k, v, among in wrong if v not in among]
     problems += [
         f"{at}: lengths: {n}; expected whole numbers from 1 on"

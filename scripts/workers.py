@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import queue
 import signal
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -272,6 +273,14 @@ def _child(group: Sequence[Run], lock: Any, reports: Any, stop: Any) -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         raise KeyboardInterrupt
 
+    def orphaned() -> None:
+        # Whoever starts the command again must be alone in the runs' folders.
+        parent = multiprocessing.parent_process()
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=orphaned, daemon=True).start()
     try:
         signal.signal(signal.SIGINT, once)
         work(group, lock, lambda kind, what: reports.put((kind, what)), stop.is_set)

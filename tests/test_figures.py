@@ -90,7 +90,7 @@ def test_lines_that_coincide_do_not_cover_each_other() -> None:
 
 def test_bars_reach_their_values_from_the_axis_on_and_the_label_says_from_where() -> None:
     panel = {"generality": {"none": value(95), "random": value(90)}}
-    figure = figures.grouped_bars({"one": panel}, {"generality": {"none": 84.0}})
+    figure = figures.grouped_bars({"one": panel}, {"one": {"generality": {"none": 84.0}}})
     axes = figure.axes[0]
     tops = [bar.get_y() + bar.get_height() for c in axes.containers if hasattr(c, "patches") for bar in c]
     assert tops == [95, 90]

@@ -15,7 +15,7 @@ from helpers import Project, record
 from scripts import figure_data as data
 from scripts import figures as script
 from scripts.plan import RowPlan, Run, read_plan
-from unike import runs
+from unike import published, runs
 from unike.hparams import HyperParams
 from unike.records import RecordWriter
 from unike.types import UserError
@@ -55,8 +55,11 @@ def test_a_point_stands_beside_the_papers_own(tmp_path: Path) -> None:
     rows = [RowPlan("UniKE", "x", paper="UniKE"), RowPlan("UniKE, scoped", "x", ours=True)]
     found = data.trade_off([planned(tmp_path / r.name, r, [0.5, 1.0]) for r in rows])
     first, second = found["MiniGPT-4, E-VQA"]
-    told = data.published()["table1_one_step"]["minigpt4"]["UniKE"]["vqa"]
-    assert first.paper == ((told["t_loc"] + told["m_loc"]) / 2, (told["t_gen"] + told["m_gen"]) / 2)
+    told = published.figures("table1_one_step", "minigpt4", "vqa")["UniKE"]
+    assert first.paper == (
+        (told["t_locality"] + told["m_locality"]) / 2,
+        (told["t_generality"] + told["m_generality"]) / 2,
+    )
     assert (first.locality.mean, second.paper) == (75.0, None)
 
 
@@ -75,9 +78,11 @@ def test_a_sweep_is_in_the_order_of_its_values_with_the_adaptive_one_apart(tmp_p
 
 def test_zetas_stand_beside_the_papers(tmp_path: Path) -> None:
     row = RowPlan("no zeta", "x", set={"zeta": "none"}, paper="without")
-    panels, paper = data.zetas([planned(tmp_path / "a", row, [0.5], zeta="none")])
-    assert panels["MiniGPT-4, E-VQA"]["locality"]["none"].mean == 50
-    assert [paper["generality"]["none"], paper["locality"]["none"]] == data.published_zeta()["without"]
+    some = [planned(tmp_path / task, row, [0.5], task, zeta="none") for task in ("vqa", "caption")]
+    panels, paper = data.zetas(some)
+    assert panels["MiniGPT-4, E-IC"]["locality"]["none"].mean == 50
+    told = published.figures(published.ZETA, "minigpt4", "vqa")["without"]
+    assert paper == {"MiniGPT-4, E-VQA": {group: {"none": told[group]} for group in data.MEANS}}
 
 
 def test_the_shipped_plan_has_what_every_figure_shows() -> None:
@@ -161,27 +166,20 @@ def test_examples_are_the_first_of_the_file_and_told_as_recorded(blip2_project: 
 # ---------------------------------------------------------------- the script
 
 
-def test_a_block_replaces_what_stands_between_its_marks_and_nothing_else(tmp_path: Path) -> None:
+def test_a_block_links_its_pictures_from_the_document(tmp_path: Path) -> None:
     document = tmp_path / "docs" / "results.md"
-    document.parent.mkdir()
-    start, end = script.marks("2a")
-    document.write_text(f"prose\n{start}\nold\n{end}\nmore prose\n")
     files = [tmp_path / "docs/figures/figure2a.png", tmp_path / "docs/figures/figure2a.svg"]
-    script.check_marks(document, ["2a"])
-    for _ in range(2):
-        script.write_block(document, "2a", script.block("2a", script.Drawn({}, "n = 3"), files, document))
-    text = document.read_text()
-    assert text == (
-        f"prose\n{start}\n![Figure 2a](figures/figure2a.png)\n\nFigure 2a: n = 3.\n{end}\nmore prose\n"
-    )
+    block = script.block("2a", script.Drawn({}, "n = 3"), files, document)
+    assert block == "![Figure 2a](figures/figure2a.png)\n\nFigure 2a: n = 3."
 
 
-@pytest.mark.parametrize("text", ["", "{0}", "{1} {0}", "{0} {1} {1}"])
-def test_marks_that_are_not_a_pair_are_told(tmp_path: Path, text: str) -> None:
+def test_a_block_takes_the_place_between_its_marks_alone(tmp_path: Path) -> None:
     document = tmp_path / "results.md"
-    document.write_text(text.format(*script.marks("2a")))
-    with pytest.raises(UserError, match=r"results\.md: expected <!-- figure 2a --> once"):
-        script.check_marks(document, ["2a"])
+    text = "prose\n<!-- figure 2a -->\nold\n<!-- end of figure 2a -->\n<!-- table 2a -->\n"
+    document.write_text(text)
+    assert script.with_blocks(document, {"2a": "new"}) == text.replace("\nold\n", "\n\nnew\n\n")
+    with pytest.raises(UserError, match="expected <!-- figure 4a -->"):
+        script.with_blocks(document, {"4a": "new"})
 
 
 @pytest.mark.parametrize(
@@ -257,7 +255,7 @@ def test_all_figures_are_drawn_from_runs_and_written_into_a_document(copied: Pro
     plan.write_text(PLAN)
     copied.write_yaml()
     document = copied.root / "results.md"
-    document.write_text("\n".join(f"{a}\n{b}" for a, b in map(script.marks, script.NAMES)))
+    document.write_text("".join(f"<!-- figure {n} -->\n<!-- end of figure {n} -->\n" for n in script.NAMES))
     given = ["--plan", str(plan), "--backbones", "small", "--size", "2", "--jobs", "1"]
     given += ["--results", str(copied.root / "runs"), "--output", str(copied.root / "figures")]
     given += ["--write", str(document)]

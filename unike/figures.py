@@ -270,9 +270,10 @@ def _line(axes: Any, sweep: Sweep, name: str, aside: float, look: tuple[str, str
 
 @_styled
 def grouped_bars(
-    panels: Mapping[str, Mapping[str, Mapping[str, Interval]]], paper: Mapping[str, Mapping[str, float]]
+    panels: Mapping[str, Mapping[str, Mapping[str, Interval]]],
+    paper: Mapping[str, Mapping[str, Mapping[str, float]]],
 ) -> Any:
-    """A panel per title, groups of bars in each by group and bar; ``paper`` as diamonds on the bars.
+    """A panel per title, groups of bars in each by group and bar; ``paper`` alike, as diamonds.
 
     Bars start where the axis does, at the ten below everything drawn, which the label says.
     """
@@ -282,7 +283,7 @@ def grouped_bars(
     groups = [bars for panel in panels.values() for bars in panel.values()]
     names = list(dict.fromkeys(name for bars in groups for name in bars))
     drawn = [v.low for bars in groups for v in bars.values()]
-    drawn += [value for bars in paper.values() for value in bars.values()]
+    drawn += [v for panel in paper.values() for bars in panel.values() for v in bars.values()]
     floor = min(90.0, 10 * np.floor((min(drawn) - 0.5) / 10))
     for axes, (title, panel) in zip(grid.flat, panels.items(), strict=False):
         width = 0.8 / len(names)
@@ -294,10 +295,12 @@ def grouped_bars(
                 at, [v.mean - floor for v in values], 0.9 * width, bottom=floor, yerr=_reach(values),
                 color=BARS[i % len(BARS)], capsize=2.5, label=name,
             )  # fmt: skip
-            told = [(x, paper.get(group, {}).get(name)) for x, group in zip(at, own, strict=True)]
+            told = [
+                (x, paper.get(title, {}).get(group, {}).get(name)) for x, group in zip(at, own, strict=True)
+            ]
             axes.plot(
                 [x for x, y in told if y is not None], [y for _, y in told if y is not None], "D",
-                mfc="white", mec="black", ms=6.5, mew=1.4, zorder=4, label="_" if i else "the paper",
+                mfc="white", mec="black", ms=6.5, mew=1.4, zorder=4, label="_" if i or not paper else "the paper",
             )  # fmt: skip
         axes.set_title(title)
         axes.set_xticks(range(len(panel)), panel)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -206,6 +206,36 @@ def bootstrap_interval(
     means = bootstrap_means(values, seed, samples, groups)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(np.mean(np.asarray(values, dtype=np.float64))), float(low), float(high)
+
+
+def paired_difference(
+    one: Sequence[Sequence[float]],
+    other: Sequence[Sequence[float]],
+    seed: int,
+    of: Callable[[Sequence[float]], float],
+    samples: int = 2000,
+    groups: Sequence[Any] | None = None,
+) -> tuple[float, float, float]:
+    """How much more ``one`` has than ``other`` of a number ``of`` the means of their columns, with its
+    95% percentile bootstrap interval: ``(difference, low, high)``.
+
+    A column holds a metric's values, ``(records,)``, of the same records in the same order in both: each
+    resample draws records (or ``groups`` of them) once for both. ValueError for columns unlike in length.
+    """
+    columns = [np.asarray(column, dtype=np.float64) for column in (*one, *other)]
+    if len({column.shape for column in columns}) != 1 or not one or not other:
+        raise ValueError("a paired bootstrap needs columns of the same records")
+    # One seed draws the same records for every column.
+    drawn = np.stack([bootstrap_means(column.tolist(), seed, samples, groups) for column in columns]).T
+    resampled = [of(row[: len(one)]) - of(row[len(one) :]) for row in drawn.tolist()]
+    means = [float(column.mean()) for column in columns]
+    low, high = np.quantile(resampled, [0.025, 0.975])
+    return of(means[: len(one)]) - of(means[len(one) :]), float(low), float(high)
+
+
+def mean_of(values: Sequence[float]) -> float:
+    """Arithmetic mean as a plain number."""
+    return sum(values) / len(values)
 
 
 def harmonic_mean(values: Sequence[float]) -> float:

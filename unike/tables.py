@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from unike.metrics import (
     bootstrap_interval,
     bootstrap_means,
     harmonic_mean,
+    mean_of,
     ngram_entropy,
 )
 from unike.types import FIVE_METRICS, METRICS
@@ -26,6 +28,8 @@ MODES = ("teacher_forced", "generated")
 WHEN = ("before", "after")
 LOCALITY = ("t_locality", "m_locality")
 HARMONIC = ("five", "all")
+HARMONIC_OF = dict(zip(HARMONIC, (FIVE_METRICS, METRICS), strict=True))
+MEANS_OF = {"generality": ("t_generality", "m_generality"), "locality": LOCALITY}
 TITLES = {
     "reliability": "Reliability",
     "t_generality": "T-Generality",
@@ -56,7 +60,8 @@ def summarise(
 
     ``["metrics"][metric][mode]["before" | "after"]`` holds ``mean, low, high, n``, and the entries of
     ``harmonic_mean`` (of the five metrics, and of all eight), of ``presets`` and of ``base_right`` (how
-    many of the probes that must not change the base itself answers right) are alike. ``fluency`` is the
+    many of the probes that must not change the base itself answers right) are alike, and those of
+    ``means``: of the two generalities and of the two localities. ``fluency`` is the
     mean n-gram entropy of the generated answers. Failed records count in ``failed`` alone. ``seconds``
     and ``steps`` are means per edit, with their intervals under ``costs``, ``bytes`` of what is applied
     at the end; None where unrecorded. ``decisions`` holds what edits decided, as a mean per probe.
@@ -78,7 +83,8 @@ def summarise(
         "n": len(done),
         "failed": len(ends) - len(done),
         "metrics": metrics,
-        "harmonic_mean": {mode: means for mode in MODES if (means := sample.harmonic(mode))},
+        "harmonic_mean": sample.combined(HARMONIC_OF, harmonic_mean),
+        "means": sample.combined(MEANS_OF, mean_of),
         "presets": {name: _preset(sample, name) for name in presets},
         "base_right": {mode: held for mode in MODES if (held := sample.intervals("base_right", mode))},
         "fluency": _fluency(done),
@@ -135,17 +141,27 @@ def summary_table(summary: Mapping[str, Any], title: str) -> Table:
 def compare_table(
     rows: Sequence[tuple[str, Mapping[str, Any]]], mode: str = "teacher_forced", title: str | None = None
 ) -> Table:
-    """One row per method, the metrics after the edit as columns, read in one ``mode``."""
+    """One row per method, the metrics after the edit and the harmonic mean of the five as columns, read
+    in one ``mode``."""
     heading = title or f"after the edit, {mode.replace('_', '-')}, %"
     table = Table(title=Text(heading), box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     columns = _ordered({metric for _, summary in rows for metric in summary["metrics"]})
     table.add_column("method", overflow="fold")
     for metric in columns:
         table.add_column(Text(SHORT_TITLES.get(metric, metric)), justify="right", no_wrap=True)
+    if columns:
+        table.add_column("HM5", justify="right", no_wrap=True)
     for name, summary in rows:
-        values = (_entry(summary["metrics"].get(metric, {}), mode, "after") for metric in columns)
+        values = [_entry(summary["metrics"].get(metric, {}), mode, "after") for metric in columns]
+        if columns:
+            values.append(harmonic_of(summary, mode, HARMONIC[0]))
         table.add_row(Text(name), *(_percent(value) for value in values))
     return table
+
+
+def harmonic_of(summary: Mapping[str, Any], mode: str, name: str) -> Mapping[str, float] | None:
+    """The harmonic mean after the edit, of the ``five`` metrics or of ``all`` eight."""
+    return _entry(summary.get("harmonic_mean", {}).get(mode, {}), name, "after")
 
 
 def as_text(table: Table, width: int = 96) -> str:
@@ -204,21 +220,21 @@ class _Sample:
             names |= set(value)
         return {name: found for name in _ordered(names) if (found := self.interval(*keys, name))}
 
-    def harmonic(self, mode: str) -> dict[str, dict[str, dict[str, float]]]:
-        """Harmonic means of the metrics' means, before and after, where all of the metrics are there."""
-        out: dict[str, dict[str, dict[str, float]]] = {}
-        for name, metrics in zip(HARMONIC, (FIVE_METRICS, METRICS), strict=True):
-            for when in WHEN:
-                pairs = [self.values("scores", mode, metric, when) for metric in metrics]
-                if not all(values for values, _ in pairs):
-                    continue
-                mean = harmonic_mean([float(np.mean(values)) for values, _ in pairs])
-                drawn = np.stack([bootstrap_means(v, self.seed, groups=g) for v, g in pairs])
-                low, high = np.quantile(
-                    [harmonic_mean(column) for column in drawn.T.tolist()], [0.025, 0.975]
-                )
-                found = {"mean": mean, "low": float(low), "high": float(high), "n": len(pairs[0][0])}
-                out.setdefault(name, {})[when] = found
+    def combined(
+        self, sets: Mapping[str, Sequence[str]], of: Callable[[Sequence[float]], float]
+    ) -> dict[str, dict[str, dict[str, dict[str, float]]]]:
+        """By mode and set of metrics: one number ``of`` their means, before and after, where all of the
+        set's metrics are there."""
+        out: dict[str, dict[str, dict[str, dict[str, float]]]] = {}
+        for mode, (name, metrics), when in product(MODES, sets.items(), WHEN):
+            pairs = [self.values("scores", mode, metric, when) for metric in metrics]
+            if not all(values for values, _ in pairs):
+                continue
+            mean = of([float(np.mean(values)) for values, _ in pairs])
+            drawn = np.stack([bootstrap_means(v, self.seed, groups=g) for v, g in pairs])
+            low, high = np.quantile([of(column) for column in drawn.T.tolist()], [0.025, 0.975])
+            found = {"mean": mean, "low": float(low), "high": float(high), "n": len(pairs[0][0])}
+            out.setdefault(mode, {}).setdefault(name, {})[when] = found
         return out
 
 

@@ -1,0 +1,162 @@
+"""Makes a table of the paper: runs what is missing, reads what is there, prints ours beside the paper's.
+
+    python -m scripts.tables --table 1 --backbones tiny_blip2 tiny_minigpt4
+    python -m scripts.tables --table all --write docs/results.md
+
+What is run stands in hparams/tables.yaml. Records are kept under ``--output``: a run that was cut off goes
+on where it was. Exit code 0, 1 where rows failed, 2 for input that the user can mend (one line per
+problem), 130 after Ctrl-C; then the table shows what there is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from scripts.plan import BACKBONES, OUTPUT, PLAN, Run, TablePlan, is_complete, read_plan, read_tables
+from scripts.plan import records as records_of
+from scripts.plan import summary as summary_of
+from scripts.workers import Outcome, ensure
+from unike import published
+from unike.claims import Row
+from unike.comparison import FORMATS, LEGEND, Block, csv_rows, latex, markdown, rewritten
+from unike.types import UserError
+
+TASK_TITLES = {"vqa": "E-VQA", "caption": "E-IC", "cross": "E-VQA and E-IC in turn"}
+
+
+def blocks_of(runs: Sequence[Run], plans: dict[str, TablePlan]) -> list[Block]:
+    """A block for each table, backbone, task and number of edits, in the order of the runs."""
+    groups: dict[tuple[str, str, str, int], list[Run]] = {}
+    for run in runs:
+        groups.setdefault((run.table, run.backbone, run.task, run.length), []).append(run)
+    return [_block(group, plans[name]) for (name, *_), group in groups.items()]
+
+
+def _block(group: Sequence[Run], plan: TablePlan) -> Block:
+    run, hp = group[0], group[0].hparams
+    figures = published.figures(plan.paper, hp.model_name, run.task, run.length) if plan.paper else {}
+    rows = tuple(
+        Row(
+            r.row.name,
+            summary_of(r),
+            records_of(r),
+            figures.get(r.row.paper or "", {}),
+            r.row.ours,
+            is_complete(r),
+        )
+        for r in group
+    )
+    edits = "one edit" if run.length == 1 else f"{run.length} edits in a row"
+    title = f"{published.FAMILY_TITLES[hp.model_name]} ({run.backbone}), {TASK_TITLES[run.task]}, {edits}"
+    last = plan.paper == published.LIFELONG and run.task == "vqa" and run.length == max(plan.lengths)
+    return Block(
+        run.table, title, run.backbone, run.task, run.length, rows,
+        label=published.label(plan.paper) if plan.paper else "paper",
+        reference=plan.reference, extras=plan.extras, seed=hp.seed,
+        beside=published.lifelong(hp.model_name) if last else None,
+    )  # fmt: skip
+
+
+def sections(blocks: Sequence[Block], plans: dict[str, TablePlan]) -> dict[str, str]:
+    """The Markdown of each table: how to read it, whose figures are beside it, then its blocks."""
+    out = {}
+    for name in dict.fromkeys(block.table for block in blocks):
+        key = plans[name].paper
+        whose = f" {published.label(key)}: {published.source(key)}." if key else ""
+        own = [markdown(block) for block in blocks if block.table == name]
+        out[name] = "\n".join([f"{LEGEND}{whose}\n", *own])
+    return out
+
+
+def rendered(blocks: Sequence[Block], plans: dict[str, TablePlan], form: str) -> str:
+    """All blocks in one of ``FORMATS``."""
+    if form == "csv":
+        return csv_rows(blocks)
+    if form == "latex":
+        return "\n".join(map(latex, blocks))
+    found = sections(blocks, plans)
+    titles = {
+        name: f"Table {name}: {plans[name].title}" if name.isdigit() else plans[name].title for name in found
+    }
+    return "\n".join(f"## {titles[name]}\n\n{text}" for name, text in found.items())
+
+
+def report(outcome: Outcome) -> int:
+    """Says how the work ended; the exit code."""
+    for failure in outcome.failures:
+        print(f"error: {failure}", file=sys.stderr)
+    if outcome.interrupted:
+        print("interrupted; the same command goes on", file=sys.stderr)
+    return 130 if outcome.interrupted else 1 if outcome.failures else 0
+
+
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    add = parser.add_argument
+    add("--table", nargs="+", required=True, metavar="NAME", help="1, 2, 3, 4, 5, lifelong, or all")
+    add("--backbones", nargs="+", default=list(BACKBONES), metavar="NAME", help="YAMLs, by name")
+    add("--size", type=int, metavar="N", help="the first N records of each task")
+    add("--sequences", type=int, metavar="N", help="at most N sequences of each run")
+    add("--format", choices=FORMATS, default="md")
+    add("--jobs", type=int, metavar="N", help="processes; default: one per core, one on a GPU")
+    add("--output", type=Path, default=OUTPUT, metavar="DIR", help="where the records lie")
+    add("--write", type=Path, metavar="FILE", help="put the tables between their markers in this file")
+    add("--plan", type=Path, default=PLAN, metavar="FILE", help="what is run")
+    add("overrides", nargs="*", metavar="key=value", help="changes to every row")
+    args = parser.parse_intermixed_args(argv)
+    # Lists of names take what follows them, overrides too.
+    for names in (args.table, args.backbones):
+        args.overrides += [name for name in names if "=" in name]
+        names[:] = [name for name in names if "=" not in name]
+    return args
+
+
+def run(args: argparse.Namespace) -> int:
+    counts = (("--jobs", args.jobs), ("--sequences", args.sequences))
+    wrong = [f"{name}: {n}; expected 1 or more" for name, n in counts if n is not None and n < 1]
+    if wrong:
+        raise UserError(*wrong)
+    planned = read_plan(
+        args.plan, args.table, args.backbones, args.size, args.output, args.overrides, args.sequences
+    )
+    if args.write is not None:
+        _checked_markers(args.write, planned)
+    outcome = ensure(planned, args.jobs)
+    plans = read_tables(args.plan)
+    blocks = blocks_of(planned, plans)
+    print(rendered(blocks, plans, args.format), end="")
+    code = report(outcome)
+    if args.write is not None and code == 0:
+        text = args.write.read_text(encoding="utf-8")
+        args.write.write_text(rewritten(text, str(args.write), sections(blocks, plans)), encoding="utf-8")
+    return code
+
+
+def _checked_markers(path: Path, planned: Sequence[Run]) -> None:
+    """UserError where the tables could not be written, before hours of work."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--write: {path}: cannot be read: {error}") from None
+    rewritten(text, str(path), {run.table: "" for run in planned})
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = arguments(argv)
+    try:
+        return run(args)
+    except UserError as error:
+        print(*(f"error: {problem}" for problem in error.problems), sep="\n", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
