@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import queue
 import signal
+import sys
 import threading
 import time
 import traceback
@@ -179,13 +180,17 @@ class _Watch:
         if kind == "done":
             name, n, failed, seconds = what
             broken = f", {failed} failed" if failed else ""
-            self.bar.write(f"{name}: {n} records{broken}, {seconds:.0f} s")
+            self._say(f"{name}: {n} records{broken}, {seconds:.0f} s")
             self.bar.update()
         elif kind == "failed":
             name, why, rows = what
             self.outcome.failures.append(f"{name}: {why}")
-            self.bar.write(f"{name}: failed: {why}")
+            self._say(f"{name}: failed: {why}")
             self.bar.update(rows)
+
+    def _say(self, line: str) -> None:
+        # Standard output is for the table alone.
+        self.bar.write(line, file=sys.stderr)
 
 
 class _Crew:
