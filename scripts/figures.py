@@ -108,9 +108,9 @@ def draw_spaces(backbones: Sequence[HyperParams], layer: int | None, size: int |
     seeds = ", ".join(str(s) for s in sorted({h.seed for h in backbones}))
     caption = (
         f"states of right and wrong answers to questions that the encoders were not trained on, by t-SNE "
-        f"over cosine distance, seed {seeds}; {'; '.join(told)}; the share of states whose nearest is the "
-        f"other answer to the same question, and of their {data.NEIGHBOURS} nearest to other questions that "
-        f"are as true (50% by chance), are those of the space itself"
+        f"over cosine distance, seed {seeds}; {'; '.join(told)}; under each panel, measured in the space "
+        f"itself: how many states have the other answer to the same question as the nearest one, and how "
+        f"many of the {data.NEIGHBOURS} nearest to other questions are as true as the state (50% by chance)"
     )
     return Drawn({"figure5a": figures.spaces(rows)}, caption)
 
