@@ -191,13 +191,15 @@ def trade_off(panels: Mapping[str, Sequence[Point]]) -> Any:
     figure, grid = _grid(rows, columns, 3.8 * rows + 1.2, sharex=True, sharey=True)
     shown: dict[str, Any] = {}
     for axes, (title, panel) in zip(grid.flat, panels.items(), strict=False):
-        for p in panel:
+        for i, p in enumerate(panel):
             colour, marker = look[p.name]
+            # The later ones are smaller: where methods coincide, all are seen.
+            size = 11 - 4.5 * i / max(len(panel) - 1, 1)
             if p.paper is not None:
                 axes.plot(*p.paper, marker, mfc="none", mec=colour, ms=8.5, mew=1.7, zorder=2)
             shown[p.name] = axes.errorbar(
                 p.locality.mean, p.generality.mean, _reach([p.generality]), _reach([p.locality]),
-                fmt=marker, color=colour, ms=8.5, mec="white", mew=0.7, elinewidth=1.4, zorder=3,
+                fmt=marker, color=colour, ms=size, mec="white", mew=0.7, elinewidth=1.4, zorder=3,
             )  # fmt: skip
         axes.set_title(title)
     _near_100(grid, points)
