@@ -52,7 +52,7 @@ $(DEMO_READY): pyproject.toml constraints.txt | $(BIN)/python
 	$(INSTALL) '.[demo]'
 	@touch $@
 
-# The development tools come with all that the demo needs.
+# The development tools come with all that the demo and the figures need.
 $(DEV_READY): pyproject.toml constraints.txt | $(BIN)/python
-	$(INSTALL) '.[demo,dev]'
+	$(INSTALL) '.[demo,figures,dev]'
 	@touch $@ $(DEMO_READY)

@@ -41,7 +41,7 @@ LAYERS = (
     ("unike.text", ""),
     ("unike.progress", ""),
     ("unike.hooks", ""),
-    *((f"unike.{top}", "unike.types") for top in ("legacy", "options", "published")),
+    *((f"unike.{name}", "unike.types") for name in ("legacy", "options", "published", "figures")),
     ("unike.hparams", "unike.types unike.options unike.legacy"),
     ("unike.knowledge*", "unike.knowledge*"),
     ("unike.metrics", _BOTTOM),
@@ -61,7 +61,8 @@ LAYERS = (
     ("unike.protocols", f"{_BOTTOM} unike.metrics unike.edits* unike.methods.base unike.reading {_PROTOCOL}"),
     ("unike.sequences", f"{_PROTOCOL} unike.types unike.[hpt]* unike.methods.base unike.re[ac]*"),
     ("unike.tables", "unike.types unike.metrics unike.records"),
-    ("unike.c[lo]*", "unike.types unike.metrics unike.tables unike.published unike.claims"),
+    ("unike.claims", "unike.types unike.metrics unike.tables"),
+    ("unike.comparison", "unike.types unike.tables unike.published unike.claims"),
     *((f"unike.{top}", "unike.*") for top in ("editor", "runs", "inputs", "check")),
 )
 THIRD_PARTY = (("unike.types", ""), ("unike.text", ""), ("unike.knowledge*", "torch torch.*"))

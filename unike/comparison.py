@@ -202,14 +202,15 @@ def marked(cells: Sequence[Cell], counted: Sequence[bool] | None = None) -> list
 # ---------------------------------------------------------------- Markdown, LaTeX, CSV
 
 
-def rewritten(text: str, name: str, tables: Mapping[str, str]) -> str:
-    """The text of a file, ``name``, with each table between its two markers replaced.
+def rewritten(text: str, name: str, blocks: Mapping[str, str], kind: str = "table") -> str:
+    """The text of a file, ``name``, with each table (or what ``kind`` says) between its two markers
+    replaced.
 
-    Raises UserError for each table whose markers are not there once each, in order.
+    Raises UserError for each whose markers are not there once each, in order.
     """
     problems = []
-    for table, block in tables.items():
-        start, end = f"<!-- table {table} -->", f"<!-- end of table {table} -->"
+    for key, block in blocks.items():
+        start, end = f"<!-- {kind} {key} -->", f"<!-- end of {kind} {key} -->"
         if text.count(start) != 1 or text.count(end) != 1 or text.index(start) > text.index(end):
             problems.append(f"{name}: expected {start} and, below it, {end}, once each")
             continue

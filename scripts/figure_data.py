@@ -1,0 +1,259 @@
+"""From runs and knowledge states to what ``unike.figures`` draws."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from scripts.plan import Run, records
+from unike import published, runs
+from unike.backbones import load_backbone
+from unike.datasets.mmedit import VQA_TEMPLATE
+from unike.datasets.triplets import Triplet, triplets_of
+from unike.figures import Answer, Cell, Example, Interval, Point, Space, Sweep, require
+from unike.hparams import HyperParams
+from unike.methods import build
+from unike.methods.preparation import extract
+from unike.metrics import bootstrap_interval
+from unike.types import Case, UserError
+
+GENERALITY, LOCALITY = ("t_generality", "m_generality"), ("t_locality", "m_locality")
+MEANS = {"generality": GENERALITY, "locality": LOCALITY}
+LINES = {"reliability": ("reliability",), **MEANS}
+SWEPT = {"k": "retrieved states k", "ike_demonstrations": "demonstrations", "alpha": "alpha"}
+TASKS = {"vqa": "E-VQA", "caption": "E-IC"}
+# What a worked example shows of an edit: the probe, and its heading.
+SHOWN = {
+    "reliability": "edited",
+    "t_generality": "rephrased",
+    "m_generality": "picture drawn anew",
+    "same_question": "another picture",
+    "m_locality": "unrelated",
+}
+NEIGHBOURS = 10
+Panels = dict[str, dict[str, dict[str, Interval]]]
+
+
+def title(hparams: HyperParams) -> str:
+    """The backbone as a panel calls it; the embedded ones are tiny."""
+    return published.FAMILY_TITLES[hparams.model_name] + (" (tiny)" if hparams.generate_data else "")
+
+
+# ---------------------------------------------------------------- records
+
+
+def interval(
+    records: Sequence[Mapping[str, Any]], metrics: Sequence[str], seed: int, mode: str = "teacher_forced"
+) -> Interval:
+    """Mean over records of the mean of ``metrics`` after the edit, in percent, with its 95% bootstrap
+    interval. Failed records are left out; UserError where no record is left."""
+    done = [r["scores"][mode] for r in records if r.get("status", "ok") == "ok"]
+    if not done:
+        raise UserError("no record of the run succeeded: there is nothing to draw")
+    values = [100.0 * float(np.mean([scores[m]["after"] for m in metrics])) for scores in done]
+    return Interval(*bootstrap_interval(values, seed))
+
+
+def _measured(run: Run, metrics: Sequence[str]) -> Interval:
+    try:
+        return interval(records(run), metrics, run.hparams.seed)
+    except UserError as error:
+        raise UserError(*(f"{run.name}: {problem}" for problem in error.problems)) from None
+
+
+def _block(run: Run) -> tuple[str, str]:
+    return title(run.hparams), TASKS[run.task]
+
+
+def trade_off(planned: Sequence[Run]) -> dict[str, list[Point]]:
+    """Points by backbone and task, the paper's beside those of its rows."""
+    out: dict[str, list[Point]] = {}
+    for run in planned:
+        told = published.figures("table1_one_step", run.hparams.model_name, run.task)
+        values = told.get(run.row.paper or "")
+        pair = (_mean(values, LOCALITY), _mean(values, GENERALITY)) if values else None
+        point = Point(run.row.name, _measured(run, LOCALITY), _measured(run, GENERALITY), pair)
+        out.setdefault(", ".join(_block(run)), []).append(point)
+    return out
+
+
+def _mean(values: Mapping[str, float], metrics: Sequence[str]) -> float:
+    return sum(values[m] for m in metrics) / len(metrics)
+
+
+def sweeps(planned: Sequence[Run]) -> dict[tuple[str, str], Sweep]:
+    """Panels by line of the plan and block, or by backbone and task where the rows name no line. Rows
+    without an ``x`` stand apart, under the value of what is swept."""
+    panels: dict[tuple[str, str], list[Run]] = {}
+    for run in planned:
+        line, (backbone, task) = run.row.line, _block(run)
+        panels.setdefault((line, f"{backbone},\n{task}") if line else (backbone, task), []).append(run)
+    out = {}
+    for key, some in panels.items():
+        swept = next(name for name in SWEPT if name in {k for run in some for k in run.row.set})
+        placed = sorted((r for r in some if r.row.x is not None), key=lambda r: r.row.x or 0.0)
+        apart = [r for r in some if r.row.x is None]
+        settings = [f"{r.row.x:g}" for r in placed] + [str(getattr(r.hparams, swept)) for r in apart]
+        lines = {name: [_measured(r, metrics) for r in placed + apart] for name, metrics in LINES.items()}
+        out[key] = Sweep(SWEPT[swept], settings, lines, len(apart))
+    return out
+
+
+def zetas(planned: Sequence[Run]) -> tuple[Panels, dict[str, dict[str, dict[str, float]]]]:
+    """Generality and locality by panel and zeta, and the paper's alike where it has them."""
+    panels: Panels = {}
+    paper: dict[str, dict[str, dict[str, float]]] = {}
+    for run in planned:
+        name = ", ".join(_block(run))
+        told = published.figures(published.ZETA, run.hparams.model_name, run.task)
+        for group, metrics in MEANS.items():
+            value = _measured(run, metrics)
+            panels.setdefault(name, {}).setdefault(group, {})[run.hparams.zeta] = value
+            if values := told.get(run.row.paper or ""):
+                paper.setdefault(name, {}).setdefault(group, {})[run.hparams.zeta] = values[group]
+    return panels, paper
+
+
+# ---------------------------------------------------------------- spaces
+
+
+def held_out(hparams: HyperParams) -> HyperParams:
+    """The YAML with data that the encoders were not trained on in place of ``eval``: the embedded
+    benchmark's split ``val``; else ``eval`` itself. UserError for a missing file."""
+    if hparams.generate_data:
+        root = Path(hparams.image_root or "")
+        found = {task: str(root / f"{task}_val.json") for task in hparams.data}
+    else:
+        found = {task: runs.annotation_file(hparams, task, "eval") for task in hparams.data}
+    return replace(hparams, data={task: {"eval": path} for task, path in found.items()})
+
+
+def held_out_triplets(hparams: HyperParams, size: int | None = None) -> list[Triplet]:
+    """The first ``size`` triplets of ``held_out`` data, the tasks in turn, all pictures in place."""
+    found = held_out(hparams)
+    task = "cross" if len(found.data) > 1 else next(iter(found.data), "vqa")
+    return triplets_of(runs.open_datasets(found, task, size))
+
+
+def check_spaces(hparams: HyperParams, layer: int | None, size: int | None) -> None:
+    """UserError with everything that ``spaces`` lacks; the embedded benchmark is drawn where it is
+    missing."""
+    runs.require_backbone(hparams)
+    if hparams.generate_data:
+        from scripts.tiny import make_data
+
+        make_data.ensure(hparams)
+        make_data.ensure(hparams, ("val",))
+    runs.require(
+        lambda: held_out_triplets(hparams, size),
+        lambda: runs.wants_triplets(hparams) and runs.knowledge_triplets(hparams),
+    )
+
+
+def spaces(hparams: HyperParams, layer: int | None, size: int | None) -> tuple[dict[str, Space], int, int]:
+    """The raw, semantic and truthfulness space of one edited layer (default: the last), the number of
+    triplets in them, and the layer. UserError where ``layer`` is not an edited one."""
+    backbone = load_backbone(hparams)
+    layers = build(hparams).layers(backbone)
+    if layer is not None and layer not in layers:
+        raise UserError(f"--layer: {layer}; {hparams.source} edits {', '.join(map(str, layers))}")
+    at = layers[-1] if layer is None else layer
+    encoders = runs.prepare(hparams, backbone, layers)[at].encoders
+    states = extract(backbone, held_out_triplets(hparams, size), [at], hparams.eval_batch)[at].states
+    with torch.no_grad():
+        pairs = {
+            "raw states": (states.pos, states.neg),
+            "semantic space": (encoders.semantic(states.pos), encoders.semantic(states.neg)),
+            "truthfulness space": (encoders.truthful(states.pos), encoders.truthful(states.neg)),
+        }
+    found = {name: embed(right, wrong, hparams.seed) for name, (right, wrong) in pairs.items()}
+    return found, len(states), at
+
+
+def embed(right: torch.Tensor, wrong: torch.Tensor, seed: int) -> Space:
+    """``right`` and ``wrong`` ``(n, d)`` in the plane by t-SNE over cosine distance; the note says what
+    holds before the embedding."""
+    points = torch.cat([right, wrong]).double().cpu()
+    sklearn = require("sklearn.manifold")
+    perplexity = min(30.0, (len(points) - 1) / 3)
+    tsne = sklearn.TSNE(metric="cosine", init="random", perplexity=perplexity, random_state=seed)
+    plane = tsne.fit_transform(F.normalize(points, dim=-1).numpy())
+    twin, truth = neighbours(right, wrong)
+    note = f"nearest: same question's {twin:.0f}%\nneighbours: same truth {truth:.0f}%"
+    return Space(plane[: len(right)], plane[len(right) :], note)
+
+
+def neighbours(right: torch.Tensor, wrong: torch.Tensor) -> tuple[float, float]:
+    """Of all states, by cosine, in percent: how many have the same question's other answer as the
+    nearest; and, that one left aside, how often one of the ``NEIGHBOURS`` nearest has the same truth
+    (50 by chance). Both ``(n, d)``, at least two rows."""
+    n = len(right)
+    points = F.normalize(torch.cat([right, wrong]).double(), dim=-1)
+    near = (points @ points.T).fill_diagonal_(-torch.inf)
+    own, other = torch.arange(2 * n), torch.arange(2 * n).roll(n)
+    twin = near.argmax(1).cpu() == other
+    near[own, other] = -torch.inf
+    # Without itself and the other answer to its question.
+    nearest = near.topk(min(NEIGHBOURS, 2 * n - 2), dim=1).indices.cpu()
+    same = (nearest < n) == (own < n)[:, None]
+    return 100 * twin.double().mean().item(), 100 * same.double().mean().item()
+
+
+# ---------------------------------------------------------------- worked examples
+
+
+def chosen(cases: Sequence[Case], count: int) -> list[Case]:
+    """The first ``count`` cases of the file: no other rule picks examples."""
+    return list(cases[:count])
+
+
+def examples(planned: Sequence[Run], variants: Mapping[str, str], count: int) -> list[Example]:
+    """The ``chosen`` edits of each task of one backbone, under the rows that ``variants`` names."""
+    out = []
+    for task in dict.fromkeys(run.task for run in planned):
+        own = {run.row.name: run for run in planned if run.task == task}
+        found = {short: {r["id"]: r for r in records(own[name])} for name, short in variants.items()}
+        first = own[next(iter(variants))]
+        for case in chosen(runs.open_datasets(first.hparams, task, first.size), count):
+            out.append(example(case, {short: rows[case.request.id] for short, rows in found.items()}))
+    return out
+
+
+def example(case: Case, answered: Mapping[str, Mapping[str, Any]]) -> Example:
+    """An edit with what the model said before, and after it by variant; generated answers.
+
+    Raises UserError where a variant's edit failed or its answers were not generated.
+    """
+    for name, record in answered.items():
+        if record.get("status", "ok") != "ok" or "generated" not in record.get("scores", {}):
+            raise UserError(f"{name}: {case.request.id} failed or has no generated answers: no example of it")
+    first = next(iter(answered.values()))
+    cells = []
+    for probe in case.probes:
+        if probe.name not in SHOWN:
+            continue
+        after = {
+            name: Answer(
+                r["answers"][probe.name]["after"], r["scores"]["generated"][probe.name]["after"] == 1.0
+            )
+            for name, r in answered.items()
+        }
+        before = first["answers"][probe.name]["before"]
+        cells.append(Cell(SHOWN[probe.name], probe.query.image, bare(probe.query.prompt), before, after))
+    cells.sort(key=lambda cell: list(SHOWN.values()).index(cell.heading))
+    target = str(case.request.query.target)
+    return Example(
+        f"{TASKS[case.task]}, {case.request.id}: {cells[0].before} \N{RIGHTWARDS ARROW} {target}", cells
+    )
+
+
+def bare(prompt: str) -> str:
+    """The question inside the template."""
+    before, after = VQA_TEMPLATE.split("{}")
+    return prompt.removeprefix(before).removesuffix(after)

@@ -1,0 +1,220 @@
+"""Draws the paper's figures from our records: runs what is missing, reads what is there.
+
+    python -m scripts.figures --figures 2a 4c --backbones tiny_blip2 --write docs/results.md
+
+Figures 2a and 4a to 4c show runs of ``hparams/tables.yaml``, 5a the spaces of the two encoders, 5b
+worked examples. Each is a PNG, and an SVG where that is small; ``--write`` puts them and what they
+show between ``<!-- figure 2a -->`` and ``<!-- end of figure 2a -->``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from scripts import figure_data as data
+from scripts.plan import BACKBONES, OUTPUT, PLAN, Run, is_complete, read_plan, records
+from scripts.workers import ensure
+from unike import figures, runs
+from unike.comparison import rewritten
+from unike.hparams import HyperParams
+from unike.types import UserError
+
+# Where in the plan a figure's runs stand.
+TABLES = {"2a": "1", "4a": "figure4a", "4b": "figure4b", "4c": "5", "5b": "figure5b"}
+NAMES = ("2a", "4a", "4b", "4c", "5a", "5b")
+VARIANTS = {"UniKE, scoped": "scoped", "UniKE": "preset"}
+EXAMPLES = 2
+BARS = "bars are 95% bootstrap intervals over records"
+MEANS = "generality is the mean of T-Gen and M-Gen, locality of T-Loc and M-Loc"
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A figure's pictures by file name without its ending, and the sentence under them."""
+
+    pictures: Mapping[str, Any]
+    caption: str
+
+
+def plan(args: argparse.Namespace) -> dict[str, list[Run]]:
+    """The runs behind each figure that shows runs."""
+    wanted = {name: TABLES[name] for name in args.figures if name in TABLES}
+    # Read at once: rows of two tables that mean the same run share its folder.
+    tables = list(dict.fromkeys(wanted.values()))
+    planned = read_plan(args.plan, tables, args.backbones, args.size, args.results) if tables else []
+    found = {name: [run for run in planned if run.table == table] for name, table in wanted.items()}
+    if "4c" in found:
+        found["4c"] = [run for run in found["4c"] if run.row.paper]
+    if lost := [name for name, some in found.items() if not some]:
+        raise UserError(
+            *(f"{args.plan}: {wanted[name]}: has none of the rows that figure {name} shows" for name in lost)
+        )
+    return found
+
+
+def sample(planned: Sequence[Run]) -> str:
+    """How many records each run has, and from which seed."""
+    counts = {sum(r.get("status", "ok") == "ok" for r in records(run)) for run in planned}
+    seeds = ", ".join(str(s) for s in sorted({run.hparams.seed for run in planned}))
+    n = f"{min(counts)} to {max(counts)}" if len(counts) > 1 else str(*counts)
+    return f"n = {n} records of each row and task, seed {seeds}"
+
+
+def draw_trade_off(planned: Sequence[Run]) -> Drawn:
+    caption = (
+        f"generality against locality after one edit, teacher-forced; {MEANS}; filled: ours, {BARS}; "
+        f"hollow: the paper's Table 1, full-size models; both axes have most room near 100; {sample(planned)}"
+    )
+    return Drawn({"figure2a": figures.trade_off(data.trade_off(planned))}, caption)
+
+
+def draw_items(planned: Sequence[Run]) -> Drawn:
+    caption = (
+        f"how many states UniKE retrieves and how many demonstrations IKE shows, after one edit, "
+        f"teacher-forced; {MEANS}; {BARS}; {sample(planned)}"
+    )
+    return Drawn({"figure4a": figures.sweeps(data.sweeps(planned))}, caption)
+
+
+def draw_alpha(planned: Sequence[Run]) -> Drawn:
+    caption = (
+        f"a fixed weight alpha of the retrieved knowledge against the adaptive one, after one edit, "
+        f"teacher-forced; {MEANS}; {BARS}; {sample(planned)}"
+    )
+    return Drawn({"figure4b": figures.sweeps(data.sweeps(planned))}, caption)
+
+
+def draw_zeta(planned: Sequence[Run]) -> Drawn:
+    caption = (
+        f"the direction zeta that is added to the extra values, after one edit, teacher-forced; {MEANS}; "
+        f"{BARS}; diamonds: the paper, whose values are taken to be of MiniGPT-4 on E-VQA; {sample(planned)}"
+    )
+    return Drawn({"figure4c": figures.grouped_bars(*data.zetas(planned))}, caption)
+
+
+def draw_spaces(backbones: Sequence[HyperParams], layer: int | None, size: int | None) -> Drawn:
+    rows, told = {}, []
+    for hparams in backbones:
+        rows[data.title(hparams)], n, at = data.spaces(hparams, layer, size)
+        told.append(f"{data.title(hparams)}: n = {n} triplets, layer {at}")
+    seeds = ", ".join(str(s) for s in sorted({h.seed for h in backbones}))
+    caption = (
+        f"states of right and wrong answers to questions that the encoders were not trained on, by t-SNE "
+        f"over cosine distance, seed {seeds}; {'; '.join(told)}; under each panel, measured in the space "
+        f"itself: how many states have the other answer to the same question as the nearest one, and how "
+        f"many of the {data.NEIGHBOURS} nearest to other questions are as true as the state (50% by chance)"
+    )
+    return Drawn({"figure5a": figures.spaces(rows)}, caption)
+
+
+def draw_examples(planned: Sequence[Run]) -> Drawn:
+    pictures = {}
+    for backbone in dict.fromkeys(run.backbone for run in planned):
+        own = [run for run in planned if run.backbone == backbone]
+        pictures[f"figure5b-{backbone}"] = figures.examples(data.examples(own, VARIANTS, EXAMPLES))
+    shown = ", ".join(data.title(h) for h in {r.backbone: r.hparams for r in planned}.values())
+    seeds = ", ".join(str(s) for s in sorted({run.hparams.seed for run in planned}))
+    caption = (
+        f"the first {EXAMPLES} edits of each task's eval split ({shown}), answers generated before and "
+        f"after; the first three columns should give the target, the last two what was said before; "
+        f"{figures.HELD}: it does, {figures.BROKEN}: it does not; scoped: the row UniKE, scoped; preset: the "
+        f"paper's settings; seed {seeds}"
+    )
+    return Drawn(pictures, caption)
+
+
+DRAW = {
+    "2a": draw_trade_off, "4a": draw_items, "4b": draw_alpha, "4c": draw_zeta, "5b": draw_examples,
+}  # fmt: skip
+
+
+def block(name: str, drawn: Drawn, files: Sequence[Path], document: Path) -> str:
+    """Markdown of a figure: its pictures, linked from the document, and its caption."""
+    links = [
+        f"![Figure {name}]({Path(os.path.relpath(f, document.parent)).as_posix()})"
+        for f in files
+        if f.suffix == ".png"
+    ]
+    return "\n\n".join([*links, f"Figure {name}: {drawn.caption}."])
+
+
+def with_blocks(document: Path, blocks: Mapping[str, str]) -> str:
+    """The document with figures' blocks between their marks; UserError where it or a mark is missing."""
+    try:
+        text = document.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UserError(f"--write: {document}: cannot be read: {error}") from None
+    return rewritten(text, str(document), blocks, "figure")
+
+
+def check(args: argparse.Namespace) -> tuple[dict[str, list[Run]], list[HyperParams]]:
+    """What is to be drawn; UserError with everything wrong before a model is loaded."""
+    planned: dict[str, list[Run]] = {}
+    own: list[HyperParams] = []
+    spaces = "5a" in args.figures
+    runs.require(
+        lambda: figures.require("matplotlib"),
+        lambda: spaces and figures.require("sklearn"),
+        lambda: args.write and with_blocks(args.write, dict.fromkeys(args.figures, "")),
+        lambda: planned.update(plan(args)),
+        *(
+            lambda b=b: own.append(HyperParams.from_hparams(args.plan.parent / f"{b}.yaml"))
+            for b in (args.backbones if spaces else ())
+        ),
+    )
+    runs.require(*(lambda h=h: data.check_spaces(h, args.layer, args.size) for h in own))
+    return planned, own
+
+
+def run(args: argparse.Namespace) -> int:
+    planned, own = check(args)
+    outcome = ensure([r for some in planned.values() for r in some], args.jobs)
+    problems = list(outcome.failures)
+    for name in args.figures:
+        left = sum(not is_complete(r) for r in planned.get(name, ()))
+        if left:
+            problems.append(
+                f"figure {name}: is not drawn: {left} of its {len(planned[name])} rows are not run"
+            )
+            continue
+        drawn = DRAW[name](planned[name]) if name in DRAW else draw_spaces(own, args.layer, args.size)
+        files = [f for stem, made in drawn.pictures.items() for f in figures.save(made, args.output / stem)]
+        print(*files, sep="\n")
+        if args.write:
+            text = with_blocks(args.write, {name: block(name, drawn, files, args.write)})
+            args.write.write_text(text, encoding="utf-8")
+    print(
+        *(f"error: {problem}" for problem in problems), sep="\n", end="\n" * bool(problems), file=sys.stderr
+    )
+    return 130 if outcome.interrupted else int(bool(problems))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--figures", nargs="+", choices=NAMES, default=list(NAMES), metavar="NAME",
+                        help=f"which ones: {' '.join(NAMES)} (default: all)")  # fmt: skip
+    parser.add_argument("--backbones", nargs="+", default=list(BACKBONES), metavar="NAME")
+    parser.add_argument("--size", type=int, metavar="N", help="records of each run and triplets of figure 5a")
+    parser.add_argument("--layer", type=int, metavar="N", help="layer of figure 5a; default: the last edited")
+    parser.add_argument("--output", type=Path, default=Path("docs/figures"), metavar="FOLDER")
+    parser.add_argument("--results", type=Path, default=OUTPUT, metavar="FOLDER", help="where the runs are")
+    parser.add_argument("--plan", type=Path, default=PLAN, metavar="FILE")
+    parser.add_argument("--jobs", type=int, metavar="N", help="processes; default: one a core")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="markdown file with the figures' marks")
+    try:
+        return run(parser.parse_args(argv))
+    except UserError as error:
+        print(*(f"error: {problem}" for problem in error.problems), sep="\n", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
