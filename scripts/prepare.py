@@ -82,8 +82,10 @@ def run(args: argparse.Namespace) -> int:
     if needs_scope(hparams):
         kept = Path(str(kept_scope(hparams)))
         learnt = json.loads((kept / "scope.json").read_text(encoding="utf-8"))
-        shares = ", ".join(f"{name} {100 * share:.1f}" for name, share in learnt["held_out"].items())
-        print(f"scope, held-out records that go right, %: {shares}\nscope: {kept}")
+        for size, shares in learnt["held_out"].items():
+            right = ", ".join(f"{name} {100 * share:.1f}" for name, share in shares.items())
+            print(f"scope among {size} edits, threshold {learnt['thresholds'][size]:.2f}, right: {right}, %")
+        print(f"scope: {kept}")
     return 0
 
 

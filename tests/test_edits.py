@@ -74,7 +74,7 @@ class World:
         torch.manual_seed(0)
         # Untrained: what the gate measures with is another matter than what it does.
         encoder = ScopeEncoder(self.backbone.layout.width, 16, 8, 2).eval().requires_grad_(False)
-        known[4] = replace(known[4], scope=ScopeMeasure(encoder, 0.9))
+        known[4] = replace(known[4], scope=ScopeMeasure(encoder, {1: 0.9}))
         return build(hparams, known)
 
     def edit(self, setting: str, i: int = 0, history=None):

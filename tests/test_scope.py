@@ -18,8 +18,10 @@ from worlds import case as short_case
 from unike.hparams import HyperParams
 from unike.knowledge.scope import (
     ScopeEncoder,
+    ScopeMeasure,
     ScopeSamples,
     best_threshold,
+    calibrated,
     fit_scope,
     open_edits,
     scope_loss,
@@ -154,8 +156,33 @@ def test_training_learns_what_untrained_encoders_do_not_know() -> None:
     fits = zip(nets, (0, 200), strict=True)
     reports = [fit_scope(samples, net, steps, 64, 5e-3, 0.1, seed=1) for net, steps in fits]
     assert reports[1].losses[-1] < 0.5 * reports[1].losses[0]
-    untrained, trained = (sum(r.inside + r.outside) / 4 for r in reports)
+    untrained, trained = (sum(r.shares[20]) / 4 for r in reports)
     assert trained > untrained + 0.1
+    assert list(reports[1].thresholds) == [1, 10, 20]
+    assert sorted(reports[1].thresholds.values()) == list(reports[1].thresholds.values())
+
+
+def test_thresholds_are_for_edits_that_the_base_gets_wrong() -> None:
+    samples, net = learnable(60), encoder()
+    half = torch.arange(60) < 30
+    chosen = calibrated(replace(samples, wrong=half), net, 0)
+    assert chosen == calibrated(samples[half.nonzero().flatten()], net, 0)
+    assert list(chosen[0]) == [1, 10, 30]
+    assert chosen != calibrated(samples, net, 0)
+    # Too few of them: all count.
+    assert calibrated(replace(samples, wrong=torch.arange(60) < 3), net, 0) == calibrated(samples, net, 0)
+    alone = similarities(samples, net)
+    own = torch.stack([alone[i, :, i] for i in range(60)])
+    first = calibrated(samples, net, 0)[0][1]
+    expected = [(own[:, j] >= first) == (j < 2) for j in range(4)]
+    assert calibrated(samples, net, 0)[1][1] == pytest.approx([e.float().mean().item() for e in expected])
+
+
+def test_the_threshold_grows_with_the_logarithm_of_the_edits() -> None:
+    measure = ScopeMeasure(encoder(), {1: 0.2, 10: 0.4, 100: 0.8})
+    for edits, expected in ((0, 0.2), (1, 0.2), (10, 0.4), (100, 0.8), (5000, 0.8)):
+        assert measure.threshold(edits) == pytest.approx(expected)
+    assert measure.threshold(round(10**1.5)) == pytest.approx(0.6, abs=0.01)
 
 
 def test_the_same_seed_learns_the_same() -> None:
@@ -227,14 +254,14 @@ def test_the_measure_is_learnt_once_and_read_afterwards(world: World, tmp_path: 
     assert kept_scope(hp) is None
     one = ensure_scope(world.backbone, hp, first, given_cases)
     two = ensure_scope(world.backbone, hp, first, given_cases)
-    assert (len(calls), one.threshold) == (1, two.threshold)
+    assert (len(calls), one.thresholds) == (1, two.thresholds)
     for name, tensor in one.encoder.state_dict().items():
         assert torch.equal(tensor, two.encoder.state_dict()[name])
     assert not any(p.requires_grad for p in two.encoder.parameters())
     folder = kept_scope(hp)
     assert folder is not None
     held = json.loads((folder / "scope.json").read_text())["held_out"]
-    assert list(held) == list(INSIDE + OUTSIDE)
+    assert all(list(shares) == list(INSIDE + OUTSIDE) for shares in held.values())
     assert kept_scope(hparams(tmp_path, scope_steps=3)) is None
     save_file({"nothing": torch.zeros(1)}, folder / "scope.safetensors")
     with pytest.raises(UserError, match=r"scope\.safetensors: expected a scope"):

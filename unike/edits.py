@@ -259,7 +259,7 @@ class ScopeGate:
         threshold = edit.routing.scope_threshold
         if self.measure is not None:
             keys = torch.stack([r.scope_key for r in edit.records if r.scope_key is not None])
-            threshold = self.measure.threshold if threshold is None else threshold
+            threshold = self.measure.threshold(len(keys)) if threshold is None else threshold
         else:
             keys = torch.stack([r.layers[self.first].key for r in edit.records])
         if threshold is None or trained != (self.measure is not None) or len(keys) != len(edit.records):

@@ -7,14 +7,18 @@ prompts, ``t`` tokens, ``d`` decoder width, ``e`` edits, ``r`` width of the lear
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 HELD_OUT = 10
+# Sizes of memory for which a threshold is chosen, where there are edits enough.
+POOLS = (1, 10, 100)
 _THRESHOLDS = torch.linspace(-1, 1, 401)
 
 
@@ -49,10 +53,17 @@ class ScopeEncoder(nn.Module):
 
 @dataclass(frozen=True)
 class ScopeMeasure:
-    """A trained encoder, and the similarity from which on a prompt is in an edit's scope."""
+    """A trained encoder, and by the number of edits in memory the similarity from which on a prompt is
+    in an edit's scope: among many edits a stray prompt finds a similar one more easily."""
 
     encoder: ScopeEncoder
-    threshold: float
+    thresholds: Mapping[int, float]
+
+    def threshold(self, edits: int) -> float:
+        """Between the sizes that were measured by the logarithm of ``edits``, beyond them the last one."""
+        sizes = sorted(self.thresholds)
+        logs = [math.log(size) for size in sizes]
+        return float(np.interp(math.log(max(1, edits)), logs, [self.thresholds[size] for size in sizes]))
 
 
 @dataclass(frozen=True)
@@ -60,18 +71,21 @@ class ScopeSamples:
     """What training compares: ``n`` edits, each asked in ``v`` ways.
 
     ``states (n, v, t, d)``, ``mask (n, v, t)``. Of the ``v`` queries the first is the edit itself,
-    the first ``inside`` are in its scope, the others are not.
+    the first ``inside`` are in its scope, the others are not. ``wrong (n)``: whether the base model
+    answers the edit wrong; None where that is not known.
     """
 
     states: torch.Tensor
     mask: torch.Tensor
     inside: int
+    wrong: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.states)
 
     def __getitem__(self, index: torch.Tensor) -> ScopeSamples:
-        return ScopeSamples(self.states[index], self.mask[index], self.inside)
+        wrong = None if self.wrong is None else self.wrong[index]
+        return ScopeSamples(self.states[index], self.mask[index], self.inside, wrong)
 
     def encoded(self, encoder: ScopeEncoder) -> torch.Tensor:
         """``(n, v, r)``."""
@@ -83,13 +97,12 @@ class ScopeSamples:
 
 @dataclass
 class ScopeReport:
-    """How well the measure was learnt: shares of held-out edits' queries that go right when all of
-    these edits are in memory, ``inside`` (its own edit is the nearest, and open) and ``outside``
-    (none is open), by query; the contrastive loss along the way."""
+    """How well the measure was learnt: by the size of memory the threshold, and the shares of held-out
+    edits' queries that go right, by query: in scope its own edit is the nearest, and open; out of it
+    none is open. Also the contrastive loss along the way."""
 
-    threshold: float
-    inside: list[float]
-    outside: list[float]
+    thresholds: dict[int, float]
+    shares: dict[int, list[float]]
     losses: list[float] = field(default_factory=list)
 
 
@@ -139,7 +152,7 @@ def fit_scope(
     seed: int,
     tick: Callable[[], None] = lambda: None,
 ) -> ScopeReport:
-    """Trains the encoder in place, and chooses the threshold on every tenth edit, held out.
+    """Trains the encoder in place, and chooses the thresholds on every tenth edit, held out.
 
     ValueError for fewer than ``2 * HELD_OUT`` edits.
     """
@@ -166,10 +179,33 @@ def fit_scope(
             losses.append(loss.item())
             tick()
     encoder.eval().requires_grad_(False)
-    similarity = similarities(samples[held], encoder)
-    threshold = best_threshold(similarity, samples.inside)
-    shares = scope_shares(similarity, samples.inside, threshold).tolist()
-    return ScopeReport(threshold, shares[: samples.inside], shares[samples.inside :], losses)
+    thresholds, shares = calibrated(samples[held], encoder, seed)
+    return ScopeReport(thresholds, shares, losses)
+
+
+def calibrated(
+    samples: ScopeSamples, encoder: ScopeEncoder, seed: int
+) -> tuple[dict[int, float], dict[int, list[float]]]:
+    """Thresholds, and the shares that go right with them, by the size of memory.
+
+    Edits that the base model answers right are left out where enough others are there: nobody makes
+    them, and they are easier to tell apart. The largest memory holds all edits.
+    """
+    if samples.wrong is not None and int(samples.wrong.sum()) >= 2 * HELD_OUT:
+        samples = samples[samples.wrong.nonzero().flatten()]
+    similarity = similarities(samples, encoder)
+    generator = torch.Generator().manual_seed(seed)
+    sizes = [size for size in POOLS if size < len(samples)] + [len(samples)]
+    thresholds, shares, least = {}, {}, -1.0
+    for size in sizes:
+        # Every query meets its own edit and size - 1 others, drawn for each edit alike.
+        rank = torch.rand(len(samples), len(samples), generator=generator).fill_diagonal_(-1)
+        absent = rank > rank.sort(1).values[:, size - 1 : size]
+        met = similarity.cpu().masked_fill(absent[:, None], -torch.inf)
+        least = max(least, best_threshold(met, samples.inside))
+        thresholds[size] = least
+        shares[size] = scope_shares(met, samples.inside, least).tolist()
+    return thresholds, shares
 
 
 @torch.no_grad()

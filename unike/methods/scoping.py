@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,24 +47,29 @@ def scope_queries(case: Case) -> list[Query]:
 def scope_samples(
     backbone: Backbone, cases: Sequence[Case], first: int, batch: int = 32, tick: Tick = silent
 ) -> ScopeSamples:
-    """What enters layer ``first``'s attention from each prompt, its answer left out; in half precision."""
+    """What enters layer ``first``'s attention from each prompt, its answer left out, in half precision;
+    and which edits the base model answers wrong."""
     prefixes = PrefixCache(backbone, first, max_bytes=0)
     door = {"x": backbone.layout.attention(first).module}
     rows: list[torch.Tensor] = []
+    wrong: list[bool] = []
     some = max(1, batch // (len(INSIDE) + len(OUTSIDE)))
     for start in range(0, len(cases), some):
         part = cases[start : start + some]
         state = prefixes.state([query for case in part for query in scope_queries(case)])
         with capture(door) as seen:
-            backbone.suffix(state)
+            said = backbone.suffix(state)[:, :-1].argmax(-1)
         ends = state.question_end.tolist()
+        missed = ((said != state.labels[:, 1:]) & state.answer_mask).any(1)
+        wrong += missed[:: len(INSIDE + OUTSIDE)].tolist()
         rows += [x[: end + 1].half().cpu() for x, end in zip(seen["x"], ends, strict=True)]
         tick(SCOPE_READING, len(part))
     states = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
     lengths = torch.tensor([len(row) for row in rows])
     mask = torch.arange(states.shape[1]) < lengths[:, None]
     shape = (len(cases), -1, states.shape[1])
-    return ScopeSamples(states.view(*shape, states.shape[-1]), mask.view(shape), len(INSIDE))
+    states, mask = states.view(*shape, states.shape[-1]), mask.view(shape)
+    return ScopeSamples(states, mask, len(INSIDE), torch.tensor(wrong))
 
 
 def fresh_encoder(backbone: Backbone, hparams: HyperParams) -> ScopeEncoder:
@@ -114,7 +119,7 @@ def ensure_scope(
     """The trained measure for prompts at the door of layer ``first``: read, or learnt and kept.
 
     The first ``scope_records`` of ``cases`` teach it; every tenth of these is held out and sets the
-    threshold. UserError where there are too few.
+    thresholds. UserError where there are too few.
     """
     facts = scope_facts(hparams, backbone, first)
     folder = kept_scope(hparams, facts)
@@ -140,11 +145,13 @@ def save_scope(folder: Path, encoder: ScopeEncoder, report: ScopeReport, facts: 
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {k: v.half() for k, v in copied(encoder.state_dict()).items()}
     save_file(tensors, folder / "scope.safetensors")
-    held = {k: round(v, 4) for k, v in zip(INSIDE + OUTSIDE, report.inside + report.outside, strict=True)}
-    final = asdict(report)["losses"][-1:]
-    write_index(
-        folder / "scope.json", {**facts, "threshold": report.threshold, "held_out": held, "loss": final}
-    )
+    names = INSIDE + OUTSIDE
+    held = {
+        size: dict(zip(names, (round(s, 4) for s in shares), strict=True))
+        for size, shares in report.shares.items()
+    }
+    learnt = {"thresholds": report.thresholds, "held_out": held, "loss": report.losses[-1:]}
+    write_index(folder / "scope.json", {**facts, **learnt})
 
 
 def load_scope(folder: Path, encoder: ScopeEncoder) -> ScopeMeasure:
@@ -152,7 +159,8 @@ def load_scope(folder: Path, encoder: ScopeEncoder) -> ScopeMeasure:
     path = folder / "scope.safetensors"
     try:
         encoder.load_state_dict(load_file(path))
-        threshold = float(read_index(folder / "scope.json")["threshold"])
+        kept = read_index(folder / "scope.json")["thresholds"]
+        thresholds = {int(size): float(threshold) for size, threshold in kept.items()}
     except Exception as error:
         raise UserError(f"{path}: expected a scope as scripts/prepare.py writes it: {error}") from error
-    return ScopeMeasure(encoder.eval().requires_grad_(False), threshold)
+    return ScopeMeasure(encoder.eval().requires_grad_(False), thresholds)
