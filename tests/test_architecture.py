@@ -65,7 +65,7 @@ LAYERS = (
     ("unike.comparison", "unike.types unike.tables unike.published unike.claims"),
     *((f"unike.{top}", "unike.*") for top in ("editor", "runs", "inputs", "check")),
 )
-THIRD_PARTY = (("unike.types", ""), ("unike.text", ""), ("unike.knowledge*", "torch torch.* numpy"))
+THIRD_PARTY = (("unike.types", ""), ("unike.text", ""), ("unike.knowledge*", "torch torch.*"))
 
 
 def module_name(path: str) -> str:

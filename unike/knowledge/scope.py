@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -62,8 +61,12 @@ class ScopeMeasure:
     def threshold(self, edits: int) -> float:
         """Between the sizes that were measured by the logarithm of ``edits``, beyond them the last one."""
         sizes = sorted(self.thresholds)
-        logs = [math.log(size) for size in sizes]
-        return float(np.interp(math.log(max(1, edits)), logs, [self.thresholds[size] for size in sizes]))
+        below = max((size for size in sizes if size <= edits), default=sizes[0])
+        above = min((size for size in sizes if size >= edits), default=sizes[-1])
+        low, high = self.thresholds[below], self.thresholds[above]
+        if below >= above:
+            return low if edits >= below else high
+        return low + (high - low) * math.log(edits / below) / math.log(above / below)
 
 
 @dataclass(frozen=True)

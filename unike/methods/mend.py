@@ -109,7 +109,7 @@ class MEND(TrainableMethod):
         network = self._network
         pairs: dict[str, list[torch.Tensor]] = {}
         for case in cases:
-            for site, own in self._pairs(backbone, case.request, prefixes, None).items():
+            for site, own in self._pairs(backbone, case.request, prefixes).items():
                 pairs.setdefault(network.place[site][0], []).append(own)
         for name, parts in pairs.items():
             editor, seen = network.editors[name], torch.cat(parts)
@@ -119,12 +119,14 @@ class MEND(TrainableMethod):
     def edit(
         self, backbone: Backbone, request: EditRequest, prefixes: PrefixCache, history: Edit | None = None
     ) -> LowRankDelta:
+        """From the base model's gradients, whatever ``history`` holds: the editor knows no others, and
+        answers the larger ones of an edited model with ever larger changes."""
         with torch.no_grad():
-            return self._edit(backbone, request, prefixes, history)
+            return self._edit(backbone, request, prefixes)
 
     def loss(self, backbone: Backbone, case: Case, prefixes: PrefixCache) -> torch.Tensor:
         hp = self.hparams
-        edit = self._edit(backbone, case.request, prefixes, None)
+        edit = self._edit(backbone, case.request, prefixes)
         nll, change = edit_losses(backbone, edit, case, prefixes, hp.editor_probes)
         return hp.c_edit * nll + hp.c_loc * change
 
@@ -133,17 +135,15 @@ class MEND(TrainableMethod):
         assert isinstance(self.trained, MendNetwork)
         return self.trained
 
-    def _edit(
-        self, backbone: Backbone, request: EditRequest, prefixes: PrefixCache, history: Edit | None
-    ) -> LowRankDelta:
-        pairs = self._pairs(backbone, request, prefixes, history)
+    def _edit(self, backbone: Backbone, request: EditRequest, prefixes: PrefixCache) -> LowRankDelta:
+        pairs = self._pairs(backbone, request, prefixes)
         return LowRankDelta({site: self._network(site, own) for site, own in pairs.items()}, {"steps": 1})
 
     def _pairs(
-        self, backbone: Backbone, request: EditRequest, prefixes: PrefixCache, history: Edit | None
+        self, backbone: Backbone, request: EditRequest, prefixes: PrefixCache
     ) -> dict[Site, torch.Tensor]:
         """Each site's ``(T, in + out)``: input and output gradient of every token that has one."""
         state = prefixes.state([request.query])
         sites = ffn_sites(backbone, self.layers(backbone))
-        gradients = answer_gradients(backbone, state, sites, history)
+        gradients = answer_gradients(backbone, state, sites, None)
         return {site: torch.cat([x, d], 1)[(d != 0).any(1)] for site, (x, d) in gradients.items()}
