@@ -1,5 +1,5 @@
-"""Builds what a YAML's method learns before it edits, and prints how well it was learnt: memory and
-encoders for UniKE, the editor for KE, MEND and SERAC. A killed training goes on where it was.
+"""Builds what a YAML's method learns before it edits, and prints how well it was learnt: memory,
+encoders and scope for UniKE, the editor for KE, MEND and SERAC. An editor's killed training goes on.
 
 python -m scripts.prepare --hparams_dir hparams/blip2.yaml
 """

@@ -37,9 +37,9 @@ def findings(hparams: HyperParams, task: str) -> list[Finding]:
     if found[0].ok and needs_knowledge(hparams):
         found += _knowledge(hparams)
     if found[0].ok and needs_scope(hparams):
-        found += _scope(hparams)
+        found += _learnt(hparams, "scope_dir", "measure", kept_scope)
     if found[0].ok and learns(hparams):
-        found += _editor(hparams)
+        found += _learnt(hparams, "editor_dir", "editor", kept_editor)
     # Two data sets may lack the same folder: once is enough.
     return list(dict.fromkeys(found + versions()))
 
@@ -132,28 +132,20 @@ def _shipped(hparams: HyperParams, folder: Path) -> Finding:
     return Finding(True, f"knowledge_dir: {folder}: memory and encoders are there")
 
 
-def _editor(hparams: HyperParams) -> list[Finding]:
-    """The trained editor: kept, or to be trained first; weights tell on loading."""
-    if hparams.editor_dir is None:
-        return [Finding(False, "editor_dir: missing", "name a folder for trained editors")]
-    if (kept := kept_editor(hparams)) is not None:
-        return [Finding(True, f"editor_dir: {kept}: the editor is there")]
-    what = f"editor_dir: {hparams.editor_dir}: no editor of these options"
+def _learnt(
+    hparams: HyperParams, key: str, what: str, find: Callable[[HyperParams], Path | None]
+) -> list[Finding]:
+    """What is learnt from the train records: kept, or to be trained first; weights tell on loading."""
+    folder = getattr(hparams, key)
+    if folder is None:
+        return [Finding(False, f"{key}: missing", f"name a folder for the {what}")]
+    if (kept := find(hparams)) is not None:
+        return [Finding(True, f"{key}: {kept}: the {what} is there")]
     if not hparams.generate_data and (problems := runs.problems_of(lambda: runs.training_cases(hparams))):
         return [Finding(False, problem) for problem in problems]
-    return [Finding(True, what, "trained first (scripts/prepare.py)")]
-
-
-def _scope(hparams: HyperParams) -> list[Finding]:
-    """The trained measure of scope: kept, or to be trained first; weights tell on loading."""
-    if hparams.scope_dir is None:
-        return [Finding(False, "scope_dir: missing", "name a folder for the trained scope")]
-    if (kept := kept_scope(hparams)) is not None:
-        return [Finding(True, f"scope_dir: {kept}: the measure is there")]
-    what = f"scope_dir: {hparams.scope_dir}: no measure of these options"
-    if not hparams.generate_data and (problems := runs.problems_of(lambda: runs.training_cases(hparams))):
-        return [Finding(False, problem) for problem in problems]
-    return [Finding(True, what, "trained first (scripts/prepare.py)")]
+    return [
+        Finding(True, f"{key}: {folder}: no {what} of these options", "trained first (scripts/prepare.py)")
+    ]
 
 
 # ---------------------------------------------------------------- versions
