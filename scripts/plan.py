@@ -21,7 +21,7 @@ from typing import Any
 
 from unike import published
 from unike.comparison import EXTRAS
-from unike.hparams import HyperParams
+from unike.hparams import OPTIONS, HyperParams
 from unike.options import read_yaml
 from unike.records import SUMMARY, read_records
 from unike.runs import TASKS, problems_of
@@ -236,8 +236,12 @@ def _folder(
     name: str,
     known: dict[str, Path],
 ) -> Path:
-    """By what the run depends on; the row's name is there for readers only."""
-    what = json.dumps({"hparams": hparams.to_dict(), "task": task, "size": size}, sort_keys=True)
+    """By what the run depends on; the row's name is there for readers only.
+
+    Options at their defaults are left out: one that is new leaves the runs before it what they were.
+    """
+    made = {key: v for key, v in hparams.decisive().items() if v != OPTIONS[key].default}
+    what = json.dumps({"hparams": made, "task": task, "size": size}, sort_keys=True)
     key = hashlib.sha256(what.encode()).hexdigest()[:10]
     if key not in known:
         group = output / f"{backbone}-{task}-{placed(hparams)}"

@@ -49,7 +49,7 @@ LAYERS = (
     ("unike.datasets*", f"{_BOTTOM} unike.datasets*"),
     ("unike.backbones*", "unike.types unike.hparams unike.hooks unike.datasets.images unike.backbones*"),
     ("unike.edits*", f"unike.types unike.hooks unike.knowledge* unike.edits* {_PROTOCOL}"),
-    ("unike.deltas", f"unike.hooks unike.edits {_PROTOCOL}"),
+    ("unike.deltas", f"unike.hooks unike.edits unike.knowledge.rows {_PROTOCOL}"),
     ("unike.methods", "unike.methods.*"),
     (
         "unike.methods.*",

@@ -245,16 +245,20 @@ def test_zero_query_gives_finite_keys():
 
 @pytest.mark.parametrize(("tokens", "n", "top"), [(1, 1, 5), (4, 8, 3), (3, 5, 5)])
 def test_activation_and_memory_loss(tokens, n, top):
-    scores, margin = randn(tokens, n), 0.7
-    fire = silent = 0.0
-    for row in naive.rows(scores):
-        best = sorted(row, reverse=True)[:top]
-        fire += sum(math.exp(-s) for s in best) / len(best) / tokens
-        silent += sum(math.exp(s + margin) for s in best) / len(best) / tokens
-    assert activation_loss(scores, top).item() == pytest.approx(fire)
-    assert memory_loss(scores, margin, top).item() == pytest.approx(silent)
-    assert activation_loss(scores + 1, top) < activation_loss(scores, top)
-    assert memory_loss(scores + 1, margin, top) > memory_loss(scores, margin, top)
+    edits, margin = 2, 0.7
+    scores = randn(edits, tokens + 2, n)
+    at = torch.zeros(edits, tokens + 2, dtype=torch.bool)
+    at[0, :tokens], at[1, 1 : tokens + 1] = True, True
+    for edit in range(edits):
+        fire = silent = 0.0
+        for place, row in enumerate(naive.rows(scores[edit])):
+            best = sorted(row, reverse=True)[:top]
+            fire += sum(math.exp(-s) for s in best) / len(best) / tokens * bool(at[edit, place])
+            silent += sum(math.exp(s + margin) for s in best) / len(best) / (tokens + 2)
+        assert activation_loss(scores, at, top)[edit].item() == pytest.approx(fire)
+        assert memory_loss(scores, margin, top)[edit].item() == pytest.approx(silent)
+    assert (activation_loss(scores + 1, at, top) < activation_loss(scores, at, top)).all()
+    assert (memory_loss(scores + 1, margin, top) > memory_loss(scores, margin, top)).all()
 
 
 # ---------------------------------------------------------------- Eq. 4 and Eq. 5

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 from unike.backbones.layout import DecoderLayout
 from unike.hooks import capture, first_tensor, hook_count, inputs_of, replace_first, transform
-from unike.knowledge.patch import KeyValuePatch, PatchStack
+from unike.knowledge.patch import KeyValuePatch, Opened, PatchStack
 
 X = torch.arange(12.0).reshape(2, 6) / 12
 
@@ -306,11 +306,27 @@ def test_a_stack_is_the_sum_of_its_open_patches(gated):
     assert_close(stack(queries), each[0] + each[1] + each[2])
     assert not stack(queries).requires_grad
     gates = torch.tensor([[True, False, True], [False, True, False]])
-    got = stack(queries, gates)
+    got = stack(queries, Opened.of(gates))
     assert_close(got[0], (each[0] + each[2])[0])
     assert_close(got[1], each[1][1])
-    assert not stack(queries, torch.zeros(2, 3, dtype=torch.bool)).any()
-    assert stack(queries.half(), gates).dtype == torch.float16
+    assert not stack(queries, Opened.of(torch.zeros(2, 3, dtype=torch.bool))).any()
+    assert stack(queries.half(), Opened.of(gates)).dtype == torch.float16
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_stack_that_grew_is_the_stack_of_all_and_leaves_the_shorter_ones_alone(gated):
+    patches = [drawn_patch(seed, gated) for seed in range(5)]
+    queries = torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(3))
+    grown = [PatchStack(patches[:1])]
+    for patch in patches[1:]:
+        grown.append(grown[-1].extended([patch]))
+    # A second stack behind the same beginning must not write over the first.
+    branched = grown[1].extended([patches[4]])
+    for count, stack in enumerate(grown, 1):
+        assert len(stack) == count
+        assert_close(stack(queries), PatchStack(patches[:count])(queries))
+    assert_close(branched(queries), PatchStack([*patches[:2], patches[4]])(queries))
+    assert not torch.allclose(grown[2](queries), branched(queries))
 
 
 def test_patches_that_differ_in_kind_do_not_stack():

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers import diverging
 from original_files import FAMILIES, make_spec
 from PIL import Image
 
@@ -96,8 +97,8 @@ def test_one_forward_pass_serves_all_presets(backbone, monkeypatch) -> None:
     reader = Reader(backbone, PrefixCache(backbone, maker.layers(backbone)[0]), False, METRIC_PRESETS)
     base = reader.base(one)
     edit = maker.edit(backbone, one.request, reader.prefixes)
-    passes, suffix = [], backbone.suffix
-    monkeypatch.setattr(backbone, "suffix", lambda state: passes.append(len(state)) or suffix(state))
+    passes, hidden = [], backbone.suffix_hidden
+    monkeypatch.setattr(backbone, "suffix_hidden", lambda state: passes.append(len(state)) or hidden(state))
     after = reader.edited(one, edit, base)
     assert passes == [len(one.probes)]
     monkeypatch.undo()
@@ -118,7 +119,7 @@ def test_the_base_is_asked_once(backbone, monkeypatch) -> None:
     one = case(backbone)
     reader = Reader(backbone, PrefixCache(backbone, 4))
     first = reader.base(one)
-    monkeypatch.setattr(backbone, "suffix", lambda *_: pytest.fail("asked again"))
+    monkeypatch.setattr(backbone, "suffix_hidden", lambda *_: pytest.fail("asked again"))
     assert reader.base(one) is first
 
 
@@ -145,7 +146,7 @@ def test_an_edit_that_diverges_is_marked_failed_and_the_next_one_works(backbone,
     reader = Reader(backbone, PrefixCache(backbone, maker.layers(backbone)[0]))
     before = {k: v.clone() for k, v in backbone.model.state_dict().items()}
     with monkeypatch.context() as patched:
-        patched.setattr("unike.methods.training.answer_loss", lambda *_: torch.tensor([float("inf")]))
+        patched.setattr("unike.methods.training._judged", diverging(float("inf")))
         record = one_step(backbone, maker, one, reader)
     assert record["status"] == "failed"
     assert "inf after 0 steps" in record["error"]

@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.func import functional_call
 
 from unike.backbones.base import Backbone
-from unike.edits import Edit
-from unike.hooks import After, transform
+from unike.edits import Edit, Together
+from unike.hooks import After, transform, unhooked
+from unike.knowledge.rows import Owners
 
 
 class WeightDelta(Edit):
@@ -47,10 +49,60 @@ class WeightDelta(Edit):
     def state_dict(self) -> dict[str, torch.Tensor]:
         return {name: w.detach() for name, w in self.weights.items()}
 
+    def together(self, edits: Sequence[Edit]) -> Together | None:
+        same = [e for e in edits if isinstance(e, WeightDelta) and e.weights.keys() == self.weights.keys()]
+        return WeightsTogether([e.weights for e in same]) if len(same) == len(edits) else None
+
     def __or__(self, other: Any) -> Edit:
         if not isinstance(other, WeightDelta):
             return NotImplemented
         return WeightDelta(self.weights | other.weights, self.info | other.info)
+
+
+class WeightsTogether(Together):
+    """New values of the same parameters, ``held (B, ...)`` by name: each row runs through its own."""
+
+    def __init__(self, weights: Sequence[Mapping[str, torch.Tensor]], trained: bool = False) -> None:
+        self.held = {
+            name: torch.stack([w[name].detach() for w in weights]).requires_grad_(trained)
+            for name in weights[0]
+        }
+
+    def keep(self, rows: torch.Tensor) -> None:
+        """Goes on with the edits ``rows`` alone."""
+        for name, tensor in self.held.items():
+            self.held[name] = tensor.detach()[rows].requires_grad_(tensor.requires_grad)
+
+    @contextmanager
+    def applied(self, backbone: Backbone, owners: torch.Tensor) -> Iterator[None]:
+        owned = Owners(owners, len(next(iter(self.held.values()))))
+        names: dict[str, list[str]] = {}
+        for name in self.held:
+            path, _, leaf = name.rpartition(".")
+            names.setdefault(path, []).append(leaf)
+        afters: list[tuple[nn.Module, nn.Module, After]] = []
+        for path, leaves in names.items():
+            module = backbone.model.get_submodule(path)
+            own = {leaf: self.held[f"{path}.{leaf}"] for leaf in leaves}
+            afters.append((module, module, _by_row(module, own, owned)))
+        with transform(afters):
+            yield
+
+
+def _by_row(module: nn.Module, own: Mapping[str, torch.Tensor], owned: Owners) -> After:
+    """The module with weights of each row's own; it must look at one token at a time."""
+
+    def call(weights: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        return functional_call(module, weights, (x,))
+
+    def after(x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        # OPT hands its feed-forward network all rows' tokens in one dimension.
+        rows = x.reshape(len(owned.index), -1, x.shape[-1])
+        with unhooked(module):
+            y = torch.vmap(call)(dict(own), owned.fold(rows))
+        return owned.unfold(y).reshape(output.shape)
+
+    return after
 
 
 Site = tuple[int, str]
@@ -97,6 +149,10 @@ class LowRankDelta(Edit):
             out[f"{index}.{role}.left"], out[f"{index}.{role}.right"] = left.detach(), right.detach()
         return out
 
+    def together(self, edits: Sequence[Edit]) -> Together | None:
+        same = [e for e in edits if isinstance(e, LowRankDelta) and e.factors.keys() == self.factors.keys()]
+        return FactorsTogether([e.factors for e in same]) if len(same) == len(edits) else None
+
     def __or__(self, other: Any) -> Edit:
         if not isinstance(other, LowRankDelta):
             return NotImplemented
@@ -111,5 +167,36 @@ class LowRankDelta(Edit):
 def _added(left: torch.Tensor, right: torch.Tensor) -> After:
     def after(x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         return output + (x.to(left.dtype) @ left.T @ right).to(output.dtype)
+
+    return after
+
+
+class FactorsTogether(Together):
+    """Factors beside the same weights, each row its own: ``left (B, r, in)``, ``right (B, r, out)``."""
+
+    def __init__(self, edits: Sequence[Mapping[Site, tuple[torch.Tensor, torch.Tensor]]]) -> None:
+        pad = nn.utils.rnn.pad_sequence
+        self.count = len(edits)
+        self.factors = {
+            at: tuple(pad([e[at][side] for e in edits], batch_first=True) for side in (0, 1))
+            for at in edits[0]
+        }
+
+    @contextmanager
+    def applied(self, backbone: Backbone, owners: torch.Tensor) -> Iterator[None]:
+        owned = Owners(owners, self.count)
+        modules = ffn_sites(backbone, sorted({index for index, _ in self.factors}))
+        afters: list[tuple[nn.Module, nn.Module, After]] = [
+            (modules[at], modules[at], _added_by_row(owned, *pair)) for at, pair in self.factors.items()
+        ]
+        with transform(afters):
+            yield
+
+
+def _added_by_row(owned: Owners, left: torch.Tensor, right: torch.Tensor) -> After:
+    def after(x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        rows = owned.fold(x.reshape(len(owned.index), -1, x.shape[-1]).to(left.dtype))
+        moved = (rows.flatten(1, 2) @ left.transpose(1, 2) @ right).unflatten(1, rows.shape[1:3])
+        return output + owned.unfold(moved).reshape(output.shape).to(output.dtype)
 
     return after

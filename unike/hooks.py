@@ -147,6 +147,17 @@ def _install(reader: nn.Module, writer: nn.Module, after: After, handles: list[A
     handles.append(writer.register_forward_hook(write))
 
 
+@contextmanager
+def unhooked(module: nn.Module) -> Iterator[None]:
+    """The module without its forward hooks, for a hook that calls the module that it is on."""
+    before, behind = module._forward_pre_hooks, module._forward_hooks
+    module._forward_pre_hooks, module._forward_hooks = type(before)(), type(behind)()
+    try:
+        yield
+    finally:
+        module._forward_pre_hooks, module._forward_hooks = before, behind
+
+
 def hook_count(model: nn.Module) -> int:
     """How many forward hooks the model carries: the same before and after an edit."""
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())

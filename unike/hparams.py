@@ -21,6 +21,10 @@ from unike.types import PROTOCOLS, BackboneSpec, UserError
 logger = logging.getLogger("unike")
 
 
+# Options of this group change how fast a run is, and how much memory it takes, not what it finds.
+SPEED = "speed"
+
+
 def _option(group: str, help: str, default: Any = MISSING, **limits: Any) -> Any:
     return field(default=default, metadata={"group": group, "help": help, **limits})
 
@@ -182,6 +186,10 @@ class HyperParams:
     results_dir: str = _option("run", "parent of the run folders", "./results")
     eval_batch: int = _option("run", "probes in one forward pass", 32, low=1)
 
+    edit_batch_size: int | str = _option(
+        SPEED, "independent edits made side by side: a number, or auto, as memory allows", "auto", low=1
+    )
+
     ignored: tuple[str, ...] = field(default=(), compare=False)
     source: str = field(default="hparams", compare=False, repr=False)
 
@@ -197,6 +205,15 @@ class HyperParams:
         """The part that loads a backbone."""
         names = {f.name for f in fields(BackboneSpec)} - {"source"}
         return BackboneSpec(source=self.source, **{name: getattr(self, name) for name in names})
+
+    def decisive(self) -> dict[str, Any]:
+        """Of ``to_dict`` what the results of a run depend on: all but what makes it fast, and where it
+        is written."""
+        return {
+            name: value
+            for name, value in self.to_dict().items()
+            if OPTIONS[name].group != SPEED and name != "results_dir"
+        }
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as ``from_dict`` and a YAML file take them."""

@@ -179,6 +179,10 @@ def _layers(value: Any) -> int | tuple[int, ...]:
     return tuple(numbers)
 
 
+def _auto(value: Any) -> str | int:
+    return "auto" if isinstance(value, str) and value.lower() == "auto" else _whole(value)
+
+
 def _alpha(value: Any) -> str | float:
     return "adaptive" if isinstance(value, str) and value.lower() == "adaptive" else _number(value)
 
@@ -221,6 +225,7 @@ _KINDS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "dict[str, Any]": ("a mapping of names to values", _mapping),
     "method": ("the name of a method", lambda value: _text(value).lower()),
     "layers": ("a number of layers from 1 on, or a list of different layer numbers", _layers),
+    "edit_batch_size": ("auto or a whole number", _auto),
     "alpha": ("adaptive or a number", _alpha),
     "device": ("auto, cpu, cuda, cuda:N or the number N", _device),
     "metric_presets": (f"a list of different names out of {', '.join(METRIC_PRESETS)}", _presets),

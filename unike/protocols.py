@@ -16,7 +16,7 @@ import numpy as np
 
 from unike.backbones.base import Backbone
 from unike.edits import Edit
-from unike.methods.base import EditMethod
+from unike.methods.base import EditMethod, edit_many
 from unike.metrics import (
     Reading,
     base_score,
@@ -48,6 +48,29 @@ def one_step(
     after = reader.edited(case, edit if history is None else history | edit, before)
     record = _record(case, "ok", seconds, {**edit.info, "bytes": edit.nbytes})
     return record | _measured(backbone, case, Asked(after, reader.explained), reader)
+
+
+def one_step_many(
+    backbone: Backbone, method: EditMethod, cases: Sequence[Case], reader: Reader
+) -> list[dict[str, Any]]:
+    """As ``one_step`` for each case, edits made and asked side by side where the method can.
+
+    ``seconds`` is each edit's share of what all of them took.
+    """
+    reader.learn_base(cases)
+    started = time.perf_counter()
+    edits = edit_many(method, backbone, [case.request for case in cases], reader.prefixes)
+    seconds = (time.perf_counter() - started) / len(cases)
+    held = [(case, edit) for case, edit in zip(cases, edits, strict=True) if isinstance(edit, Edit)]
+    asked = iter(reader.edited_each([case for case, _ in held], [edit for _, edit in held]))
+    out = []
+    for case, edit in zip(cases, edits, strict=True):
+        if isinstance(edit, FloatingPointError):
+            out.append(_record(case, "failed", seconds, {"error": str(edit)}))
+            continue
+        record = _record(case, "ok", seconds, {**edit.info, "bytes": edit.nbytes})
+        out.append(record | _measured(backbone, case, next(asked), reader))
+    return out
 
 
 @dataclass(frozen=True)
@@ -137,11 +160,12 @@ def _finals(
     readings: Iterator[tuple[Case, Asked]] = iter(())
     if whole is not None:
         readings = reader.edited_all([m.case for m in all_made if not m.failed], whole)
+    size = 0 if whole is None else whole.nbytes
     for position, made in enumerate(all_made, 1):
         record = _placed(made, number, position, "final")
         if not made.failed and whole is not None:
             _, asked = next(readings)
-            record |= {"bytes": whole.nbytes} | _measured(backbone, made.case, asked, reader)
+            record |= {"bytes": size} | _measured(backbone, made.case, asked, reader)
         yield record
 
 

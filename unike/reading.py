@@ -5,17 +5,20 @@ Each reading is taken in two ways, never mixed: ``teacher_forced`` and ``generat
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from unike.backbones.base import IGNORED, Backbone, Batch, PrefixState, encode_queries
 from unike.backbones.prefix import PrefixCache
-from unike.edits import Edit
+from unike.edits import Edit, Together
 from unike.metrics import RANKS, Reading, needs_ranks
 from unike.types import Case, Query
+
+V = TypeVar("V")
 
 
 @dataclass(frozen=True)
@@ -67,11 +70,20 @@ class Reader:
 
     def base(self, case: Case) -> tuple[Reading, ...]:
         """Readings of the untouched model, kept by the case's id."""
-        key = f"{case.task}:{case.request.id}"
+        key = _name(case)
         if key not in self._base:
-            queries = [p.query for p in case.probes]
-            self._base[key], _ = self._read(queries, [None] * len(queries), None, self.generated)
+            self.learn_base([case])
         return self._base[key]
+
+    def learn_base(self, cases: Sequence[Case]) -> None:
+        """Reads the untouched model on those cases that it has not been read on, as many at a time as
+        a forward pass takes."""
+        left = {_name(c): c for c in cases if _name(c) not in self._base}
+        for some in self._passes(list(left.values())):
+            queries = [p.query for case in some for p in case.probes]
+            readings, _ = self._read(queries, [None] * len(queries), None, self.generated)
+            for case, own in zip(some, _shared_out(some, readings), strict=True):
+                self._base[_name(case)] = tuple(own)
 
     def edited(self, case: Case, edit: Edit, base: Sequence[Reading]) -> tuple[Reading, ...]:
         """Readings with ``edit`` applied."""
@@ -85,16 +97,60 @@ class Reader:
         """Each case with its readings under ``edit``, as many cases in a forward pass as the prefix
         cache takes queries; ``generated`` may leave out the second way of reading."""
         generated = self.generated if generated is None else generated
-        start = 0
-        while start < len(cases):
-            stop, size = start + 1, len(cases[start].probes)
-            while stop < len(cases) and size + len(cases[stop].probes) <= self.prefixes.batch:
-                size += len(cases[stop].probes)
-                stop += 1
-            some = cases[start:stop]
+        self.learn_base(cases)
+        for some in self._passes(cases):
             drafts = [r.generated or None for case in some for r in self.base(case)]
             yield from zip(some, self._ask(some, edit, drafts, generated), strict=True)
-            start = stop
+
+    def edited_each(self, cases: Sequence[Case], edits: Sequence[Edit]) -> list[Asked]:
+        """Each case under the edit of its own, side by side where the edits can be."""
+        out: list[Asked] = []
+        self.learn_base(cases)
+        for some in self._passes(cases):
+            own = edits[len(out) : len(out) + len(some)]
+            drafts = [[r.generated or None for r in self.base(case)] for case in some]
+            together = None
+            if len(some) > 1 and not any(e.changes_prefix(self.backbone, self.prefixes.first) for e in own):
+                together = own[0].together(own)
+            if together is None:
+                for case, edit, draft in zip(some, own, drafts, strict=True):
+                    out += self._ask([case], edit, draft, self.generated)
+            else:
+                flat = [d for draft in drafts for d in draft]
+                out += self._ask_each(some, own, together, flat)
+        return out
+
+    def _passes(self, cases: Sequence[Case]) -> Iterator[list[Case]]:
+        """The cases, as many at a time as the prefix cache takes queries."""
+        some: list[Case] = []
+        for case in cases:
+            if some and sum(len(c.probes) for c in [*some, case]) > self.prefixes.batch:
+                yield some
+                some = []
+            some.append(case)
+        if some:
+            yield some
+
+    def _ask_each(
+        self, cases: Sequence[Case], edits: Sequence[Edit], together: Together, drafts: Sequence[str | None]
+    ) -> list[Asked]:
+        owner = [i for i, case in enumerate(cases) for _ in case.probes]
+        probes = [p.query for case in cases for p in case.probes]
+        queries = [edits[i].rewrite(q) for i, q in zip(owner, probes, strict=True)]
+        self._fill(queries, drafts, self.generated)
+
+        def under(rows: Sequence[int]) -> AbstractContextManager[None]:
+            owners = torch.tensor([owner[i] for i in rows], device=self.backbone.device)
+            return together.applied(self.backbone, owners)
+
+        readings, explained = self._read(queries, drafts, together, self.generated, under=under)
+        return _asked(cases, readings, explained)
+
+    def _fill(self, queries: Sequence[Query], drafts: Sequence[str | None], generated: bool) -> None:
+        """Prefixes are the base model's: they are filled before an edit is applied."""
+        self.prefixes.state(queries)
+        if generated and (drafted := _drafted(queries, drafts)):
+            self.prefixes.state([q for q, _ in drafted])
 
     def _ask(
         self, cases: Sequence[Case], edit: Edit, drafts: Sequence[str | None], generated: bool
@@ -102,38 +158,49 @@ class Reader:
         queries = [edit.rewrite(p.query) for case in cases for p in case.probes]
         whole = edit.changes_prefix(self.backbone, self.prefixes.first)
         if not whole:
-            # Prefixes are the base model's: they are filled before the edit is applied.
-            self.prefixes.state(queries)
-            if generated:
-                self.prefixes.state([q for q, _ in _drafted(queries, drafts)])
+            self._fill(queries, drafts, generated)
         with edit.applied(self.backbone):
             readings, explained = self._read(queries, drafts, edit, generated, whole)
-        out, start = [], 0
-        for case in cases:
-            at = slice(start, start + len(case.probes))
-            out.append(Asked(readings[at], {what: values[at] for what, values in explained.items()}))
-            start = at.stop
-        return out
+        return _asked(cases, readings, explained)
+
+    def _forward(self, asked: Sequence[Query], ranked: int, whole: bool) -> list[_Forced]:
+        """All queries; the first ``ranked`` of them with the tokens that lead at each position."""
+        given: Batch | PrefixState
+        head = self.backbone.layout.head
+        if whole:
+            given = encode_queries(self.backbone, asked)
+            logits = self.backbone(given).logits
+            at = _places(given.labels)
+            best = logits[at].argmax(-1)
+        else:
+            given = self.prefixes.state(asked)
+            hidden = self.backbone.suffix_hidden(given)
+            at = _places(given.labels)
+            # The head is a third of the work: without ranks it is asked for few positions.
+            logits = head(hidden[:ranked])
+            best = head(hidden[at]).argmax(-1)
+        masks = given.attention_mask.bool()
+        leading = [leaders(logits[i, masks[i]]) for i in range(ranked)]
+        tokens = [row.tolist() for row in best.split(at.sum(1).tolist())]
+        return _judged(self.backbone, tokens, given.labels, leading)
 
     @torch.no_grad()
     def _read(
         self,
         queries: Sequence[Query],
         drafts: Sequence[str | None],
-        edit: Edit | None,
+        edit: Edit | Together | None,
         generated: bool,
         whole: bool = False,
+        under: Callable[[Sequence[int]], AbstractContextManager[None]] = lambda rows: nullcontext(),
     ) -> tuple[tuple[Reading, ...], dict[str, list[float]]]:
-        """``whole`` runs the whole model, where the prefix states that are kept don't hold."""
+        """``whole`` runs the whole model, where the prefix states that are kept don't hold; ``under``
+        applies the edits of the given queries for a forward pass over them."""
         extra = _drafted(queries, drafts) if generated else []
         asked = [*queries, *(q for q, _ in extra)]
         ranked = len(queries) if self._ranks else 0
-        if whole:
-            batch = encode_queries(self.backbone, asked)
-            forced = _forced(self.backbone, self.backbone(batch).logits, batch, ranked)
-        else:
-            state = self.prefixes.state(asked)
-            forced = _forced(self.backbone, self.backbone.suffix(state), state, ranked)
+        with under([*range(len(queries)), *(i for _, i in extra)]):
+            forced = self._forward(asked, ranked, whole)
         # Looked at before anything is decoded: it is about the last forward pass.
         explained = {} if edit is None else edit.explain()
         written: dict[int, str] = {}
@@ -147,9 +214,10 @@ class Reader:
             left = [i for i in range(len(queries)) if i not in written]
             self.decoded += len(left)
             if left:
-                texts = self.backbone.generate(
-                    [queries[i].image for i in left], [queries[i].prompt for i in left]
-                )
+                with under(left):
+                    texts = self.backbone.generate(
+                        [queries[i].image for i in left], [queries[i].prompt for i in left]
+                    )
                 written.update(zip(left, texts, strict=True))
         readings = (
             Reading(
@@ -174,22 +242,51 @@ def _drafted(queries: Sequence[Query], drafts: Sequence[str | None]) -> list[tup
     ]
 
 
-def _forced(
-    backbone: Backbone, logits: torch.Tensor, asked: Batch | PrefixState, ranked: int = 0
-) -> list[_Forced]:
-    """All rows; the first ``ranked`` of them with the tokens that lead at each position."""
-    best = logits.argmax(-1)
-    out = []
-    for i in range(len(asked)):
-        at = (asked.labels[i] != IGNORED).nonzero().flatten()
-        target = tuple(asked.labels[i, at].tolist())
-        predicted = tuple(best[i, at - 1].tolist())
-        ends = backbone.ends_answer(int(best[i, at[-1]]))
-        leading: tuple[Any, Any] = (None, None)
-        if i < ranked:
-            leading = leaders(logits[i, asked.attention_mask[i].bool()])
-        out.append(_Forced(target, predicted, predicted == target and ends, *leading))
+def _name(case: Case) -> str:
+    return f"{case.task}:{case.request.id}"
+
+
+def _shared_out(cases: Sequence[Case], values: Sequence[V]) -> list[Sequence[V]]:
+    """One value per probe of all cases, by case."""
+    out, start = [], 0
+    for case in cases:
+        out.append(values[start : start + len(case.probes)])
+        start += len(case.probes)
     return out
+
+
+def _asked(
+    cases: Sequence[Case], readings: Sequence[Reading], explained: Mapping[str, list[float]]
+) -> list[Asked]:
+    decisions = {what: _shared_out(cases, values[: len(readings)]) for what, values in explained.items()}
+    return [
+        Asked(tuple(own), {what: list(values[i]) for what, values in decisions.items()})
+        for i, own in enumerate(_shared_out(cases, readings))
+    ]
+
+
+def _judged(
+    backbone: Backbone,
+    best: Sequence[Sequence[int]],
+    labels: torch.Tensor,
+    leading: Sequence[tuple[Any, Any]],
+) -> list[_Forced]:
+    """``best``: of each row the most probable token at every answer position and behind the answer."""
+    out = []
+    for i, tokens in enumerate(best):
+        target = tuple(labels[i, labels[i] != IGNORED].tolist())
+        predicted = tuple(tokens[: len(target)])
+        written = predicted == target and backbone.ends_answer(tokens[-1])
+        out.append(_Forced(target, predicted, written, *(leading[i] if i < len(leading) else (None, None))))
+    return out
+
+
+def _places(labels: torch.Tensor) -> torch.Tensor:
+    """``(b, s)``, true where a logit predicts an answer token or what follows the answer."""
+    answer = labels != IGNORED
+    before = torch.zeros_like(answer)
+    before[:, :-1] = answer[:, 1:]
+    return answer | before
 
 
 def leaders(logits: torch.Tensor) -> tuple[Any, Any]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 from typing import Any
 
+import psutil
+import torch
 from tqdm import tqdm
 
 from unike.backbones.base import Backbone
@@ -30,13 +32,13 @@ from unike.inputs import (
     wants_triplets,
 )
 from unike.methods import build, needs_cases, needs_knowledge
-from unike.methods.base import CaseSource, EditMethod, Knowledge, needs_scope
+from unike.methods.base import CaseSource, EditMethod, Knowledge, edited_layers, needs_scope
 from unike.methods.meta_training import TRAINING, TrainableMethod
 from unike.methods.preparation import ensure_knowledge
 from unike.methods.scoping import SCOPE_READING, SCOPE_TRAINING, ensure_scope, kept_scope
 from unike.methods.trained import ensure_editor, kept_editor, learns, wants_cases
 from unike.progress import bars
-from unike.protocols import one_step
+from unike.protocols import one_step_many
 from unike.reading import Reader
 from unike.records import RecordWriter, read_records, sha256_of
 from unike.sequences import run_sequences
@@ -49,6 +51,8 @@ __all__ = [
     "run_cases", "run_directory", "train_cases", "training_cases", "wants_triplets",
 ]  # fmt: skip
 
+# More edits side by side than this gain nothing; and as many tokens a query is taken to have.
+AT_ONCE, TOKENS = 32, 128
 TripletSource = Callable[[], Sequence[Triplet]]
 
 
@@ -197,14 +201,16 @@ def run_cases(
     done, interrupted = writer.done_ids(), False
     means = RunningMeans(read_records(writer.directory) if done else [])
     left = [i for i, case in enumerate(cases) if case.request.id not in done]
+    size = edits_at_once(hp, parts.backbone)
     with tqdm(total=len(cases), initial=len(cases) - len(left), desc="edits", disable=not progress) as bar:
         try:
-            for i in left:
-                record = _record(parts, cases[i], reader, skip_broken)
-                writer.write(record)
-                means.add(record)
-                bar.set_postfix_str(str(means), refresh=False)
-                bar.update()
+            for start in range(0, len(left), size):
+                some = [cases[i] for i in left[start : start + size]]
+                for record in _records(parts, some, reader, skip_broken):
+                    writer.write(record)
+                    means.add(record)
+                    bar.set_postfix_str(str(means), refresh=False)
+                    bar.update()
         except KeyboardInterrupt:
             interrupted = True
     summary = summarise(read_records(writer.directory), hp.seed, hp.metric_presets)
@@ -213,10 +219,41 @@ def run_cases(
     return summary
 
 
-def _record(parts: Parts, case: Case, reader: Reader, skip_broken: bool) -> dict[str, Any]:
+def _records(
+    parts: Parts, cases: Sequence[Case], reader: Reader, skip_broken: bool
+) -> Iterator[dict[str, Any]]:
+    """The cases' records, edited side by side; one by one where one of them can't be read."""
     try:
-        return one_step(parts.backbone, parts.method, case, reader)
+        found = one_step_many(parts.backbone, parts.method, cases, reader)
     except UserError as error:
+        if len(cases) > 1:
+            for case in cases:
+                yield from _records(parts, [case], reader, skip_broken)
+            return
         if not skip_broken:
             raise
-        return {"id": case.request.id, "task": case.task, "status": "failed", "error": str(error)}
+        (case,) = cases
+        found = [{"id": case.request.id, "task": case.task, "status": "failed", "error": str(error)}]
+    yield from found
+
+
+def edits_at_once(hparams: HyperParams, backbone: Backbone) -> int:
+    """How many independent edits are made side by side: ``edit_batch_size``, or with ``auto`` as many as
+    a quarter of the free memory takes, at most ``AT_ONCE``."""
+    if isinstance(hparams.edit_batch_size, int):
+        return hparams.edit_batch_size
+    width, layers = backbone.layout.width, len(edited_layers(hparams, backbone))
+    trained = layers * width * (3 * hparams.n_keys + (hparams.encoder_dim or width))
+    if hparams.method == "ft":
+        edited = (backbone.layout.layer(i) for i in edited_layers(hparams, backbone))
+        trained = sum(p.numel() for layer in edited for p in layer.parameters())
+    # Each with its gradient and two moments; and a few dozen states a token and layer for the gradient.
+    need = 4 * 4 * trained + 4 * layers * width * 40 * TOKENS
+    return max(1, min(AT_ONCE, free_memory(backbone.device) // 4 // need))
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that may still be taken on a device."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)

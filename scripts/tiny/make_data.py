@@ -224,6 +224,8 @@ def make(
         partial = path.with_suffix(".partial")
         partial.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
         os.replace(partial, path)
+    about = {"version": VERSION, "seed": seed, "records": records, "backbone": backbone.fingerprint}
+    (out / f"{split}.about.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
 
 
 def ensure(

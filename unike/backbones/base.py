@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Any, Protocol, runtime_checkable
 
@@ -134,6 +134,14 @@ class Backbone(Protocol):
 
     def suffix(self, state: PrefixState) -> torch.Tensor: ...
 
+    def suffix_hidden(self, state: PrefixState) -> torch.Tensor:
+        """``[b,s,d]``: what enters ``layout.head``, the final norm first."""
+        ...
+
+    def answer_logits(self, state: PrefixState) -> torch.Tensor:
+        """``[n,v]``: of ``suffix``'s logits those that predict the rows' answer tokens, row after row."""
+        ...
+
     def layer_inputs(self, attention_mask: torch.Tensor) -> Mapping[str, Any]: ...
 
     def generate(
@@ -156,6 +164,22 @@ def encode_queries(backbone: Backbone, queries: Sequence[Query]) -> Batch:
     """``queries`` as one batch."""
     return backbone.encode(
         [q.image for q in queries], [q.prompt for q in queries], [q.target for q in queries]
+    )
+
+
+def narrowed(backbone: Backbone, state: PrefixState, rows: torch.Tensor) -> PrefixState:
+    """Some rows of a state that is padded on the right, as wide as the longest of them."""
+    mask = state.attention_mask[rows]
+    width = int(mask.sum(1).max())
+    mask = mask[:, :width]
+    return replace(
+        state,
+        hidden=state.hidden[rows, :width],
+        attention_mask=mask,
+        labels=state.labels[rows, :width],
+        question_end=state.question_end[rows],
+        layer_inputs=backbone.layer_inputs(mask),
+        prompts=tuple(state.prompts[i] for i in rows.tolist()) if state.prompts else (),
     )
 
 

@@ -219,6 +219,10 @@ class VisionLanguageBackbone:
         """Logits ``[b,s,v]``: the layers from ``state.first`` on, final norm and head."""
         return self.layout.head(self.suffix_hidden(state))
 
+    def answer_logits(self, state: PrefixState) -> torch.Tensor:
+        """``[n,v]``: the head is only asked where an answer token is predicted."""
+        return self.layout.head(self.suffix_hidden(state)[:, :-1][state.answer_mask])
+
     def suffix_hidden(self, state: PrefixState) -> torch.Tensor:
         """What enters the final norm, ``[b,s,d]``."""
         hidden = state.hidden

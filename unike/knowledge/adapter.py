@@ -30,11 +30,22 @@ def knowledge_attention(
     added to the attention logits (minus infinity drops a state). Through the layer's own
     projections, without positions. Returns ``(B, T, d)``.
     """
-    logits = site.queries(x) @ site.keys(states).transpose(-1, -2)
+    return attend(site, x, site.keys(states), site.values(states), logit_bias)
+
+
+def attend(
+    site: Projections,
+    x: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    logit_bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """``knowledge_attention`` over projected states, ``keys`` and ``values (B, H, K, h)``."""
+    logits = site.queries(x) @ keys.transpose(-1, -2)
     if logit_bias is not None:
         logits = logits + logit_bias[:, None, None, :]
     weights = logits.float().softmax(-1).to(x.dtype)
-    return site.output(weights @ site.values(states))
+    return site.output(weights @ values)
 
 
 def plain_attention(
@@ -61,12 +72,14 @@ def shift(output: torch.Tensor, knowledge: torch.Tensor, alpha: torch.Tensor) ->
 class Shift:
     """What an adapter decided for a batch of prompts at their last token.
 
-    ``alpha (B)``, ``retrieved`` and ``bias (B, K)``, added to the knowledge's attention logits.
+    ``alpha (B)``, ``retrieved`` and ``bias (B, K)``, added to the knowledge's attention logits;
+    ``projected``: the retrieved states' keys and values ``(B, H, K, h)``, where they are attended to so.
     """
 
     alpha: torch.Tensor
     retrieved: Retrieved
     bias: torch.Tensor
+    projected: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
 class AdapterLayer:
@@ -106,7 +119,12 @@ class AdapterLayer:
         left = kept.any(1)
         # With nothing left alpha is 0, and a softmax over minus infinities must not give NaN.
         bias = bias.masked_fill(~kept & left[:, None], -torch.inf)
-        return Shift(self._alpha(query, found, bias) * left, found, bias)
+        projected = None
+        if self.attention == "projected":
+            # Once per prompt: decoding a token costs no projection of what was retrieved.
+            states = found.states.to(query.dtype)
+            projected = (self.site.keys(states), self.site.values(states))
+        return Shift(self._alpha(query, found, bias) * left, found, bias, projected)
 
     def _alpha(self, query: torch.Tensor, found: Retrieved, bias: torch.Tensor) -> torch.Tensor:
         """``cos(Enc_sem(mixture of H_pos at p), x[p])`` clamped to [0, 1], or the fixed share: Eq. (7)."""
@@ -118,7 +136,7 @@ class AdapterLayer:
 
     def apply(self, x: torch.Tensor, output: torch.Tensor, decision: Shift) -> torch.Tensor:
         """The sub-block's output, shifted; ``x`` and ``output`` ``(B, T, d)``."""
+        if decision.projected is not None:
+            return shift(output, attend(self.site, x, *decision.projected, decision.bias), decision.alpha)
         states = decision.retrieved.states.to(x.dtype)
-        if self.attention == "plain":
-            return shift(output, plain_attention(x, states, decision.bias), decision.alpha)
-        return shift(output, knowledge_attention(self.site, x, states, decision.bias), decision.alpha)
+        return shift(output, plain_attention(x, states, decision.bias), decision.alpha)

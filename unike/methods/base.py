@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from unike.backbones.base import Backbone
 from unike.backbones.prefix import PrefixCache
@@ -34,6 +34,36 @@ class EditMethod(Protocol):
         first layer.
         """
         ...
+
+
+Made = TypeVar("Made", bound=Edit)
+
+
+def made(outcome: Made | FloatingPointError) -> Made:
+    """The edit, or its error raised."""
+    if isinstance(outcome, FloatingPointError):
+        raise outcome
+    return outcome
+
+
+def edit_many(
+    method: EditMethod, backbone: Backbone, requests: Sequence[EditRequest], prefixes: PrefixCache
+) -> list[Edit | FloatingPointError]:
+    """Independent edits, each from the base model: side by side where the method can, else one by one.
+
+    An edit whose loss stops being a number has the error in its place.
+    """
+    together = getattr(method, "edit_many", None)
+    if together is not None:
+        found: list[Edit | FloatingPointError] = together(backbone, requests, prefixes)
+        return found
+    out: list[Edit | FloatingPointError] = []
+    for request in requests:
+        try:
+            out.append(method.edit(backbone, request, prefixes))
+        except FloatingPointError as error:
+            out.append(error)
+    return out
 
 
 # The training split's cases, read when they are first needed.

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
+import torch
 from torch import nn
 
-from unike.backbones.base import Backbone, encode_queries
+from unike.backbones.base import IGNORED, Backbone, PrefixState, encode_queries, narrowed
 from unike.backbones.prefix import PrefixCache
-from unike.deltas import WeightDelta
+from unike.deltas import WeightDelta, WeightsTogether
 from unike.edits import Edit
 from unike.hparams import HyperParams
-from unike.methods.base import Knowledge, edited_layers, register
-from unike.methods.training import Trained, train, train_to_target
-from unike.types import EditRequest, UserError
+from unike.methods.base import Knowledge, edited_layers, made, register
+from unike.methods.training import Limits, Trained, train
+from unike.types import EditRequest, Query, UserError
 
 
 @register("ft")
@@ -34,34 +37,104 @@ class FineTuning:
     ) -> WeightDelta:
         """New values of the weights, started from those of ``history``."""
         former = history.weights if isinstance(history, WeightDelta) else {}
-        own = {id(p) for module in self._trained(backbone) for p in module.parameters()}
-        weights: dict[str, nn.Parameter] = {}
-        for name, parameter in backbone.model.named_parameters():
-            if id(parameter) in own:
-                start = former.get(name, parameter)
-                weights[name] = nn.Parameter(start.detach().clone())
-        edit = WeightDelta(weights)
-        with edit.applied(backbone):
-            trained = self._train(backbone, request, prefixes, list(weights.values()))
-        edit.info.update(steps=trained.steps, loss=trained.loss, reached=trained.reached)
-        for weight in weights.values():
-            weight.requires_grad_(False)
-            weight.grad = None
-        return edit
+        start = {name: former.get(name, p).detach() for name, p in self._trained(backbone).items()}
+        if self.hparams.ft_target == "layers":
+            state = prefixes.state([request.query])
+            return made(self._train(_Layers(backbone, state, start, 1), state.labels)[0])
+        if request.query.image is None:
+            raise UserError(f"edit {request.id}: has no picture; ft_target: projection needs one")
+        learner = _Projection(backbone, request.query, start)
+        return made(self._train(learner, encode_queries(backbone, [request.query]).labels)[0])
 
-    def _trained(self, backbone: Backbone) -> list[nn.Module]:
-        if self.hparams.ft_target == "projection":
-            return [backbone.projection]
-        return [backbone.layout.layer(i) for i in self.layers(backbone)]
+    def edit_many(
+        self, backbone: Backbone, requests: Sequence[EditRequest], prefixes: PrefixCache
+    ) -> list[WeightDelta | FloatingPointError]:
+        """Independent edits: the layers' side by side, the projection's one by one."""
+        if self.hparams.ft_target == "layers":
+            state = prefixes.state([r.query for r in requests])
+            start = {name: p.detach() for name, p in self._trained(backbone).items()}
+            return self._train(_Layers(backbone, state, start, len(requests)), state.labels)
+        out: list[WeightDelta | FloatingPointError] = []
+        for request in requests:
+            try:
+                out.append(self.edit(backbone, request, prefixes))
+            except FloatingPointError as error:
+                out.append(error)
+        return out
+
+    def _trained(self, backbone: Backbone) -> dict[str, nn.Parameter]:
+        modules: list[nn.Module] = [backbone.projection]
+        if self.hparams.ft_target == "layers":
+            modules = [backbone.layout.layer(i) for i in self.layers(backbone)]
+        own = {id(p) for module in modules for p in module.parameters()}
+        return {name: p for name, p in backbone.model.named_parameters() if id(p) in own}
 
     def _train(
-        self, backbone: Backbone, request: EditRequest, prefixes: PrefixCache, weights: list[nn.Parameter]
-    ) -> Trained:
-        hp, query = self.hparams, request.query
-        limits = (hp.lr, hp.max_steps, hp.stop_loss, hp.clip_norm)
-        if hp.ft_target == "layers":
-            return train_to_target(backbone, prefixes.state([query]), weights, *limits)
-        if query.image is None:
-            raise UserError(f"edit {request.id}: has no picture; ft_target: projection needs one")
-        labels = encode_queries(backbone, [query]).labels
-        return train(lambda: backbone(encode_queries(backbone, [query])).logits, labels, weights, *limits)
+        self, learner: _Layers | _Projection, labels: torch.Tensor
+    ) -> list[WeightDelta | FloatingPointError]:
+        out: list[WeightDelta | FloatingPointError] = []
+        for how, weights in zip(
+            train(learner, labels, Limits.of(self.hparams)), learner.finished, strict=True
+        ):
+            if isinstance(how, Trained):
+                info = {"steps": how.steps, "loss": how.loss, "reached": how.reached}
+                out.append(WeightDelta(weights, info))
+            else:
+                out.append(how)
+        return out
+
+
+class _Layers:
+    """``count`` edits' weights in training, each for its row of ``state``; ``finished`` holds them then."""
+
+    def __init__(
+        self, backbone: Backbone, state: PrefixState, start: Mapping[str, torch.Tensor], count: int
+    ) -> None:
+        self.backbone, self.state = backbone, state
+        self.together = WeightsTogether([start] * count, trained=True)
+        self.rows = list(range(count))
+        self.finished: list[dict[str, torch.Tensor]] = [{} for _ in self.rows]
+
+    def parameters(self) -> list[torch.Tensor]:
+        return list(self.together.held.values())
+
+    def logits(self) -> torch.Tensor:
+        owners = torch.arange(len(self.rows), device=self.state.labels.device)
+        with self.together.applied(self.backbone, owners):
+            return self.backbone.answer_logits(self.state)
+
+    def extra_loss(self) -> None:
+        return None
+
+    def keep(self, rows: torch.Tensor) -> None:
+        staying = rows.tolist()
+        for i, row in enumerate(self.rows):
+            if i not in staying:
+                self.finished[row] = {n: t.detach()[i].clone() for n, t in self.together.held.items()}
+        self.rows = [self.rows[i] for i in staying]
+        self.together.keep(rows)
+        if staying:
+            self.state = narrowed(self.backbone, self.state, rows)
+
+
+class _Projection:
+    """The vision projection in training: each step runs the whole decoder."""
+
+    def __init__(self, backbone: Backbone, query: Query, start: Mapping[str, torch.Tensor]) -> None:
+        self.backbone, self.query = backbone, query
+        self.weights = {name: nn.Parameter(tensor.clone()) for name, tensor in start.items()}
+        self.finished = [dict[str, torch.Tensor]()]
+
+    def parameters(self) -> list[torch.Tensor]:
+        return list(self.weights.values())
+
+    def logits(self) -> torch.Tensor:
+        with WeightDelta(self.weights).applied(self.backbone):
+            batch = encode_queries(self.backbone, [self.query])
+            return self.backbone(batch).logits[:, :-1][batch.labels[:, 1:] != IGNORED]
+
+    def extra_loss(self) -> None:
+        return None
+
+    def keep(self, rows: torch.Tensor) -> None:
+        self.finished = [{name: w.detach() for name, w in self.weights.items()}]

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
 
-from unike.backbones.base import Backbone, PrefixState
-from unike.edits import Edit
+from unike.backbones.base import Backbone, PrefixState, narrowed
+from unike.edits import Edit, RoutedEdit, RoutedTogether
 from unike.hooks import capture
 from unike.hparams import HyperParams
 from unike.knowledge.patch import KeyValuePatch, activation_loss, memory_loss
 from unike.methods.base import Knowledge
-from unike.methods.training import Trained, train_to_target
+from unike.methods.training import Limits, Trained, train
 from unike.types import EditRequest
 
 
@@ -32,19 +32,21 @@ class OwnStates:
 
 
 @torch.no_grad()
-def own_states(backbone: Backbone, state: PrefixState, layers: list[int]) -> dict[int, OwnStates]:
-    """Knowledge states of one query with its target (``state`` holds a single row)."""
+def own_states(backbone: Backbone, state: PrefixState, layers: list[int]) -> list[dict[int, OwnStates]]:
+    """Knowledge states of each row, a query with its target, by layer."""
     attention = {i: backbone.layout.attention(i).module for i in layers}
     readers = {i: backbone.layout.ffn(i).keys[0] for i in layers}
     with capture(attention) as x, capture(readers) as y:
-        backbone.suffix(state)
-    end = int(state.question_end[0])
-    last = int(state.attention_mask[0].sum()) - 1
-    out = {}
-    for i in layers:
-        ffn = y[i].reshape(*state.labels.shape, -1)[0, end:last]
-        asked = x[i][0, : end + 1].clone()
-        out[i] = OwnStates(asked, asked[-1], x[i][0, last].clone(), ffn.clone())
+        backbone.answer_logits(state)
+    ends, lasts = state.question_end.tolist(), (state.attention_mask.sum(1) - 1).tolist()
+    out = []
+    for row, (end, last) in enumerate(zip(ends, lasts, strict=True)):
+        found = {}
+        for i in layers:
+            ffn = y[i].reshape(*state.labels.shape, -1)[row, end:last]
+            asked = x[i][row, : end + 1].clone()
+            found[i] = OwnStates(asked, asked[-1], x[i][row, last].clone(), ffn.clone())
+        out.append(found)
     return out
 
 
@@ -70,52 +72,124 @@ def fresh_patches(
     return patches
 
 
+Outcome = RoutedEdit | FloatingPointError
+
+
 def train_patches(
     backbone: Backbone,
     state: PrefixState,
-    patches: dict[int, KeyValuePatch],
-    edit: Edit,
+    edits: Sequence[RoutedEdit],
     hparams: HyperParams,
     knowledge: Knowledge,
-) -> Trained:
-    """Trains the patches under ``edit``, which holds them, and freezes them."""
-    parameters = [p for patch in patches.values() for p in patch.parameters()]
+    history: Edit | None = None,
+) -> list[Outcome]:
+    """Trains each edit's patches on its row of ``state`` and freezes them; side by side, or one on top
+    of ``history``. An edit whose loss stops being a number has the error in its place."""
     with ExitStack() as stack:
-        stack.enter_context(edit.applied(backbone))
-        extra = None
-        if hparams.activation_loss or hparams.memory_loss:
-            readers = {i: backbone.layout.ffn(i).keys[0] for i in patches}
-            seen = stack.enter_context(capture(readers))
-            extra = patcher_losses(patches, seen, state, hparams, knowledge)
-        trained = train_to_target(
-            backbone, state, parameters, hparams.lr, hparams.max_steps, hparams.stop_loss, hparams.clip_norm,
-            extra,
-        )  # fmt: skip
-    for parameter in parameters:
-        parameter.requires_grad_(False)
-        parameter.grad = None
-    return trained
+        learner = _Together(backbone, state, edits, hparams, knowledge)
+        if history is not None:
+            (edit,) = edits
+            stack.enter_context((history | edit).applied(backbone))
+            learner = _OnTop(backbone, state, edits, hparams, knowledge)
+        learner.watch(stack)
+        trained = train(learner, state.labels, Limits.of(hparams))
+    out: list[Outcome] = []
+    for edit, how in zip(edits, trained, strict=True):
+        for parameter in _parameters(edit):
+            parameter.requires_grad_(False)
+            parameter.grad = None
+        if isinstance(how, Trained):
+            edit.info.update(steps=how.steps, loss=how.loss, reached=how.reached)
+        out.append(edit if isinstance(how, Trained) else how)
+    return out
 
 
-def patcher_losses(
-    patches: dict[int, KeyValuePatch],
-    seen: dict[int, torch.Tensor],
-    state: PrefixState,
-    hparams: HyperParams,
-    knowledge: Knowledge,
-) -> Callable[[], torch.Tensor]:
-    """T-Patcher's activation and memory losses, weighted as in the YAML."""
+def _parameters(edit: RoutedEdit) -> list[torch.nn.Parameter]:
+    patches = [s.patch for s in edit.records[0].layers.values() if s.patch is not None]
+    return [p for patch in patches for p in patch.parameters()]
 
-    def loss() -> torch.Tensor:
-        total = state.hidden.new_zeros((), dtype=torch.float32)
-        for index, patch in patches.items():
-            queries = seen[index].reshape(len(state), -1, seen[index].shape[-1])[:, :-1]
-            if hparams.activation_loss:
-                fired = patch.scores(queries[state.answer_mask].float())
-                total = total + hparams.activation_loss * activation_loss(fired)
-            if hparams.memory_loss:
-                silent = patch.scores(knowledge[index].ffn_queries.float())
-                total = total + hparams.memory_loss * memory_loss(silent)
+
+class _Together:
+    """Edits of one record each in training, independent of each other."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        state: PrefixState,
+        edits: Sequence[RoutedEdit],
+        hparams: HyperParams,
+        knowledge: Knowledge,
+    ) -> None:
+        self.backbone, self.state, self.hparams, self.knowledge = backbone, state, hparams, knowledge
+        self.edits = edits
+        self.seen: dict[int, torch.Tensor] = {}
+        self.together = self._gather(edits)
+
+    def _gather(self, edits: Sequence[RoutedEdit]) -> RoutedTogether | None:
+        together = edits[0].together(edits)
+        assert isinstance(together, RoutedTogether), "edits of one method agree in what they are"
+        return together
+
+    def watch(self, stack: ExitStack) -> None:
+        """Looks at the feed-forward networks' inputs, where a loss needs them."""
+        if self.hparams.activation_loss or self.hparams.memory_loss:
+            readers = {i: self.backbone.layout.ffn(i).keys[0] for i in self.edits[0].layers}
+            self.seen = stack.enter_context(capture(readers))
+
+    def parameters(self) -> list[torch.Tensor]:
+        assert self.together is not None
+        return [p for patch in self.together.patches.values() for p in patch.parameters()]
+
+    def logits(self) -> torch.Tensor:
+        assert self.together is not None
+        owners = torch.arange(len(self.state), device=self.state.labels.device)
+        with self.together.applied(self.backbone, owners):
+            return self.backbone.answer_logits(self.state)
+
+    def scores(self, index: int, queries: torch.Tensor) -> torch.Tensor:
+        """``(b, T, d)`` or ``(T, d)`` to ``(b, T, n)``."""
+        assert self.together is not None
+        return self.together.patches[index].scores(queries)
+
+    def extra_loss(self) -> torch.Tensor | None:
+        """T-Patcher's activation and memory losses, weighted as in the YAML."""
+        if not self.seen:
+            return None
+        total = self.state.hidden.new_zeros(len(self.state), dtype=torch.float32)
+        for index, inputs in self.seen.items():
+            queries = inputs.reshape(len(self.state), -1, inputs.shape[-1])[:, :-1]
+            if self.hparams.activation_loss:
+                fired = self.scores(index, queries.float())
+                total = total + self.hparams.activation_loss * activation_loss(fired, self.state.answer_mask)
+            if self.hparams.memory_loss:
+                silent = self.scores(index, self.knowledge[index].ffn_queries.float())
+                total = total + self.hparams.memory_loss * memory_loss(silent)
         return total
 
-    return loss
+    def keep(self, rows: torch.Tensor) -> None:
+        assert self.together is not None
+        self.together.keep(rows)
+        if len(rows):
+            self.state = narrowed(self.backbone, self.state, rows)
+
+
+class _OnTop(_Together):
+    """One edit in training while it is applied, with those before it."""
+
+    def _gather(self, edits: Sequence[RoutedEdit]) -> RoutedTogether | None:
+        return None
+
+    def parameters(self) -> list[torch.Tensor]:
+        return list(_parameters(self.edits[0]))
+
+    def logits(self) -> torch.Tensor:
+        return self.backbone.answer_logits(self.state)
+
+    def scores(self, index: int, queries: torch.Tensor) -> torch.Tensor:
+        patch = self.edits[0].records[0].layers[index].patch
+        assert patch is not None
+        found = patch.scores(queries)
+        return found if found.ndim == 3 else found[None]
+
+    def keep(self, rows: torch.Tensor) -> None:
+        return

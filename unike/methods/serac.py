@@ -11,7 +11,7 @@ it stands, and takes that one's token.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch import nn
 
 from unike.backbones.base import Backbone, PrefixState, answer_loss
 from unike.backbones.prefix import PrefixCache
-from unike.edits import Edit
+from unike.edits import Edit, Together
 from unike.hooks import capture, transform
 from unike.hparams import HyperParams
 from unike.methods.base import Knowledge, edited_layers, register
@@ -118,9 +118,7 @@ class SeracEdit(Edit):
 
     @contextmanager
     def applied(self, backbone: Backbone) -> Iterator[None]:
-        runtime = _Runtime(self, backbone)
-        first, last = backbone.layout.layer(self.first), backbone.layout.layer(len(backbone.layout) - 1)
-        with transform([(first, first, runtime.decide), (last, last, runtime.answer)]):
+        with _installed(self, backbone, _Runtime(self, backbone)):
             yield
 
     def changes_prefix(self, backbone: Backbone, first: int) -> bool:
@@ -133,16 +131,43 @@ class SeracEdit(Edit):
     def explain(self) -> dict[str, list[float]]:
         return {} if self.scopes is None else {"scope": self.scopes.tolist()}
 
+    def together(self, edits: Sequence[Edit]) -> Together | None:
+        same = [e for e in edits if isinstance(e, SeracEdit) and len(e.records) == 1]
+        if len(same) < len(edits) or any(e.network is not self.network for e in same):
+            return None
+        return _SeracTogether(SeracEdit(tuple(e.records[0] for e in same), self.network, self.first))
+
     def __or__(self, other: Any) -> Edit:
         if not isinstance(other, SeracEdit):
             return NotImplemented
         return SeracEdit(self.records + other.records, other.network, other.first, other.info)
 
 
-class _Runtime:
-    """A memory while it is applied."""
+class _SeracTogether(Together):
+    """Each row meets its own edit's memory alone."""
 
-    def __init__(self, edit: SeracEdit, backbone: Backbone) -> None:
+    def __init__(self, edit: SeracEdit) -> None:
+        self.edit = edit
+
+    @contextmanager
+    def applied(self, backbone: Backbone, owners: torch.Tensor) -> Iterator[None]:
+        with _installed(self.edit, backbone, _Runtime(self.edit, backbone, owners)):
+            yield
+
+    def explain(self) -> dict[str, list[float]]:
+        return self.edit.explain()
+
+
+def _installed(edit: SeracEdit, backbone: Backbone, runtime: _Runtime) -> AbstractContextManager[None]:
+    first, last = backbone.layout.layer(edit.first), backbone.layout.layer(len(backbone.layout) - 1)
+    return transform([(first, first, runtime.decide), (last, last, runtime.answer)])
+
+
+class _Runtime:
+    """A memory while it is applied; with ``owners (R)`` a row can only choose the edit of that number."""
+
+    def __init__(self, edit: SeracEdit, backbone: Backbone, owners: torch.Tensor | None = None) -> None:
+        self.owners = owners
         self.edit, self.backbone, self.prompt = edit, backbone, backbone.prompt
         pad = nn.utils.rnn.pad_sequence
         self.questions = torch.stack([r.question for r in edit.records])
@@ -160,7 +185,11 @@ class _Runtime:
             ends = x[torch.arange(len(x), device=x.device), end].float()
             words = [_words(self.backbone, text) for text in self.prompt.texts]
             scope = self.edit.network.scope
-            logits, self.chosen = scope.logits(scope(words, ends), self.questions).max(1)
+            every = scope.logits(scope(words, ends), self.questions)
+            if self.owners is None:
+                logits, self.chosen = every.max(1)
+            else:
+                logits, self.chosen = every.gather(1, self.owners[:, None])[:, 0], self.owners
             self.open = logits > 0
             self.edit.scopes = logits.sigmoid().detach()
         return output

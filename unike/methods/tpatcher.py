@@ -6,14 +6,15 @@ memory loss keeps it silent on remembered queries of the training split.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from unike.backbones.base import Backbone
 from unike.backbones.prefix import PrefixCache
 from unike.edits import Edit, EditRecord, LayerShare, RoutedEdit, Routing
 from unike.hparams import HyperParams
-from unike.methods.base import Knowledge, edited_layers, register
-from unike.methods.patching import fresh_patches, own_states, train_patches
+from unike.methods.base import Knowledge, edited_layers, made, register
+from unike.methods.patching import Outcome, fresh_patches, own_states, train_patches
 from unike.types import EditRequest, UserError
 
 
@@ -41,12 +42,25 @@ class TPatcher:
         self, backbone: Backbone, request: EditRequest, prefixes: PrefixCache, history: Edit | None = None
     ) -> RoutedEdit:
         """Trains a patch in each edited layer while the former ones are in force."""
-        state = prefixes.state([request.query])
-        states = own_states(backbone, state, self.layers(backbone))
-        patches = fresh_patches(backbone, request, states, self.settings, self.knowledge)
-        shares = {i: LayerShare(s.sem, s.pos, patches[i]) for i, s in states.items()}
-        edit = RoutedEdit((EditRecord(request.id, shares),), self.routing)
-        whole = edit if history is None else history | edit
-        trained = train_patches(backbone, state, patches, whole, self.settings, self.knowledge)
-        edit.info.update(steps=trained.steps, loss=trained.loss, reached=trained.reached)
-        return edit
+        return made(self._made(backbone, [request], prefixes, history)[0])
+
+    def edit_many(
+        self, backbone: Backbone, requests: Sequence[EditRequest], prefixes: PrefixCache
+    ) -> list[Outcome]:
+        """Independent edits, trained side by side; each as ``edit`` makes it alone."""
+        return self._made(backbone, requests, prefixes, None)
+
+    def _made(
+        self,
+        backbone: Backbone,
+        requests: Sequence[EditRequest],
+        prefixes: PrefixCache,
+        history: Edit | None,
+    ) -> list[Outcome]:
+        state = prefixes.state([r.query for r in requests])
+        edits = []
+        for request, states in zip(requests, own_states(backbone, state, self.layers(backbone)), strict=True):
+            patches = fresh_patches(backbone, request, states, self.settings, self.knowledge)
+            shares = {i: LayerShare(s.sem, s.pos, patches[i]) for i, s in states.items()}
+            edits.append(RoutedEdit((EditRecord(request.id, shares),), self.routing))
+        return train_patches(backbone, state, edits, self.settings, self.knowledge, history)

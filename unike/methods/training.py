@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 from torch import nn
@@ -14,6 +14,7 @@ from torch import nn
 from unike.backbones.base import IGNORED, Backbone, PrefixState, answer_loss
 from unike.edits import Edit
 from unike.hooks import tape
+from unike.hparams import HyperParams
 
 K = TypeVar("K")
 
@@ -27,58 +28,115 @@ class Trained:
     reached: bool
 
 
-def train_to_target(
-    backbone: Backbone,
-    state: PrefixState,
-    parameters: Sequence[torch.Tensor],
-    lr: float,
-    max_steps: int,
-    stop_loss: float,
-    clip_norm: float,
-    extra_loss: Callable[[], torch.Tensor] | None = None,
-) -> Trained:
-    """``train`` where only the suffix must run at each step."""
-    return train(
-        lambda: backbone.suffix(state), state.labels, parameters, lr, max_steps, stop_loss, clip_norm,
-        extra_loss,
-    )  # fmt: skip
+@dataclass(frozen=True)
+class Limits:
+    """How an edit is trained: the YAML's keys of the same names."""
+
+    lr: float
+    max_steps: int
+    stop_loss: float
+    clip_norm: float
+
+    @classmethod
+    def of(cls, hparams: HyperParams) -> Limits:
+        return cls(hparams.lr, hparams.max_steps, hparams.stop_loss, hparams.clip_norm)
 
 
-def train(
-    logits_of: Callable[[], torch.Tensor],
-    labels: torch.Tensor,
-    parameters: Sequence[torch.Tensor],
-    lr: float,
-    max_steps: int,
-    stop_loss: float,
-    clip_norm: float,
-    extra_loss: Callable[[], torch.Tensor] | None = None,
-) -> Trained:
-    """Adam on the answer's negative log-likelihood until every target token is predicted and the
-    loss is at most ``stop_loss``.
+class Learner(Protocol):
+    """What is trained: ``B`` independent edits side by side, a row each."""
 
-    ``logits_of`` is called at each step. Raises FloatingPointError where the loss is no longer a
-    number.
+    def parameters(self) -> Sequence[torch.Tensor]:
+        """Each ``(B, ...)``; of a single edit in any shape."""
+        ...
+
+    def logits(self) -> torch.Tensor:
+        """``(N, v)``, what predicts the rows' answer tokens, row after row."""
+        ...
+
+    def extra_loss(self) -> torch.Tensor | None:
+        """``(B)``, beside the answer's; called after ``logits``."""
+        ...
+
+    def keep(self, rows: torch.Tensor) -> None:
+        """Training goes on with these rows alone, in parameters of their own; the others are finished."""
+        ...
+
+
+def train(learner: Learner, labels: torch.Tensor, limits: Limits) -> list[Trained | FloatingPointError]:
+    """Adam on each row's answer's mean negative log-likelihood, ``labels (B, s)``, until every target
+    token is predicted and the loss is at most ``stop_loss``; clipped, and stopped, row by row.
+
+    A row whose loss is no longer a number ends with a FloatingPointError in its place.
     """
-    optimiser = torch.optim.Adam(list(parameters), lr=lr)
+    parameters = list(learner.parameters())
+    optimiser = torch.optim.Adam(parameters, lr=limits.lr)
+    found: dict[int, Trained | FloatingPointError] = {}
+    rows = list(range(len(labels)))
+    for step in range(limits.max_steps + 1):
+        losses, right = _judged(learner.logits(), labels)
+        values, rights = losses.tolist(), right.tolist()
+        staying = []
+        for i, (row, value) in enumerate(zip(rows, values, strict=True)):
+            reached = rights[i] and value <= limits.stop_loss
+            if not math.isfinite(value):
+                found[row] = FloatingPointError(f"the loss is {value} after {step} steps")
+            elif reached or step == limits.max_steps:
+                found[row] = Trained(step, value, reached)
+            else:
+                staying.append(i)
+        chosen = torch.tensor(staying, dtype=torch.long, device=labels.device)
+        if staying:
+            extra = learner.extra_loss()
+            total = losses if extra is None else losses + extra
+            optimiser.zero_grad(set_to_none=True)
+            total[chosen].sum().backward()
+        if len(staying) < len(rows):
+            parameters = _cut(learner, optimiser, parameters, chosen)
+            labels, rows = labels[chosen], [rows[i] for i in staying]
+        if not staying:
+            break
+        _clip(parameters, len(rows), limits.clip_norm)
+        optimiser.step()
+    return [found[row] for row in sorted(found)]
+
+
+def _judged(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each row's mean loss, and whether all of its answer tokens are predicted."""
     goal = labels[:, 1:]
     at = goal != IGNORED
-    for step in range(max_steps + 1):
-        logits = logits_of()
-        loss = answer_loss(logits, labels).mean()
-        value = loss.item()
-        if not math.isfinite(value):
-            raise FloatingPointError(f"the loss is {value} after {step} steps")
-        reached = bool((logits[:, :-1].argmax(-1) == goal)[at].all()) and value <= stop_loss
-        if reached or step == max_steps:
-            return Trained(step, value, reached)
-        if extra_loss is not None:
-            loss = loss + extra_loss()
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(list(parameters), clip_norm)
-        optimiser.step()
-    raise AssertionError("unreachable: the loop returns at its last step")
+    row, wanted = at.nonzero()[:, 0], goal[at]
+    nll = nn.functional.cross_entropy(logits.float(), wanted, reduction="none")
+    losses = nll.new_zeros(len(labels)).index_add(0, row, nll) / at.sum(1)
+    wrong = torch.zeros_like(losses).index_add(0, row, (logits.argmax(-1) != wanted).to(losses.dtype))
+    return losses, wrong == 0
+
+
+def _cut(
+    learner: Learner, optimiser: torch.optim.Adam, parameters: Sequence[torch.Tensor], rows: torch.Tensor
+) -> list[torch.Tensor]:
+    """Lets the other rows go, with their gradients and moments; the parameters that are left."""
+    learner.keep(rows)
+    left = list(learner.parameters())
+    if not len(rows):
+        return left
+    for former, parameter in zip(parameters, left, strict=True):
+        parameter.grad = None if former.grad is None else former.grad[rows]
+        state = optimiser.state.pop(former, {})
+        for name in ("exp_avg", "exp_avg_sq"):
+            if name in state:
+                state[name] = state[name][rows]
+        optimiser.state[parameter] = state
+    optimiser.param_groups[0]["params"] = left
+    return left
+
+
+def _clip(parameters: Sequence[torch.Tensor], rows: int, limit: float) -> None:
+    """Each row's gradient, over all parameters, to a norm of at most ``limit``."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm = torch.stack([g.reshape(rows, -1).norm(dim=1) for g in gradients]).norm(dim=0)
+    factor = (limit / (norm + 1e-6)).clamp(max=1.0)
+    for gradient in gradients:
+        gradient.mul_(factor.view(rows, *[1] * (gradient.ndim - 1)))
 
 
 def answer_gradients(

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from unike.backbones.base import Backbone
 from unike.backbones.prefix import PrefixCache
 from unike.edits import Edit, EditRecord, LayerShare, RoutedEdit, Routing
 from unike.hparams import HyperParams
-from unike.methods.base import Knowledge, edited_layers, register
-from unike.methods.patching import fresh_patches, own_states, train_patches
+from unike.methods.base import Knowledge, edited_layers, made, register
+from unike.methods.patching import Outcome, OwnStates, fresh_patches, own_states, train_patches
 from unike.types import EditRequest, UserError
 
 
@@ -49,9 +51,38 @@ class UniKE:
         self, backbone: Backbone, request: EditRequest, prefixes: PrefixCache, history: Edit | None = None
     ) -> RoutedEdit:
         """Inserts the edit's own pair in each layer's memory, then trains its patches, if any."""
-        layers = self.layers(backbone)
-        state = prefixes.state([request.query])
-        states = own_states(backbone, state, layers)
+        return made(self._made(backbone, [request], prefixes, history)[0])
+
+    def edit_many(
+        self, backbone: Backbone, requests: Sequence[EditRequest], prefixes: PrefixCache
+    ) -> list[Outcome]:
+        """Independent edits, trained side by side; each as ``edit`` makes it alone."""
+        return self._made(backbone, requests, prefixes, None)
+
+    def _made(
+        self,
+        backbone: Backbone,
+        requests: Sequence[EditRequest],
+        prefixes: PrefixCache,
+        history: Edit | None,
+    ) -> list[Outcome]:
+        layers, queries = self.layers(backbone), [r.query for r in requests]
+        state = prefixes.state(queries)
+        edits = [
+            self._untrained(backbone, request, states)
+            for request, states in zip(requests, own_states(backbone, state, layers), strict=True)
+        ]
+        if not self.hparams.intrinsic:
+            for edit in edits:
+                edit.info.update(steps=0)
+            return list(edits)
+        if self.hparams.external == "prompt":
+            state = prefixes.state([e.rewrite(q) for e, q in zip(edits, queries, strict=True)])
+        return train_patches(backbone, state, edits, self.hparams, self.knowledge, history)
+
+    def _untrained(
+        self, backbone: Backbone, request: EditRequest, states: dict[int, OwnStates]
+    ) -> RoutedEdit:
         patches = {}
         if self.hparams.intrinsic:
             patches = fresh_patches(backbone, request, states, self.hparams, self.knowledge)
@@ -59,17 +90,9 @@ class UniKE:
         shown = None
         if self.hparams.external == "prompt":
             shown = f"{request.query.prompt} {str(request.query.target).strip()}"
-        record = EditRecord(request.id, shares, shown, self._scope_key(layers[0], states[layers[0]].asked))
-        edit = RoutedEdit((record,), self.routing, self.knowledge)
-        if patches:
-            if shown is not None:
-                state = prefixes.state([edit.rewrite(request.query)])
-            whole = edit if history is None else history | edit
-            trained = train_patches(backbone, state, patches, whole, self.hparams, self.knowledge)
-            edit.info.update(steps=trained.steps, loss=trained.loss, reached=trained.reached)
-        else:
-            edit.info.update(steps=0)
-        return edit
+        first = min(states)
+        record = EditRecord(request.id, shares, shown, self._scope_key(first, states[first].asked))
+        return RoutedEdit((record,), self.routing, self.knowledge)
 
     def _scope_key(self, first: int, asked: torch.Tensor) -> torch.Tensor | None:
         """Where the edit lies in the trained space of scope, ``(r)``."""

@@ -1,0 +1,76 @@
+"""Edits that stand in the prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import torch
+
+from unike.backbones.base import Backbone
+from unike.edits.base import Edit, Together
+from unike.types import Query
+
+
+class Shown(NamedTuple):
+    """A text in a prompt, with the number of its tokens."""
+
+    text: str
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Fact:
+    """An edit as text, and its demonstrations, the best first."""
+
+    id: str
+    fact: Shown
+    demonstrations: tuple[Shown, ...] = ()
+
+
+@dataclass
+class PromptEdit(Edit):
+    """Edits that stand in the prompt: what the model is asked changes, the model doesn't.
+
+    Before a question come the last edit's demonstrations, the best last, then all facts in order. If
+    they have more than ``room`` tokens, the worst demonstrations go first, then the oldest facts; the
+    last fact stays.
+    """
+
+    facts: tuple[Fact, ...]
+    room: int
+    info: dict[str, Any] = field(default_factory=dict)
+
+    def applied(self, backbone: Backbone) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def rewrite(self, query: Query) -> Query:
+        newest = self.facts[-1]
+        pieces = [*(f.fact for f in reversed(self.facts)), *newest.demonstrations]
+        shown, room = [newest.fact.text], self.room - newest.fact.tokens
+        for piece in pieces[1:]:
+            room -= piece.tokens
+            if room < 0:
+                break
+            shown.insert(0, piece.text)
+        return replace(query, prompt=f"{''.join(shown)}Prompt: {query.prompt}")
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return {}
+
+    def together(self, edits: Sequence[Edit]) -> Together | None:
+        return PromptsTogether() if all(isinstance(e, PromptEdit) for e in edits) else None
+
+    def __or__(self, other: Any) -> Edit:
+        if not isinstance(other, PromptEdit):
+            return NotImplemented
+        return PromptEdit(self.facts + other.facts, other.room, self.info | other.info)
+
+
+class PromptsTogether(Together):
+    """Prompts that say what each row is asked under: the model is the same for all."""
+
+    def applied(self, backbone: Backbone, owners: torch.Tensor) -> AbstractContextManager[None]:
+        return nullcontext()

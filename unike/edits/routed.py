@@ -1,0 +1,322 @@
+"""UniKE's edits, and T-Patcher's: patches and knowledge states in the last layers, routed by the prompt."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from unike.backbones.base import Backbone
+from unike.edits.base import Edit, Together
+from unike.edits.runtime import LayerRuntime, ScopeGate, adapter_of, explained, running
+from unike.knowledge.adapter import Shift
+from unike.knowledge.encoders import Disentangler
+from unike.knowledge.memory import KnowledgeMemory
+from unike.knowledge.patch import KeyValuePatch, PatchBatch, PatchStack
+from unike.knowledge.rows import Growing, OwnedMemory, Owners
+from unike.knowledge.scope import ScopeMeasure
+from unike.types import Query
+
+
+@dataclass(frozen=True)
+class LayerKnowledge:
+    """One layer's bank, encoders, zeta, and remembered feed-forward inputs ``(m, d)``; in the first
+    edited layer the trained measure of scope, if one is used."""
+
+    bank: KnowledgeMemory
+    encoders: Disentangler
+    ffn_queries: torch.Tensor
+    zeta: torch.Tensor | None = None
+    scope: ScopeMeasure | None = None
+
+
+@dataclass(frozen=True)
+class LayerShare:
+    """What one edit owns in one layer: its own pair ``key = h_sem``, ``value = h_pos`` ``(d)``, and
+    its patch if the intrinsic half is on."""
+
+    key: torch.Tensor
+    value: torch.Tensor
+    patch: KeyValuePatch | None = None
+
+
+@dataclass(frozen=True)
+class EditRecord:
+    """One edit of a routed edit: its shares by layer, and its key ``(r)`` in the trained space of
+    scope."""
+
+    id: str
+    layers: Mapping[int, LayerShare]
+    demonstration: str | None = None
+    scope_key: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Routing:
+    """How a routed edit answers; the fields are the YAML's keys."""
+
+    external: str = "latent"
+    memory: str = "both"
+    k: int = 40
+    alpha: float | str = "adaptive"
+    attention: str = "projected"
+    tau: float | None = None
+    similarity_bias: float = 0.0
+    scope_gate: str = "none"
+    scope_threshold: float | None = 0.5
+    scope_measure: str = "cosine"
+    scope_halves: str = "intrinsic"
+
+
+class Stacks:
+    """The frozen records of a routed edit as tensors that grow with it: their own pairs and patches by
+    layer, and their keys of scope ``(E, r)``."""
+
+    def __init__(self, records: Sequence[EditRecord]) -> None:
+        layers = list(records[0].layers)
+        self.keys = {i: Growing(torch.stack([r.layers[i].key for r in records])) for i in layers}
+        self.values = {i: Growing(torch.stack([r.layers[i].value for r in records])) for i in layers}
+        self.patches = {i: PatchStack(p) for i in layers if (p := _patches(records, i))}
+        keys = _scope_keys(records)
+        self.scope_keys = None if keys is None else Growing(keys)
+
+    def __len__(self) -> int:
+        return len(next(iter(self.keys.values())))
+
+    def extended(self, records: Sequence[EditRecord]) -> Stacks:
+        """With further records; what is there is shared."""
+        out = object.__new__(Stacks)
+        out.keys = {
+            i: g.extended(torch.stack([r.layers[i].key for r in records])) for i, g in self.keys.items()
+        }
+        out.values = {
+            i: g.extended(torch.stack([r.layers[i].value for r in records])) for i, g in self.values.items()
+        }
+        out.patches = {i: p.extended(_patches(records, i)) for i, p in self.patches.items()}
+        keys = _scope_keys(records)
+        kept = self.scope_keys
+        out.scope_keys = None if kept is None or keys is None else kept.extended(keys)
+        return out
+
+
+def _patches(records: Sequence[EditRecord], index: int) -> list[KeyValuePatch]:
+    return [p for r in records if (p := r.layers[index].patch) is not None]
+
+
+def _scope_keys(records: Sequence[EditRecord]) -> torch.Tensor | None:
+    keys = [r.scope_key for r in records if r.scope_key is not None]
+    return torch.stack(keys) if keys else None
+
+
+def _live(record: EditRecord) -> bool:
+    """Whether the record is in training: its patches must be read anew at every step."""
+    return any(s.patch is not None and s.patch.keys.requires_grad for s in record.layers.values())
+
+
+@dataclass
+class RoutedEdit(Edit):
+    """UniKE's edit: patches beside feed-forward networks, shifted attention, and who may speak.
+
+    ``records`` share the ``knowledge`` (bank and encoders by layer) and the ``routing``. After a
+    forward pass ``trace`` holds each layer's decision for the last batch of prompts, and ``scopes``
+    each prompt's similarity with the nearest edit where a gate is on.
+    """
+
+    records: tuple[EditRecord, ...]
+    routing: Routing
+    knowledge: Mapping[int, LayerKnowledge] = field(default_factory=dict)
+    info: dict[str, Any] = field(default_factory=dict)
+    trace: dict[int, Shift] = field(default_factory=dict, repr=False)
+    gate: ScopeGate | None = field(default=None, init=False, repr=False)
+    # Of the records that an edit begins with, shared with the edit that it was composed from.
+    _stacks: Stacks | None = field(default=None, init=False, repr=False)
+
+    @property
+    def layers(self) -> list[int]:
+        return sorted(self.records[0].layers)
+
+    @property
+    def scopes(self) -> torch.Tensor | None:
+        return None if self.gate is None else self.gate.scopes
+
+    @contextmanager
+    def applied(self, backbone: Backbone) -> Iterator[None]:
+        stacks = self._stacked()
+        tail = self.records[0 if stacks is None else len(stacks) :]
+        self.gate = _gate(self, stacks, tail)
+        runtimes = {}
+        for index in self.layers:
+            own = partial(_with_own, stacks, tail, index)
+            adapter = adapter_of(backbone, index, self.routing, self.knowledge.get(index), own)
+            speaking = _Speaking(stacks, tail, index, self.gate)
+            runtimes[index] = LayerRuntime(
+                backbone.prompt, index, index == self.layers[0], self.gate, adapter,
+                self.routing.memory != "bank", speaking if speaking.patched else None, self.trace,
+            )  # fmt: skip
+        with running(backbone, runtimes):
+            yield
+
+    def _stacked(self) -> Stacks | None:
+        """The tensors of the leading records that are not in training; made once, and only added to."""
+        known = 0 if self._stacks is None else len(self._stacks)
+        fresh = list(itertools.takewhile(lambda r: not _live(r), self.records[known:]))
+        if fresh:
+            self._stacks = Stacks(fresh) if self._stacks is None else self._stacks.extended(fresh)
+        return self._stacks
+
+    def changes_prefix(self, backbone: Backbone, first: int) -> bool:
+        return self.layers[0] < first
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        out = {}
+        for record in self.records:
+            for index, share in record.layers.items():
+                at = f"{record.id}.{index}"
+                out[f"{at}.key"], out[f"{at}.value"] = share.key, share.value
+                if share.patch is not None:
+                    out |= {f"{at}.patch.{k}": v.detach() for k, v in share.patch.state_dict().items()}
+            if record.scope_key is not None:
+                out[f"{record.id}.scope_key"] = record.scope_key
+        return out
+
+    def explain(self) -> dict[str, list[float]]:
+        return explained(self.trace, self.scopes)
+
+    def rewrite(self, query: Query) -> Query:
+        shown = [r.demonstration for r in self.records if r.demonstration is not None]
+        if not shown:
+            return query
+        facts = "\n".join(f"New Fact: {text}" for text in shown)
+        return replace(query, prompt=f"{facts}\nPrompt: {query.prompt}")
+
+    def together(self, edits: Sequence[Edit]) -> Together | None:
+        same = [e for e in edits if isinstance(e, RoutedEdit) and len(e.records) == 1]
+        if len(same) < len(edits) or any(e.routing != self.routing for e in same):
+            return None
+        return RoutedTogether([e.records[0] for e in same], self.routing, self.knowledge)
+
+    def __or__(self, other: Any) -> Edit:
+        if not isinstance(other, RoutedEdit):
+            return NotImplemented
+        out = RoutedEdit(self.records + other.records, other.routing, other.knowledge, other.info)
+        out._stacks = self._stacked()
+        return out
+
+
+def _gate(edit: RoutedEdit, stacks: Stacks | None, tail: Sequence[EditRecord]) -> ScopeGate | None:
+    routing, first = edit.routing, edit.layers[0]
+    if routing.scope_gate == "none":
+        return None
+    measure = measure_of(routing, edit.knowledge, first)
+    if measure is None:
+        parts = [] if stacks is None else [stacks.keys[first].rows]
+        parts += [r.layers[first].key[None] for r in tail]
+    else:
+        parts = [] if stacks is None or stacks.scope_keys is None else [stacks.scope_keys.rows]
+        parts += [r.scope_key[None] for r in tail if r.scope_key is not None]
+    keys = torch.cat(parts)
+    if len(keys) != len(edit.records):
+        raise ValueError("scope_measure: trained needs the measure, and cosine a scope_threshold")
+    return ScopeGate(routing, measure, keys, frozen=0 if stacks is None else len(stacks))
+
+
+def measure_of(routing: Routing, knowledge: Mapping[int, LayerKnowledge], first: int) -> ScopeMeasure | None:
+    """The trained measure, where the routing wants it."""
+    known = knowledge.get(first)
+    return known.scope if routing.scope_measure == "trained" and known is not None else None
+
+
+def _with_own(
+    stacks: Stacks | None, tail: Sequence[EditRecord], index: int, bank: KnowledgeMemory
+) -> KnowledgeMemory:
+    """The bank with the records' own pairs behind it, in their order."""
+    if stacks is not None:
+        bank = bank.extended(stacks.keys[index].rows, stacks.values[index].rows)
+    for record in tail:
+        share = record.layers[index]
+        bank = bank.extended(share.key[None], share.value[None])
+    return bank
+
+
+class _Speaking:
+    """One layer's extra pairs: those of frozen records, and of the ones in training."""
+
+    def __init__(
+        self, stacks: Stacks | None, tail: Sequence[EditRecord], index: int, gate: ScopeGate | None
+    ) -> None:
+        self.stack = None if stacks is None else stacks.patches.get(index)
+        self.gate, frozen = gate, 0 if stacks is None else len(stacks)
+        patches = [(frozen + e, r.layers[index].patch) for e, r in enumerate(tail)]
+        self.live = [(e, p) for e, p in patches if p is not None]
+        self.patched = self.stack is not None or bool(self.live)
+
+    def __call__(self, batch: torch.Tensor) -> torch.Tensor:
+        opened = None if self.gate is None else self.gate.opened
+        extra = torch.zeros_like(batch) if self.stack is None else self.stack(batch, opened)
+        for e, patch in self.live:
+            spoken = patch(batch)
+            extra = extra + (spoken if self.gate is None else spoken * self.gate.open[:, e, None, None])
+        return extra
+
+
+class RoutedTogether(Together):
+    """Routed edits of one record each, made independently, asked side by side."""
+
+    def __init__(
+        self, records: Sequence[EditRecord], routing: Routing, knowledge: Mapping[int, LayerKnowledge]
+    ) -> None:
+        self.routing, self.knowledge = routing, knowledge
+        self.layers = sorted(records[0].layers)
+        self.own = {
+            i: tuple(torch.stack([getattr(r.layers[i], part) for r in records]) for part in ("key", "value"))
+            for i in self.layers
+        }
+        self.patches = {i: PatchBatch(p) for i in self.layers if (p := _patches(records, i))}
+        self.scope_keys = _scope_keys(records)
+        self.trace: dict[int, Shift] = {}
+        self.gate: ScopeGate | None = None
+
+    def __len__(self) -> int:
+        return len(self.own[self.layers[0]][0])
+
+    def keep(self, rows: torch.Tensor) -> None:
+        """Goes on with the edits ``rows`` alone; the others get their patches back."""
+        self.own = {i: tuple(t[rows] for t in pair) for i, pair in self.own.items()}
+        self.scope_keys = None if self.scope_keys is None else self.scope_keys[rows]
+        for patch in self.patches.values():
+            patch.keep(rows)
+
+    @contextmanager
+    def applied(self, backbone: Backbone, owners: torch.Tensor) -> Iterator[None]:
+        owned, first = Owners(owners, len(self)), self.layers[0]
+        if self.routing.scope_gate != "none":
+            measure = measure_of(self.routing, self.knowledge, first)
+            keys = self.own[first][0] if measure is None else self.scope_keys
+            assert keys is not None
+            self.gate = ScopeGate(self.routing, measure, keys, owned)
+        runtimes = {}
+        for index in self.layers:
+            keys, values = (t[owners] for t in self.own[index])
+            own = partial(OwnedMemory, keys=keys, values=values)
+            adapter = adapter_of(backbone, index, self.routing, self.knowledge.get(index), own)
+            extra = partial(self._extra, index, owned) if index in self.patches else None
+            runtimes[index] = LayerRuntime(
+                backbone.prompt, index, index == first, self.gate, adapter, self.routing.memory != "bank",
+                extra, self.trace,
+            )  # fmt: skip
+        with running(backbone, runtimes):
+            yield
+
+    def _extra(self, index: int, owned: Owners, batch: torch.Tensor) -> torch.Tensor:
+        folded = owned.fold(batch)
+        spoken = self.patches[index](folded.flatten(1, 2)).unflatten(1, folded.shape[1:3])
+        spoken = owned.unfold(spoken)
+        return spoken if self.gate is None else spoken * self.gate.open[:, :, None]
+
+    def explain(self) -> dict[str, list[float]]:
+        return explained(self.trace, None if self.gate is None else self.gate.scopes)

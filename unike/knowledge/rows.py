@@ -1,0 +1,112 @@
+"""Rows that belong to one of several edits, and tensors that grow by rows.
+
+Shapes: ``R`` rows of a batch, ``B`` independent edits, ``w`` most rows of one edit, ``d`` width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from unike.knowledge.memory import KnowledgeMemory, Retrieved
+
+
+class Owners:
+    """Which of ``count`` independent edits each row of a batch is asked under, ``index (R)``."""
+
+    def __init__(self, index: torch.Tensor, count: int) -> None:
+        self.index, self.count = index, count
+        rows = torch.bincount(index, minlength=count)
+        self.width = int(rows.max()) if len(index) else 0
+        even = torch.arange(count, device=index.device).repeat_interleave(self.width)
+        self.regular = len(even) == len(index) and bool((even == index).all())
+        order = index.argsort(stable=True)
+        # A row's place among the rows of its edit.
+        self.place = torch.empty_like(index)
+        self.place[order] = (
+            torch.arange(len(index), device=index.device) - (rows.cumsum(0) - rows)[index[order]]
+        )
+
+    @classmethod
+    def one_each(cls, count: int, device: torch.device) -> Owners:
+        """Row ``i`` belongs to edit ``i``."""
+        return cls(torch.arange(count, device=device), count)
+
+    def fold(self, x: torch.Tensor) -> torch.Tensor:
+        """``(R, ...) -> (B, w, ...)``, filled up with zeros."""
+        if self.regular:
+            return x.reshape(self.count, self.width, *x.shape[1:])
+        return x.new_zeros(self.count, self.width, *x.shape[1:]).index_put((self.index, self.place), x)
+
+    def unfold(self, y: torch.Tensor) -> torch.Tensor:
+        """``(B, w, ...) -> (R, ...)``."""
+        return y.flatten(0, 1) if self.regular else y[self.index, self.place]
+
+
+class OwnedMemory(KnowledgeMemory):
+    """A bank, and behind it for each row of a batch one item that this row alone can retrieve.
+
+    ``keys (R, d)``, ``values (R, d)``; the item's index is the bank's length.
+    """
+
+    def __init__(self, bank: KnowledgeMemory, keys: torch.Tensor, values: torch.Tensor) -> None:
+        super().__init__(keys, values)
+        self.bank = bank
+
+    def __len__(self) -> int:
+        return len(self.bank) + 1
+
+    def similarities(self, queries: torch.Tensor) -> torch.Tensor:
+        """``(R, d) -> (R, m + 1)``."""
+        return torch.cat([self.bank.similarities(queries), self._own(queries)], dim=-1)
+
+    def retrieve(self, queries: torch.Tensor, k: int, allowed: torch.Tensor | None = None) -> Retrieved:
+        """As ``KnowledgeMemory.retrieve``; of ``allowed (R, m + 1)`` the last column alone is looked at."""
+        found = self.bank.retrieve(queries, k)
+        own = self._own(queries)
+        rank = own if allowed is None else own.masked_fill(~allowed[:, -1:], -torch.inf)
+        order = torch.cat([found.similarity, rank], 1).topk(min(k, len(self)), dim=-1).indices
+        similarity = torch.cat([found.similarity, own], 1).gather(1, order)
+        index = torch.cat([found.index, torch.full_like(own, len(self.bank), dtype=torch.long)], 1)
+        states = torch.cat([found.states, self.values[:, None].to(found.states.dtype)], 1)
+        rows = torch.arange(len(order), device=order.device)[:, None]
+        return Retrieved(similarity, index.gather(1, order), states[rows, order])
+
+    def _own(self, queries: torch.Tensor) -> torch.Tensor:
+        return (F.normalize(queries.float(), dim=-1) * self.directions).sum(-1, keepdim=True)
+
+
+@dataclass
+class _Buffer:
+    held: torch.Tensor
+    filled: int
+
+
+class Growing:
+    """Rows of a tensor that is appended to; what is there is shared, not copied, as long as only the
+    longest one is extended."""
+
+    def __init__(self, rows: torch.Tensor) -> None:
+        self._buffer, self._count = _Buffer(rows, len(rows)), len(rows)
+
+    def __len__(self) -> int:
+        return self._count
+
+    @property
+    def rows(self) -> torch.Tensor:
+        return self._buffer.held[: self._count]
+
+    def extended(self, more: torch.Tensor) -> Growing:
+        """These rows and ``more``; this one stays as it is."""
+        count, buffer = self._count + len(more), self._buffer
+        if buffer.filled != self._count or count > len(buffer.held):
+            held = more.new_empty(max(count, 2 * self._count), *more.shape[1:])
+            held[: self._count] = self.rows
+            buffer = _Buffer(held, self._count)
+        buffer.held[self._count : count] = more
+        buffer.filled = count
+        out = Growing(self.rows)
+        out._buffer, out._count = buffer, count
+        return out
