@@ -21,7 +21,7 @@ from typing import Any
 
 from unike import published
 from unike.comparison import EXTRAS
-from unike.hparams import HyperParams
+from unike.hparams import HyperParams, what_counts
 from unike.options import read_yaml
 from unike.records import SUMMARY, read_records
 from unike.runs import TASKS, problems_of
@@ -237,7 +237,7 @@ def _folder(
     known: dict[str, Path],
 ) -> Path:
     """By what the run depends on; the row's name is there for readers only."""
-    what = json.dumps({"hparams": hparams.to_dict(), "task": task, "size": size}, sort_keys=True)
+    what = json.dumps({"hparams": what_counts(hparams), "task": task, "size": size}, sort_keys=True)
     key = hashlib.sha256(what.encode()).hexdigest()[:10]
     if key not in known:
         group = output / f"{backbone}-{task}-{placed(hparams)}"

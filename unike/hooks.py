@@ -5,7 +5,7 @@ Everything here is a context manager that removes its hooks on the way out, afte
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -145,6 +145,14 @@ def _install(reader: nn.Module, writer: nn.Module, after: After, handles: list[A
 
     handles.append(reader.register_forward_pre_hook(read, with_kwargs=True))
     handles.append(writer.register_forward_hook(write))
+
+
+def marks(modules: Iterable[nn.Module]) -> list[tuple[int, ...]]:
+    """Hooks and parameters of each module itself: equal as long as nobody has hooked or swapped any."""
+    return [
+        (len(m._forward_hooks) + len(m._forward_pre_hooks), *(id(p) for p in m._parameters.values()))
+        for m in modules
+    ]
 
 
 def hook_count(model: nn.Module) -> int:

@@ -137,6 +137,12 @@ class HyperParams:
     triplets: int = _option("knowledge", "knowledge triplets collected", 2000, low=0)
     knowledge_dir: str | None = _option("knowledge", "where memory and encoders are kept", None)
 
+    retrieval: str = _option(
+        "knowledge", "how items are found: exactly, by FAISS, or by FAISS from a number of items on", "auto",
+        choices=("auto", "exact", "faiss"),
+    )  # fmt: skip
+    retrieval_exact_up_to: int = _option("knowledge", "auto: most items searched exactly", 50_000, low=0)
+
     editor_dir: str | None = _option("editor", "where trained editors (KE, MEND, SERAC) are kept", None)
     editor_rank: int = _option("editor", "inner width of the editor networks", 96, low=1)
     editor_probes: str = _option(
@@ -181,6 +187,10 @@ class HyperParams:
     seed: int = _option("run", "random seed", 42, low=0, high=2**32 - 1)
     results_dir: str = _option("run", "parent of the run folders", "./results")
     eval_batch: int = _option("run", "probes in one forward pass", 32, low=1)
+
+    prefix_memory_gb: float = _option("cache", "GB of prefix states kept in memory", 2.0, low=0)
+    prefix_dir: str | None = _option("cache", "folder of prefix states shared by runs; null: none", None)
+    prefix_disk_gb: float = _option("cache", "GB that the folder may take", 20.0, low=0)
 
     ignored: tuple[str, ...] = field(default=(), compare=False)
     source: str = field(default="hparams", compare=False, repr=False)
@@ -338,6 +348,11 @@ def _options() -> dict[str, Option]:
                 name=f.name, type=str(f.type), default=default, required=required, **f.metadata
             )
     return found
+
+
+def what_counts(hparams: HyperParams) -> dict[str, Any]:
+    """The values that results depend on: all but where states are cached."""
+    return {name: v for name, v in hparams.to_dict().items() if OPTIONS[name].group != "cache"}
 
 
 OPTIONS: dict[str, Option] = _options()
