@@ -176,7 +176,9 @@ class IndexedMemory(KnowledgeMemory):
         if allowed is not None:
             behind = allowed[:, max(0, masked) :].cpu()
             first = len(self) - behind.shape[1]
-            own = (index < first) | behind.gather(1, (index - first).clamp(min=0))
+            own = index < first
+            if behind.shape[1]:
+                own |= behind.gather(1, (index - first).clamp(min=0))
             # Below every cosine, and above the places where there is no item.
             rank = similarity - 4 * (~own)
         best = rank.topk(k, dim=-1).indices

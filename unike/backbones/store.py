@@ -137,6 +137,8 @@ class RowStore:
             self._forget(name)
         except _UNREADABLE as error:
             self._drop(name, error)
+            # One bad row is reason enough to trust none of its file.
+            found = {}
         else:
             if path not in self._used:
                 self._used.add(path)
