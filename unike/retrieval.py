@@ -27,7 +27,9 @@ logger = logging.getLogger("unike")
 # Items behind the index that are searched exactly; more of them are indexed.
 TAIL = 10_000
 # Candidates that FAISS is asked for, as a multiple of k: its own ranking is that of 8 bits a number.
-REFINE = 4
+REFINE = 2
+# The least share of an index's lists that is looked at; with fewer, a million items lose recall.
+PROBED_SHARE = 1 / 12
 _CHUNK_BYTES = 64 << 20
 _TRAINING_ITEMS_PER_LIST = 64
 _INDEX = re.compile(r"index-(\d+)-(\d+)\.faiss")
@@ -80,10 +82,12 @@ class _Segment:
 
     def search(self, asked: torch.Tensor, k: int, probes: int | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Candidates ``(B, k)``, their similarity as FAISS has it and their index into the memory, minus
-        infinity and 0 where none is left; ``probes`` lists are looked at, or all."""
-        parameters = _faiss().SearchParametersIVF(nprobe=min(self.index.nlist, probes or self.index.nlist))
+        infinity and 0 where none is left; at least ``probes`` lists are looked at, or all."""
+        lists = self.index.nlist
+        wanted = lists if probes is None else min(lists, max(probes, round(lists * PROBED_SHARE)))
+        parameters = _faiss().SearchParametersIVF(nprobe=wanted)
         count = min(k, self.stop - self.start)
-        near, found = self.index.search(asked.contiguous().numpy(), count, params=parameters)
+        near, found = self.index.search(asked.detach().contiguous().numpy(), count, params=parameters)
         similarity, index = torch.from_numpy(near), torch.from_numpy(found)
         none = index < 0
         return similarity.masked_fill(none, -torch.inf), (index + self.start).masked_fill(none, 0)
@@ -201,8 +205,10 @@ class IndexedMemory(KnowledgeMemory):
         rough, found = (torch.cat(both, dim=1) for both in zip(*parts, strict=True))
         rough, order = rough.topk(min(REFINE * k, rough.shape[1]), dim=-1)
         found = found.gather(1, order)
-        near = F.normalize(self.keys[found.to(self.keys.device)].float().cpu(), dim=-1)
-        similarity = (near @ asked[:, :, None])[..., 0].masked_fill(rough.isneginf(), -torch.inf)
+        near = self.keys[found.to(self.keys.device)].float().cpu()
+        lengths = torch.linalg.vector_norm(near, dim=-1).clamp(min=1e-12)
+        similarity = (near @ asked[:, :, None])[..., 0] / lengths
+        similarity = similarity.masked_fill(rough.isneginf(), -torch.inf)
         enough = int((~rough.isneginf()).sum(1).min()) + tail.shape[1] >= k
         return torch.cat([similarity, in_tail], dim=1), torch.cat([found, tail], dim=1), enough
 
@@ -233,7 +239,7 @@ class IndexedMemory(KnowledgeMemory):
         faiss, items = _faiss(), stop - start
         lists = max(1, min(round(math.sqrt(items)), items // _TRAINING_ITEMS_PER_LIST))
         index = faiss.index_factory(self.keys.shape[1], f"IVF{lists},SQ8", faiss.METRIC_INNER_PRODUCT)
-        index.cp.niter = 10
+        index.cp.niter, index.cp.min_points_per_centroid = 10, 1
         picked = torch.randperm(items, generator=torch.Generator().manual_seed(0))
         picked = picked[: _TRAINING_ITEMS_PER_LIST * lists].sort().values + start
         index.train(F.normalize(self.keys[picked].float(), dim=-1).cpu().numpy())
