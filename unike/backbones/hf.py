@@ -240,7 +240,8 @@ class VisionLanguageBackbone:
 
         It depends on the mask alone, so that of the masks asked last is kept.
         """
-        key = (tuple(attention_mask.shape), attention_mask.cpu().numpy().tobytes())
+        raw = attention_mask.cpu().numpy()
+        key = (attention_mask.device, raw.dtype, raw.shape, raw.tobytes())
         if key not in self._layer_inputs:
             self._layer_inputs[key] = self._read_layer_inputs(attention_mask)
             if len(self._layer_inputs) > MASKS:

@@ -67,7 +67,7 @@ class FeatureCache:
         batch: int = 32,
         device: torch.device | None = None,
     ) -> torch.Tensor:
-        """``(len(images), image tokens, d)``, on ``device`` where they come from disk."""
+        """``(len(images), image tokens, d)``, on ``device``, or where they are computed."""
         keys = [content_key(i) for i in images]
         found = {k: self._kept[k] for k in keys if k in self._kept}
         found.update(self._load([k for k in dict.fromkeys(keys) if k not in found], device))
@@ -77,7 +77,7 @@ class FeatureCache:
             states = self.compute(torch.stack([pixels(image, processor) for _, image in part]))
             self.computed += len(part)
             # Copies: a view would keep its whole batch in memory.
-            made = {key: state.clone() for (key, _), state in zip(part, states, strict=True)}
+            made = {key: state.clone().to(device) for (key, _), state in zip(part, states, strict=True)}
             found.update(made)
             if self.store is not None:
                 self.store.put({row_key(k): {"features": state} for k, state in made.items()})
