@@ -37,10 +37,9 @@ _BOTTOM = "unike.types unike.text"
 # The first row that matches a module holds for it; a module without a row has no place yet.
 LAYERS = (
     ("unike", "unike.*"),
-    ("unike.types", ""),
-    ("unike.text", ""),
-    ("unike.progress", ""),
-    ("unike.hooks", ""),
+    *((f"unike.{name}", "") for name in ("types", "text", "progress", "hooks")),
+    ("unike.pairs", "unike.types"),
+    ("unike.retrieval", "unike.types unike.pairs unike.knowledge.memory"),
     *((f"unike.{name}", "unike.types") for name in ("legacy", "options", "published", "figures")),
     ("unike.hparams", "unike.types unike.options unike.legacy"),
     ("unike.knowledge*", "unike.knowledge*"),
@@ -55,7 +54,7 @@ LAYERS = (
         "unike.methods.*",
         f"{_BOTTOM} unike.hparams unike.hooks unike.d[ae]* unike.knowledge* unike.edits* {_PROTOCOL} "
         "unike.methods.base unike.methods.training unike.methods.patching unike.methods.meta_training "
-        "unike.methods.scoping",
+        "unike.methods.scoping unike.retrieval",
     ),
     ("unike.reading", f"{_BOTTOM} unike.metrics unike.edits* {_PROTOCOL}"),
     ("unike.protocols", f"{_BOTTOM} unike.metrics unike.edits* unike.methods.base unike.reading {_PROTOCOL}"),

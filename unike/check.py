@@ -13,11 +13,13 @@ from packaging.requirements import Requirement
 from unike import runs
 from unike.backbones.checkpoint_files import Finding, check_spec, memory_finding
 from unike.backbones.loading import pick_device
+from unike.backbones.prefix import check_prefix_dir
 from unike.hparams import HyperParams
 from unike.methods import needs_knowledge
 from unike.methods.base import check_method, needs_scope
 from unike.methods.scoping import kept_scope
 from unike.methods.trained import kept_editor, learns
+from unike.retrieval import check_faiss
 from unike.types import Case
 
 CONSTRAINTS = Path(__file__).resolve().parents[1] / "constraints.txt"
@@ -34,6 +36,10 @@ def findings(hparams: HyperParams, task: str) -> list[Finding]:
         memory_finding(hparams.backbone),
         *_data(hparams, task),
     ]
+    if hparams.prefix_dir is not None:
+        found.append(_tried(lambda: check_prefix_dir(hparams), f"prefix_dir: {hparams.prefix_dir}"))
+    if hparams.retrieval == "faiss":
+        found.append(_tried(lambda: check_faiss("faiss", hparams.source), "retrieval: faiss is installed"))
     if found[0].ok and needs_knowledge(hparams):
         found += _knowledge(hparams)
     if found[0].ok and needs_scope(hparams):

@@ -5,7 +5,7 @@ Everything here is a context manager that removes its hooks on the way out, afte
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -156,6 +156,14 @@ def unhooked(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         module._forward_pre_hooks, module._forward_hooks = before, behind
+
+
+def marks(modules: Iterable[nn.Module]) -> list[tuple[int, ...]]:
+    """Hooks and parameters of each module itself: equal as long as nobody has hooked or swapped any."""
+    return [
+        (len(m._forward_hooks) + len(m._forward_pre_hooks), *(id(p) for p in m._parameters.values()))
+        for m in modules
+    ]
 
 
 def hook_count(model: nn.Module) -> int:

@@ -141,6 +141,12 @@ class HyperParams:
     triplets: int = _option("knowledge", "knowledge triplets collected", 2000, low=0)
     knowledge_dir: str | None = _option("knowledge", "where memory and encoders are kept", None)
 
+    retrieval: str = _option(
+        "knowledge", "how items are found: exactly, by FAISS, or by FAISS from a number of items on", "auto",
+        choices=("auto", "exact", "faiss"),
+    )  # fmt: skip
+    retrieval_exact_up_to: int = _option("knowledge", "auto: most items searched exactly", 50_000, low=0)
+
     editor_dir: str | None = _option("editor", "where trained editors (KE, MEND, SERAC) are kept", None)
     editor_rank: int = _option("editor", "inner width of the editor networks", 96, low=1)
     editor_probes: str = _option(
@@ -189,6 +195,9 @@ class HyperParams:
     edit_batch_size: int | str = _option(
         SPEED, "independent edits made side by side: a number, or auto, as memory allows", "auto", low=1
     )
+    prefix_memory_gb: float = _option(SPEED, "GB of prefix states kept in memory", 2.0, low=0)
+    prefix_dir: str | None = _option(SPEED, "folder of prefix states shared by runs; null: none", None)
+    prefix_disk_gb: float = _option(SPEED, "GB that the folder may take", 20.0, low=0)
 
     ignored: tuple[str, ...] = field(default=(), compare=False)
     source: str = field(default="hparams", compare=False, repr=False)

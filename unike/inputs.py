@@ -11,12 +11,14 @@ from typing import Any
 
 from unike.backbones.checkpoint_files import require_files
 from unike.backbones.loading import pick_device
+from unike.backbones.prefix import check_prefix_dir
 from unike.datasets.mmedit import CaptionDataset, CapVQADataset, VQADataset
 from unike.datasets.triplets import Triplet, triplets_of
 from unike.hparams import HyperParams
 from unike.methods import methods, needs_cases, needs_knowledge
 from unike.methods.base import check_method, needs_scope
 from unike.methods.trained import learns, wants_cases
+from unike.retrieval import check_faiss
 from unike.sequences import sequences_of
 from unike.types import Case, UserError
 
@@ -53,6 +55,8 @@ def require_backbone(hparams: HyperParams) -> None:
         lambda: check_method(hparams),
         lambda: pick_device(hparams.device),
         lambda: require_files(hparams.backbone),
+        lambda: check_prefix_dir(hparams),
+        lambda: check_faiss(hparams.retrieval, hparams.source),
     )
 
 

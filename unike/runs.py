@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from unike.backbones.base import Backbone
-from unike.backbones.prefix import PrefixCache
+from unike.backbones.prefix import open_prefixes
 from unike.datasets.triplets import Triplet
 from unike.hparams import HyperParams
 from unike.inputs import (
@@ -66,7 +66,7 @@ class Parts:
 
     def __post_init__(self) -> None:
         first = self.method.layers(self.backbone)[0]
-        self.prefixes = PrefixCache(self.backbone, first, batch=self.hparams.eval_batch)
+        self.prefixes = open_prefixes(self.hparams, self.backbone, first)
 
     def reader(self, generated: bool = True) -> Reader:
         """Asks probes. It remembers the base's answers by case id: take a new one for other cases."""
@@ -171,7 +171,7 @@ def open_run(parts: Parts, task: str, directory: Path, resume: bool, generated: 
     return RecordWriter(
         directory,
         resume,
-        parts.hparams.to_dict() | {"task": task, "generated": generated},
+        parts.hparams.decisive() | {"task": task, "generated": generated},
         seed=parts.hparams.seed,
         weights={"backbone": parts.backbone.fingerprint},
         data=checksums(parts.hparams, task),

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from unike.backbones.layout import DecoderLayout
+from unike.backbones.store import RowStore
 from unike.types import ImageLike, Query
 
 IGNORED = -100
@@ -118,6 +119,15 @@ class Backbone(Protocol):
     @property
     def fingerprint(self) -> str:
         """A checksum of configuration and weights."""
+        ...
+
+    @property
+    def identity(self) -> str:
+        """A checksum of all that a query's states depend on beside the query itself."""
+        ...
+
+    def keep_features(self, store: RowStore | None) -> None:
+        """Where vision features are kept on disk, if anywhere."""
         ...
 
     def encode(

@@ -7,18 +7,24 @@ in what stands around the image, which is data (see ``blip2_opt`` and ``minigpt4
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import transformers
 from transformers import Blip2ForConditionalGeneration, PreTrainedTokenizerBase
 
 from unike.backbones.base import IGNORED, Batch, Output, PrefixState, Prompt
 from unike.backbones.images import FeatureCache, image_processor
 from unike.backbones.layout import DecoderLayout
+from unike.backbones.store import RowStore
 from unike.hooks import first_tensor, hidden_states, inputs_of
 from unike.types import ImageLike, UserError
+
+# Masks whose layer inputs are kept: those of a training loop and of the probes around it.
+MASKS = 32
 
 
 @dataclass(frozen=True)
@@ -61,6 +67,8 @@ class VisionLanguageBackbone:
         self.cache = FeatureCache(self._see)
         self._token_ids: dict[str, list[int]] = {}
         self._fingerprint: str | None = None
+        self._identity: str | None = None
+        self._layer_inputs: OrderedDict[Any, dict[str, object]] = OrderedDict()
 
     @property
     def device(self) -> torch.device:
@@ -87,6 +95,28 @@ class VisionLanguageBackbone:
                 digest.update(flat[:: max(1, flat.numel() // 64)].float().cpu().numpy().tobytes())
             self._fingerprint = digest.hexdigest()[:16]
         return self._fingerprint
+
+    @property
+    def identity(self) -> str:
+        """Weights, configuration, precision, device, picture processing, tokeniser, dialogue, versions."""
+        if self._identity is None:
+            config = self.model.config.to_dict()
+            where = {"_name_or_path", "transformers_version"}
+            settings = {k: v for k, v in _flat(config) if k.rpartition(".")[2] not in where}
+            backend = getattr(self.tokenizer, "backend_tokenizer", None)
+            parts = (
+                self.fingerprint, sorted(settings.items()), self.processor.to_json_string(), self.image_size,
+                repr(self.dialogue), sorted(self.tokenizer.get_vocab().items()),
+                None if backend is None else backend.to_str(), self.device.type,
+                self.model.language_model.config._attn_implementation,
+                [(n, str(p.dtype)) for n, p in self.model.named_parameters()],
+                torch.__version__, transformers.__version__,
+            )  # fmt: skip
+            self._identity = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+        return self._identity
+
+    def keep_features(self, store: RowStore | None) -> None:
+        self.cache.store = store
 
     @property
     def projection(self) -> torch.nn.Module:
@@ -140,7 +170,7 @@ class VisionLanguageBackbone:
         """
         targets = [None] * len(prompts) if targets is None else targets
         shown = [i for i in images if i is not None]
-        features = iter(self.cache.features(shown, self.processor)) if shown else iter(())
+        features = iter(self.cache.features(shown, self.processor, device=self.device)) if shown else iter(())
         rows = [
             self._row(next(features) if i is not None else None, p, t)
             for i, p, t in zip(images, prompts, targets, strict=True)
@@ -206,7 +236,20 @@ class VisionLanguageBackbone:
 
     @torch.no_grad()
     def layer_inputs(self, attention_mask: torch.Tensor) -> dict[str, object]:
-        """What decoder layers take beside the hidden state for a mask ``[b,s]``."""
+        """What decoder layers take beside the hidden state for a mask ``[b,s]``.
+
+        It depends on the mask alone, so that of the masks asked last is kept.
+        """
+        raw = attention_mask.cpu().numpy()
+        key = (attention_mask.device, raw.dtype, raw.shape, raw.tobytes())
+        if key not in self._layer_inputs:
+            self._layer_inputs[key] = self._read_layer_inputs(attention_mask)
+            if len(self._layer_inputs) > MASKS:
+                self._layer_inputs.popitem(last=False)
+        self._layer_inputs.move_to_end(key)
+        return dict(self._layer_inputs[key])
+
+    def _read_layer_inputs(self, attention_mask: torch.Tensor) -> dict[str, object]:
         embed = self.model.language_model.get_input_embeddings()
         nothing = torch.zeros(
             *attention_mask.shape, embed.embedding_dim, dtype=self.dtype, device=self.device
@@ -262,3 +305,12 @@ class VisionLanguageBackbone:
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids."""
         return self.cut(str(self.tokenizer.decode(list(ids), skip_special_tokens=True)))
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """``(dotted key, value's text)`` of nested settings."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", repr(value)

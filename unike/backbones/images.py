@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 
 import torch
 from PIL import Image
 from transformers import BlipImageProcessorPil
 
+from unike.backbones.store import RowStore, row_key
 from unike.datasets.images import open_image
 from unike.types import ImageLike, UserError
 
@@ -41,45 +43,89 @@ def pixels(image: ImageLike, processor: BlipImageProcessorPil) -> torch.Tensor:
 
 
 class FeatureCache:
-    """Vision features by image content, so that a picture used by many queries is seen once."""
+    """Vision features by image content, so that a picture used by many queries is seen once.
 
-    def __init__(self, compute: Callable[[torch.Tensor], torch.Tensor], capacity: int = 8192) -> None:
-        self.compute = compute
-        self.capacity = capacity
+    They stay in memory up to ``max_bytes``, those that were not asked for longest go first; with a
+    ``store`` they are on disk too. ``computed`` counts pictures that were seen.
+    """
+
+    def __init__(
+        self,
+        compute: Callable[[torch.Tensor], torch.Tensor],
+        max_bytes: int = 1 << 29,
+        store: RowStore | None = None,
+    ) -> None:
+        self.compute, self.max_bytes, self.store = compute, max_bytes, store
         self.computed = 0
         self._kept: OrderedDict[str, torch.Tensor] = OrderedDict()
+        self._bytes = 0
 
     def features(
-        self, images: list[ImageLike], processor: BlipImageProcessorPil, batch: int = 32
+        self,
+        images: list[ImageLike],
+        processor: BlipImageProcessorPil,
+        batch: int = 32,
+        device: torch.device | None = None,
     ) -> torch.Tensor:
-        """``(len(images), image tokens, d)``."""
+        """``(len(images), image tokens, d)``, on ``device``, or where they are computed."""
         keys = [content_key(i) for i in images]
-        todo = {k: i for k, i in zip(keys, images, strict=True) if k not in self._kept}
         found = {k: self._kept[k] for k in keys if k in self._kept}
-        waiting = list(todo.items())
+        found.update(self._load([k for k in dict.fromkeys(keys) if k not in found], device))
+        waiting = list({k: i for k, i in zip(keys, images, strict=True) if k not in found}.items())
         for start in range(0, len(waiting), batch):
             part = waiting[start : start + batch]
             states = self.compute(torch.stack([pixels(image, processor) for _, image in part]))
             self.computed += len(part)
-            found.update({key: state for (key, _), state in zip(part, states, strict=True)})
+            # Copies: a view would keep its whole batch in memory.
+            made = {key: state.clone().to(device) for (key, _), state in zip(part, states, strict=True)}
+            found.update(made)
+            if self.store is not None:
+                self.store.put({row_key(k): {"features": state} for k, state in made.items()})
         for key in keys:
-            self._kept[key] = found[key]
-            self._kept.move_to_end(key)
-        while len(self._kept) > self.capacity:
-            self._kept.popitem(last=False)
+            self._keep(key, found[key])
         return torch.stack([found[k] for k in keys])
+
+    def _load(self, keys: list[str], device: torch.device | None) -> dict[str, torch.Tensor]:
+        if self.store is None or not keys:
+            return {}
+        rows = self.store.get([row_key(k) for k in keys])
+        return {k: rows[row_key(k)]["features"].to(device) for k in keys if row_key(k) in rows}
+
+    def _keep(self, key: str, state: torch.Tensor) -> None:
+        if key not in self._kept:
+            self._bytes += state.nbytes
+        self._kept[key] = state
+        self._kept.move_to_end(key)
+        while self._bytes > self.max_bytes and len(self._kept) > 1:
+            _, old = self._kept.popitem(last=False)
+            self._bytes -= old.nbytes
 
 
 def content_key(image: ImageLike) -> str:
-    """The same for equal pictures, whatever they are given as; a path counts with time and size."""
+    """The same for the same picture: a file, its copy under another name, and its PIL image.
+
+    A file is decoded once as long as its time and size stay. A float tensor counts by its own numbers.
+    Raises UserError for a picture that cannot be read.
+    """
     if isinstance(image, torch.Tensor):
         raw = image.detach().cpu().contiguous()
-        return hashlib.sha1(raw.numpy().tobytes()).hexdigest() + str(tuple(raw.shape))
+        about = f"{raw.dtype} {tuple(raw.shape)}"
+        return f"{hashlib.sha1(raw.reshape(-1).view(torch.uint8).numpy().data).hexdigest()} {about}"
     if isinstance(image, Image.Image):
-        return hashlib.sha1(image.tobytes()).hexdigest() + image.mode + str(image.size)
+        return _picture_key(image)
     path = Path(image)
     try:
         stat = path.stat()
     except OSError as error:
         raise UserError(f"{path}: no such picture ({error.strerror})") from error
-    return f"{path.resolve()}:{stat.st_mtime_ns}:{stat.st_size}"
+    return _file_key(path, stat.st_dev, stat.st_ino, stat.st_mtime_ns, stat.st_size)
+
+
+@lru_cache(maxsize=1 << 16)
+def _file_key(path: Path, *stat: int) -> str:
+    return _picture_key(path)
+
+
+def _picture_key(image: ImageLike) -> str:
+    opened = open_image(image)
+    return f"{hashlib.sha1(opened.tobytes()).hexdigest()} {opened.size}"

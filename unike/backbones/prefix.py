@@ -5,13 +5,19 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from unike.backbones.base import IGNORED, Backbone, PrefixState, encode_queries
 from unike.backbones.images import content_key
-from unike.types import Query
+from unike.backbones.store import RowStore, row_key
+from unike.hooks import marks
+from unike.hparams import HyperParams
+from unike.types import Query, UserError
+
+GB = 10**9
 
 
 @dataclass(frozen=True)
@@ -24,18 +30,39 @@ class _Row:
     def nbytes(self) -> int:
         return self.hidden.nbytes + self.labels.nbytes
 
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {"hidden": self.hidden, "labels": self.labels, "end": torch.tensor(self.question_end)}
+
 
 class PrefixCache:
-    """Hidden states at the door of layer ``first``, by query; the oldest go when ``max_bytes`` are full.
+    """Hidden states at the door of layer ``first``, by query.
+
+    They stay in memory up to ``max_bytes``, those that were not asked for longest go first; with a
+    ``store`` every computed state is on disk too and comes back from there bit for bit. ``computed`` and
+    ``loaded`` count queries.
 
     The states are the untouched base model's: never fill the cache while an edit is applied.
     """
 
-    def __init__(self, backbone: Backbone, first: int, max_bytes: int = 2 << 30, batch: int = 32) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        first: int,
+        max_bytes: int = 2 << 30,
+        batch: int = 32,
+        store: RowStore | None = None,
+    ) -> None:
         self.backbone, self.first, self.max_bytes, self.batch = backbone, first, max_bytes, batch
-        self.computed = 0
+        self.store = store
+        self.computed = self.loaded = 0
         self._rows: OrderedDict[Any, _Row] = OrderedDict()
         self._bytes = 0
+        self._below: list[torch.nn.Module] = []
+        if store is not None:
+            edited = (backbone.layout.layer(i).modules() for i in range(first, len(backbone.layout)))
+            behind = {id(module) for modules in edited for module in modules}
+            self._below = [m for m in backbone.model.modules() if id(m) not in behind]
+        self._marks = marks(self._below)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -44,14 +71,36 @@ class PrefixCache:
         """The queries as one right-padded batch."""
         keys = [_key(q) for q in queries]
         rows = {k: self._rows[k] for k in keys if k in self._rows}
+        for key in rows:
+            self._rows.move_to_end(key)
+        rows.update(self._load([k for k in dict.fromkeys(keys) if k not in rows]))
         todo = list({k: q for k, q in zip(keys, queries, strict=True) if k not in rows}.items())
         for start in range(0, len(todo), self.batch):
             part = todo[start : start + self.batch]
-            for (key, _), row in zip(part, self._compute([q for _, q in part]), strict=True):
-                rows[key] = row
+            made = dict(zip([k for k, _ in part], self._compute([q for _, q in part]), strict=True))
+            rows.update(made)
+            if self.store is not None and self._untouched():
+                self.store.put({row_key(k): row.tensors() for k, row in made.items()})
+            for key, row in made.items():
                 self._keep(key, row)
         state = self._collate([rows[k] for k in keys])
         return replace(state, prompts=tuple(q.prompt for q in queries))
+
+    def _load(self, keys: Sequence[Any]) -> dict[Any, _Row]:
+        if self.store is None or not keys:
+            return {}
+        found, device, rows = self.store.get([row_key(k) for k in keys]), self.backbone.device, {}
+        for key in keys:
+            if (kept := found.get(row_key(key))) is not None:
+                end = int(kept["end"])
+                rows[key] = _Row(kept["hidden"].to(device), kept["labels"].to(device), end)
+                self._keep(key, rows[key])
+        self.loaded += len(rows)
+        return rows
+
+    def _untouched(self) -> bool:
+        """Whether no edit lies on what the states come from; on disk a wrong one would outlive the run."""
+        return marks(self._below) == self._marks
 
     def _compute(self, queries: list[Query]) -> list[_Row]:
         state = self.backbone.prefix(encode_queries(self.backbone, queries), self.first)
@@ -80,6 +129,34 @@ class PrefixCache:
             mask[i, : len(row.labels)] = 1
         ends = torch.tensor([r.question_end for r in rows], device=hidden.device)
         return PrefixState(hidden, mask, labels, ends, self.first, self.backbone.layer_inputs(mask))
+
+
+def open_prefixes(
+    hparams: HyperParams, backbone: Backbone, first: int, batch: int | None = None, memory: bool = True
+) -> PrefixCache:
+    """The cache that the YAML describes, for layer ``first``; vision features are kept beside it.
+
+    Runs, methods and sweeps of one backbone share the folder ``prefix_dir``. Without ``memory`` the
+    states are kept on disk alone: for many queries that are asked once.
+    """
+    store, features = None, None
+    if hparams.prefix_dir is not None:
+        limit = int(hparams.prefix_disk_gb * GB)
+        store = RowStore(hparams.prefix_dir, f"{backbone.identity}/layer-{first}", limit)
+        features = RowStore(hparams.prefix_dir, f"{backbone.identity}/vision", limit)
+    backbone.keep_features(features)
+    kept = int(hparams.prefix_memory_gb * GB) if memory else 0
+    return PrefixCache(backbone, first, kept, batch or hparams.eval_batch, store)
+
+
+def check_prefix_dir(hparams: HyperParams) -> None:
+    """UserError where ``prefix_dir`` cannot be a folder."""
+    if hparams.prefix_dir is None:
+        return
+    path = Path(hparams.prefix_dir)
+    there = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if not there.is_dir():
+        raise UserError(f"{hparams.source}: prefix_dir: {there} is a file; expected a folder")
 
 
 def _key(query: Query) -> Any:

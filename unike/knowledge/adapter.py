@@ -110,12 +110,12 @@ class AdapterLayer:
 
     def decide(self, query: torch.Tensor, allowed: torch.Tensor | None = None) -> Shift:
         """Retrieval and alpha for prompts whose last token's state is ``query (B, d)``, out of the
-        items that are ``allowed (B, m)``."""
+        items that are ``allowed``, see ``KnowledgeMemory.retrieve``."""
         found = self.memory.retrieve(query, self.k, allowed)
         bias = self.similarity_bias * (found.similarity - found.similarity[:, :1])
         kept = found.similarity >= (-torch.inf if self.tau is None else self.tau)
-        if allowed is not None:
-            kept &= allowed.gather(1, found.index)
+        if found.allowed is not None:
+            kept &= found.allowed
         left = kept.any(1)
         # With nothing left alpha is 0, and a softmax over minus infinities must not give NaN.
         bias = bias.masked_fill(~kept & left[:, None], -torch.inf)

@@ -12,12 +12,14 @@ import torch.nn.functional as F
 class Retrieved:
     """What a prompt gets from memory; ``B`` prompts, ``K`` items, best first.
 
-    ``similarity (B, K)``, ``index (B, K)`` into the memory, ``states (B, K, d)``.
+    ``similarity (B, K)``, ``index (B, K)`` into the memory, ``states (B, K, d)``; ``allowed (B, K)``
+    says which of them the prompt may have, None where it may have all.
     """
 
     similarity: torch.Tensor
     index: torch.Tensor
     states: torch.Tensor
+    allowed: torch.Tensor | None = None
 
 
 class KnowledgeMemory:
@@ -52,18 +54,75 @@ class KnowledgeMemory:
         return F.normalize(queries.float(), dim=-1) @ self.directions.T
 
     def states(self, index: torch.Tensor) -> torch.Tensor:
-        """Values by index, ``(B, K) -> (B, K, d)``."""
+        """Values by index, ``(B, K) -> (B, K, d)``; any shape of index will do."""
         return self.values[index]
 
     def retrieve(self, queries: torch.Tensor, k: int, allowed: torch.Tensor | None = None) -> Retrieved:
         """The ``k`` most similar items of each query, or all where there are fewer.
 
-        Items that ``allowed (B, m)`` excludes come after all others.
+        ``allowed (B, n)`` speaks for the last ``n`` items; the items before them are open to all. Items
+        that it excludes come after all others.
         """
         similarity = self.similarities(queries)
+        allowed = _whole(allowed, len(self))
         rank = similarity if allowed is None else similarity.masked_fill(~allowed, -torch.inf)
         index = rank.topk(min(k, len(self)), dim=-1).indices
-        return Retrieved(similarity.gather(-1, index), index, self.states(index))
+        open_to = None if allowed is None else allowed.gather(-1, index)
+        return Retrieved(similarity.gather(-1, index), index, self.states(index), open_to)
+
+
+class Rows:
+    """A tensor ``(n, d)`` that is appended to in place, in room that doubles when it is full.
+
+    What was handed out stays as it is: rows are only ever written behind it.
+    """
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._room, self._count = tensor, len(tensor)
+
+    def __len__(self) -> int:
+        return self._count
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        return self._room[: self._count]
+
+    def append(self, tensor: torch.Tensor) -> None:
+        """Further rows ``(m, d)``."""
+        stop = self._count + len(tensor)
+        if stop > len(self._room):
+            wide = self._room.new_zeros(max(stop, 2 * self._count, 16), self._room.shape[1])
+            wide[: self._count] = self.tensor
+            self._room = wide
+        self._room[self._count : stop] = tensor
+        self._count = stop
+
+
+class GrowingMemory(KnowledgeMemory):
+    """A memory that is appended to while it is in use: what is there is neither copied nor read again.
+
+    ``first(n)`` is what it was at ``n`` items; it shares the room and stays as it is.
+    """
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        super().__init__(keys, values)
+        self._rows = tuple(Rows(t) for t in (self.keys, self.values, self.directions))
+
+    def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Further pairs ``(n, d)`` behind the others."""
+        added = KnowledgeMemory(keys, values)
+        for rows, new in zip(self._rows, (added.keys, added.values, added.directions), strict=True):
+            rows.append(new)
+        self.keys, self.values, self.directions = (rows.tensor for rows in self._rows)
+
+    def first(self, items: int) -> KnowledgeMemory:
+        """The memory as it was at ``items`` items; ValueError where it never had as many."""
+        if not 0 <= items <= len(self):
+            raise ValueError(f"{items} items: expected 0 to {len(self)}")
+        view = KnowledgeMemory.empty(self.keys.shape[1], self.keys.device)
+        view.keys, view.values = self.keys[:items], self.values[:items]
+        view.directions = self.directions[:items]
+        return view
 
 
 class JoinedMemory(KnowledgeMemory):
@@ -83,11 +142,50 @@ class JoinedMemory(KnowledgeMemory):
         return torch.cat([p.similarities(queries) for p in self.parts], dim=-1)
 
     def states(self, index: torch.Tensor) -> torch.Tensor:
-        width = self.parts[0].values.shape[-1]
-        out = self.parts[0].values.new_zeros(*index.shape, width)
+        like = self.parts[0].values
+        out = index.new_zeros(*index.shape, like.shape[-1], dtype=like.dtype)
         start = 0
         for part in self.parts:
             here = (index >= start) & (index < start + len(part))
-            out[here] = part.values[index[here] - start].to(out.dtype)
+            out[here] = part.states(index[here] - start).to(out.dtype)
             start += len(part)
         return out
+
+    def retrieve(self, queries: torch.Tensor, k: int, allowed: torch.Tensor | None = None) -> Retrieved:
+        """Each part's own best, merged: a part may search as it likes, and none reads another's items."""
+        asked = 0 if allowed is None else allowed.shape[1]
+        found, start = [], 0
+        for part in self.parts:
+            stop = start + len(part)
+            # What of the mask, which lies over the last items, lies over this part.
+            low, high = max(0, start - len(self) + asked), stop - len(self) + asked
+            own = None if allowed is None or high <= low else allowed[:, low:high]
+            found.append((start, part.retrieve(queries, k, own)))
+            start = stop
+        return merged(found, k)
+
+
+def merged(found: list[tuple[int, Retrieved]], k: int) -> Retrieved:
+    """The ``k`` best of what was found in several places, each with the index that its items start at."""
+    similarity = torch.cat([r.similarity for _, r in found], dim=-1)
+    index = torch.cat([r.index + start for start, r in found], dim=-1)
+    dtype = found[0][1].states.dtype
+    states = torch.cat([r.states.to(dtype) for _, r in found], dim=1)
+    allowed = None
+    if any(r.allowed is not None for _, r in found):
+        masks = (r.allowed if r.allowed is not None else r.index >= 0 for _, r in found)
+        allowed = torch.cat(list(masks), dim=-1)
+    rank = similarity if allowed is None else similarity.masked_fill(~allowed, -torch.inf)
+    best = rank.topk(min(k, rank.shape[1]), dim=-1).indices
+    rows = torch.arange(len(best), device=best.device)[:, None]
+    return Retrieved(
+        similarity[rows, best], index[rows, best], states[rows, best],
+        None if allowed is None else allowed[rows, best],
+    )  # fmt: skip
+
+
+def _whole(allowed: torch.Tensor | None, items: int) -> torch.Tensor | None:
+    """A mask of the last items as a mask ``(B, items)`` of all."""
+    if allowed is None or allowed.shape[1] == items:
+        return allowed
+    return torch.cat([allowed.new_ones(len(allowed), items - allowed.shape[1]), allowed], dim=-1)

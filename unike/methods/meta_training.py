@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from unike.backbones.base import Backbone, answer_loss
-from unike.backbones.prefix import PrefixCache
+from unike.backbones.prefix import PrefixCache, open_prefixes
 from unike.edits import Edit
 from unike.hparams import HyperParams
 from unike.types import FIVE_METRICS, Case, EditRequest, Query, UserError
@@ -185,7 +185,7 @@ def meta_train(
     ``facts`` and cases are still the same. ``tick`` hears of every train case (1) and held-out one (0).
     Raises FloatingPointError where a loss is no longer a number.
     """
-    prefixes = PrefixCache(backbone, method.layers(backbone)[0], batch=1)
+    prefixes = open_prefixes(hparams, backbone, method.layers(backbone)[0], batch=1)
     lessons = Lessons(backbone, prefixes)
     method.start(backbone)
     run = _Run(method, hparams, folder, {"facts": facts or {}, "cases": _names(cases)})

@@ -17,13 +17,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from unike.backbones.base import Backbone
-from unike.backbones.prefix import PrefixCache
+from unike.backbones.prefix import PrefixCache, open_prefixes
 from unike.datasets.triplets import Triplet
 from unike.edits import LayerKnowledge
 from unike.hooks import capture
 from unike.hparams import HyperParams
 from unike.knowledge.encoders import Disentangler, FitReport, KnowledgeStates, fit
-from unike.knowledge.memory import KnowledgeMemory
+from unike.retrieval import open_memory
 from unike.text import normalise_answer
 from unike.types import Query, UserError
 
@@ -74,8 +74,10 @@ def extract(
     layers: Sequence[int],
     batch: int = 32,
     tick: Tick = silent,
+    prefixes: PrefixCache | None = None,
 ) -> dict[int, LayerStates]:
-    """Knowledge states of all triplets that have a wrong answer, by layer.
+    """Knowledge states of all triplets that have a wrong answer, by layer; ``prefixes`` are those of
+    the lowest one.
 
     Raises UserError where none is left.
     """
@@ -83,7 +85,7 @@ def extract(
     pairs = [(t.query, t.negative(w)) for t, w in zip(triplets, wrongs, strict=True) if w]
     if not pairs:
         raise UserError("knowledge triplets: none has a wrong answer (field `pred`); expected at least one")
-    prefixes = PrefixCache(backbone, min(layers), max_bytes=0)
+    prefixes = prefixes or PrefixCache(backbone, min(layers), max_bytes=0)
     parts: list[dict[int, list[torch.Tensor]]] = []
     for start in range(0, len(pairs), batch):
         part = pairs[start : start + batch]
@@ -151,7 +153,7 @@ def ensure_knowledge(
         if not _fits(folder, facts):
             states, encoders, reports = build_knowledge(backbone, collected, layers, hparams, tick)
             save_knowledge(folder, states, encoders, reports, facts)
-    return as_knowledge(*load_states(folder, backbone.device), hparams)
+    return as_knowledge(*load_states(folder, backbone.device), hparams, folder)
 
 
 def _facts(backbone: Backbone, layers: Sequence[int], hparams: HyperParams) -> dict[str, Any]:
@@ -185,7 +187,8 @@ def build_knowledge(
     tick: Tick = silent,
 ) -> tuple[dict[int, LayerStates], dict[int, Disentangler], dict[int, FitReport]]:
     """States and trained encoders of each layer, with a report of each training."""
-    states = extract(backbone, triplets, layers, hparams.eval_batch, tick)
+    prefixes = open_prefixes(hparams, backbone, min(layers), memory=False)
+    states = extract(backbone, triplets, layers, hparams.eval_batch, tick, prefixes)
     encoders, reports = {}, {}
     for i in layers:
         encoders[i], reports[i] = fit(
@@ -243,13 +246,24 @@ def _encoders(tensors: dict[str, torch.Tensor], prefix: str) -> Disentangler:
 
 
 def as_knowledge(
-    states: dict[int, LayerStates], encoders: dict[int, Disentangler], hparams: HyperParams
+    states: dict[int, LayerStates],
+    encoders: dict[int, Disentangler],
+    hparams: HyperParams,
+    folder: Path | None = None,
 ) -> dict[int, LayerKnowledge]:
-    """Banks, encoders and the YAML's kind of zeta, by layer."""
-    return {
-        i: LayerKnowledge(
-            KnowledgeMemory(s.states.sem, s.states.pos), encoders[i], s.ffn,
-            encoders[i].zeta(s.states, hparams.zeta, hparams.seed),
-        )
-        for i, s in states.items()
-    }  # fmt: skip
+    """Banks, encoders and the YAML's kind of zeta, by layer. A bank of many items lies beside the
+    ``folder``'s states, with its index, and is mapped."""
+    out = {}
+    for i, s in states.items():
+        place, origin = None, ""
+        if folder is not None:
+            stat = (folder / "knowledge.safetensors").stat()
+            place, origin = folder / f"memory-{i}", f"{stat.st_size}-{stat.st_mtime_ns}"
+        bank = open_memory(
+            s.states.sem, s.states.pos, hparams.retrieval, hparams.retrieval_exact_up_to, place, origin,
+            # The precision of the file that they come from.
+            torch.float16,
+        )  # fmt: skip
+        zeta = encoders[i].zeta(s.states, hparams.zeta, hparams.seed)
+        out[i] = LayerKnowledge(bank, encoders[i], s.ffn, zeta)
+    return out

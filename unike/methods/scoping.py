@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from unike.backbones.base import Backbone
-from unike.backbones.prefix import PrefixCache
+from unike.backbones.prefix import PrefixCache, open_prefixes
 from unike.hooks import capture
 from unike.hparams import OPTIONS, HyperParams
 from unike.knowledge.scope import HELD_OUT, ScopeEncoder, ScopeMeasure, ScopeReport, ScopeSamples, fit_scope
@@ -45,11 +45,16 @@ def scope_queries(case: Case) -> list[Query]:
 
 @torch.no_grad()
 def scope_samples(
-    backbone: Backbone, cases: Sequence[Case], first: int, batch: int = 32, tick: Tick = silent
+    backbone: Backbone,
+    cases: Sequence[Case],
+    first: int,
+    batch: int = 32,
+    tick: Tick = silent,
+    prefixes: PrefixCache | None = None,
 ) -> ScopeSamples:
     """What enters layer ``first``'s attention from each prompt, its answer left out, in half precision;
     and which edits the base model answers wrong."""
-    prefixes = PrefixCache(backbone, first, max_bytes=0)
+    prefixes = prefixes or PrefixCache(backbone, first, max_bytes=0)
     door = {"x": backbone.layout.attention(first).module}
     rows: list[torch.Tensor] = []
     wrong: list[bool] = []
@@ -128,7 +133,8 @@ def ensure_scope(
         if len(given) < 2 * HELD_OUT:
             at = f"{hparams.source}: scope_measure"
             raise UserError(f"{at}: {len(given)} train records; expected {2 * HELD_OUT} or more")
-        samples = scope_samples(backbone, given, first, hparams.eval_batch, tick)
+        prefixes = open_prefixes(hparams, backbone, first, memory=False)
+        samples = scope_samples(backbone, given, first, hparams.eval_batch, tick, prefixes)
         encoder = fresh_encoder(backbone, hparams)
         report = fit_scope(
             samples, encoder, hparams.scope_steps, hparams.scope_batch, hparams.scope_lr, hparams.scope_tau,

@@ -1,0 +1,167 @@
+"""Retrieval over memories of a thousand to a million items: exact, and by FAISS from disk.
+
+    python -m benchmarks.retrieval                           # the tiny backbone's width, and 768
+    python -m benchmarks.retrieval --items 1000 100000 --hparams hparams/blip2.yaml --json rows.json
+
+Items lie in clusters, as the states of questions of one kind do: about 200 around each centre, cosine 0.5
+with each other and 0 with those of other clusters (``--spread``: the size of the noise beside the centre's).
+A query is a further point of some cluster. ``--vectors noise`` has no clusters at all: the worst case of an
+inverted file. Recall is the share of the 40 items nearest by exact search that FAISS finds too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from rich.progress import track
+from safetensors import safe_open
+from transformers import AutoConfig
+
+from unike.hparams import HyperParams
+from unike.knowledge.memory import KnowledgeMemory
+from unike.pairs import DiskPairs
+from unike.retrieval import TAIL, IndexedMemory, check_faiss
+
+K, RUNS, PER_CLUSTER, QUERIES, APPENDED = 40, 7, 200, 320, 100
+CHUNK = 50_000
+Row = dict[str, object]
+
+
+def width_of(yaml: str) -> int:
+    """The decoder's width: from the knowledge that is kept, or from the model's configuration."""
+    hparams = HyperParams.from_hparams(yaml)
+    kept = Path(str(hparams.knowledge_dir)) / "knowledge.safetensors"
+    if kept.is_file():
+        with safe_open(kept, framework="pt") as file:
+            name = next(n for n in file.keys() if n.endswith(".sem"))  # noqa: SIM118
+            return file.get_slice(name).get_shape()[1]
+    return AutoConfig.from_pretrained(hparams.name).get_text_config().hidden_size
+
+
+class Vectors:
+    """Points ``(n, d)`` in half precision, some at a time; always the same for a seed."""
+
+    def __init__(self, items: int, width: int, kind: str, spread: float) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.width, self.spread = width, spread
+        self.centres = torch.randn(max(5, items // PER_CLUSTER), width, generator=generator)
+        self.clustered = kind == "clustered"
+
+    def points(self, count: int, seed: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        noise = torch.randn(count, self.width, generator=generator)
+        if not self.clustered:
+            return noise.half()
+        at = torch.randint(len(self.centres), (count,), generator=generator)
+        return noise.mul_(self.spread).add_(self.centres[at]).half()
+
+    def chunks(self, items: int) -> Iterator[torch.Tensor]:
+        for start in range(0, items, CHUNK):
+            yield self.points(min(CHUNK, items - start), 1 + start)
+
+
+def timed(call: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
+
+
+def milliseconds(memory: KnowledgeMemory, queries: torch.Tensor, batch: int) -> list[float]:
+    """A retrieval of ``batch`` queries, other ones at each run; the first is a warm-up."""
+    starts = [(i * batch) % (len(queries) - batch + 1) for i in range(RUNS + 1)]
+    return [1e3 * timed(lambda s=s: memory.retrieve(queries[s : s + batch], K)) for s in starts][1:]
+
+
+def measure(items: int, width: int, args: argparse.Namespace, folder: Path) -> list[Row]:
+    """All rows of one size: exact search in memory, then FAISS over pairs that are mapped."""
+    vectors, case = Vectors(items, width, args.vectors, args.spread), f"{items} x {width}"
+    rows: list[Row] = []
+
+    def row(metric: str, unit: str, runs: list[float]) -> None:
+        median = statistics.median(runs)
+        rows.append(
+            {"benchmark": "retrieval", "case": case, "metric": metric, "median": median, "runs": runs}
+            | {"unit": unit, "vectors": args.vectors}
+        )
+
+    queries = vectors.points(QUERIES, 7_777_777)
+    keys = torch.empty(items, width, dtype=torch.float16)
+    for start, part in enumerate(vectors.chunks(items)):
+        keys[start * CHUNK : start * CHUNK + len(part)] = part
+    exact = KnowledgeMemory(keys, keys)
+    for batch in (1, 32):
+        row(f"exact, {batch}", "ms", milliseconds(exact, queries, batch))
+    row("exact, bytes", "MB", [(exact.keys.nbytes + exact.directions.nbytes) / 1e6])
+    truth = torch.cat([exact.retrieve(q, K).index for q in queries.split(32)])
+    del exact
+    pairs = DiskPairs.create(folder, width, torch.float16)
+    # The same for all sizes: values are handed over by index alone.
+    pairs.append(keys, keys)
+    del keys
+    memory = IndexedMemory(pairs, tail=max(items, TAIL))
+    row("FAISS, build", "s", [timed(memory.build)])
+    del memory
+    opened: list[IndexedMemory] = []
+    row(
+        "FAISS, open",
+        "ms",
+        [1e3 * timed(lambda: opened.append(IndexedMemory(DiskPairs(folder)))) for _ in range(RUNS)],
+    )
+    memory = opened[-1]
+    for batch in (1, 32):
+        row(f"FAISS, {batch}", "ms", milliseconds(memory, queries, batch))
+    found = torch.cat([memory.retrieve(q, K).index for q in queries.split(32)])
+    same = (found[:, :, None] == truth[:, None, :]).any(-1).float().mean(1)
+    row("FAISS, recall@40", "share", [same.mean().item()])
+    row("FAISS, index", "MB", [sum(f.stat().st_size for f in folder.glob("*.faiss")) / 1e6])
+    more = [vectors.points(APPENDED, 9_000_000 + i) for i in range(RUNS)]
+    row(f"FAISS, append {APPENDED}", "ms", [1e3 * timed(lambda p=p: memory.append(p, p)) for p in more])
+    return rows
+
+
+def table(rows: list[Row]) -> str:
+    """One line a size, one column a metric: medians."""
+    cases = list(dict.fromkeys(str(r["case"]) for r in rows))
+    metrics = list(dict.fromkeys((str(r["metric"]), str(r["unit"])) for r in rows))
+    cells = {(r["case"], r["metric"]): f"{r['median']:.3g}" for r in rows}
+    lines = ["| items x width | " + " | ".join(f"{m} [{u}]" for m, u in metrics) + " |"]
+    lines.append("| --- |" + " ---: |" * len(metrics))
+    for case in cases:
+        lines.append(f"| {case} | " + " | ".join(cells.get((case, m), "") for m, _ in metrics) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--items", type=int, nargs="+", default=[10**n for n in (3, 4, 5, 6)])
+    parser.add_argument("--hparams", default="hparams/tiny_blip2.yaml", help="whose width is measured")
+    parser.add_argument("--widths", type=int, nargs="*", default=[768], help="further widths")
+    parser.add_argument("--vectors", choices=("clustered", "noise"), default="clustered")
+    parser.add_argument("--spread", type=float, default=1.0)
+    parser.add_argument("--json", type=Path, help="file that the rows are written to")
+    args = parser.parse_args()
+    check_faiss("faiss", "benchmarks/retrieval.py")
+    sizes = [(m, w) for w in dict.fromkeys([width_of(args.hparams), *args.widths]) for m in args.items]
+    rows: list[Row] = []
+    with TemporaryDirectory() as root:
+        for items, width in track(sizes, "retrieval", transient=True):
+            folder = Path(root) / f"{items}-{width}"
+            rows += measure(items, width, args, folder)
+            shutil.rmtree(folder)
+    print(f"{args.vectors} vectors; threads: {torch.get_num_threads()} on {os.cpu_count()} cores\n")
+    print(table(rows))
+    if args.json is not None:
+        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
