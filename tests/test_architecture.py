@@ -37,29 +37,29 @@ _BOTTOM = "unike.types unike.text"
 # The first row that matches a module holds for it; a module without a row has no place yet.
 LAYERS = (
     ("unike", "unike.*"),
-    ("unike.types", ""),
-    ("unike.text", ""),
-    ("unike.progress", ""),
-    ("unike.hooks", ""),
+    *((f"unike.{name}", "") for name in ("types", "text", "progress", "hooks")),
     *((f"unike.{name}", "unike.types") for name in ("legacy", "options", "published", "figures")),
+    ("unike.processes", "unike.types"),
+    ("unike.launching", "unike.types unike.processes"),
+    ("unike.sharing", "unike.types unike.processes unike.records unike.tables"),
     ("unike.hparams", "unike.types unike.options unike.legacy"),
     ("unike.knowledge*", "unike.knowledge*"),
     ("unike.metrics", _BOTTOM),
     ("unike.records", _BOTTOM),
     ("unike.datasets*", f"{_BOTTOM} unike.datasets*"),
-    ("unike.backbones*", "unike.types unike.hparams unike.hooks unike.datasets.images unike.backbones*"),
+    ("unike.backbones*", "unike.types unike.h* unike.processes unike.datasets.images unike.backbones*"),
     ("unike.edits*", f"unike.types unike.hooks unike.knowledge* unike.edits* {_PROTOCOL}"),
     ("unike.deltas", f"unike.hooks unike.edits {_PROTOCOL}"),
     ("unike.methods", "unike.methods.*"),
     (
         "unike.methods.*",
-        f"{_BOTTOM} unike.hparams unike.hooks unike.d[ae]* unike.knowledge* unike.edits* {_PROTOCOL} "
+        f"{_BOTTOM} unike.h[po]* unike.processes unike.d[ae]* unike.knowledge* unike.edits* {_PROTOCOL} "
         "unike.methods.base unike.methods.training unike.methods.patching unike.methods.meta_training "
         "unike.methods.scoping",
     ),
     ("unike.reading", f"{_BOTTOM} unike.metrics unike.edits* {_PROTOCOL}"),
     ("unike.protocols", f"{_BOTTOM} unike.metrics unike.edits* unike.methods.base unike.reading {_PROTOCOL}"),
-    ("unike.sequences", f"{_PROTOCOL} unike.types unike.[hpt]* unike.methods.base unike.re[ac]*"),
+    ("unike.sequences", f"{_PROTOCOL} unike.types unike.[hpst]* unike.methods.base unike.re[ac]*"),
     ("unike.tables", "unike.types unike.metrics unike.records"),
     ("unike.claims", "unike.types unike.metrics unike.tables"),
     ("unike.comparison", "unike.types unike.tables unike.published unike.claims"),

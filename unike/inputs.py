@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from unike.backbones.checkpoint_files import require_files
-from unike.backbones.loading import pick_device
+from unike.backbones.placement import check_placement, pick_device
 from unike.datasets.mmedit import CaptionDataset, CapVQADataset, VQADataset
 from unike.datasets.triplets import Triplet, triplets_of
 from unike.hparams import HyperParams
@@ -52,6 +52,7 @@ def require_backbone(hparams: HyperParams) -> None:
     require(
         lambda: check_method(hparams),
         lambda: pick_device(hparams.device),
+        lambda: check_placement(hparams.backbone),
         lambda: require_files(hparams.backbone),
     )
 

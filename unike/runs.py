@@ -10,6 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from unike import processes
 from unike.backbones.base import Backbone
 from unike.backbones.prefix import PrefixCache
 from unike.datasets.triplets import Triplet
@@ -40,13 +41,14 @@ from unike.protocols import one_step
 from unike.reading import Reader
 from unike.records import RecordWriter, read_records, sha256_of
 from unike.sequences import run_sequences
-from unike.tables import RunningMeans, summarise
+from unike.sharing import SharedRun
+from unike.tables import RunningMeans
 from unike.types import Case, UserError
 
 __all__ = [
-    "TASKS", "Parts", "annotation_file", "assemble", "checksums", "knowledge_triplets", "open_datasets",
-    "open_run", "parts_of", "preflight", "prepare", "problems_of", "require", "require_backbone",
-    "run_cases", "run_directory", "train_cases", "training_cases", "wants_triplets",
+    "TASKS", "Parts", "annotation_file", "assemble", "checksums", "drawn", "knowledge_triplets",
+    "open_datasets", "open_run", "parts_of", "preflight", "prepare", "problems_of", "require",
+    "require_backbone", "run_cases", "run_directory", "train_cases", "training_cases", "wants_triplets",
 ]  # fmt: skip
 
 TripletSource = Callable[[], Sequence[Triplet]]
@@ -91,7 +93,7 @@ def prepare(
         SCOPE_READING: hparams.scope_records,
         SCOPE_TRAINING: hparams.scope_steps,
     }
-    with bars(totals, progress) as tick:
+    with bars(totals, progress and processes.is_main()) as tick:
         known = ensure_knowledge(backbone, hparams, layers, source, tick)
         if needs_scope(hparams):
             teaching = cases or (lambda: training_cases(hparams))
@@ -115,9 +117,16 @@ def assemble(
     layers = build(hparams).layers(backbone)
     method = build(hparams, prepare(hparams, backbone, layers, progress, triplets, cases), cases)
     if isinstance(method, TrainableMethod):
-        with bars({TRAINING: hparams.editor_steps * hparams.editor_batch}, progress) as tick:
+        totals = {TRAINING: hparams.editor_steps * hparams.editor_batch}
+        with bars(totals, progress and processes.is_main()) as tick:
             ensure_editor(method, backbone, cases, tick)
     return Parts(hparams, backbone, method)
+
+
+def drawn(hparams: HyperParams, draw: Callable[[HyperParams], object]) -> None:
+    """Draws the data that the YAML names, once its backbone is known to load."""
+    require_backbone(hparams)
+    draw(hparams)
 
 
 # ---------------------------------------------------------------- the run and its folder
@@ -164,14 +173,30 @@ def checksums(hparams: HyperParams, task: str) -> dict[str, str]:
 
 def open_run(parts: Parts, task: str, directory: Path, resume: bool, generated: bool = True) -> RecordWriter:
     """The run's folder with its manifest; UserError where the run to resume was made differently."""
-    return RecordWriter(
-        directory,
-        resume,
-        parts.hparams.to_dict() | {"task": task, "generated": generated},
-        seed=parts.hparams.seed,
-        weights={"backbone": parts.backbone.fingerprint},
-        data=checksums(parts.hparams, task),
+    return processes.in_turn(
+        lambda: RecordWriter(
+            directory,
+            resume,
+            parts.hparams.to_dict() | {"task": task, "generated": generated},
+            seed=parts.hparams.seed,
+            weights={"backbone": parts.backbone.fingerprint},
+            data=checksums(parts.hparams, task),
+            rank=processes.rank() if processes.joined() else None,
+            about={"machine": machine(parts)},
+        )
     )
+
+
+def machine(parts: Parts) -> dict[str, Any]:
+    """What a run is made on, for its manifest: types of numbers, device, number of processes."""
+    hp = parts.hparams
+    return {
+        "weights": hp.dtype if hp.quantization == "none" else f"{hp.quantization}, else {hp.dtype}",
+        # Patches and their optimiser's state, whatever the weights' type.
+        "patches": "float32",
+        "device": parts.backbone.device.type,
+        "processes": processes.count(),
+    }
 
 
 def run_cases(
@@ -185,6 +210,7 @@ def run_cases(
 ) -> dict[str, Any]:
     """Edits each case that is not recorded yet, from the base model or as the YAML's ``protocol`` has
     it, and gives the summary of all records in the folder, ``interrupted`` where Ctrl-C ended it early.
+    Where several processes run, each edits its share and all get the summary.
 
     A ``reader`` of the same cases and first layer may be handed on from run to run: what it knows of
     the base model is not asked again.
@@ -194,23 +220,23 @@ def run_cases(
     reader, hp = reader or parts.reader(generated), parts.hparams
     if hp.protocol != "one_step":
         return run_sequences(hp, parts.backbone, parts.method, cases, writer, reader, skip_broken, progress)
-    done, interrupted = writer.done_ids(), False
+    done, shared = writer.done_ids(), SharedRun(writer)
     means = RunningMeans(read_records(writer.directory) if done else [])
-    left = [i for i, case in enumerate(cases) if case.request.id not in done]
-    with tqdm(total=len(cases), initial=len(cases) - len(left), desc="edits", disable=not progress) as bar:
-        try:
-            for i in left:
-                record = _record(parts, cases[i], reader, skip_broken)
-                writer.write(record)
-                means.add(record)
-                bar.set_postfix_str(str(means), refresh=False)
-                bar.update()
-        except KeyboardInterrupt:
-            interrupted = True
-    summary = summarise(read_records(writer.directory), hp.seed, hp.metric_presets)
-    summary |= {"interrupted": interrupted}
-    writer.write_summary(summary)
-    return summary
+    order = [case.request.id for case in cases]
+    left = processes.share([i for i, name in enumerate(order) if name not in done])
+    already = sum(name in done for name in order)
+    hidden = not (progress and processes.is_main())
+    with (
+        tqdm(total=already + len(left), initial=already, desc="edits", disable=hidden) as bar,
+        shared.kept(),
+    ):
+        for i in shared.until_stopped(left):
+            record = _record(parts, cases[i], reader, skip_broken)
+            writer.write(record)
+            means.add(record)
+            bar.set_postfix_str(str(means), refresh=False)
+            bar.update()
+    return shared.sum_up(hp.seed, hp.metric_presets, order)
 
 
 def _record(parts: Parts, case: Case, reader: Reader, skip_broken: bool) -> dict[str, Any]:
