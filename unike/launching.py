@@ -110,11 +110,10 @@ def _code(codes: Sequence[int | None]) -> int:
     for i, code in enumerate(codes):
         if code not in (0, 2, 130, _LOST_CODE):
             how = f"signal {-code}" if code is not None and code < 0 else f"code {code}"
-            print(
-                f"error: process {i + 1} of {len(codes)} ended with {how}; what is recorded is kept, "
-                "go on with --resume",
-                file=sys.stderr,
-            )
+            # A process that dies leaves the line of its bar open.
+            print("" if i else "\n", end="", file=sys.stderr)
+            line = f"process {i + 1} of {len(codes)} ended with {how}; what is recorded is kept"
+            print(f"error: {line}, go on with --resume", file=sys.stderr)
             return 1
     return next((code for code in codes if code not in (0, _LOST_CODE)), int(_LOST_CODE in codes)) or 0
 
