@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from typing import Any
@@ -146,11 +147,18 @@ def _units(module: nn.Module, at: str = "") -> Iterator[str]:
             yield from _units(child, f"{at}{name}.")
 
 
-def dispatched(model: Any, placed: DeviceMap) -> Any:
-    """A model that is loaded already, moved to its devices."""
+def dispatched(model: Any, placed: DeviceMap, force_hooks: bool = False) -> Any:
+    """A model that is loaded already, moved to its devices; with ``force_hooks``, accelerate's hooks are
+    set where there is but one, too."""
     if placed == {"": "cpu"}:
         return model
     from accelerate import dispatch_model
 
-    home = next(iter(placed.values()))
-    return dispatch_model(model, placed, main_device=home, skip_keys=model._skip_keys_device_placement)
+    embeddings = next(name for name in placed if name.startswith("language_model."))
+    with warnings.catch_warnings():
+        # Parameters have no module of their own name; the hook of the whole places them.
+        warnings.filterwarnings("ignore", message=".*do not match any submodules")
+        return dispatch_model(
+            model, placed, main_device=placed[embeddings], skip_keys=model._skip_keys_device_placement,
+            force_hooks=force_hooks,
+        )  # fmt: skip
