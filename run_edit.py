@@ -2,7 +2,8 @@
 
     python run_edit.py --hparams_dir hparams/tiny_blip2.yaml --task vqa --size 20 k=10 alpha=0.5
 
-Exit code 0, 2 for input that the user can mend (one line per problem), 130 after Ctrl-C.
+Exit code 0, 2 for input that the user can mend (one line per problem), 130 after Ctrl-C, 1 where one
+of several processes died.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ import io
 import sys
 from collections.abc import Sequence
 
+from unike import launching, processes
 from unike.hparams import HyperParams
-from unike.types import UserError
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -30,14 +31,17 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--resume", action="store_true", help="go on with the run in that folder")
     add("--skip_broken", action="store_true", help="leave out broken records and pictures, counted")
     add("--check", action="store_true", help="only look whether all is there that the run needs")
+    add("--num_processes", type=int, metavar="N", help="processes that share the records")
     add("--no_generated", action="store_true", help="teacher-forced reading only: faster")
     add("overrides", nargs="*", metavar="key=value", help="changes to the YAML")
     return parser.parse_intermixed_args(argv)
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
     hparams = HyperParams.from_hparams(args.hparams_dir, [*args.overrides, *args.named])
     args.task = args.task or ("cross" if hparams.protocol == "cross_task" else "vqa")
+    if not args.check and launching.wants_launch(args.num_processes):
+        return launching.launch(args.num_processes, main, argv)
     # Imported late: torch takes seconds, and a typing error in the YAML should not.
     from unike import check, runs, tables
     from unike.backbones import load_backbone
@@ -45,33 +49,28 @@ def run(args: argparse.Namespace) -> int:
 
     if args.check:
         return check.report(check.findings(hparams, args.task))
-    directory = runs.run_directory(hparams, args.task, args.output, args.resume)
+    processes.join(hparams.device)
+    directory = processes.first(lambda: runs.run_directory(hparams, args.task, args.output, args.resume))
     if hparams.generate_data:
-        runs.require_backbone(hparams)
         from scripts.tiny import make_data
 
-        make_data.ensure(hparams)
-    cases = runs.preflight(hparams, args.task, args.size, args.skip_broken)
-    editor = MultimodalEditor(hparams, load_backbone(hparams))
+        processes.first(lambda: runs.drawn(hparams, make_data.ensure))
+    cases = processes.in_turn(lambda: runs.preflight(hparams, args.task, args.size, args.skip_broken))
+    editor = MultimodalEditor(hparams, processes.each(lambda: load_backbone(hparams)))
     parts = editor.prepare(skip_broken=args.skip_broken)
     generated = not args.no_generated
     with runs.open_run(parts, args.task, directory, args.resume, generated) as writer:
         summary = runs.run_cases(parts, cases, writer, generated, args.skip_broken)
-    print(tables.as_text(tables.summary_table(summary, directory.name)))
-    print(f"records: {directory}")
+    if processes.is_main():
+        print(tables.as_text(tables.summary_table(summary, directory.name)))
+        print(f"records: {directory}")
     return 130 if summary["interrupted"] else 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
     args = arguments(argv)
-    try:
-        return run(args)
-    except UserError as error:
-        print(*(f"error: {problem}" for problem in error.problems), sep="\n", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    return launching.guarded(lambda: run(args, argv))
 
 
 if __name__ == "__main__":

@@ -18,8 +18,8 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from unike import runs
-from unike.backbones import load_backbone
+from unike import launching, processes, runs
+from unike.backbones import Backbone, load_backbone
 from unike.hparams import HyperParams
 from unike.methods import build, needs_knowledge
 from unike.methods.base import needs_scope
@@ -41,18 +41,27 @@ def fit_table(fits: Mapping[str, Mapping[str, float]], title: str) -> Table:
     return table
 
 
-def train(hparams: HyperParams, skip_broken: bool) -> int:
-    """Loads the editor or trains it."""
-    if not wants_cases(hparams):
-        print(f"editor: {kept_editor(hparams)}")
-        return 0
-    backbone = load_backbone(hparams)
+def loaded(hparams: HyperParams) -> Backbone:
+    """The backbone, in every process, and its train data, drawn by one of them."""
+    backbone = processes.each(lambda: load_backbone(hparams))
     if hparams.generate_data:
         from scripts.tiny import make_data
 
-        make_data.ensure(hparams, ("train",), backbone)
-    cases = runs.training_cases(hparams, skip_broken)
+        processes.first(lambda: make_data.ensure(hparams, ("train",), backbone))
+    return backbone
+
+
+def train(hparams: HyperParams, skip_broken: bool) -> int:
+    """Loads the editor or trains it."""
+    if not processes.first(lambda: wants_cases(hparams)):
+        if processes.is_main():
+            print(f"editor: {kept_editor(hparams)}")
+        return 0
+    backbone = loaded(hparams)
+    cases = processes.in_turn(lambda: runs.training_cases(hparams, skip_broken))
     runs.assemble(hparams, backbone, cases=lambda: cases)
+    if not processes.is_main():
+        return 0
     folder = kept_editor(hparams)
     report = json.loads((Path(str(folder)) / "editor.json").read_text(encoding="utf-8"))["training"]
     print(f"{len(cases)} records, {report['step']} steps; best validation {report['best']:.4f}", end="")
@@ -60,21 +69,22 @@ def train(hparams: HyperParams, skip_broken: bool) -> int:
     return 0
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
     hparams = HyperParams.from_hparams(args.hparams_dir, args.overrides)
-    runs.require_backbone(hparams)
+    if launching.wants_launch(args.num_processes):
+        return launching.launch(args.num_processes, main, argv)
+    processes.join(hparams.device)
+    processes.in_turn(lambda: runs.require_backbone(hparams))
     if learns(hparams):
         return train(hparams, args.skip_broken)
     if not needs_knowledge(hparams):
         raise UserError(f"{hparams.source}: method: {hparams.method} with these options needs no knowledge")
-    backbone = load_backbone(hparams)
-    if hparams.generate_data:
-        from scripts.tiny import make_data
-
-        make_data.ensure(hparams, ("train",), backbone)
-    triplets = runs.knowledge_triplets(hparams, skip_broken=args.skip_broken)
+    backbone = loaded(hparams)
+    triplets = processes.in_turn(lambda: runs.knowledge_triplets(hparams, skip_broken=args.skip_broken))
     layers = build(hparams).layers(backbone)
     runs.prepare(hparams, backbone, layers, triplets=lambda: triplets)
+    if not processes.is_main():
+        return 0
     folder = knowledge_folder(hparams, backbone, triplets)
     index: dict[str, Any] = json.loads((folder / "knowledge.json").read_text(encoding="utf-8"))
     print(as_text(fit_table(index["fit"], f"{len(triplets)} triplets")))
@@ -93,12 +103,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--hparams_dir", required=True, metavar="FILE")
     parser.add_argument("--skip_broken", action="store_true")
+    parser.add_argument("--num_processes", type=int, metavar="N", help="processes that share the work")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    try:
-        return run(parser.parse_intermixed_args(argv))
-    except UserError as error:
-        print(*(f"error: {problem}" for problem in error.problems), sep="\n", file=sys.stderr)
-        return 2
+    argv = sys.argv[1:] if argv is None else argv
+    args = parser.parse_intermixed_args(argv)
+    return launching.guarded(lambda: run(args, argv))
 
 
 if __name__ == "__main__":

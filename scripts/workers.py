@@ -13,11 +13,10 @@ import os
 import queue
 import signal
 import sys
-import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -30,6 +29,7 @@ from scripts.plan import Run, is_complete
 from unike import runs
 from unike.backbones import load_backbone
 from unike.hparams import OPTIONS
+from unike.launching import cores, deaf, die_with_parent, threads_each
 from unike.reading import Reader
 from unike.records import read_manifest
 from unike.types import UserError
@@ -80,10 +80,6 @@ def ensure(planned: Sequence[Run], jobs: int | None = None) -> Outcome:
 def default_jobs() -> int:
     """One process per core that this one may use; a GPU is not shared."""
     return 1 if torch.cuda.is_available() else cores()
-
-
-def cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def check(todo: Sequence[Run]) -> None:
@@ -213,29 +209,23 @@ class _Crew:
         self.at_work: list[Any] = []
 
     def run(self) -> None:
-        # Read by the children's torch as it loads.
-        threads = {"OMP_NUM_THREADS": str(max(1, cores() // self.jobs))}
-        former = {key: os.environ.get(key) for key in threads}
-        os.environ.update({key: value for key, value in threads.items() if former[key] is None})
         try:
-            while (self.left or self.at_work) and not self.stop.is_set():
-                while self.left and len(self.at_work) < self.jobs:
-                    self._start(self.left.pop(0))
-                self._listen(0.2)
-                self._look()
+            with threads_each(self.jobs):
+                while (self.left or self.at_work) and not self.stop.is_set():
+                    while self.left and len(self.at_work) < self.jobs:
+                        self._start(self.left.pop(0))
+                    self._listen(0.2)
+                    self._look()
         except KeyboardInterrupt:
             self.watch.outcome.interrupted = True
         finally:
             self._end()
-            for key in threads:
-                if former[key] is None:
-                    del os.environ[key]
 
     def _start(self, group: list[Run]) -> None:
         target = (group, self.locks[group[0].backbone], self.reports, self.stop)
         process = self.context.Process(target=_child, args=target, name=group[0].name)
         # A child is deaf to Ctrl-C until it can end well: it would print tracebacks while it imports.
-        with _deaf():
+        with deaf():
             process.start()
         self.at_work.append(process)
 
@@ -271,29 +261,13 @@ class _Crew:
         self._listen(0.2)
 
 
-@contextmanager
-def _deaf() -> Iterator[None]:
-    former = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, former)
-
-
 def _child(group: Sequence[Run], lock: Any, reports: Any, stop: Any) -> None:
     def once(*_: Any) -> None:
         # Ctrl-C reaches a process twice, from the terminal and from the parent.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         raise KeyboardInterrupt
 
-    def orphaned() -> None:
-        # Whoever starts the command again must be alone in the runs' folders.
-        parent = multiprocessing.parent_process()
-        if parent is not None:
-            parent.join()
-            os._exit(1)
-
-    threading.Thread(target=orphaned, daemon=True).start()
+    die_with_parent()
     try:
         signal.signal(signal.SIGINT, once)
         work(group, lock, lambda kind, what: reports.put((kind, what)), stop.is_set)

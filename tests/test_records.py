@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from unike.records import RECORDS, RecordWriter, read_manifest, read_records, write_json
+from unike.records import RECORDS, SHARDS, RecordWriter, merge, read_manifest, read_records, write_json
 from unike.types import UserError
 
 HPARAMS = {"k": 40, "layers": [1, 2], "data": {"vqa": {"train": "a.json"}}, "tau": None}
@@ -204,3 +204,109 @@ def test_values_outside_json(tmp_path):
     assert first == {"id": 3, "loss": None, "x": 0.5, "y": [1.0, None]}
     assert second == {"id": "s", "text": "\ud800", "path": os.path.join("a", "b"), "t": [1, 2]}
     assert json.loads((tmp_path / "run" / "summary.json").read_text()) == {"n": 2}
+
+
+# ---------------------------------------------------------------- several processes
+
+MANY = [{"id": f"vqa-{i}", "loss": i / 7} for i in range(5)]
+ORDER = [case["id"] for case in MANY]
+
+
+def write_shares(folder, count=2, cases=MANY):
+    """As ``count`` processes leave their files behind when all of them are killed."""
+    writers = [RecordWriter(folder, False, HPARAMS, rank=rank) for rank in range(count)]
+    for number, case in enumerate(cases):
+        writers[number % count].write(case)
+    for writer in writers:
+        writer.close()
+
+
+def test_processes_write_files_of_their_own_that_are_merged_in_order(tmp_path):
+    folder = tmp_path / "run"
+    writers = [RecordWriter(folder, False, HPARAMS, rank=rank) for rank in (0, 1)]
+    for number, case in enumerate(MANY):
+        writers[1 - number % 2].write(case)
+        assert read_records(folder) == []
+    assert len(list(folder.glob(SHARDS))) == 2
+    writers[1].finish(ORDER)
+    assert read_records(folder) == [], "the first process merges"
+    writers[0].finish(ORDER)
+    assert read_records(folder) == MANY
+    assert not list(folder.glob(SHARDS))
+    assert {path.name for path in folder.iterdir()} == {RECORDS, "manifest.json"}
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_files_of_processes_cut_anywhere_and_resumed_by_any_number(tmp_path, data):
+    folder = tmp_path / "run"
+    shutil.rmtree(folder, ignore_errors=True)
+    write_shares(folder, data.draw(st.integers(1, 4)))
+    shards = sorted(folder.glob(SHARDS))
+    complete = set()
+    for shard in shards:
+        whole = shard.read_bytes()
+        cut = data.draw(st.integers(0, len(whole)))
+        shard.write_bytes(whole[:cut])
+        rest = whole[:cut].split(b"\n")
+        complete |= {json.loads(line)["id"] for line in rest if line.endswith(b"}")}
+    count = data.draw(st.integers(0, 3))
+    ranks = list(range(count)) or [None]
+    writers = [RecordWriter(folder, True, HPARAMS, rank=rank) for rank in ranks]
+    assert all(writer.done_ids() == complete for writer in writers)
+    for number, case in enumerate(case for case in MANY if case["id"] not in complete):
+        writers[number % len(writers)].write(case)
+    for writer in reversed(writers):
+        writer.finish(ORDER)
+    assert read_records(folder) == MANY
+    assert not list(folder.glob(SHARDS))
+
+
+def test_a_kill_between_merging_and_removing_doubles_nothing(tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    write_shares(folder)
+
+    def killed(path):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", lambda path, missing_ok=False: missing_ok or killed(path))
+        with pytest.raises(KeyboardInterrupt):
+            merge(folder, ORDER)
+    assert len(list(folder.glob(SHARDS))) == 2
+    with RecordWriter(folder, True, HPARAMS) as writer:
+        assert writer.done_ids() == set(ORDER)
+    assert read_records(folder) == MANY
+
+
+def test_records_outside_the_order_stay(tmp_path):
+    write_all(tmp_path / "run", MANY)
+    former = (tmp_path / "run" / RECORDS).read_bytes()
+    merge(tmp_path / "run", ["vqa-0", "vqa-1"])
+    assert (tmp_path / "run" / RECORDS).read_bytes() == former
+    merge(tmp_path / "run", ["vqa-3", "vqa-0"])
+    assert [record["id"] for record in read_records(tmp_path / "run")] == [
+        "vqa-3", "vqa-0", "vqa-1", "vqa-2", "vqa-4"
+    ]  # fmt: skip
+
+
+def test_one_process_stops_the_others(tmp_path):
+    folder = tmp_path / "run"
+    first, second = (RecordWriter(folder, False, HPARAMS, rank=rank) for rank in (0, 1))
+    assert not first.stopped()
+    second.stop()
+    assert first.stopped()
+    second.close()
+    first.close()
+    again = RecordWriter(folder, True, HPARAMS, rank=0)
+    assert not again.stopped(), "a new start is not stopped by the former one"
+    again.close()
+    with RecordWriter(tmp_path / "alone", False, HPARAMS) as alone:
+        alone.stop()
+        assert not alone.stopped()
+
+
+def test_what_a_run_is_made_on_is_told_and_not_compared(tmp_path):
+    RecordWriter(tmp_path / "run", False, HPARAMS, about={"machine": {"processes": 2}}).close()
+    RecordWriter(tmp_path / "run", True, HPARAMS, about={"machine": {"processes": 1}}).close()
+    assert read_manifest(tmp_path / "run")["machine"] == {"processes": 2}

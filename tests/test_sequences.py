@@ -332,6 +332,7 @@ def test_a_run_of_sequences_resumes(copied: Project, monkeypatch: pytest.MonkeyP
     ours, theirs = (json.loads((run / "summary.json").read_text()) for run in (part, whole))
     for summary in (ours, theirs):
         assert summary["costs"].pop("seconds")["mean"] == summary.pop("seconds")
+        assert summary.pop("peak_memory_bytes")["resident"] > 0
     assert ours == theirs
 
 

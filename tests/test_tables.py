@@ -115,6 +115,9 @@ def test_summary_table_is_plain(width):
     assert "75.0 [50.0, 100.0]" in reliability
     assert "50.0 [0.0, 100.0]" in reliability
     assert rows[-1].strip() == "2 records, 1 failed, 0.25 s per edit, 15.0 steps per edit"
+    peak = {"peak_memory_bytes": {"resident": 3 << 29, "device": None}}
+    with_peak = as_text(summary_table(summarise(RECORDS, seed=1) | peak, "peak"), width).splitlines()
+    assert with_peak[-1].strip() == f"{rows[-1].strip()}, 1.50 GiB at most"
     order = [
         next(i for i, row in enumerate(rows) if title in row) for title in ("M-Locality", "same question")
     ]

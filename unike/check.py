@@ -12,7 +12,7 @@ from packaging.requirements import Requirement
 
 from unike import runs
 from unike.backbones.checkpoint_files import Finding, check_spec, memory_finding
-from unike.backbones.loading import pick_device
+from unike.backbones.placement import check_placement, pick_device
 from unike.backbones.prefix import check_prefix_dir
 from unike.hparams import HyperParams
 from unike.methods import needs_knowledge
@@ -32,6 +32,7 @@ def findings(hparams: HyperParams, task: str) -> list[Finding]:
     found = [
         _tried(lambda: check_method(hparams), f"method: {hparams.method}"),
         _tried(lambda: pick_device(hparams.device), f"device: {hparams.device}"),
+        *_placement(hparams),
         *check_spec(hparams.backbone),
         memory_finding(hparams.backbone),
         *_data(hparams, task),
@@ -64,6 +65,13 @@ def _tried(check: Callable[[], object], what: str) -> Finding:
     """The check's UserError as a finding, or ``what`` where it passes."""
     problems = runs.problems_of(check)
     return Finding(False, "; ".join(problems)) if problems else Finding(True, what)
+
+
+def _placement(hparams: HyperParams) -> list[Finding]:
+    """``device_map`` and ``quantization``, where the YAML sets them."""
+    wanted = {"device_map": hparams.device_map, "quantization": hparams.quantization}
+    given = [f"{key}: {value}" for key, value in wanted.items() if value not in (None, "none")]
+    return [_tried(lambda: check_placement(hparams.backbone), ", ".join(given))] if given else []
 
 
 # ---------------------------------------------------------------- data

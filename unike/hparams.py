@@ -45,7 +45,13 @@ class HyperParams:
     dtype: str = _option(
         "backbone", "precision of the weights", "float32", choices=("float32", "bfloat16", "float16")
     )
-    device: str = _option("backbone", "auto, cpu, cuda, cuda:N, or the number N", "auto")
+    device: str = _option("backbone", "auto, cpu, cuda, cuda:N, the number N, mps, or xpu", "auto")
+    device_map: str | None = _option(
+        "backbone", "auto: the model is spread over all devices of this machine", None, choices=("auto",)
+    )
+    quantization: str = _option(
+        "backbone", "language model's weights, by bitsandbytes", "none", choices=("none", "int8", "int4")
+    )
     vision_config: dict[str, Any] = field(
         default_factory=dict, metadata={"group": "backbone", "help": "changes to the vision tower's config"}
     )

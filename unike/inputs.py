@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from unike.backbones.checkpoint_files import require_files
-from unike.backbones.loading import pick_device
+from unike.backbones.placement import check_placement, pick_device
 from unike.backbones.prefix import check_prefix_dir
 from unike.datasets.mmedit import CaptionDataset, CapVQADataset, VQADataset
 from unike.datasets.triplets import Triplet, triplets_of
@@ -54,6 +54,7 @@ def require_backbone(hparams: HyperParams) -> None:
     require(
         lambda: check_method(hparams),
         lambda: pick_device(hparams.device),
+        lambda: check_placement(hparams.backbone),
         lambda: require_files(hparams.backbone),
         lambda: check_prefix_dir(hparams),
         lambda: check_faiss(hparams.retrieval, hparams.source),

@@ -190,7 +190,7 @@ def _alpha(value: Any) -> str | float:
 def _device(value: Any) -> str:
     if not isinstance(value, str):
         value = f"cuda:{_whole(value)}"
-    _require(re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", value.lower()) is not None)
+    _require(re.fullmatch(r"auto|cpu|mps|(cuda|xpu)(:[0-9]+)?", value.lower()) is not None)
     return value.lower()
 
 
@@ -227,7 +227,7 @@ _KINDS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "layers": ("a number of layers from 1 on, or a list of different layer numbers", _layers),
     "edit_batch_size": ("auto or a whole number", _auto),
     "alpha": ("adaptive or a number", _alpha),
-    "device": ("auto, cpu, cuda, cuda:N or the number N", _device),
+    "device": ("auto, cpu, cuda, cuda:N, the number N, mps or xpu", _device),
     "metric_presets": (f"a list of different names out of {', '.join(METRIC_PRESETS)}", _presets),
     "data": ("{vqa: {train: file, eval: file}, caption: {train: file, eval: file}}", _annotations),
 }

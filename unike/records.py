@@ -1,7 +1,9 @@
 """The folder of a run: one JSON line per case, resumable, with what it was made from beside it.
 
 ``records.jsonl`` grows by one durable line per case; ``manifest.json`` holds the hyper-parameters,
-versions and checksums; ``summary.json`` is written at the end.
+versions and checksums; ``summary.json`` is written at the end. Where several processes share a run,
+each has a ``records.<rank>.jsonl`` of its own, merged into ``records.jsonl`` at the end, or when the run
+is resumed.
 """
 
 from __future__ import annotations
@@ -25,6 +27,9 @@ from unike.types import UserError
 logger = logging.getLogger("unike")
 
 RECORDS, MANIFEST, SUMMARY = "records.jsonl", "manifest.json", "summary.json"
+SHARDS = "records.[0-9]*.jsonl"
+# Goes the way of half-written files: what is left of it is removed when the run is resumed.
+_STOP = ".stop.tmp"
 _ABSENT = "absent"
 
 
@@ -32,8 +37,11 @@ class RecordWriter:
     """Appends records to a run folder; a context manager.
 
     A folder with content is refused unless ``resume``; then the ``fingerprint`` (the
-    hyper-parameters) and the checksums of ``weights`` and ``data`` must be the run's own, and a line
-    that a killed run left half written is cut off.
+    hyper-parameters) and the checksums of ``weights`` and ``data`` must be the run's own, a line that
+    a killed run left half written is cut off, and what its processes wrote is merged.
+
+    ``rank`` is the process's number where several write; the first must be open before the others.
+    ``about`` goes into the manifest without being compared.
     """
 
     def __init__(
@@ -46,23 +54,37 @@ class RecordWriter:
         weights: Mapping[str, str] | None = None,
         data: Mapping[str, str] | None = None,
         command: Sequence[str] | None = None,
+        rank: int | None = None,
+        about: Mapping[str, Any] | None = None,
     ) -> None:
-        self.directory = Path(directory)
-        given = {"hparams": fingerprint, "weights": weights or {}, "data": data or {}}
+        self.directory, self.rank = Path(directory), rank
+        if rank:
+            self.manifest = read_manifest(self.directory)
+        else:
+            made = {"seed": seed, "command": list(sys.argv if command is None else command), **(about or {})}
+            self.manifest = self._start(resume, fingerprint, weights or {}, data or {}, made)
+        self._done = {str(record["id"]) for record in read_records(self.directory)}
+        name = RECORDS if rank is None else f"records.{rank}.jsonl"
+        # Unbuffered, so that what failed to reach the disk is not written again later.
+        self._file = open(self.directory / name, "ab", buffering=0)  # noqa: SIM115
+
+    def _start(
+        self, resume: bool, fingerprint: Mapping[str, Any], weights: Mapping[str, str],
+        data: Mapping[str, str], about: dict[str, Any],
+    ) -> dict[str, Any]:  # fmt: skip
+        """Makes or checks the folder, mends its records, and gives its manifest."""
+        given = {"hparams": fingerprint, "weights": weights, "data": data}
         inputs = {name: _plain(value) for name, value in given.items()}
         _make_folder(self.directory)
         former = _former_manifest(self.directory, resume)
         if former is None:
-            about = {"seed": seed, "command": list(sys.argv if command is None else command)}
-            self.manifest = inputs | about | {"versions": _versions(), "started": _now()}
+            manifest = inputs | _plain(about) | {"versions": _versions(), "started": _now()}
         else:
             _check_inputs(self.directory, former, inputs)
-            self.manifest = former | {"resumed": [*former.get("resumed", []), _now()]}
-        records = _mend(self.directory / RECORDS)
-        self._done = {str(record["id"]) for record in records}
-        write_json(self.directory / MANIFEST, self.manifest)
-        # Unbuffered, so that what failed to reach the disk is not written again later.
-        self._file = open(self.directory / RECORDS, "ab", buffering=0)  # noqa: SIM115
+            manifest = former | {"resumed": [*former.get("resumed", []), _now()]}
+        merge(self.directory)
+        write_json(self.directory / MANIFEST, manifest)
+        return manifest
 
     def __enter__(self) -> RecordWriter:
         return self
@@ -100,6 +122,22 @@ class RecordWriter:
             raise
         self._done.add(name)
 
+    def stop(self) -> None:
+        """Lets the run's other processes know that they should end, too."""
+        if self.rank is not None:
+            (self.directory / _STOP).touch()
+
+    def stopped(self) -> bool:
+        """Whether a process of this run has called ``stop``."""
+        return self.rank is not None and (self.directory / _STOP).exists()
+
+    def finish(self, order: Sequence[str]) -> None:
+        """Closes the file, and brings all records together, in the ``order`` of their ids."""
+        self.close()
+        if not self.rank:
+            merge(self.directory, order)
+            (self.directory / _STOP).unlink(missing_ok=True)
+
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write ``summary.json`` in one step."""
         write_json(self.directory / SUMMARY, summary)
@@ -125,13 +163,36 @@ def read_manifest(directory: str | os.PathLike[str]) -> dict[str, Any]:
     return manifest
 
 
+def merge(directory: Path, order: Sequence[str] = ()) -> None:
+    """Brings the records of all processes together in ``records.jsonl``, each once, and removes their
+    own files; half-written last lines are cut off. A kill at any moment loses nothing.
+
+    Records come in the ``order`` of their ids; those it lacks stay behind, as they were.
+    """
+    shards = sorted(directory.glob(SHARDS))
+    found = {str(record["id"]): record for record in _mend(directory / RECORDS)}
+    former = list(found)
+    for shard in shards:
+        for record in _mend(shard):
+            found.setdefault(str(record["id"]), record)
+    places = {name: place for place, name in enumerate(order)}
+    wanted = sorted(found, key=lambda name: places.get(name, len(places)))
+    if wanted != former or not (directory / RECORDS).exists():
+        _replace(directory / RECORDS, "".join(json.dumps(found[name]) + "\n" for name in wanted))
+    for shard in shards:
+        shard.unlink()
+
+
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write a JSON file so that a reader sees the old one or the new one, never a part."""
+    _replace(path, json.dumps(_plain(value), indent=2) + "\n")
+
+
+def _replace(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "w", encoding="utf-8") as file:
-            json.dump(_plain(value), file, indent=2)
-            file.write("\n")
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

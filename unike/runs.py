@@ -12,6 +12,7 @@ import psutil
 import torch
 from tqdm import tqdm
 
+from unike import processes
 from unike.backbones.base import Backbone
 from unike.backbones.prefix import open_prefixes
 from unike.datasets.triplets import Triplet
@@ -42,13 +43,14 @@ from unike.protocols import one_step_many
 from unike.reading import Reader
 from unike.records import RecordWriter, read_records, sha256_of
 from unike.sequences import run_sequences
-from unike.tables import RunningMeans, summarise
+from unike.sharing import SharedRun
+from unike.tables import RunningMeans
 from unike.types import Case, UserError
 
 __all__ = [
-    "TASKS", "Parts", "annotation_file", "assemble", "checksums", "knowledge_triplets", "open_datasets",
-    "open_run", "parts_of", "preflight", "prepare", "problems_of", "require", "require_backbone",
-    "run_cases", "run_directory", "train_cases", "training_cases", "wants_triplets",
+    "TASKS", "Parts", "annotation_file", "assemble", "checksums", "drawn", "knowledge_triplets",
+    "open_datasets", "open_run", "parts_of", "preflight", "prepare", "problems_of", "require",
+    "require_backbone", "run_cases", "run_directory", "train_cases", "training_cases", "wants_triplets",
 ]  # fmt: skip
 
 # More edits side by side than this gain nothing; and as many tokens a query is taken to have.
@@ -95,7 +97,7 @@ def prepare(
         SCOPE_READING: hparams.scope_records,
         SCOPE_TRAINING: hparams.scope_steps,
     }
-    with bars(totals, progress) as tick:
+    with bars(totals, progress and processes.is_main()) as tick:
         known = ensure_knowledge(backbone, hparams, layers, source, tick)
         if needs_scope(hparams):
             teaching = cases or (lambda: training_cases(hparams))
@@ -119,9 +121,16 @@ def assemble(
     layers = build(hparams).layers(backbone)
     method = build(hparams, prepare(hparams, backbone, layers, progress, triplets, cases), cases)
     if isinstance(method, TrainableMethod):
-        with bars({TRAINING: hparams.editor_steps * hparams.editor_batch}, progress) as tick:
+        totals = {TRAINING: hparams.editor_steps * hparams.editor_batch}
+        with bars(totals, progress and processes.is_main()) as tick:
             ensure_editor(method, backbone, cases, tick)
     return Parts(hparams, backbone, method)
+
+
+def drawn(hparams: HyperParams, draw: Callable[[HyperParams], object]) -> None:
+    """Draws the data that the YAML names, once its backbone is known to load."""
+    require_backbone(hparams)
+    draw(hparams)
 
 
 # ---------------------------------------------------------------- the run and its folder
@@ -168,14 +177,31 @@ def checksums(hparams: HyperParams, task: str) -> dict[str, str]:
 
 def open_run(parts: Parts, task: str, directory: Path, resume: bool, generated: bool = True) -> RecordWriter:
     """The run's folder with its manifest; UserError where the run to resume was made differently."""
-    return RecordWriter(
-        directory,
-        resume,
-        parts.hparams.decisive() | {"task": task, "generated": generated},
-        seed=parts.hparams.seed,
-        weights={"backbone": parts.backbone.fingerprint},
-        data=checksums(parts.hparams, task),
+    return processes.in_turn(
+        lambda: RecordWriter(
+            directory,
+            resume,
+            parts.hparams.decisive() | {"task": task, "generated": generated},
+            seed=parts.hparams.seed,
+            weights={"backbone": parts.backbone.fingerprint},
+            data=checksums(parts.hparams, task),
+            rank=processes.rank() if processes.joined() else None,
+            about={"machine": machine(parts)},
+        )
     )
+
+
+def machine(parts: Parts) -> dict[str, Any]:
+    """What a run is made on, for its manifest: types of numbers, device, number of processes."""
+    hp = parts.hparams
+    return {
+        "weights": hp.dtype if hp.quantization == "none" else f"{hp.quantization}, else {hp.dtype}",
+        # Patches and their optimiser's state, whatever the weights' type.
+        "patches": "float32",
+        "device": parts.backbone.device.type,
+        "processes": processes.count(),
+        "edits_at_once": edits_at_once(hp, parts.backbone),
+    }
 
 
 def run_cases(
@@ -189,6 +215,7 @@ def run_cases(
 ) -> dict[str, Any]:
     """Edits each case that is not recorded yet, from the base model or as the YAML's ``protocol`` has
     it, and gives the summary of all records in the folder, ``interrupted`` where Ctrl-C ended it early.
+    Where several processes run, each edits its share and all get the summary.
 
     A ``reader`` of the same cases and first layer may be handed on from run to run: what it knows of
     the base model is not asked again.
@@ -198,25 +225,27 @@ def run_cases(
     reader, hp = reader or parts.reader(generated), parts.hparams
     if hp.protocol != "one_step":
         return run_sequences(hp, parts.backbone, parts.method, cases, writer, reader, skip_broken, progress)
-    done, interrupted = writer.done_ids(), False
+    done, shared = writer.done_ids(), SharedRun(writer)
     means = RunningMeans(read_records(writer.directory) if done else [])
-    left = [i for i, case in enumerate(cases) if case.request.id not in done]
-    size = edits_at_once(hp, parts.backbone)
-    with tqdm(total=len(cases), initial=len(cases) - len(left), desc="edits", disable=not progress) as bar:
-        try:
-            for start in range(0, len(left), size):
-                some = [cases[i] for i in left[start : start + size]]
-                for record in _records(parts, some, reader, skip_broken):
+    order, size = [case.request.id for case in cases], edits_at_once(hp, parts.backbone)
+    # Whole batches, wherever a former run ended: what is made side by side is rounded alike.
+    batches = [cases[start : start + size] for start in range(0, len(cases), size)]
+    left = processes.share([b for b in batches if any(c.request.id not in done for c in b)])
+    already, mine = sum(name in done for name in order), sum(map(len, left))
+    mine -= sum(c.request.id in done for batch in left for c in batch)
+    hidden = not (progress and processes.is_main())
+    with (
+        tqdm(total=already + mine, initial=already, desc="edits", disable=hidden) as bar,
+        shared.kept(),
+    ):
+        for batch in shared.until_stopped(left):
+            for record in _records(parts, batch, reader, skip_broken):
+                if record["id"] not in done:
                     writer.write(record)
                     means.add(record)
                     bar.set_postfix_str(str(means), refresh=False)
                     bar.update()
-        except KeyboardInterrupt:
-            interrupted = True
-    summary = summarise(read_records(writer.directory), hp.seed, hp.metric_presets)
-    summary |= {"interrupted": interrupted}
-    writer.write_summary(summary)
-    return summary
+    return shared.sum_up(hp.seed, hp.metric_presets, order)
 
 
 def _records(
@@ -239,7 +268,7 @@ def _records(
 
 def edits_at_once(hparams: HyperParams, backbone: Backbone) -> int:
     """How many independent edits are made side by side: ``edit_batch_size``, or with ``auto`` as many as
-    a quarter of the free memory takes, at most ``AT_ONCE``."""
+    an eighth of the memory takes, at most ``AT_ONCE``: the same on the same machine, whatever else runs."""
     if isinstance(hparams.edit_batch_size, int):
         return hparams.edit_batch_size
     width, layers = backbone.layout.width, len(edited_layers(hparams, backbone))
@@ -249,11 +278,11 @@ def edits_at_once(hparams: HyperParams, backbone: Backbone) -> int:
         trained = sum(p.numel() for layer in edited for p in layer.parameters())
     # Each with its gradient and two moments; and a few dozen states a token and layer for the gradient.
     need = 4 * 4 * trained + 4 * layers * width * 40 * TOKENS
-    return max(1, min(AT_ONCE, free_memory(backbone.device) // 4 // need))
+    return max(1, min(AT_ONCE, whole_memory(backbone.device) // 8 // need))
 
 
-def free_memory(device: torch.device) -> int:
-    """Bytes that may still be taken on a device."""
+def whole_memory(device: torch.device) -> int:
+    """Bytes of a device's memory."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return int(psutil.virtual_memory().total)

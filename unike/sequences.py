@@ -7,13 +7,15 @@ from typing import Any
 
 from tqdm import tqdm
 
+from unike import processes
 from unike.backbones.base import Backbone
 from unike.hparams import HyperParams
 from unike.methods.base import EditMethod
 from unike.protocols import DRAWS, sequence_id, sequential
 from unike.reading import Reader
 from unike.records import RecordWriter, read_records
-from unike.tables import RunningMeans, summarise
+from unike.sharing import SharedRun
+from unike.tables import RunningMeans
 from unike.types import Case, UserError
 
 
@@ -40,32 +42,36 @@ def run_sequences(
     ``interrupted`` where Ctrl-C ended the run early.
 
     Finished sequences are not run again. An unfinished one is edited from its start, since edits are
-    not kept, and only what is not recorded yet is written.
+    not kept, and only what is not recorded yet is written. Several processes share whole sequences.
     """
     drawn = sequences_of(hparams, cases)
-    done, interrupted = writer.done_ids(), False
+    done, shared = writer.done_ids(), SharedRun(writer)
     means = RunningMeans(r for r in (read_records(writer.directory) if done else []) if r["kind"] == "final")
     length = hparams.sequence_length
-    left = [i for i in range(len(drawn)) if sequence_id(i, length, "final") not in done]
-    already = (len(drawn) - len(left)) * length
+    whole = [i for i in range(len(drawn)) if sequence_id(i, length, "final") in done]
+    left = processes.share([i for i in range(len(drawn)) if i not in whole])
+    already = len(whole) * length
     tolerated: tuple[type[Exception], ...] = (UserError,) if skip_broken else ()
-    with tqdm(total=len(drawn) * length, initial=already, desc="edits", disable=not progress) as bar:
-        try:
-            for number in left:
-                for record in sequential(
+    total, hidden = already + len(left) * length, not (progress and processes.is_main())
+    with tqdm(total=total, initial=already, desc="edits", disable=hidden) as bar, shared.kept():
+        for number in left:
+            for record in shared.until_stopped(
+                sequential(
                     backbone, method, drawn[number], reader, number, hparams.curve_cases, hparams.seed,
                     tolerated,
-                ):  # fmt: skip
-                    final, known = record["kind"] == "final", record["id"] in done
-                    if not known:
-                        writer.write(record)
-                    if final and not known:
-                        means.add(record)
-                        bar.set_postfix_str(str(means), refresh=False)
-                    bar.update(not final)
-        except KeyboardInterrupt:
-            interrupted = True
-    summary = summarise(read_records(writer.directory), hparams.seed, hparams.metric_presets)
-    summary |= {"interrupted": interrupted}
-    writer.write_summary(summary)
-    return summary
+                )
+            ):  # fmt: skip
+                final, known = record["kind"] == "final", record["id"] in done
+                if not known:
+                    writer.write(record)
+                if final and not known:
+                    means.add(record)
+                    bar.set_postfix_str(str(means), refresh=False)
+                bar.update(not final)
+    order = [
+        sequence_id(number, position, kind)
+        for number in range(len(drawn))
+        for kind in ("step", "final")
+        for position in range(1, length + 1)
+    ]
+    return shared.sum_up(hparams.seed, hparams.metric_presets, order)

@@ -312,4 +312,6 @@ def _costs(summary: Mapping[str, Any]) -> str:
         parts.append(f"{summary['seconds']:.2f} s per edit")
     if summary["steps"] is not None:
         parts.append(f"{summary['steps']:.1f} steps per edit")
+    if most := max(filter(None, summary.get("peak_memory_bytes", {}).values()), default=0):
+        parts.append(f"{most / 2**30:.2f} GiB at most")
     return ", ".join(parts)

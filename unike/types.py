@@ -88,6 +88,8 @@ class BackboneSpec:
     image_size: int | None = None
     dtype: str = "float32"
     device: str = "auto"
+    device_map: str | None = None
+    quantization: str = "none"
     vision_config: Mapping[str, Any] = field(default_factory=dict)
     qformer_config: Mapping[str, Any] = field(default_factory=dict)
     source: str = "hparams"

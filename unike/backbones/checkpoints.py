@@ -36,6 +36,7 @@ from unike.backbones.checkpoint_files import (
     original_kinds,
     require_files,
 )
+from unike.backbones.placement import quantization_config
 from unike.types import BackboneSpec, UserError
 
 __all__ = [
@@ -280,10 +281,12 @@ def _check_fit(spec: BackboneSpec, model: Blip2ForConditionalGeneration, weights
         raise UserError(*problems)
 
 
-def _language_model(spec: BackboneSpec, dtype: torch.dtype) -> PreTrainedModel:
+def _language_model(spec: BackboneSpec, dtype: torch.dtype, device: torch.device | None) -> PreTrainedModel:
     loader: Any = AutoModelForCausalLM
+    config = quantization_config(spec, dtype)
+    more = {} if config is None else {"quantization_config": config, "device_map": {"": device}}
     try:
-        model, info = loader.from_pretrained(spec.name, dtype=dtype, output_loading_info=True)
+        model, info = loader.from_pretrained(spec.name, dtype=dtype, output_loading_info=True, **more)
     except _UNLOADABLE as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"name: {spec.name}: the language model does not load ({reason})") from error
@@ -299,8 +302,9 @@ def _kept_dtype(model: Blip2ForConditionalGeneration, key: str, dtype: torch.dty
     return torch.float32 if dtype == torch.float16 and key.split(".")[0] in kept else dtype
 
 
-def load_original(spec: BackboneSpec) -> Blip2ForConditionalGeneration:
-    """The model from the original files, in ``spec.dtype`` on the CPU, frozen and in eval mode.
+def load_original(spec: BackboneSpec, device: torch.device | None = None) -> Blip2ForConditionalGeneration:
+    """The model from the original files, in ``spec.dtype`` on the CPU, frozen and in eval mode; its
+    language model on ``device`` where it is quantized.
 
     Never holds two copies: the skeleton has no memory, and each mapped tensor is copied once.
     """
@@ -324,7 +328,7 @@ def load_original(spec: BackboneSpec) -> Blip2ForConditionalGeneration:
     model.load_state_dict(weights, strict=False, assign=True)
     # The skeleton's language model has buffers on the meta device that no file holds (rotary
     # frequencies), so it is replaced as a whole instead of being filled.
-    language_model = _language_model(spec, dtype)
+    language_model = _language_model(spec, dtype, device)
     model.language_model = language_model
     model.config.text_config = language_model.config
     model.config.dtype = dtype

@@ -9,30 +9,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, Blip2ForConditionalGeneration
+from transformers import AutoConfig, AutoTokenizer, Blip2ForConditionalGeneration
 from transformers.utils import logging
 
 from unike.backbones.blip2_opt import BLIP2_OPT
 from unike.backbones.checkpoints import DTYPES, load_original, require_files
 from unike.backbones.hf import VisionLanguageBackbone
 from unike.backbones.minigpt4 import MINIGPT4
+from unike.backbones.placement import (
+    check_placement,
+    device_map,
+    dispatched,
+    pick_device,
+    quantization_config,
+)
 from unike.hparams import HyperParams
 from unike.types import BackboneSpec, UserError
 
+__all__ = ["load_backbone", "pick_device"]
+
 SMALL_BYTES = 100 << 20
 DIALOGUES = {"blip2": BLIP2_OPT, "minigpt4": MINIGPT4}
-
-
-def pick_device(wanted: str) -> torch.device:
-    """``auto`` takes CUDA where there is one; UserError where the wanted device is not there."""
-    if wanted == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(wanted)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(
-            f"device: {wanted}; found {torch.cuda.device_count()} CUDA devices, expected auto or cpu"
-        )
-    return device
 
 
 def load_backbone(source: str | os.PathLike[str] | HyperParams | BackboneSpec) -> VisionLanguageBackbone:
@@ -46,12 +43,19 @@ def load_backbone(source: str | os.PathLike[str] | HyperParams | BackboneSpec) -
     limit = source.max_new_tokens if isinstance(source, HyperParams) else 16
     spec = source.backbone if isinstance(source, HyperParams) else source
     device = pick_device(spec.device)
+    check_placement(spec)
     require_files(spec)
+    # With `device_map`, the edited layers lie together; four are edited unless a YAML says otherwise.
+    layers = source.layers if isinstance(source, HyperParams) else 4
     dialogue = DIALOGUES[spec.model_name]
     if spec.original_files:
-        model, folder = load_original(spec), None
+        model, folder = load_original(spec, device), None
+        if spec.device_map is not None:
+            depth = model.language_model.config.num_hidden_layers
+            placed = device_map(model, DTYPES[spec.dtype], _last(layers, depth))
+            model = dispatched(model, placed)
     else:
-        model, folder = _load_folder(spec), spec.name
+        model, folder = _load_folder(spec, device, layers), spec.name
     text: Any = model.config.text_config
     decoder = text.model_type
     if decoder not in dialogue.decoders:
@@ -61,16 +65,32 @@ def load_backbone(source: str | os.PathLike[str] | HyperParams | BackboneSpec) -
             f"model_name {spec.model_name} expects {expected}"
         )
     tokenizer = AutoTokenizer.from_pretrained(spec.name)
-    model.to(device)  # type: ignore[arg-type]
+    if spec.device_map is None and not getattr(model, "is_quantized", False):
+        model.to(device)  # type: ignore[arg-type]
     return VisionLanguageBackbone(
         model, tokenizer, dialogue, folder, None if spec.original_files else spec.image_size, limit
     )
 
 
-def _load_folder(spec: BackboneSpec) -> Blip2ForConditionalGeneration:
+def _last(layers: int | tuple[int, ...], depth: int) -> int:
+    """How many of the decoder's layers are edited or lie above one that is."""
+    return layers if isinstance(layers, int) else depth - min(layers)
+
+
+def _load_folder(
+    spec: BackboneSpec, device: torch.device, layers: int | tuple[int, ...]
+) -> Blip2ForConditionalGeneration:
+    dtype, more = DTYPES[spec.dtype], {}
     try:
+        if (config := quantization_config(spec, dtype)) is not None:
+            more = {"quantization_config": config, "device_map": {"": device}}
+        elif spec.device_map is not None:
+            with torch.device("meta"):
+                skeleton: Any = Blip2ForConditionalGeneration(AutoConfig.from_pretrained(spec.name))
+            depth = skeleton.language_model.config.num_hidden_layers
+            more = {"device_map": device_map(skeleton, dtype, _last(layers, depth))}
         with _quiet_if_small(Path(spec.name)):
-            return Blip2ForConditionalGeneration.from_pretrained(spec.name, dtype=DTYPES[spec.dtype])
+            return Blip2ForConditionalGeneration.from_pretrained(spec.name, dtype=dtype, **more)
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         kind = "folder" if Path(spec.name).exists() else "hub name"

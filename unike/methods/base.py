@@ -153,7 +153,20 @@ def build(
 
 
 def edited_layers(hparams: HyperParams, backbone: Backbone) -> list[int]:
-    """The YAML's ``layers`` as indices: the last n, or a list. UserError where the decoder has fewer."""
+    """The YAML's ``layers`` as indices: the last n, or a list. UserError where the decoder has fewer, or
+    where ``device_map`` has put one of them elsewhere."""
+    found = _layer_numbers(hparams, backbone)
+    home = backbone.device
+    lost = [i for i in found if next(backbone.layout.layer(i).parameters()).device != home]
+    if lost:
+        raise UserError(
+            f"{hparams.source}: layers: {lost} lie on another device than the embeddings; "
+            "expected layers that the YAML which loads the backbone names, too"
+        )
+    return found
+
+
+def _layer_numbers(hparams: HyperParams, backbone: Backbone) -> list[int]:
     count = len(backbone.layout)
     wanted = hparams.layers
     if isinstance(wanted, int):

@@ -17,7 +17,15 @@ from unike.methods.training import Limits, Trained, train
 from unike.types import EditRequest, Query, UserError
 
 
-@register("ft")
+def _has_plain_weights(hparams: HyperParams) -> None:
+    if hparams.quantization != "none" and hparams.ft_target == "layers":
+        raise UserError(
+            f"{hparams.source}: method: ft trains the weights of `layers`; expected quantization: none, "
+            "or ft_target: projection"
+        )
+
+
+@register("ft", check=_has_plain_weights)
 class FineTuning:
     """Trains the weights of the YAML's ``layers`` (one, as published) until the target is predicted.
 

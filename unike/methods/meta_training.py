@@ -2,7 +2,8 @@
 
 Only suffixes run: the prefix states are constants of the queries. A run that is killed at any
 point and started again gives the same editor, bit for bit: what is drawn depends on the seed and
-the step alone, and every prefix is computed in a batch of its own.
+the step alone, and every prefix is computed in a batch of its own. Several processes share the cases
+of each step and add up their gradients.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from unike import processes
 from unike.backbones.base import Backbone, answer_loss
 from unike.backbones.prefix import PrefixCache, open_prefixes
 from unike.edits import Edit
@@ -193,25 +195,31 @@ def meta_train(
         torch.manual_seed(hparams.seed)
         if not run.resume():
             method.calibrate(backbone, [lessons.of(c) for c in cases[:CALIBRATION_CASES]], prefixes)
+            run.start_alike()
         else:
             tick(TRAINING, run.progress.step * hparams.editor_batch)
         while not run.done:
             run.optimiser.zero_grad(set_to_none=True)
-            for case in _batch(cases, run.progress.step, hparams):
+            batch = _batch(cases, run.progress.step, hparams)
+            for case in processes.share(batch):
                 loss = method.loss(backbone, lessons.of(case), prefixes)
                 if not math.isfinite(loss.item()):
                     raise FloatingPointError(f"the loss is {loss.item()} after {run.progress.step} steps")
                 (loss / hparams.editor_batch).backward()
                 tick(TRAINING, 1)
+            if others := len(batch) - len(processes.share(batch)):
+                tick(TRAINING, others)
             run.step()
             if run.due:
                 with torch.no_grad():
-                    losses = []
-                    for case in val_cases:
-                        losses.append(method.validation(backbone, lessons.of(case), prefixes).item())
-                        tick(TRAINING, 0)
+                    losses = processes.spread(
+                        val_cases,
+                        lambda case: method.validation(backbone, lessons.of(case), prefixes).item(),
+                        lambda _: tick(TRAINING, 0),
+                    )
                 run.judge(sum(losses) / max(1, len(losses)))
-                run.save()
+                if processes.is_main():
+                    run.save()
     run.finish()
     return run.progress
 
@@ -254,8 +262,15 @@ class _Run:
         step = self.progress.step
         return step % self.hparams.editor_val_every == 0 or step >= self.hparams.editor_steps
 
+    def start_alike(self) -> None:
+        """Every process trains the main one's network: devices may round differently."""
+        if processes.joined():
+            network = self.method.trained
+            network.load_state_dict(processes.first(lambda: copied(network.state_dict())))
+
     def step(self) -> None:
         own = [p for group in self.optimiser.param_groups for p in group["params"]]
+        processes.add_gradients(own)
         torch.nn.utils.clip_grad_norm_(own, self.hparams.clip_norm)
         self.optimiser.step()
         self.method.settle()

@@ -11,11 +11,12 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import load_file, save_file
 
+from unike import processes
 from unike.backbones.base import Backbone
 from unike.backbones.prefix import PrefixCache, open_prefixes
 from unike.datasets.triplets import Triplet
@@ -27,6 +28,7 @@ from unike.retrieval import open_memory
 from unike.text import normalise_answer
 from unike.types import Query, UserError
 
+T = TypeVar("T")
 Tick = Callable[[str, int], None]
 _KEY_OPTIONS = (
     "layers", "triplets", "encoder_hidden", "encoder_dim", "encoder_lr", "encoder_steps", "encoder_batch",
@@ -49,17 +51,25 @@ class LayerStates:
 def wrong_answers(
     backbone: Backbone, triplets: Sequence[Triplet], batch: int, tick: Tick = silent
 ) -> list[str | None]:
-    """``A_neg`` of each triplet: its own, or the backbone's greedy answer where that is wrong."""
+    """``A_neg`` of each triplet: its own, or the backbone's greedy answer where that is wrong.
+
+    Several processes share the batches; each gets all answers.
+    """
     answers = [None if t.wrong is None else _if_wrong(t.wrong, t) for t in triplets]
     asked = [i for i, t in enumerate(triplets) if t.wrong is None]
-    for start in range(0, len(asked), batch):
-        part = asked[start : start + batch]
+
+    def ask(part: list[int]) -> list[str]:
         queries = [triplets[i].query for i in part]
-        texts = backbone.generate([q.image for q in queries], [q.prompt for q in queries])
-        for i, text in zip(part, texts, strict=True):
-            answers[i] = _if_wrong(text, triplets[i])
-        tick("asking for wrong answers", len(part))
+        return backbone.generate([q.image for q in queries], [q.prompt for q in queries])
+
+    parts = processes.spread(_batches(asked, batch), ask, lambda p: tick("asking for wrong answers", len(p)))
+    for i, text in zip(asked, (text for part in parts for text in part), strict=True):
+        answers[i] = _if_wrong(text, triplets[i])
     return answers
+
+
+def _batches(items: Sequence[T], size: int) -> list[list[T]]:
+    return [list(items[start : start + size]) for start in range(0, len(items), size)]
 
 
 def _if_wrong(answer: str, triplet: Triplet) -> str | None:
@@ -79,23 +89,29 @@ def extract(
     """Knowledge states of all triplets that have a wrong answer, by layer; ``prefixes`` are those of
     the lowest one.
 
-    Raises UserError where none is left.
+    Several processes share the batches; each gets all states. Raises UserError where none is left.
     """
     wrongs = wrong_answers(backbone, triplets, batch, tick)
     pairs = [(t.query, t.negative(w)) for t, w in zip(triplets, wrongs, strict=True) if w]
     if not pairs:
         raise UserError("knowledge triplets: none has a wrong answer (field `pred`); expected at least one")
     prefixes = prefixes or PrefixCache(backbone, min(layers), max_bytes=0)
-    parts: list[dict[int, list[torch.Tensor]]] = []
-    for start in range(0, len(pairs), batch):
-        part = pairs[start : start + batch]
+
+    def read(part: list[tuple[Query, Query]]) -> dict[int, list[torch.Tensor]]:
         positive = _ends(backbone, prefixes, [p for p, _ in part], layers)
         negative = _ends(backbone, prefixes, [n for _, n in part], layers)
-        parts.append({i: [positive[i][0], positive[i][1], negative[i][1], positive[i][2]] for i in layers})
-        tick("extracting knowledge states", len(part))
+        found = {i: [positive[i][0], positive[i][1], negative[i][1], positive[i][2]] for i in layers}
+        # What is sent to other processes would come back on this one's device.
+        return {i: [t.cpu() for t in own] for i, own in found.items()} if processes.joined() else found
+
+    parts = processes.spread(
+        _batches(pairs, batch), read, lambda part: tick("extracting knowledge states", len(part))
+    )
     out = {}
     for i in layers:
-        sem, pos, neg, ffn = (torch.cat([p[i][j] for p in parts]).float() for j in range(4))
+        sem, pos, neg, ffn = (
+            torch.cat([p[i][j] for p in parts]).to(backbone.device).float() for j in range(4)
+        )
         out[i] = LayerStates(KnowledgeStates(sem, pos, neg), ffn)
     return out
 
@@ -147,12 +163,15 @@ def ensure_knowledge(
         )
     folder = Path(hparams.knowledge_dir)
     facts = _facts(backbone, layers, hparams)
-    if not _fits(folder, facts):
+    if not processes.first(lambda: _fits(folder, facts)):
         collected = triplets()
-        folder = folder / knowledge_key(backbone, collected, hparams)
-        if not _fits(folder, facts):
-            states, encoders, reports = build_knowledge(backbone, collected, layers, hparams, tick)
-            save_knowledge(folder, states, encoders, reports, facts)
+        keyed = folder = folder / knowledge_key(backbone, collected, hparams)
+        if not processes.first(lambda: _fits(keyed, facts)):
+            prefixes = open_prefixes(hparams, backbone, min(layers), memory=False)
+            states = extract(backbone, collected, layers, hparams.eval_batch, tick, prefixes)
+            processes.first(
+                lambda: save_knowledge(keyed, states, *fit_encoders(states, hparams, tick), facts)
+            )
     return as_knowledge(*load_states(folder, backbone.device), hparams, folder)
 
 
@@ -189,14 +208,21 @@ def build_knowledge(
     """States and trained encoders of each layer, with a report of each training."""
     prefixes = open_prefixes(hparams, backbone, min(layers), memory=False)
     states = extract(backbone, triplets, layers, hparams.eval_batch, tick, prefixes)
+    return states, *fit_encoders(states, hparams, tick)
+
+
+def fit_encoders(
+    states: dict[int, LayerStates], hparams: HyperParams, tick: Tick = silent
+) -> tuple[dict[int, Disentangler], dict[int, FitReport]]:
+    """Trained encoders of each layer, with a report of each training."""
     encoders, reports = {}, {}
-    for i in layers:
+    for i in states:
         encoders[i], reports[i] = fit(
             states[i].states, hparams.encoder_hidden, hparams.encoder_dim, hparams.encoder_steps,
             hparams.encoder_batch, hparams.encoder_lr, hparams.encoder_tau, hparams.include_anchor,
             seed=hparams.seed, tick=lambda: tick("training encoders", 1),
         )  # fmt: skip
-    return states, encoders, reports
+    return encoders, reports
 
 
 def save_knowledge(

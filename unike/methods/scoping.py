@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from unike import processes
 from unike.backbones.base import Backbone
 from unike.backbones.prefix import PrefixCache, open_prefixes
 from unike.hooks import capture
@@ -127,8 +128,10 @@ def ensure_scope(
     thresholds. UserError where there are too few.
     """
     facts = scope_facts(hparams, backbone, first)
-    folder = kept_scope(hparams, facts)
-    if folder is None:
+
+    def found() -> Path:
+        if (kept := kept_scope(hparams, facts)) is not None:
+            return kept
         given = cases()[: hparams.scope_records]
         if len(given) < 2 * HELD_OUT:
             at = f"{hparams.source}: scope_measure"
@@ -143,6 +146,9 @@ def ensure_scope(
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
         folder = Path(str(hparams.scope_dir), digest)
         save_scope(folder, encoder, report, facts | {"records": len(given)})
+        return folder
+
+    folder = processes.first(found)
     return load_scope(folder, fresh_encoder(backbone, hparams))
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
+from unike import processes
 from unike.backbones.base import Backbone
 from unike.hparams import OPTIONS, HyperParams
 from unike.methods.base import build, methods
@@ -100,12 +101,13 @@ def ensure_editor(
 ) -> Path:
     """Loads the YAML's editor, or trains it on ``cases`` and keeps it; gives its folder.
 
-    Every tenth case is held out; the first ``editor_val_cases`` of these validate.
+    Every tenth case is held out; the first ``editor_val_cases`` of these validate. Several processes
+    train one editor together.
     """
     hparams, facts = method.hparams, editor_facts(backbone, method)
-    folder = kept_editor(hparams, facts)
+    folder = processes.first(lambda: kept_editor(hparams, facts))
     if folder is None:
-        folder = Path(str(hparams.editor_dir), hparams.method, _key(facts))
+        made = folder = Path(str(hparams.editor_dir), hparams.method, _key(facts))
         given = cases()
         held = [case for i, case in enumerate(given) if i % HELD_OUT == HELD_OUT - 1]
         train = [case for i, case in enumerate(given) if i % HELD_OUT != HELD_OUT - 1]
@@ -115,7 +117,7 @@ def ensure_editor(
             )
         val = held[: hparams.editor_val_cases]
         progress = meta_train(method, backbone, train, val, hparams, folder, tick, facts)
-        save_editor(method, facts, progress, folder)
+        processes.first(lambda: save_editor(method, facts, progress, made))
     load_editor(method, backbone, folder)
     return folder
 
