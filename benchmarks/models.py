@@ -33,7 +33,7 @@ ROOT = Path(__file__).parents[1]
 PRESET: dict[str, Any] = {
     "model_name": "blip2", "name": "random", "method": "unike", "layers": 4, "n_keys": 10,
     "key_init": "query", "k": 40, "alpha": "adaptive", "zeta": "truthfulness", "beta": 0.02,
-    "memory": "both", "scope_gate": "none", "device": "cpu",
+    "memory": "both", "scope_gate": "none", "encoder_dim": 64, "device": "cpu",
 }  # fmt: skip
 SHARD_BYTES = 2 << 30
 
