@@ -14,6 +14,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,10 @@ def differences(done: Sequence[Done], records: Sequence[Any], logits: Sequence[A
     return max(losses), max(values)
 
 
+def _all(reference: Reference, cases: Sequence[Case]) -> list[Done]:
+    return [reference.record(c) for c in cases]
+
+
 def compare(world: World, rows: Rows) -> bool:
     """Times all rounds; whether every result agrees with the reference's."""
     reference, ours = Reference(world.backbone, world.method), Ours(world.backbone, world.method)
@@ -130,7 +135,7 @@ def compare(world: World, rows: Rows) -> bool:
     apart: dict[str, list[tuple[float, float]]] = {name: [] for name in MODES}
     for number, block in enumerate(world.blocks):
         alone = block[: world.alone]
-        done, taken = timed(lambda some=alone: [reference.record(c) for c in some])
+        done, taken = timed(partial(_all, reference, alone))
         spent = {"reference": taken / len(alone)}
         for name, (cached, batched) in MODES.items():
             some = block if batched else alone
@@ -184,7 +189,7 @@ def tiny_world(given: argparse.Namespace) -> World:
     count = (given.rounds + 1) * given.batch
     cases = runs.preflight(hparams, "vqa", count)
     if len(cases) < count:
-        raise UserError(f"--rounds {given.rounds} --batch {given.batch}: need {count} records of {len(cases)}")
+        raise UserError(f"--rounds {given.rounds} --batch {given.batch}: {len(cases)} records are there")
     backbone = load_backbone(hparams)
     parts = runs.assemble(hparams, backbone, progress=False)
     assert isinstance(parts.method, UniKE)

@@ -41,8 +41,8 @@ class Row:
         return self.median >= float(value) if sign == ">=" else self.median <= float(value)
 
     def __str__(self) -> str:
-        verdict = {None: "", True: f"  (target {self.target}: met)", False: f"  (target {self.target}: NOT met)"}
-        return f"{self.case:34} {self.metric:42} {self.median:10.4g} {self.unit}{verdict[self.met]}"
+        verdict = "" if self.met is None else f"  ({self.target}: {'met' if self.met else 'NOT met'})"
+        return f"{self.case:34} {self.metric:42} {self.median:10.4g} {self.unit}{verdict}"
 
 
 class Rows:
@@ -72,6 +72,13 @@ def timed(run: Callable[[], T]) -> tuple[T, float]:
     started = time.perf_counter()
     given = run()
     return given, time.perf_counter() - started
+
+
+def resident(field: str) -> int:
+    """Bytes of a field of ``/proc/self/status``: ``VmHWM``, the peak of resident pages, those of mapped
+    files among them; ``RssAnon``, ``RssFile``: what is resident now."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
 
 def command_line() -> str:

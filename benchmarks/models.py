@@ -10,12 +10,13 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from torch import nn
 from transformers import AutoTokenizer, Blip2Config, Blip2ForConditionalGeneration
 
 from unike.backbones import load_backbone
@@ -100,8 +101,8 @@ def random_knowledge(
 ) -> Knowledge:
     """A bank of ``items`` states as layer norms leave them, and encoders.
 
-    The semantic encoder is the identity, which two ReLU layers can be: a random one would turn every
-    alpha into zero, and the attention shift off.
+    The semantic encoder hands on what it gets, as far as its hidden width goes: a random one would turn
+    every alpha into zero, and the attention shift off.
     """
     generator, width = torch.Generator().manual_seed(seed), backbone.layout.width
 
@@ -113,14 +114,24 @@ def random_knowledge(
         sem = draw()
         pos, neg = (0.6 * sem + 0.8 * draw() for _ in range(2))
         states[i] = LayerStates(KnowledgeStates(sem, pos, neg), sem[: min(items, 200)])
-        with torch.random.fork_rng():
-            torch.manual_seed(seed + i)
-            own = Disentangler(width, truth_width=hparams.encoder_dim)
-        for linear, dim in ((own.semantic[0], 0), (own.semantic[2], 1)):
-            linear.weight.copy_(torch.cat([torch.eye(width), -torch.eye(width)], dim=dim))
-            linear.bias.zero_()
-        encoders[i] = own.to(backbone.device).requires_grad_(False)
+        encoders[i] = _encoders(width, hparams, seed + i).to(backbone.device)
     return as_knowledge(states, encoders, hparams)
+
+
+def _encoders(width: int, hparams: HyperParams, seed: int) -> Disentangler:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        own = Disentangler(width, hparams.encoder_hidden, hparams.encoder_dim)
+    into, out = cast(nn.Linear, own.semantic[0]), cast(nn.Linear, own.semantic[2])
+    kept = min(width, into.out_features // 2)
+    # relu(x) - relu(-x) = x: two rows of the hidden layer carry one entry.
+    for linear in (into, out):
+        linear.weight.zero_()
+        linear.bias.zero_()
+    for entry in range(kept):
+        into.weight[2 * entry, entry], into.weight[2 * entry + 1, entry] = 1, -1
+        out.weight[entry, 2 * entry], out.weight[entry, 2 * entry + 1] = 1, -1
+    return own.requires_grad_(False)
 
 
 def random_cases(count: int, size: int, seed: int = 0) -> list[Case]:
@@ -190,7 +201,8 @@ def random_folder(family: str, folder: Path, config: Blip2Config | None = None) 
         model = Blip2ForConditionalGeneration(config)
     config.save_pretrained(folder)
     AutoTokenizer.from_pretrained(tokenizer_folder(family)).save_pretrained(folder)
-    where, total = {}, 0
+    where: dict[str, str] = {}
+    total = 0
     for number, shard in enumerate(_shards(model)):
         name = f"model-{number:05d}.safetensors"
         save_file(shard, folder / name, metadata={"format": "pt"})
@@ -204,7 +216,8 @@ def random_folder(family: str, folder: Path, config: Blip2Config | None = None) 
 def _shards(model: Blip2ForConditionalGeneration) -> Iterator[dict[str, torch.Tensor]]:
     generator = torch.Generator().manual_seed(0)
     shard: dict[str, torch.Tensor] = {}
-    tied = model.config.text_config.tie_word_embeddings
+    text: Any = model.config.text_config
+    tied = text.tie_word_embeddings
     for name, like in model.state_dict().items():
         if tied and name.endswith("lm_head.weight"):
             continue

@@ -118,9 +118,7 @@ class Reference:
         patches = fresh_patches(self.backbone, case.request, states, self.hparams, self.method.knowledge)
         shares = {i: LayerShare(s.sem, s.pos) for i, s in states.items()}
         # Without patches a routed edit is the attention shift alone.
-        shift = RoutedEdit(
-            (EditRecord(case.request.id, shares),), self.method.routing, self.method.knowledge
-        )
+        shift = RoutedEdit((EditRecord(case.request.id, shares),), self.method.routing, self.method.knowledge)
         with shift.applied(self.backbone), concatenated(self.backbone, patches):
             losses = self.train(case.request.query, patches)
             after = [self.ask(q) for q in queries]
@@ -168,9 +166,7 @@ class Reference:
 
 
 @contextmanager
-def concatenated(
-    backbone: VisionLanguageBackbone, patches: Mapping[int, KeyValuePatch]
-) -> Iterator[None]:
+def concatenated(backbone: VisionLanguageBackbone, patches: Mapping[int, KeyValuePatch]) -> Iterator[None]:
     """Feed-forward networks run on ``[W_K; keys]`` and ``[W_V; values]``, concatenated at each forward."""
     with ExitStack() as stack:
         for index, patch in patches.items():

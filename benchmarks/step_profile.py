@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,7 +49,7 @@ class Steps:
 
     def seconds(self) -> float:
         """Of one step: what further steps add to an edit."""
-        few, many = (timed(lambda n=n: self.take(n))[1] for n in (FEW, MANY))
+        few, many = (timed(partial(self.take, n))[1] for n in (FEW, MANY))
         return (many - few) / (MANY - FEW)
 
     def flops(self) -> float:
