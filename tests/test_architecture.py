@@ -244,7 +244,7 @@ class Rule:
 
 
 SHIPPED = ("unike/", "scripts/", "run_edit.py")
-CODE = (*SHIPPED, "tests/", "benchmarks/")
+CODE = (*SHIPPED, "tests/", *files("benchmarks/*.py"))
 METHOD = "unike/methods/unike.py"
 RULES = (
     Rule(
