@@ -106,8 +106,10 @@ class Reference:
         self.backbone, self.method, self.hparams = backbone, method, hp
         self.whole = WholeModel(backbone)
 
-    def record(self, case: Case) -> Done:
+    def record(self, case: Case, nudge: float = 0.0) -> Done:
         """One edit from the base model, with all of the case's probes before and after.
+
+        ``nudge`` changes the first keys by that share, to see what rounding alone can do.
 
         Raises FloatingPointError where the loss is no longer a number.
         """
@@ -116,6 +118,8 @@ class Reference:
         before = [self.ask(q) for q in queries]
         states = self.own_states(case.request.query)
         patches = fresh_patches(self.backbone, case.request, states, self.hparams, self.method.knowledge)
+        for patch in patches.values():
+            patch.keys.data.mul_(1 + nudge)
         shares = {i: LayerShare(s.sem, s.pos) for i, s in states.items()}
         # Without patches a routed edit is the attention shift alone.
         shift = RoutedEdit((EditRecord(case.request.id, shares),), self.method.routing, self.method.knowledge)
