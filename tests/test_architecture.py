@@ -23,7 +23,7 @@ def files(*patterns: str) -> list[str]:
     return sorted(path.relative_to(ROOT).as_posix() for pattern in patterns for path in ROOT.glob(pattern))
 
 
-PYTHON = files("run_edit.py", "unike/**/*.py", "scripts/**/*.py", "tests/**/*.py")
+PYTHON = files("run_edit.py", *(f"{part}/**/*.py" for part in ("unike", "scripts", "tests", "benchmarks")))
 TEXT = files(
     *("*.md", "*.txt", "*.toml", "Makefile", ".ci/run", "data/*.md", "hugging_cache/*.md"),
     *("docs/**/*.md", "hparams/**/*.yaml", "benchmarks/**/*.md", "notebooks/**/*.ipynb"),
@@ -246,7 +246,7 @@ class Rule:
 
 
 SHIPPED = ("unike/", "scripts/", "run_edit.py")
-CODE = (*SHIPPED, "tests/")
+CODE = (*SHIPPED, "tests/", *files("benchmarks/*.py"))
 METHOD = "unike/methods/unike.py"
 RULES = (
     Rule(

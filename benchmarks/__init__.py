@@ -1,0 +1,1 @@
+"""Benchmarks: what is computed again, what is kept, and what that is worth. See README.md."""

@@ -1,0 +1,85 @@
+"""One table of all benchmarks in ``docs/performance.md``, from the files that they wrote with ``--json``.
+
+``python -m benchmarks.report results/benchmarks/*.json --write docs/performance.md``
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.measuring import Row
+from unike.comparison import rewritten
+from unike.types import UserError
+
+HEAD = (
+    "| benchmark | case | figure | median | runs | target | met |",
+    "| --- | --- | --- | ---: | ---: | --- | --- |",
+)
+VERDICTS = {None: "", True: "yes", False: "**no**"}
+
+
+def read(path: Path) -> tuple[dict[str, Any], list[Row]]:
+    """A file's machine and rows; UserError where it isn't what a benchmark writes."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return dict(content["machine"]), [Row(**row) for row in content["rows"]]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UserError(f"{path}: {error}; expected a file that a benchmark wrote with --json") from error
+
+
+def described(machine: Mapping[str, Any]) -> str:
+    """The machine in one line."""
+    return (
+        f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads of torch, "
+        f"{machine['memory_gib']} GiB; Python {machine['python']}, torch {machine['torch']}, "
+        f"transformers {machine['transformers']}"
+    )
+
+
+def table(files: Sequence[tuple[Mapping[str, Any], Sequence[Row]]]) -> str:
+    """Markdown: the rows, machine by machine, then the commands that gave them."""
+    blocks: dict[str, list[Row]] = {}
+    for machine, rows in files:
+        blocks.setdefault(described(machine), []).extend(rows)
+    out = []
+    for machine_line, rows in blocks.items():
+        out += [f"Machine: {machine_line}.", "", *HEAD, *(_line(row) for row in rows), ""]
+        commands = dict.fromkeys(row.command for row in rows)
+        out += ["Commands:", "", "```bash", *commands, "```", ""]
+    return "\n".join(out).rstrip()
+
+
+def _line(row: Row) -> str:
+    unit = f" {row.unit}" if row.unit else ""
+    cells = [row.benchmark, row.case, row.metric, f"{row.median:.3g}{unit}", str(row.runs)]
+    target = "" if row.target is None else f"{row.target.replace('>=', '≥').replace('<=', '≤')}{unit}"
+    return "| " + " | ".join([*cells, target, VERDICTS[row.met]]) + " |"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("files", type=Path, nargs="+", help="what the benchmarks wrote")
+    parser.add_argument("--write", type=Path, help="the page whose marked place takes the table")
+    given = parser.parse_args(arguments)
+    try:
+        shown = table([read(path) for path in given.files])
+        if given.write is None:
+            print(shown)
+        else:
+            page = given.write.read_text(encoding="utf-8") if given.write.is_file() else ""
+            given.write.write_text(
+                rewritten(page, str(given.write), {"all": shown}, "benchmarks"), encoding="utf-8"
+            )
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
