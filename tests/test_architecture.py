@@ -38,16 +38,15 @@ _BOTTOM = "unike.types unike.text"
 LAYERS = (
     ("unike", "unike.*"),
     *((f"unike.{name}", "") for name in ("types", "text", "progress", "hooks")),
-    ("unike.pairs", "unike.types"),
     ("unike.retrieval", "unike.types unike.pairs unike.knowledge.memory"),
-    *((f"unike.{name}", "unike.types") for name in ("legacy", "options", "published", "figures")),
-    ("unike.processes", "unike.types"),
-    ("unike.launching", "unike.types unike.processes"),
-    ("unike.sharing", "unike.types unike.processes unike.records unike.tables"),
+    *(
+        (f"unike.{n}", "unike.types")
+        for n in ["legacy", "options", "published", "figures", "pairs", "processes"]
+    ),
+    *((f"unike.{n}", "unike.types unike.processes unike.[rt]*") for n in ("launching", "sharing")),
     ("unike.hparams", "unike.types unike.options unike.legacy"),
     ("unike.knowledge*", "unike.knowledge*"),
-    ("unike.metrics", _BOTTOM),
-    ("unike.records", _BOTTOM),
+    *((f"unike.{name}", _BOTTOM) for name in ("metrics", "records")),
     ("unike.datasets*", f"{_BOTTOM} unike.datasets*"),
     ("unike.backbones*", "unike.types unike.h* unike.processes unike.datasets.images unike.backbones*"),
     ("unike.edits*", f"unike.types unike.hooks unike.knowledge* unike.edits* {_PROTOCOL}"),
@@ -63,8 +62,7 @@ LAYERS = (
     ("unike.protocols", f"{_BOTTOM} unike.metrics unike.edits* unike.methods.base unike.reading {_PROTOCOL}"),
     ("unike.sequences", f"{_PROTOCOL} unike.types unike.[hpst]* unike.methods.base unike.re[ac]*"),
     ("unike.tables", "unike.types unike.metrics unike.records"),
-    ("unike.claims", "unike.types unike.metrics unike.tables"),
-    ("unike.comparison", "unike.types unike.tables unike.published unike.claims"),
+    *((f"unike.{n}", "unike.types unike.[mtpc]*") for n in ("claims", "comparison")),
     *((f"unike.{top}", "unike.*") for top in ("editor", "runs", "inputs", "check")),
 )
 THIRD_PARTY = (("unike.types", ""), ("unike.text", ""), ("unike.knowledge*", "torch torch.*"))

@@ -245,11 +245,10 @@ def test_zero_query_gives_finite_keys():
 
 @pytest.mark.parametrize(("tokens", "n", "top"), [(1, 1, 5), (4, 8, 3), (3, 5, 5)])
 def test_activation_and_memory_loss(tokens, n, top):
-    edits, margin = 2, 0.7
-    scores = randn(edits, tokens + 2, n)
-    at = torch.zeros(edits, tokens + 2, dtype=torch.bool)
+    margin, scores = 0.7, randn(2, tokens + 2, n)
+    at = torch.zeros(2, tokens + 2, dtype=torch.bool)
     at[0, :tokens], at[1, 1 : tokens + 1] = True, True
-    for edit in range(edits):
+    for edit in range(2):
         fire = silent = 0.0
         for place, row in enumerate(naive.rows(scores[edit])):
             best = sorted(row, reverse=True)[:top]

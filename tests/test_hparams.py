@@ -26,6 +26,7 @@ def values_of(option):
         "method": texts.map(str.lower).filter(lambda name: name == name.lower()),
         "layers": st.integers(1, 99) | st.sets(st.integers(0, 99), min_size=1).map(sorted).map(tuple),
         "alpha": st.just("adaptive") | st.floats(0, 1),
+        "edit_batch_size": st.just("auto") | st.integers(1, 99),
         "device": st.sampled_from(["auto", "cpu", "cuda", "cuda:0", "cuda:12"]),
         "metric_presets": st.sets(st.sampled_from(METRIC_PRESETS), min_size=1).map(sorted).map(tuple),
         "data": st.dictionaries(
@@ -145,6 +146,7 @@ def test_all_problems_are_named_at_once(tmp_path):
         ("intrinsic", ["yes", 1, None]),
         ("layers", [0, -1, [], [1, 1], [-1], ["a"], True, 2.0, "4", None]),
         ("alpha", ["adaptiv", -0.1, 1.1, True, None]),
+        ("edit_batch_size", [0, -3, "all", 1.0, True, None]),
         ("device", ["cuda:", "cuda:x", "gpu", -1, True, 1.0]),
         ("dtype", ["fp16", None, 16]),
         ("seed", [-1, 2**32]),

@@ -216,7 +216,7 @@ def test_a_row_that_fails_leaves_the_others(copied: Project, capsys, monkeypatch
 
 def test_ctrl_c_keeps_what_is_there(copied: Project, capsys, monkeypatch) -> None:
     path = write_plan(copied, [FT, INTRIN])
-    one_step, asked = workers.runs.one_step, []
+    one_step, asked = workers.runs.one_step_many, []
 
     def stopped(*arguments: Any) -> Any:
         asked.append(arguments)
@@ -225,8 +225,8 @@ def test_ctrl_c_keeps_what_is_there(copied: Project, capsys, monkeypatch) -> Non
         return one_step(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(workers.runs, "one_step", stopped)
-        assert tables.main(command(copied, path, "--size", "2", "--jobs", "1")) == 130
+        patch.setattr(workers.runs, "one_step_many", stopped)
+        assert tables.main(command(copied, path, "--size", "2", "--jobs", "1", "edit_batch_size=1")) == 130
     assert [len(r) for r in measured(copied.root / "out").values()] == [2, 1]
     assert "the same command goes on" in capsys.readouterr().err
     assert tables.main(command(copied, path, "--size", "2", "--jobs", "1")) == 0

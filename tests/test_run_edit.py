@@ -21,7 +21,7 @@ import run_edit  # noqa: E402
 from scripts import prepare  # noqa: E402
 from unike import check, runs  # noqa: E402
 from unike.hparams import HyperParams  # noqa: E402
-from unike.records import read_manifest, read_records  # noqa: E402
+from unike.records import RecordWriter, read_manifest, read_records  # noqa: E402
 from unike.types import FIVE_METRICS, UserError  # noqa: E402
 
 
@@ -94,8 +94,10 @@ def test_teacher_forcing_alone(copied: Project) -> None:
 
 
 def test_a_run_resumes(copied: Project, capsys: pytest.CaptureFixture[str]) -> None:
-    assert start(copied, "--size", "4", "--output", str(copied.root / "whole")) == 0
-    part = ("--output", str(copied.root / "part"))
+    # One by one: another number of records makes other batches, which are rounded otherwise.
+    alone = "edit_batch_size=1"
+    assert start(copied, "--size", "4", "--output", str(copied.root / "whole"), alone) == 0
+    part = ("--output", str(copied.root / "part"), alone)
     assert start(copied, "--size", "2", *part) == 0
     former = (copied.root / "part" / "records.jsonl").read_bytes()
     capsys.readouterr()
@@ -112,16 +114,16 @@ def test_a_run_resumes(copied: Project, capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_an_interrupted_run_sums_up_and_resumes(copied: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    output, calls = ("--output", str(copied.root / "run")), []
+    output, calls = ("--output", str(copied.root / "run"), "edit_batch_size=1"), []
 
-    def one_step(*args: Any) -> dict[str, Any]:
+    def one_step_many(*args: Any) -> list[dict[str, Any]]:
         calls.append(args)
         if len(calls) == 3:
             raise KeyboardInterrupt
         return unpatched(*args)
 
-    unpatched = runs.one_step
-    monkeypatch.setattr(runs, "one_step", one_step)
+    unpatched = runs.one_step_many
+    monkeypatch.setattr(runs, "one_step_many", one_step_many)
     assert start(copied, *output) == 130
     summary = json.loads((copied.root / "run" / "summary.json").read_text())
     assert summary["interrupted"]
@@ -130,6 +132,28 @@ def test_an_interrupted_run_sums_up_and_resumes(copied: Project, monkeypatch: py
     summary = json.loads((copied.root / "run" / "summary.json").read_text())
     assert not summary["interrupted"]
     assert summary["n"] == 4
+
+
+@pytest.mark.parametrize("size", ["auto", "3"])
+def test_a_run_cut_off_within_a_batch_resumes_to_the_same_bytes(copied: Project, monkeypatch, size) -> None:
+    """Batches are made anew as a whole: what is made side by side is rounded alike."""
+    start(copied, "--output", str(copied.root / "whole"), f"edit_batch_size={size}")
+    write, count = RecordWriter.write, []
+
+    def cut(self: RecordWriter, record: dict[str, Any]) -> None:
+        count.append(record)
+        if len(count) == 2:
+            raise KeyboardInterrupt
+        write(self, record)
+
+    part = ("--output", str(copied.root / "part"), f"edit_batch_size={size}")
+    with monkeypatch.context() as patched:
+        patched.setattr(RecordWriter, "write", cut)
+        assert start(copied, *part) == 130
+    assert len(read_records(copied.root / "part")) == 1
+    assert start(copied, *part, "--resume") == 0
+    found, wanted = (without_costs(read_records(copied.root / name)) for name in ("part", "whole"))
+    assert [json.dumps(r) for r in found] == [json.dumps(r) for r in wanted]
 
 
 def test_runs_are_numbered(copied: Project) -> None:

@@ -28,7 +28,8 @@ GATED = [
     ("unike", {"scope_gate": "nearest", "scope_threshold": 0.9, "scope_halves": "both"}),
     ("unike", {"memory": "bank"}),
     ("unike", {"memory": "edit", "alpha": 0.3, "similarity_bias": 2.0, "tau": 0.1}),
-    ("unike", {"intrinsic": False, "alpha": 0.3}),
+    # All items: the bank holds the edits' own questions too, as near as these.
+    ("unike", {"intrinsic": False, "alpha": 0.3, "k": 10}),
     ("unike", {"external": "none", "key_init": "query"}),
     ("unike", {"external": "prompt", "beta": 0.0}),
 ]

@@ -113,7 +113,7 @@ def branch(
     bias: torch.Tensor | None = None,
     up: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Eq. (3)'s extra pairs over ``queries (..., T, d)``; ``keys`` and ``up (..., d, N)``, ``bias``
+    """What the extra pairs add for ``queries (..., T, d)``; ``keys`` and ``up (..., d, N)``, ``bias``
     ``(..., 1, N)``, ``values (..., N, d)``."""
     scores = queries @ keys
     fired = activation(scores if bias is None else scores + bias)

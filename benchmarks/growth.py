@@ -1,0 +1,164 @@
+"""What many edits cost, and what they still do: one sequence of edits, looked at on its way.
+
+    python -m benchmarks.growth                                  # K = 1, 10, 100, 1000 on a tiny backbone
+    python -m benchmarks.growth --edits 1 10 100 --hparams hparams/tpatcher/tiny_blip2.yaml --json rows.json
+
+The records are drawn anew, by another seed than the benchmark's, into ``--data``: the backbone gets all of
+them wrong, and nothing was chosen on them. At K edits the five metrics and the hard probes are those of all
+K, asked under all K (K = 1 and 10: means over the first 100 records, edited K at a time). Time of a token is
+taken with one edit and with K in turn, on the same prompts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from benchmarks.measuring import Rows
+from scripts.tiny import make_data
+from unike import published, runs
+from unike.backbones import load_backbone
+from unike.edits import Edit
+from unike.hparams import HyperParams
+from unike.metrics import score
+from unike.reading import Reader
+from unike.types import FIVE_METRICS, METRICS, Case
+
+# Records that K = 1 and 10 are measured on; of a token's time: tokens, paired runs, prompts at a time.
+FEW, TOKENS, ROUNDS, PROMPTS = 100, 24, 7, 4
+
+
+def drawn(hparams: HyperParams, folder: Path, records: int, seed: int) -> HyperParams:
+    """The YAML on records of its own."""
+    kept = hparams.to_dict()
+    data = {"vqa": {**kept["data"]["vqa"], "eval": str(folder / "vqa_eval.json")}}
+    if not (folder / "vqa_eval.json").is_file():
+        make_data.make(load_backbone(hparams), folder, "eval", records, seed)
+    return HyperParams.from_dict(
+        {**kept, "data": {**kept["data"], **data}, "image_root": str(folder), "generate_data": False},
+        source=hparams.source,
+    )
+
+
+def scores(reader: Reader, cases: Sequence[Case], edit: Edit) -> Iterator[dict[str, float]]:
+    """Each case's metrics under ``edit``, teacher-forced."""
+    for case, asked in reader.edited_all(cases, edit, generated=False):
+        base = reader.base(case)
+        yield {p.name: score(p, b, a) for p, b, a in zip(case.probes, base, asked.readings, strict=True)}
+
+
+def means(found: Sequence[dict[str, float]]) -> dict[str, float]:
+    return {m: 100 * statistics.fmean(f[m] for f in found) for m in METRICS}
+
+
+def token_seconds(parts: runs.Parts, edit: Edit, cases: Sequence[Case]) -> float:
+    """Seconds of a generated token under ``edit``, its prompt's forward pass among them."""
+    backbone: Any = parts.backbone
+    queries = [c.request.query for c in cases]
+    batch = backbone.encode([q.image for q in queries], [q.prompt for q in queries], padding_side="left")
+    with torch.no_grad(), edit.applied(backbone):
+        started = time.perf_counter()
+        with backbone.prompt.asking(batch):
+            backbone.model.language_model.generate(
+                inputs_embeds=batch.inputs_embeds, attention_mask=batch.attention_mask, do_sample=False,
+                max_new_tokens=TOKENS, min_new_tokens=TOKENS, pad_token_id=backbone.eos_ids[0],
+            )  # fmt: skip
+        return (time.perf_counter() - started) / TOKENS
+
+
+class Growth:
+    """One sequence of edits, and what is measured along it."""
+
+    def __init__(self, parts: runs.Parts, cases: Sequence[Case], rows: Rows, case: str) -> None:
+        self.parts, self.cases, self.rows, self.case = parts, cases, rows, case
+        self.reader = parts.reader(generated=False)
+
+    def edit(self, case: Case, history: Edit | None) -> Edit:
+        return self.parts.method.edit(self.parts.backbone, case.request, self.reader.prefixes, history)
+
+    def run(self, wanted: Sequence[int]) -> None:
+        whole: Edit | None = None
+        first: Edit | None = None
+        seconds: list[float] = []
+        for number, case in enumerate(tqdm(self.cases[: max(wanted)], desc="edits"), 1):
+            self.reader.prefixes.state([case.request.query])
+            started = time.perf_counter()
+            edit = self.edit(case, whole)
+            seconds.append(time.perf_counter() - started)
+            whole = edit if whole is None else whole | edit
+            first = first or whole
+            if number in wanted:
+                self.look(number, first, whole, seconds)
+
+    def look(self, edits: int, first: Edit, whole: Edit, seconds: Sequence[float]) -> None:
+        at, add = f"{self.case}, K = {edits}", self.rows.add
+        gated = getattr(self.parts.hparams, "scope_gate", "none") != "none"
+        add(at, "a new edit", seconds[-10:], "s")
+        add(at, "bytes of an edit", [whole.nbytes / edits], "B")
+        pairs = []
+        for i in range(ROUNDS):
+            asked = self.cases[i * PROMPTS : (i + 1) * PROMPTS]
+            pairs.append(tuple(token_seconds(self.parts, e, asked) for e in (first, whole)))
+        add(at, f"a token, {PROMPTS} prompts at a time", [own for _, own in pairs], "s")
+        goal = "<= 1.25" if gated and edits == 1000 else None
+        add(at, "a token, against one edit", [own / one for one, own in pairs], "x", goal)
+        found = means(self.found(edits, whole))
+        five = statistics.fmean(found[m] for m in FIVE_METRICS)
+        add(at, "mean of the five metrics", [five], "%", ">= 95" if gated and edits == 1000 else None)
+        for metric in METRICS:
+            least = ">= 90" if gated and edits == 1000 and metric in FIVE_METRICS else None
+            add(at, metric, [found[metric]], "%", least)
+
+    def found(self, edits: int, whole: Edit) -> list[dict[str, float]]:
+        if edits >= FEW:
+            return list(scores(self.reader, self.cases[:edits], whole))
+        out: list[dict[str, float]] = []
+        for start in range(0, FEW, edits):
+            part: Edit | None = None
+            for case in self.cases[start : start + edits]:
+                one = self.edit(case, part)
+                part = one if part is None else part | one
+            assert part is not None
+            out += scores(self.reader, self.cases[start : start + edits], part)
+        return out
+
+
+def beside(rows: Rows, family: str) -> None:
+    """The published lifelong figures at 1,000 edits, for reading only."""
+    for method, figures in published.lifelong(family).get(1000, {}).items():
+        mean = statistics.fmean(v for v in figures.values() if v is not None)
+        rows.add(f"published: {method}, K = 1000", "mean of the five metrics", [mean], "%")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--hparams", default="hparams/scoped/tiny_blip2.yaml", metavar="FILE")
+    add("--edits", type=int, nargs="+", default=[1, 10, 100, 1000], metavar="K")
+    add("--data", type=Path, default=Path("data/cache/growth/tiny_blip2"), metavar="DIR")
+    add("--seed", type=int, default=43, help="of the records that are drawn")
+    add("--json", type=Path, metavar="FILE")
+    args = parser.parse_args(arguments)
+    read = HyperParams.from_hparams(args.hparams)
+    hparams = drawn(read, args.data, max(1000, *args.edits), args.seed)
+    backbone = load_backbone(hparams)
+    parts = runs.assemble(replace(hparams, eval_batch=64), backbone)
+    cases = runs.open_datasets(hparams, "vqa", max(args.edits))
+    rows = Rows("growth")
+    Growth(parts, cases, rows, args.hparams.removeprefix("hparams/")).run(args.edits)
+    beside(rows, hparams.model_name)
+    rows.write(args.json)
+
+
+if __name__ == "__main__":
+    main()
