@@ -6,7 +6,7 @@
 The records are drawn anew, by another seed than the benchmark's, into ``--data``: the backbone gets all of
 them wrong, and nothing was chosen on them. At K edits the five metrics and the hard probes are those of all
 K, asked under all K (K = 1 and 10: means over the first 100 records, edited K at a time). Time of a token is
-taken with one edit and with K in turn, on the same prompts.
+taken on an edited question, under its edit alone and under K in turn: the edit speaks both times.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from unike.metrics import score
 from unike.reading import Reader
 from unike.types import FIVE_METRICS, METRICS, Case
 
-# Records that K = 1 and 10 are measured on; of a token's time: tokens, paired runs, prompts at a time.
-FEW, TOKENS, ROUNDS, PROMPTS = 100, 24, 7, 4
+# Records that K = 1 and 10 are measured on; tokens and paired runs of a token's time.
+FEW, TOKENS, ROUNDS = 100, 24, 9
 
 
 def drawn(hparams: HyperParams, folder: Path, records: int, seed: int) -> HyperParams:
@@ -59,11 +59,10 @@ def means(found: Sequence[dict[str, float]]) -> dict[str, float]:
     return {m: 100 * statistics.fmean(f[m] for f in found) for m in METRICS}
 
 
-def token_seconds(parts: runs.Parts, edit: Edit, cases: Sequence[Case]) -> float:
+def token_seconds(parts: runs.Parts, edit: Edit, case: Case) -> float:
     """Seconds of a generated token under ``edit``, its prompt's forward pass among them."""
     backbone: Any = parts.backbone
-    queries = [c.request.query for c in cases]
-    batch = backbone.encode([q.image for q in queries], [q.prompt for q in queries], padding_side="left")
+    batch = backbone.encode([case.request.query.image], [case.request.query.prompt], padding_side="left")
     with torch.no_grad(), edit.applied(backbone):
         started = time.perf_counter()
         with backbone.prompt.asking(batch):
@@ -86,7 +85,7 @@ class Growth:
 
     def run(self, wanted: Sequence[int]) -> None:
         whole: Edit | None = None
-        first: Edit | None = None
+        alone: list[Edit] = []
         seconds: list[float] = []
         for number, case in enumerate(tqdm(self.cases[: max(wanted)], desc="edits"), 1):
             self.reader.prefixes.state([case.request.query])
@@ -94,20 +93,21 @@ class Growth:
             edit = self.edit(case, whole)
             seconds.append(time.perf_counter() - started)
             whole = edit if whole is None else whole | edit
-            first = first or whole
+            alone += [edit] if number <= ROUNDS else []
             if number in wanted:
-                self.look(number, first, whole, seconds)
+                self.look(number, alone, whole, seconds)
 
-    def look(self, edits: int, first: Edit, whole: Edit, seconds: Sequence[float]) -> None:
+    def look(self, edits: int, alone: Sequence[Edit], whole: Edit, seconds: Sequence[float]) -> None:
         at, add = f"{self.case}, K = {edits}", self.rows.add
         gated = getattr(self.parts.hparams, "scope_gate", "none") != "none"
         add(at, "a new edit", seconds[-10:], "s")
         add(at, "bytes of an edit", [whole.nbytes / edits], "B")
         pairs = []
         for i in range(ROUNDS):
-            asked = self.cases[i * PROMPTS : (i + 1) * PROMPTS]
-            pairs.append(tuple(token_seconds(self.parts, e, asked) for e in (first, whole)))
-        add(at, f"a token, {PROMPTS} prompts at a time", [own for _, own in pairs], "s")
+            at_hand = i % len(alone)
+            both = (alone[at_hand], whole)
+            pairs.append(tuple(token_seconds(self.parts, e, self.cases[at_hand]) for e in both))
+        add(at, "a token", [own for _, own in pairs], "s")
         goal = "<= 1.25" if gated and edits == 1000 else None
         add(at, "a token, against one edit", [own / one for one, own in pairs], "x", goal)
         found = means(self.found(edits, whole))
