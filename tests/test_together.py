@@ -26,6 +26,7 @@ CASES = [case(0), case(1, "two red dogs there"), case(2, "two dogs"), case(3, "a
 GATED = [
     ("unike", {"scope_gate": "threshold", "scope_threshold": 0.9}),
     ("unike", {"scope_gate": "nearest", "scope_threshold": 0.9, "scope_halves": "both"}),
+    ("unike", {"memory": "edit", "scope_gate": "threshold", "scope_threshold": 0.9, "scope_halves": "both"}),
     ("unike", {"memory": "bank"}),
     ("unike", {"memory": "edit", "alpha": 0.3, "similarity_bias": 2.0, "tau": 0.1}),
     # All items: the bank holds the edits' own questions too, as near as these.

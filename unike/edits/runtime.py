@@ -77,12 +77,9 @@ class ScopeGate:
         self.scopes = similarity.amax(1)
         self.opened = Opened.of(self.open[:, : self.frozen])
 
-    def allowed(self, items: int) -> torch.Tensor | None:
-        """Which of a memory's ``items``, the edits' own the last of them, a prompt may retrieve."""
-        if not self.latent:
-            return None
-        bank = self.open.new_ones(len(self.open), items - self.open.shape[1])
-        return torch.cat([bank, self.open], 1)
+    def allowed(self) -> torch.Tensor | None:
+        """Which of a memory's last items, the edits' own, a prompt may retrieve; None: all."""
+        return self.open if self.latent else None
 
 
 @dataclass
@@ -119,7 +116,7 @@ class LayerRuntime:
         if self.adapter is not None:
             allowed = None
             if self.gate is not None and self.owned:
-                allowed = self.gate.allowed(len(self.adapter.memory))
+                allowed = self.gate.allowed()
             self.shift = self.adapter.decide(x[torch.arange(len(x), device=x.device), end], allowed)
             self.trace[self.index] = self.shift
 

@@ -63,7 +63,7 @@ class OwnedMemory(KnowledgeMemory):
         return torch.cat([self.bank.similarities(queries), self._own(queries)], dim=-1)
 
     def retrieve(self, queries: torch.Tensor, k: int, allowed: torch.Tensor | None = None) -> Retrieved:
-        """As ``KnowledgeMemory.retrieve``; of ``allowed (R, m + 1)`` the last column alone is looked at."""
+        """As ``KnowledgeMemory.retrieve``; of ``allowed (R, n)`` the last column alone is looked at."""
         found = self.bank.retrieve(queries, k)
         own = self._own(queries)
         rank = own if allowed is None else own.masked_fill(~allowed[:, -1:], -torch.inf)
@@ -72,7 +72,9 @@ class OwnedMemory(KnowledgeMemory):
         index = torch.cat([found.index, torch.full_like(own, len(self.bank), dtype=torch.long)], 1)
         states = torch.cat([found.states, self.values[:, None].to(found.states.dtype)], 1)
         rows = torch.arange(len(order), device=order.device)[:, None]
-        return Retrieved(similarity, index.gather(1, order), states[rows, order])
+        index = index.gather(1, order)
+        open_to = None if allowed is None else allowed[:, -1:] | (index < len(self.bank))
+        return Retrieved(similarity, index, states[rows, order], open_to)
 
     def _own(self, queries: torch.Tensor) -> torch.Tensor:
         return (F.normalize(queries.float(), dim=-1) * self.directions).sum(-1, keepdim=True)
