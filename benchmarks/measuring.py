@@ -54,10 +54,16 @@ class Rows:
     def add(
         self, case: str, metric: str, values: Sequence[float], unit: str, target: str | None = None
     ) -> None:
+        print(self.keep(case, metric, values, unit, target), flush=True)
+
+    def keep(
+        self, case: str, metric: str, values: Sequence[float], unit: str, target: str | None = None
+    ) -> Row:
+        """Like ``add``, without showing it."""
         median = statistics.median(values)
         row = Row(self.benchmark, case, metric, median, len(values), unit, target, self.command)
         self.rows.append(row)
-        print(row, flush=True)
+        return row
 
     def write(self, path: Path | None) -> None:
         """JSON with the machine; nothing where no path is given."""

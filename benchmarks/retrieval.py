@@ -12,7 +12,6 @@ inverted file. Recall is the share of the 40 items nearest by exact search that 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import statistics
@@ -20,12 +19,14 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from rich.progress import track
 from safetensors import safe_open
 from transformers import AutoConfig
 
+from benchmarks.measuring import Rows
 from unike.hparams import HyperParams
 from unike.knowledge.memory import KnowledgeMemory
 from unike.pairs import DiskPairs
@@ -33,7 +34,7 @@ from unike.retrieval import TAIL, IndexedMemory, check_faiss
 
 K, RUNS, PER_CLUSTER, QUERIES, APPENDED = 40, 7, 200, 320, 100
 CHUNK = 50_000
-Row = dict[str, object]
+Row = dict[str, Any]
 
 
 def width_of(yaml: str) -> int:
@@ -160,7 +161,10 @@ def main() -> None:
     print(f"{args.vectors} vectors; threads: {torch.get_num_threads()} on {os.cpu_count()} cores\n")
     print(table(rows))
     if args.json is not None:
-        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+        report = Rows("retrieval")
+        for r in rows:
+            report.keep(str(r["case"]), str(r["metric"]), r["runs"], str(r["unit"]))
+        report.write(args.json)
 
 
 if __name__ == "__main__":
