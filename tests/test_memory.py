@@ -12,6 +12,7 @@ from torch.testing import assert_close
 from unike.backbones.layout import AttentionSite
 from unike.knowledge.adapter import AdapterLayer, shift
 from unike.knowledge.memory import JoinedMemory, KnowledgeMemory
+from unike.knowledge.rows import OwnedMemory
 
 SINGLE = {"rtol": 1e-5, "atol": 1e-6}
 WIDTH = 8
@@ -114,6 +115,22 @@ def test_joined_memories_nest():
     inner = memory(3).extended(randn(2, WIDTH), randn(2, WIDTH, seed=1))
     found = JoinedMemory((inner, memory(2, seed=5))).retrieve(randn(1, WIDTH, seed=2), 7)
     assert found.states.shape == (1, 7, WIDTH)
+
+
+@pytest.mark.parametrize("tau", [None, -0.9])
+def test_rows_that_may_not_have_their_own_item_attend_to_the_bank_alone(tau):
+    bank, own = memory(3), memory(2, seed=7)
+    owned = OwnedMemory(bank, own.keys, own.values)
+    allowed = torch.tensor([[True], [False]])
+    found = owned.retrieve(own.keys, 4, allowed)
+    assert found.allowed.tolist() == [[True] * 4, [True, True, True, False]]
+    assert [row[0] for row in found.index.tolist()] == [3, bank.retrieve(own.keys[1:], 1).index.item()]
+    x, output = randn(2, 5, WIDTH), randn(2, 5, WIDTH, seed=1)
+    layer, alone = (adapter(memory=m, alpha=1.0, tau=tau) for m in (owned, bank))
+    got = layer.apply(x, output, layer.decide(own.keys, allowed))
+    banks = alone.apply(x, output, alone.decide(own.keys))
+    assert_close(got[1], banks[1], **SINGLE)
+    assert not torch.allclose(got[0], banks[0])
 
 
 # ---------------------------------------------------------------- the adapter's decisions
