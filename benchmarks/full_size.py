@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.measuring import Rows, resident, timed
-from benchmarks.models import PRESET, load_full, random_cases, random_knowledge
+from benchmarks.models import PRESET, ROOT, load_full, random_cases, random_knowledge
 from benchmarks.reference import Reference
 from unike.backbones.hf import VisionLanguageBackbone
 from unike.backbones.images import FeatureCache
@@ -41,7 +41,8 @@ def method_of(
     backbone: VisionLanguageBackbone, steps: int, items: int, encoder_hidden: int | None = None
 ) -> UniKE:
     """The paper's preset with a bank of ``items`` random states in each layer."""
-    changes = {"beta": 0.1, "max_steps": steps, "stop_loss": 0.0, "encoder_hidden": encoder_hidden}
+    kept = HyperParams.from_hparams(ROOT / "hparams" / "blip2.yaml").encoder_hidden
+    changes = {"beta": 0.1, "max_steps": steps, "stop_loss": 0.0, "encoder_hidden": encoder_hidden or kept}
     hparams = HyperParams.from_dict({**PRESET, **changes})
     layers = edited_layers(hparams, backbone)
     method = build(hparams, random_knowledge(backbone, layers, hparams, items))
@@ -51,7 +52,7 @@ def method_of(
 
 def _bytes(known: LayerKnowledge) -> int:
     bank = {t.data_ptr(): t.nbytes for t in vars(known.bank).values() if isinstance(t, torch.Tensor)}
-    return sum(bank.values()) + sum(p.nbytes for p in known.encoders.parameters())
+    return sum(bank.values()) + sum(p.nbytes for p in known.semantic.parameters())
 
 
 def one_edit(backbone: VisionLanguageBackbone, method: UniKE, case: Case) -> dict[str, float]:
@@ -123,7 +124,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--weights", type=Path, required=True, help="parent of the models' folders")
     parser.add_argument("--steps", type=int, default=10, help="training steps of the edit")
     parser.add_argument("--items", type=int, default=2000, help="states in each layer's bank")
-    parser.add_argument("--encoder-hidden", type=int, help="hidden width of the encoders; default: twice d")
+    parser.add_argument(
+        "--encoder-hidden", type=int, help="hidden width of the encoders; default: the YAML's"
+    )
     parser.add_argument("--runs", type=int, default=1, help="edits, each of another record, from cold")
     parser.add_argument("--reference", action="store_true", help="time the reference procedure too")
     parser.add_argument("--json", type=Path, help="where the rows are written to")

@@ -19,7 +19,7 @@ from unike.datasets.triplets import Triplet, triplets_of
 from unike.figures import Answer, Cell, Example, Interval, Point, Space, Sweep, require
 from unike.hparams import HyperParams
 from unike.methods import build
-from unike.methods.preparation import extract
+from unike.methods.preparation import extract, knowledge_folder, load_states
 from unike.metrics import bootstrap_interval
 from unike.types import Case, UserError
 
@@ -164,7 +164,10 @@ def spaces(hparams: HyperParams, layer: int | None, size: int | None) -> tuple[d
     if layer is not None and layer not in layers:
         raise UserError(f"--layer: {layer}; {hparams.source} edits {', '.join(map(str, layers))}")
     at = layers[-1] if layer is None else layer
-    encoders = runs.prepare(hparams, backbone, layers)[at].encoders
+    runs.prepare(hparams, backbone, layers)
+    triplets = runs.knowledge_triplets(hparams) if runs.wants_triplets(hparams) else ()
+    folder = knowledge_folder(hparams, backbone, triplets)
+    encoders = load_states(folder, backbone.device)[1][at]
     states = extract(backbone, held_out_triplets(hparams, size), [at], hparams.eval_batch)[at].states
     with torch.no_grad():
         pairs = {

@@ -164,7 +164,7 @@ class IndexedMemory(KnowledgeMemory):
         return torch.cat(parts or [empty], dim=-1).to(queries.device)
 
     def states(self, index: torch.Tensor) -> torch.Tensor:
-        return self.values[index.to(self.values.device)].to(index.device)
+        return self.values[index.to(self.values.device)].to(index.device).float()
 
     def retrieve(self, queries: torch.Tensor, k: int, allowed: torch.Tensor | None = None) -> Retrieved:
         k = min(k, len(self))
@@ -265,7 +265,7 @@ def open_memory(
     not installed.
     """
     if not _by_faiss(len(keys), retrieval, exact_up_to):
-        return KnowledgeMemory(keys, values)
+        return KnowledgeMemory.compact(keys, values)
     pairs: Pairs = RamPairs(keys, values)
     if folder is not None:
         try:

@@ -10,12 +10,12 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 
 from unike.backbones.base import Backbone
 from unike.edits.base import Edit, Together
 from unike.edits.runtime import LayerRuntime, ScopeGate, adapter_of, explained, running
 from unike.knowledge.adapter import Shift
-from unike.knowledge.encoders import Disentangler
 from unike.knowledge.memory import KnowledgeMemory
 from unike.knowledge.patch import KeyValuePatch, PatchBatch, PatchStack
 from unike.knowledge.rows import Growing, OwnedMemory, Owners
@@ -25,11 +25,11 @@ from unike.types import Query
 
 @dataclass(frozen=True)
 class LayerKnowledge:
-    """One layer's bank, encoders, zeta, and remembered feed-forward inputs ``(m, d)``; in the first
+    """One layer's bank, semantic encoder, zeta, and remembered feed-forward inputs ``(m, d)``; in the first
     edited layer the trained measure of scope, if one is used."""
 
     bank: KnowledgeMemory
-    encoders: Disentangler
+    semantic: nn.Module
     ffn_queries: torch.Tensor
     zeta: torch.Tensor | None = None
     scope: ScopeMeasure | None = None

@@ -156,7 +156,7 @@ def adapter_of(
     if routing.memory != "bank":
         memory = own(memory)
     return AdapterLayer(
-        backbone.layout.attention(index), memory, None if known is None else known.encoders.semantic,
+        backbone.layout.attention(index), memory, None if known is None else known.semantic,
         routing.k, routing.alpha, routing.attention, routing.tau, routing.similarity_bias,
     )  # fmt: skip
 

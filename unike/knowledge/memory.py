@@ -41,6 +41,16 @@ class KnowledgeMemory:
         return len(self.keys)
 
     @classmethod
+    def compact(cls, keys: torch.Tensor, values: torch.Tensor) -> KnowledgeMemory:
+        """A memory that keeps of its keys the directions, all that retrieval looks at, and its values in
+        half precision where that holds them exactly."""
+        memory = cls(keys, values)
+        memory.keys, half = memory.directions, values.half()
+        if torch.equal(half.to(values.dtype), values):
+            memory.values = half
+        return memory
+
+    @classmethod
     def empty(cls, width: int, device: torch.device | None = None) -> KnowledgeMemory:
         nothing = torch.zeros(0, width, device=device)
         return cls(nothing, nothing)
@@ -54,8 +64,8 @@ class KnowledgeMemory:
         return F.normalize(queries.float(), dim=-1) @ self.directions.T
 
     def states(self, index: torch.Tensor) -> torch.Tensor:
-        """Values by index, ``(B, K) -> (B, K, d)``; any shape of index will do."""
-        return self.values[index]
+        """Values by index in fp32, ``(B, K) -> (B, K, d)``; any shape of index will do."""
+        return self.values[index].float()
 
     def retrieve(self, queries: torch.Tensor, k: int, allowed: torch.Tensor | None = None) -> Retrieved:
         """The ``k`` most similar items of each query, or all where there are fewer.
@@ -142,12 +152,12 @@ class JoinedMemory(KnowledgeMemory):
         return torch.cat([p.similarities(queries) for p in self.parts], dim=-1)
 
     def states(self, index: torch.Tensor) -> torch.Tensor:
-        like = self.parts[0].values
-        out = index.new_zeros(*index.shape, like.shape[-1], dtype=like.dtype)
+        width = self.parts[0].values.shape[-1]
+        out = index.new_zeros(*index.shape, width, dtype=torch.float32)
         start = 0
         for part in self.parts:
             here = (index >= start) & (index < start + len(part))
-            out[here] = part.states(index[here] - start).to(out.dtype)
+            out[here] = part.states(index[here] - start)
             start += len(part)
         return out
 

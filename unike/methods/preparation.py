@@ -291,5 +291,6 @@ def as_knowledge(
             torch.float16,
         )  # fmt: skip
         zeta = encoders[i].zeta(s.states, hparams.zeta, hparams.seed)
-        out[i] = LayerKnowledge(bank, encoders[i], s.ffn, zeta)
+        # The truthfulness encoder has said what it is asked for: an edit needs its zeta alone.
+        out[i] = LayerKnowledge(bank, encoders[i].semantic, s.ffn, zeta)
     return out
