@@ -23,6 +23,7 @@ from unike.backbones import load_backbone
 from unike.backbones.base import Backbone
 from unike.backbones.blip2_opt import BLIP2_OPT
 from unike.backbones.hf import VisionLanguageBackbone
+from unike.edits import LayerKnowledge
 from unike.hparams import HyperParams
 from unike.knowledge.encoders import Disentangler, KnowledgeStates
 from unike.methods.base import Knowledge
@@ -109,13 +110,16 @@ def random_knowledge(
     def draw() -> torch.Tensor:
         return torch.randn(items, width, generator=generator).to(backbone.device)
 
-    states, encoders = {}, {}
+    out: dict[int, LayerKnowledge] = {}
     for i in layers:
         sem = draw()
-        pos, neg = (0.6 * sem + 0.8 * draw() for _ in range(2))
-        states[i] = LayerStates(KnowledgeStates(sem, pos, neg), sem[: min(items, 200)])
-        encoders[i] = _encoders(width, hparams, seed + i).to(backbone.device)
-    return as_knowledge(states, encoders, hparams)
+        # In the precision that knowledge is kept in; a layer at a time, as it is read.
+        pos, neg = ((0.6 * sem + 0.8 * draw()).half().float() for _ in range(2))
+        states = LayerStates(KnowledgeStates(sem, pos, neg), sem[: min(items, 200)])
+        out |= as_knowledge(
+            {i: states}, {i: _encoders(width, hparams, seed + i).to(backbone.device)}, hparams
+        )
+    return out
 
 
 def _encoders(width: int, hparams: HyperParams, seed: int) -> Disentangler:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from unike import processes
 from unike.backbones.base import Backbone
@@ -172,7 +173,7 @@ def ensure_knowledge(
             processes.first(
                 lambda: save_knowledge(keyed, states, *fit_encoders(states, hparams, tick), facts)
             )
-    return as_knowledge(*load_states(folder, backbone.device), hparams, folder)
+    return {i: _layer(i, s, e, hparams, folder) for i, s, e in each_layer(folder, backbone.device)}
 
 
 def _facts(backbone: Backbone, layers: Sequence[int], hparams: HyperParams) -> dict[str, Any]:
@@ -245,21 +246,34 @@ def save_knowledge(
     (folder / "knowledge.json").write_text(json.dumps({**meta, "fit": fits}, indent=1) + "\n")
 
 
-def load_states(folder: Path, device: torch.device) -> tuple[dict[int, LayerStates], dict[int, Disentangler]]:
-    """What ``save_knowledge`` wrote. UserError where a file is missing or not what it should be."""
+Learnt = tuple[int, LayerStates, Disentangler]
+
+
+def each_layer(folder: Path, device: torch.device) -> Iterator[Learnt]:
+    """What ``save_knowledge`` wrote, a layer at a time: all of them in full precision may not fit beside a
+    model. UserError where a file is missing or not what it should be."""
     path = folder / "knowledge.safetensors"
     try:
-        tensors = load_file(path, device=str(device))
-        layers = sorted({int(name.split(".")[0]) for name in tensors})
-        states, encoders = {}, {}
-        for i in layers:
-            sem, pos, neg, ffn = (tensors[f"{i}.{n}"].float() for n in ("sem", "pos", "neg", "ffn"))
-            states[i] = LayerStates(KnowledgeStates(sem, pos, neg), ffn)
-            encoders[i] = _encoders(tensors, f"{i}.encoders.").to(device)
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            names = list(file.keys())
+            for i in sorted({int(name.split(".")[0]) for name in names}):
+                sem, pos, neg, ffn = (
+                    file.get_tensor(f"{i}.{n}").float() for n in ("sem", "pos", "neg", "ffn")
+                )
+                own = {n: file.get_tensor(n) for n in names if n.startswith(f"{i}.encoders.")}
+                encoders = _encoders(own, f"{i}.encoders.").to(device)
+                yield i, LayerStates(KnowledgeStates(sem, pos, neg), ffn), encoders
     except Exception as error:
         raise UserError(
             f"{path}: expected memory and encoders as scripts/prepare.py writes them: {error}"
         ) from error
+
+
+def load_states(folder: Path, device: torch.device) -> tuple[dict[int, LayerStates], dict[int, Disentangler]]:
+    """All layers of ``each_layer``."""
+    states, encoders = {}, {}
+    for i, s, e in each_layer(folder, device):
+        states[i], encoders[i] = s, e
     return states, encoders
 
 
@@ -279,18 +293,21 @@ def as_knowledge(
 ) -> dict[int, LayerKnowledge]:
     """Banks, encoders and the YAML's kind of zeta, by layer. A bank of many items lies beside the
     ``folder``'s states, with its index, and is mapped."""
-    out = {}
-    for i, s in states.items():
-        place, origin = None, ""
-        if folder is not None:
-            stat = (folder / "knowledge.safetensors").stat()
-            place, origin = folder / f"memory-{i}", f"{stat.st_size}-{stat.st_mtime_ns}"
-        bank = open_memory(
-            s.states.sem, s.states.pos, hparams.retrieval, hparams.retrieval_exact_up_to, place, origin,
-            # The precision of the file that they come from.
-            torch.float16,
-        )  # fmt: skip
-        zeta = encoders[i].zeta(s.states, hparams.zeta, hparams.seed)
-        # The truthfulness encoder has said what it is asked for: an edit needs its zeta alone.
-        out[i] = LayerKnowledge(bank, encoders[i].semantic, s.ffn, zeta)
-    return out
+    return {i: _layer(i, s, encoders[i], hparams, folder) for i, s in states.items()}
+
+
+def _layer(
+    i: int, s: LayerStates, encoders: Disentangler, hparams: HyperParams, folder: Path | None
+) -> LayerKnowledge:
+    place, origin = None, ""
+    if folder is not None:
+        stat = (folder / "knowledge.safetensors").stat()
+        place, origin = folder / f"memory-{i}", f"{stat.st_size}-{stat.st_mtime_ns}"
+    bank = open_memory(
+        s.states.sem, s.states.pos, hparams.retrieval, hparams.retrieval_exact_up_to, place, origin,
+        # The precision of the file that they come from.
+        torch.float16,
+    )  # fmt: skip
+    zeta = encoders.zeta(s.states, hparams.zeta, hparams.seed)
+    # The truthfulness encoder has said what it is asked for: an edit needs its zeta alone.
+    return LayerKnowledge(bank, encoders.semantic, s.ffn if hparams.memory_loss else s.ffn[:0], zeta)
