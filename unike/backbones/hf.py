@@ -115,8 +115,10 @@ class VisionLanguageBackbone:
             self._identity = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
         return self._identity
 
-    def keep_features(self, store: RowStore | None) -> None:
-        self.cache.store = store
+    def keep_features(self, store: RowStore | None, alone: bool = True) -> None:
+        if alone != self.cache.alone:
+            self.cache.forget()
+        self.cache.store, self.cache.alone = store, alone
 
     @property
     def projection(self) -> torch.nn.Module:

@@ -168,7 +168,7 @@ def ensure_knowledge(
         keyed = folder = folder / knowledge_key(backbone, collected, hparams)
         if not processes.first(lambda: _fits(keyed, facts)):
             prefixes = open_prefixes(hparams, backbone, min(layers), memory=False)
-            states = extract(backbone, collected, layers, hparams.eval_batch, tick, prefixes)
+            states = extract(backbone, collected, layers, hparams.states_batch, tick, prefixes)
             processes.first(
                 lambda: save_knowledge(keyed, states, *fit_encoders(states, hparams, tick), facts)
             )
@@ -192,10 +192,22 @@ def _fits(folder: Path, facts: dict[str, Any]) -> bool:
     index = folder / "knowledge.json"
     if not index.is_file():
         return False
-    kept = json.loads(index.read_text())
+    kept = _index(folder)
     # A method of fewer layers reads what was learnt for more.
     layers = set(facts["layers"]) <= set(kept.get("layers", ()))
     return layers and all(kept.get(name) == value for name, value in facts.items() if name != "layers")
+
+
+def _index(folder: Path) -> dict[str, Any]:
+    """``knowledge.json``. UserError where it is damaged."""
+    path = folder / "knowledge.json"
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        if not (isinstance(kept, dict) and isinstance(kept.get("layers", []), list)):
+            raise ValueError("expected an object with a list of layers")
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: is damaged; delete the folder: {str(error)[:200]}") from error
+    return kept
 
 
 def build_knowledge(
@@ -207,7 +219,7 @@ def build_knowledge(
 ) -> tuple[dict[int, LayerStates], dict[int, Disentangler], dict[int, FitReport]]:
     """States and trained encoders of each layer, with a report of each training."""
     prefixes = open_prefixes(hparams, backbone, min(layers), memory=False)
-    states = extract(backbone, triplets, layers, hparams.eval_batch, tick, prefixes)
+    states = extract(backbone, triplets, layers, hparams.states_batch, tick, prefixes)
     return states, *fit_encoders(states, hparams, tick)
 
 
@@ -241,14 +253,29 @@ def save_knowledge(
     folder.mkdir(parents=True, exist_ok=True)
     fits = {str(i): {k: v for k, v in asdict(r).items() if k != "losses"} for i, r in reports.items()}
     # The index is written last: without it the folder counts as missing.
-    save_file(tensors, folder / "knowledge.safetensors")
-    (folder / "knowledge.json").write_text(json.dumps({**meta, "fit": fits}, indent=1) + "\n")
+    path = folder / "knowledge.safetensors"
+    save_file(tensors, path)
+    index = {**meta, "fit": fits, "sha256": _checksum(path)}
+    (folder / "knowledge.json").write_text(json.dumps(index, indent=1) + "\n")
+
+
+def _checksum(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def load_states(folder: Path, device: torch.device) -> tuple[dict[int, LayerStates], dict[int, Disentangler]]:
-    """What ``save_knowledge`` wrote. UserError where a file is missing or not what it should be."""
+    """What ``save_knowledge`` wrote. UserError where a file is missing or not what it should be: another
+    checksum than its index has, or tensors that don't fit together."""
     path = folder / "knowledge.safetensors"
     try:
+        if (folder / "knowledge.json").is_file():
+            kept = _index(folder).get("sha256")
+            if kept is not None and kept != _checksum(path):
+                raise ValueError("its checksum is another one than knowledge.json has")
         tensors = load_file(path, device=str(device))
         layers = sorted({int(name.split(".")[0]) for name in tensors})
         states, encoders = {}, {}
@@ -256,6 +283,9 @@ def load_states(folder: Path, device: torch.device) -> tuple[dict[int, LayerStat
             sem, pos, neg, ffn = (tensors[f"{i}.{n}"].float() for n in ("sem", "pos", "neg", "ffn"))
             states[i] = LayerStates(KnowledgeStates(sem, pos, neg), ffn)
             encoders[i] = _encoders(tensors, f"{i}.encoders.").to(device)
+            shapes = {tuple(t.shape) for t in (sem, pos, neg)}
+            if len(shapes) != 1 or sem.ndim != 2 or not sem.isfinite().all():
+                raise ValueError(f"layer {i}: states {sorted(shapes)} don't fit together")
     except Exception as error:
         raise UserError(
             f"{path}: expected memory and encoders as scripts/prepare.py writes them: {error}"
