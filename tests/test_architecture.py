@@ -48,7 +48,7 @@ LAYERS = (
     ("unike.knowledge*", "unike.knowledge*"),
     *((f"unike.{name}", _BOTTOM) for name in ("metrics", "records")),
     ("unike.datasets*", f"{_BOTTOM} unike.datasets*"),
-    ("unike.backbones*", "unike.types unike.h* unike.processes unike.datasets.images unike.backbones*"),
+    ("unike.backbones*", "unike.types unike.[ho]* unike.processes unike.datasets.images unike.backbones*"),
     ("unike.edits*", f"unike.types unike.hooks unike.knowledge* unike.edits* {_PROTOCOL}"),
     ("unike.deltas", f"unike.hooks unike.edits unike.knowledge.rows {_PROTOCOL}"),
     ("unike.methods", "unike.methods.*"),
