@@ -321,9 +321,7 @@ def shell(numbers: range, seed: int, folder: Path) -> Tally:
     for number in numbers:
         yaml_target(folder, random.Random(f"{seed}/shell/{number}"))
         command = [sys.executable, str(ROOT / "run_edit.py"), "--hparams_dir", "mutant.yaml", "--check"]
-        done = subprocess.run(
-            command, cwd=folder, capture_output=True, text=True, errors="replace", check=False
-        )
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
         lines = done.stderr.splitlines()
         stray = {p.name for p in folder.iterdir()} - {"mutant.yaml"}
         if done.returncode not in (0, 2) or "Traceback" in done.stderr or stray:

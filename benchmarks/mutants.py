@@ -15,28 +15,19 @@ import torch
 from PIL import Image
 
 LONG = 10 << 20
-_BYTES = (
-    b"\0",
-    b"\xff\xfe",
-    b"\x80\x02",
-    b"PK\x03\x04",
-    b"\xf0\x9f\xa6\x8a",
-    b"{{{{",
-    b"]",
-    b'"',
-    b"\n",
-    b": ",
-)
+_BYTES = (b"\0", b"\xff\xfe", b"\x80\x02", b"PK\x03\x04", b"\xf0\x9f\xa6\x8a", b"{{{{", b"]", b'"', b"\n")
 _TEXTS = (
-    "~", "null", "true", "[]", "{}", "-1", "0", "1e400", ".nan", ".inf", "1:1:1", "0x_", "2024-99-99", "2024-01-01",
-    "!!python/object/apply:os.system [id]", "!!binary x", "!!set {a}", "&a [*a, *a]", "*nothing", '"\\0"',
-    '"\\ud800"', "'../../../etc/passwd'", "/etc/passwd", "~root", "$HOME", "- a\n- b", "? a", "|\n  text", "...", "---",
-    "99999999999999999999", "9" * 5000, "[" * 500, "a" * 300, "auto", "adaptive", "1_000", "<<: {a: 1}", "%YAML 9.9",
+    "~", "null", "true", "[]", "{}", "-1", "0", "1e400", ".nan", ".inf", "1:1:1", "0x_", "2024-99-99",
+    "2024-01-01", "!!python/object/apply:os.system [id]", "!!binary x", "!!set {a}", "*nothing",
+    "&a [*a, *a]",     '"\\0"', '"\\ud800"', "'../../../etc/passwd'", "/etc/passwd", "~root", "$HOME", "- a\n- b", "? a",
+    "|\n  text", "...", "---", "99999999999999999999", "9" * 5000, "[" * 500, "a" * 300, "auto", "adaptive",
+    "1_000", "<<: {a: 1}", "%YAML 9.9",
 )  # fmt: skip
 _VALUES: tuple[Any, ...] = (
-    None, True, 0, -1, 1.5, float("nan"), 10**30, "", " ", "\n", [], {}, [1], {"a": 1}, "a\0b", "\ud800", "é" * 30,
-    "../../../etc/passwd", "/etc/passwd", "..", ".", "/", "outside.png", "deep/../../0.png", "x" * 300, "a/" * 3000,
-    "con", "{}", "{0}", "%s", "<ImageHere>", "</s>", "\u202e", "0.png/", "http://host/x.png",
+    None, True, 0, -1, 1.5, float("nan"), 10**30, "", " ", "\n", [], {}, [1], {"a": 1}, "a\0b", "\ud800",
+    "\u00e9" * 30, "../../../etc/passwd", "/etc/passwd", "..", ".", "/", "outside.png", "deep/../../0.png",
+    "x" * 300, "a/" * 3000, "con", "{}", "{0}", "%s", "<ImageHere>", "</s>", "\u202e", "0.png/",
+    "http://host/x.png",
 )  # fmt: skip
 
 

@@ -301,7 +301,8 @@ class VisionLanguageBackbone:
         with self.prompt.asking(batch):
             ids = self.model.language_model.generate(
                 inputs_embeds=batch.inputs_embeds, attention_mask=batch.attention_mask, do_sample=False,
-                max_new_tokens=min(room, max_new_tokens or self.max_new_tokens), eos_token_id=list(self.eos_ids),
+                max_new_tokens=min(room, max_new_tokens or self.max_new_tokens),
+                eos_token_id=list(self.eos_ids),
                 pad_token_id=self.tokenizer.pad_token_id or self.eos_ids[0],
             )  # fmt: skip
         return [self.cut(text) for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
