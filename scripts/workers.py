@@ -160,7 +160,8 @@ def work(group: Sequence[Run], lock: Any, report: Report, stopped: Callable[[], 
             # Editors and knowledge are made on first use: by one process, not by all.
             with lock:
                 parts = runs.assemble(run.hparams, backbone, progress=False)
-            key = (parts.prefixes.first, parts.prefixes.batch, run.hparams.metric_presets)
+            kept = parts.prefixes
+            key = (kept.first, kept.batch, kept.alone, run.hparams.metric_presets)
             reader = readers.setdefault(key, parts.reader())
             with runs.open_run(parts, run.task, run.folder, resume=run.folder.exists()) as writer:
                 found = runs.run_cases(parts, cases, writer, progress=False, reader=reader)

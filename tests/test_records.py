@@ -113,7 +113,7 @@ def test_a_failed_write_leaves_whole_lines(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(writer, "_file", Full(writer._file))
-        with pytest.raises(OSError, match="No space"):
+        with pytest.raises(UserError, match="cannot be written: No space"):
             writer.write(CASES[1])
     writer.write(CASES[1])
     writer.close()

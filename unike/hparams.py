@@ -15,7 +15,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 from unike import legacy as release
-from unike.options import Option, expected, parse_yaml, read_yaml, shown, typed_value
+from unike.options import Option, expected, parse_yaml, read_yaml, short, shown, typed_value
 from unike.types import PROTOCOLS, BackboneSpec, UserError
 
 logger = logging.getLogger("unike")
@@ -183,6 +183,7 @@ class HyperParams:
     rephrase_root: str | None = _option(
         "data", "folder of the re-drawn images", None, aliases=("rephrase_image",)
     )
+    allow_outside: bool = _option("data", "pictures may lie outside of their folder", False)
     generate_data: bool = _option("data", "draw the embedded benchmark on first use", False)
     clean: bool = _option("data", "leave out records that the data doctor finds faulty", False)
 
@@ -196,7 +197,10 @@ class HyperParams:
 
     seed: int = _option("run", "random seed", 42, low=0, high=2**32 - 1)
     results_dir: str = _option("run", "parent of the run folders", "./results")
-    eval_batch: int = _option("run", "probes in one forward pass", 32, low=1)
+    eval_batch: int = _option("run", "probes in one forward pass, without batch_invariant", 32, low=1)
+    batch_invariant: bool = _option(
+        "run", "a result depends on its record alone, not on what else is in a forward pass", True
+    )
 
     edit_batch_size: int | str = _option(
         SPEED, "independent edits made side by side: a number, or auto, as memory allows", "auto", low=1
@@ -224,11 +228,17 @@ class HyperParams:
     def decisive(self) -> dict[str, Any]:
         """Of ``to_dict`` what the results of a run depend on: all but what makes it fast, and where it
         is written."""
+        without = {"results_dir", *(("eval_batch",) if self.batch_invariant else ())}
         return {
             name: value
             for name, value in self.to_dict().items()
-            if OPTIONS[name].group != SPEED and name != "results_dir"
+            if OPTIONS[name].group != SPEED and name not in without
         }
+
+    @property
+    def states_batch(self) -> int:
+        """Queries in one pass where knowledge and scope are learnt."""
+        return 1 if self.batch_invariant else self.eval_batch
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as ``from_dict`` and a YAML file take them."""
@@ -301,10 +311,10 @@ def _overridden(
     for text in overrides:
         key, sign, raw = text.partition("=")
         if not sign or not key.strip():
-            problems.append(f"{source}: {text}: expected key=value")
+            problems.append(f"{source}: {short(text)}: expected key=value")
             continue
         try:
-            value, _, repeated = parse_yaml(raw, f"{source}: {key.strip()}")
+            value, _, repeated = parse_yaml(raw, f"{source}: {short(key)}")
         except UserError as fault:
             problems.extend(fault.problems)
             continue
@@ -324,7 +334,9 @@ def _rename(
     for key, value in values.items():
         name = _ALIASES.get(key, key)
         if name in renamed:
-            problems.append(f"{where.get(key, source)}: {key}: another name of {name}, which is given too")
+            problems.append(
+                f"{where.get(key, source)}: {short(key)}: another name of {name}, which is given too"
+            )
         renamed[name] = value
     return renamed, problems
 
@@ -336,9 +348,9 @@ def _check(
     checked: dict[str, Any] = {}
     problems: list[str] = []
     for key, value in values.items():
-        at = f"{where.get(key, source)}: {key}"
+        at = f"{where.get(key, source)}: {short(key)}"
         if key not in OPTIONS:
-            problems.append(f"{at}: unknown key; {_hint(str(key))}")
+            problems.append(f"{at}: unknown key; {_hint(short(key))}")
             continue
         try:
             checked[key] = typed_value(OPTIONS[key], value)

@@ -129,6 +129,7 @@ def open_datasets(
         "size": None if skip_broken else size,
         "clean": hparams.clean,
         "skip_broken": skip_broken,
+        "allow_outside": hparams.allow_outside,
     }
     dataset = _opened(dict(zip(names, files, strict=True)), common)
     cases: Sequence[Case] = dataset
@@ -209,6 +210,7 @@ def _train_split(hparams: HyperParams, skip_broken: bool, whole: bool = False) -
         raise UserError(f"{hparams.source}: triplets: 0; the method needs some of the train annotations")
     # A record whose own answer is right has no wrong one to learn from.
     common: dict[str, Any] = {"image_root": hparams.image_root, "rephrase_root": hparams.rephrase_root}
+    common["allow_outside"] = hparams.allow_outside
     return _opened(files, common | {"clean": not whole, "skip_broken": skip_broken})
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from unike.faults import told
 from unike.processes import LostError, SharedError, is_main, joined, leave, listen, planned
 from unike.types import UserError
 
@@ -24,7 +25,8 @@ _GRACE, _ENDING = 5.0, 60.0
 
 def guarded(work: Callable[[], int]) -> int:
     """Runs a command and gives its exit code: the work's own, 2 after a UserError (one line per
-    problem), 130 after Ctrl-C, 1 where another process was lost. Several processes say it once."""
+    problem) or where memory or disk are full, 130 after Ctrl-C, 1 where another process was lost.
+    Several processes say it once."""
     try:
         return work()
     except UserError as error:
@@ -41,6 +43,11 @@ def guarded(work: Callable[[], int]) -> int:
         if is_main():
             print(f"error: {error}", file=sys.stderr)
         return 1
+    except Exception as error:
+        if (line := told(error)) is None:
+            raise
+        print(f"error: {line}", file=sys.stderr)
+        return 2
     finally:
         leave()
 

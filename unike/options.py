@@ -18,6 +18,10 @@ from unike.types import METRIC_PRESETS, UserError
 # YAML 1.1 reads 1e-4 as text: a float needs a dot and a signed exponent there.
 _NUMBER = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?")
 _TASKS, _SPLITS = ("vqa", "caption"), ("train", "eval")
+# Far above any real file; the parser takes seconds for what is larger.
+_FILE_BYTES, _SCALAR, _NODES = 1 << 18, 1 << 14, 100_000
+# What file systems take of a path, and of each name in it.
+_PATH, _NAME = 4096, 255
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,30 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
+def _bounded(root: yaml.Node) -> None:
+    """ValueError where a text's aliases refer to themselves or make it explode, or a value is too long."""
+    sizes: dict[int, int] = {}
+
+    def size(node: yaml.Node) -> int:
+        if id(node) in sizes:
+            if sizes[id(node)] < 0:
+                raise ValueError("an alias refers to what it stands in")
+            return sizes[id(node)]
+        if isinstance(node, yaml.ScalarNode):
+            if len(node.value) > _SCALAR:
+                raise ValueError(f"a value of {len(node.value)} characters; expected at most {_SCALAR}")
+            return 1
+        sizes[id(node)] = -1
+        parts = [p for pair in node.value for p in pair] if isinstance(node, yaml.MappingNode) else node.value
+        total = 1 + sum(size(part) for part in parts)
+        if total > _NODES:
+            raise ValueError(f"more than {_NODES} values, with its aliases written out")
+        sizes[id(node)] = total
+        return total
+
+    size(root)
+
+
 # The safe constructors themselves fail on text such as `2024-99-99`, `0x_` or `!!bool maybe`.
 _YAML_FAULTS = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError)
 
@@ -81,14 +109,17 @@ def parse_yaml(text: str, source: str) -> tuple[Any, dict[Any, str], list[str]]:
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
+        if node is not None:
+            _bounded(node)
         if isinstance(node, yaml.MappingNode):
             keys = (key for key, _ in node.value if isinstance(key, yaml.ScalarNode))
             where = {key.value: f"{source}:{key.start_mark.line + 1}" for key in keys}
         value = None if node is None else loader.construct_document(node)
     except _YAML_FAULTS as fault:
-        raise UserError(f"{source}: not valid YAML: {' '.join(str(fault).split())}") from None
+        raise UserError(f"{source}: not valid YAML: {short(fault, 300)}") from None
     problems = [
-        f"{source}:{line}: {key}: given twice, first in line {first}" for key, line, first in loader.repeated
+        f"{source}:{line}: {short(key)}: given twice, first in line {first}"
+        for key, line, first in loader.repeated
     ]
     return value, where, problems
 
@@ -99,6 +130,10 @@ def read_yaml(source: str) -> tuple[dict[Any, Any], dict[Any, str], list[str]]:
     if path.is_dir():
         raise UserError(f"{source}: is a folder; expected a YAML file")
     try:
+        if path.stat().st_size > _FILE_BYTES:
+            raise UserError(
+                f"{source}: more than {_FILE_BYTES} bytes; expected a YAML file of hyper-parameters"
+            )
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(f"{source}: no such file; expected a YAML file of hyper-parameters") from None
@@ -114,9 +149,17 @@ def read_yaml(source: str) -> tuple[dict[Any, Any], dict[Any, str], list[str]]:
 
 def shown(value: Any) -> str:
     """A value with its type, short enough for one line of an error."""
-    text = repr(value)
-    text = text if len(text) <= 60 else text[:57] + "..."
-    return "null" if value is None else f"{type(value).__name__} {text}"
+    return "null" if value is None else f"{type(value).__name__} {short(value, 60, repr)}"
+
+
+def short(value: Any, limit: int = 60, written: Callable[[Any], str] = str) -> str:
+    """A value on one line of at most ``limit`` characters."""
+    try:
+        text = " ".join(written(value).split())
+    except ValueError:
+        # Python writes no whole number of more than some thousand digits.
+        text = "too long to be written"
+    return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
 def expected(option: Option) -> str:
@@ -148,7 +191,10 @@ def _require(condition: bool) -> None:
 
 
 def _text(value: Any) -> str:
-    _require(isinstance(value, str) and bool(value.strip()))
+    _require(isinstance(value, str) and bool(value.strip()) and "\0" not in value)
+    # Of lone surrogates this makes a UnicodeEncodeError, a ValueError.
+    names = value.encode().split(b"/")
+    _require(len(value) <= _PATH and all(len(name) <= _NAME for name in names))
     return value
 
 
@@ -195,8 +241,19 @@ def _device(value: Any) -> str:
 
 
 def _mapping(value: Any) -> dict[str, Any]:
-    _require(isinstance(value, Mapping) and all(isinstance(key, str) for key in value))
+    _require(isinstance(value, Mapping) and _plain(value))
     return copy.deepcopy(dict(value))
+
+
+def _plain(value: Any) -> bool:
+    """Whether a value is made of what JSON has, too."""
+    if isinstance(value, Mapping):
+        return all(isinstance(key, str) and _plain(item) for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return all(map(_plain, value))
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return value is None or isinstance(value, (str, int))
 
 
 def _presets(value: Any) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ import numpy as np
 
 from unike.backbones.base import Backbone
 from unike.edits import Edit
+from unike.faults import out_of_memory
 from unike.methods.base import EditMethod, edit_many
 from unike.metrics import (
     Reading,
@@ -105,8 +106,9 @@ def sequential(
     editing, Eq. (16), Eq. (17), Eq. (18), Eq. (19) and Eq. (20). Locality compares with the base model,
     which is read before the first edit.
 
-    An edit that fails (its loss stops being a number, or one of ``tolerated`` is raised) is marked in
-    both of its records and leaves no trace: the next one continues from the edits before it.
+    An edit that fails (its loss stops being a number, memory does not suffice, or one of ``tolerated`` is
+    raised) is marked in both of its records and leaves no trace: the next one continues from the edits
+    before it.
     """
     failures: tuple[type[Exception], ...] = (FloatingPointError, *tolerated)
     broken: dict[int, str] = {}
@@ -128,8 +130,11 @@ def sequential(
                 edit = method.edit(backbone, case.request, reader.prefixes, whole)
                 whole = edit if whole is None else whole | edit
                 info = {**edit.info, "bytes": edit.nbytes}
-        except failures as error:
-            info = {"error": str(error)}
+        except (*failures, RuntimeError, MemoryError) as error:
+            full = out_of_memory(error)
+            if not full and not isinstance(error, failures):
+                raise
+            info = {"error": "out of memory" if full else str(error)}
         made = _Made(case, time.perf_counter() - started, info)
         asked = [m.case for m in all_made if not m.failed]
         if former is not None and len(asked) > former:

@@ -121,10 +121,12 @@ class Reader:
         return out
 
     def _passes(self, cases: Sequence[Case]) -> Iterator[list[Case]]:
-        """The cases, as many at a time as the prefix cache takes queries."""
+        """The cases, one by one where states don't depend on batches either, else as many at a time as
+        the prefix cache takes queries."""
         some: list[Case] = []
         for case in cases:
-            if some and sum(len(c.probes) for c in [*some, case]) > self.prefixes.batch:
+            full = self.prefixes.alone or sum(len(c.probes) for c in [*some, case]) > self.prefixes.batch
+            if some and full:
                 yield some
                 some = []
             some.append(case)

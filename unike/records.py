@@ -16,12 +16,14 @@ import os
 import platform
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from unike.faults import writing
 from unike.types import UserError
 
 logger = logging.getLogger("unike")
@@ -62,7 +64,8 @@ class RecordWriter:
             self.manifest = read_manifest(self.directory)
         else:
             made = {"seed": seed, "command": list(sys.argv if command is None else command), **(about or {})}
-            self.manifest = self._start(resume, fingerprint, weights or {}, data or {}, made)
+            with writing(self.directory):
+                self.manifest = self._start(resume, fingerprint, weights or {}, data or {}, made)
         self._done = {str(record["id"]) for record in read_records(self.directory)}
         name = RECORDS if rank is None else f"records.{rank}.jsonl"
         # Unbuffered, so that what failed to reach the disk is not written again later.
@@ -105,21 +108,25 @@ class RecordWriter:
     def write(self, record: Mapping[str, Any]) -> None:
         """Append a record with an ``id`` of its own; it is on the disk on return.
 
-        Numbers that JSON lacks (NaN, infinity) become null.
+        Numbers that JSON lacks (NaN, infinity) become null. UserError where the disk takes no more: then
+        the file ends with the record before.
         """
         name = str(record["id"])
         if name in self._done:
             raise ValueError(f"record {name} is already written")
         line = json.dumps(_plain(record)).encode() + b"\n"
-        start = os.fstat(self._file.fileno()).st_size
-        try:
-            written = 0
-            while written < len(line):
-                written += self._file.write(line[written:]) or 0
-            os.fsync(self._file.fileno())
-        except BaseException:
-            self._file.truncate(start)
-            raise
+        with writing(self.directory):
+            start = os.fstat(self._file.fileno()).st_size
+            try:
+                written = 0
+                while written < len(line):
+                    written += self._file.write(line[written:]) or 0
+                os.fsync(self._file.fileno())
+            except BaseException:
+                # A disk that refuses this too leaves half a line, which the next start cuts off.
+                with suppress(OSError):
+                    self._file.truncate(start)
+                raise
         self._done.add(name)
 
     def stop(self) -> None:
@@ -135,12 +142,14 @@ class RecordWriter:
         """Closes the file, and brings all records together, in the ``order`` of their ids."""
         self.close()
         if not self.rank:
-            merge(self.directory, order)
-            (self.directory / _STOP).unlink(missing_ok=True)
+            with writing(self.directory):
+                merge(self.directory, order)
+                (self.directory / _STOP).unlink(missing_ok=True)
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write ``summary.json`` in one step."""
-        write_json(self.directory / SUMMARY, summary)
+        with writing(self.directory):
+            write_json(self.directory / SUMMARY, summary)
 
 
 def read_records(directory: str | os.PathLike[str]) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
@@ -12,7 +13,7 @@ import psutil
 import torch
 from tqdm import tqdm
 
-from unike import processes
+from unike import faults, processes
 from unike.backbones.base import Backbone
 from unike.backbones.prefix import open_prefixes
 from unike.datasets.triplets import Triplet
@@ -52,6 +53,8 @@ __all__ = [
     "open_datasets", "open_run", "parts_of", "preflight", "prepare", "problems_of", "require",
     "require_backbone", "run_cases", "run_directory", "train_cases", "training_cases", "wants_triplets",
 ]  # fmt: skip
+
+logger = logging.getLogger("unike")
 
 # More edits side by side than this gain nothing; and as many tokens a query is taken to have.
 AT_ONCE, TOKENS = 32, 128
@@ -220,7 +223,9 @@ def run_cases(
     A ``reader`` of the same cases and first layer may be handed on from run to run: what it knows of
     the base model is not asked again.
 
-    A picture that cannot be read ends the run, or counts as a failed case under ``skip_broken``.
+    A picture that cannot be read ends the run after the summary of what there is, or counts as a failed
+    case under ``skip_broken``. So does, always, an edit whose loss stops being a number, or for which
+    memory does not suffice even alone.
     """
     reader, hp = reader or parts.reader(generated), parts.hparams
     if hp.protocol != "one_step":
@@ -251,19 +256,28 @@ def run_cases(
 def _records(
     parts: Parts, cases: Sequence[Case], reader: Reader, skip_broken: bool
 ) -> Iterator[dict[str, Any]]:
-    """The cases' records, edited side by side; one by one where one of them can't be read."""
+    """The cases' records, edited side by side; half as many at a time where memory does not suffice or
+    one of them can't be read, down to the one that fails."""
     try:
-        found = one_step_many(parts.backbone, parts.method, cases, reader)
-    except UserError as error:
-        if len(cases) > 1:
-            for case in cases:
-                yield from _records(parts, [case], reader, skip_broken)
-            return
-        if not skip_broken:
+        yield from one_step_many(parts.backbone, parts.method, cases, reader)
+        return
+    except (UserError, RuntimeError, MemoryError) as error:
+        full = faults.out_of_memory(error)
+        if not full and not (skip_broken and isinstance(error, UserError)):
             raise
+        reason = "out of memory" if full else str(error)
+    # Out here the error is gone, and with it what its frames held in memory.
+    if full and parts.backbone.device.type == "cuda":
+        torch.cuda.empty_cache()
+    if len(cases) == 1:
         (case,) = cases
-        found = [{"id": case.request.id, "task": case.task, "status": "failed", "error": str(error)}]
-    yield from found
+        yield {"id": case.request.id, "task": case.task, "status": "failed", "error": reason}
+        return
+    half = len(cases) // 2
+    if full:
+        logger.warning("out of memory with %d edits side by side; %d are tried", len(cases), half)
+    yield from _records(parts, cases[:half], reader, skip_broken)
+    yield from _records(parts, cases[half:], reader, skip_broken)
 
 
 def edits_at_once(hparams: HyperParams, backbone: Backbone) -> int:

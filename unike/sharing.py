@@ -36,23 +36,21 @@ class SharedRun:
 
     @contextmanager
     def kept(self) -> Iterator[None]:
-        """Ctrl-C ends the block, and so does a UserError where others must hear of it first."""
+        """Ctrl-C ends the block, and so does a UserError, which ``sum_up`` raises after the summary."""
         try:
             yield
         except KeyboardInterrupt:
             self.interrupted = True
             self.writer.stop()
         except UserError as error:
-            if not processes.joined():
-                raise
             self.problems = error.problems
             self.writer.stop()
 
     def sum_up(self, seed: int, presets: Sequence[str], order: Sequence[str]) -> dict[str, Any]:
         """Merges all processes' records in the ``order`` of their ids, and writes and gives the summary.
 
-        The main process does this when all have ended their share, or when one has died: then it
-        raises LostError, after the summary of what there is. SharedError with the problems of all.
+        The main process does this when all have ended their share, or when one has died or failed: then
+        it raises LostError, or SharedError with the problems of all, after the summary of what there is.
         """
         mine = (self.interrupted, self.problems, peak_memory())
         self.writer.close()
@@ -65,14 +63,17 @@ class SharedRun:
         except KeyboardInterrupt:
             self.interrupted = True
         found = dict.fromkeys(line for _, lines, _ in parts for line in lines)
-        summary: dict[str, Any] = {"interrupted": self.interrupted or lost}
+        summary: dict[str, Any] = {"interrupted": self.interrupted or lost or bool(found)}
         if processes.is_main():
-            self.writer.finish(order)
-            if not found:
+            peaks = {kind: _most(peak[kind] for _, _, peak in parts) for kind in mine[2]}
+            try:
+                self.writer.finish(order)
                 records = read_records(self.writer.directory)
-                peaks = {kind: _most(peak[kind] for _, _, peak in parts) for kind in mine[2]}
                 summary = summarise(records, seed, presets) | summary | {"peak_memory_bytes": peaks}
                 self.writer.write_summary(summary)
+            except UserError as error:
+                # A full disk takes no summary either; what ended the run is said first.
+                found |= dict.fromkeys(error.problems)
         if lost:
             raise LostError
         if found:

@@ -126,8 +126,8 @@ class Backbone(Protocol):
         """A checksum of all that a query's states depend on beside the query itself."""
         ...
 
-    def keep_features(self, store: RowStore | None) -> None:
-        """Where vision features are kept on disk, if anywhere."""
+    def keep_features(self, store: RowStore | None, alone: bool = True) -> None:
+        """Where vision features are kept on disk, if anywhere, and whether each picture is seen alone."""
         ...
 
     def encode(

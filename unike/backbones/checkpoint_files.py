@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from unike.options import short
 from unike.types import BackboneSpec, UserError
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -121,9 +122,33 @@ def _refuse_by_first_bytes(path: Path, expected: str) -> None:
     if head.startswith(b"PK\x03\x04"):
         if not zipfile.is_zipfile(path):
             raise UserError(f"{path}: is truncated (an interrupted download?); expected {expected}")
+        _refuse_bombs(path, expected)
     elif not head.startswith(b"\x80"):
         kind = "a web page" if head.lstrip()[:1] == b"<" else "not a checkpoint"
         raise UserError(f"{path}: is {kind}; expected {expected}")
+
+
+def _refuse_bombs(path: Path, expected: str) -> None:
+    """Torch stores what it writes as it is, so an archive that would unpack to more was made to harm."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+    except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
+        raise UserError(f"{path}: is damaged; expected {expected}") from error
+    packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
+    claimed, there = sum(entry.file_size for entry in entries), path.stat().st_size
+    if packed or claimed > there:
+        reason = (
+            f"claims {claimed} bytes in {there}" if claimed > there else "is compressed, as torch's never are"
+        )
+        raise UserError(f"{path}: {reason}; expected {expected}")
+
+
+def _held(tensor: Tensor) -> bool:
+    """Whether the file holds all numbers of a tensor: strides of 0 would claim any number of them."""
+    if tensor.layout is not torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
+        return False
+    return tensor.numel() * tensor.itemsize <= tensor.untyped_storage().nbytes()
 
 
 def load_state(path: str | os.PathLike[str], expected: str = "a checkpoint of tensors") -> dict[str, Tensor]:
@@ -152,6 +177,8 @@ def load_state(path: str | os.PathLike[str], expected: str = "a checkpoint of te
     state = {str(key): value for key, value in tensors if isinstance(value, Tensor)}
     if not state:
         raise UserError(f"{path}: holds no named tensors; expected {expected}")
+    if lost := next((name for name, tensor in state.items() if not _held(tensor)), None):
+        raise UserError(f"{path}: does not hold all numbers of `{short(lost)}`; expected {expected}")
     return state
 
 

@@ -79,6 +79,11 @@ class VisionLanguageBackbone:
         return self.model.language_model.dtype
 
     @property
+    def context(self) -> int:
+        """How many tokens the decoder takes, the picture's, the prompt's and the answer's together."""
+        return int(self.model.config.text_config.max_position_embeddings)
+
+    @property
     def eos_ids(self) -> tuple[int, ...]:
         config = self.model.language_model.generation_config.eos_token_id
         ids = {self.tokenizer.eos_token_id, *(config if isinstance(config, list) else [config])}
@@ -115,8 +120,10 @@ class VisionLanguageBackbone:
             self._identity = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
         return self._identity
 
-    def keep_features(self, store: RowStore | None) -> None:
-        self.cache.store = store
+    def keep_features(self, store: RowStore | None, alone: bool = True) -> None:
+        if alone != self.cache.alone:
+            self.cache.forget()
+        self.cache.store, self.cache.alone = store, alone
 
     @property
     def projection(self) -> torch.nn.Module:
@@ -192,7 +199,12 @@ class VisionLanguageBackbone:
                 embed(torch.tensor(self.tokens(t), device=self.device, dtype=torch.long)) for t in around
             )
             parts = [before, self.projection(features).to(before), after, *parts]
-        return torch.cat(parts), answer
+        row = torch.cat(parts)
+        if len(row) > self.context:
+            raise UserError(
+                f"prompt: {len(row)} tokens; expected at most {self.context}, the decoder's context"
+            )
+        return row, answer
 
     def _pad(self, rows: list[tuple[torch.Tensor, list[int]]], side: str) -> Batch:
         if side not in ("left", "right"):
@@ -278,12 +290,19 @@ class VisionLanguageBackbone:
     def generate(
         self, images: Sequence[ImageLike | None], prompts: Sequence[str], max_new_tokens: int | None = None
     ) -> list[str]:
-        """Greedy answers, each cut at the first stop."""
+        """Greedy answers, each cut at the first stop; an answer ends where the decoder's context does.
+
+        Raises UserError for a picture that cannot be read and a prompt that leaves no room.
+        """
         batch = self.encode(images, prompts, padding_side="left")
+        room = self.context - batch.attention_mask.shape[1]
+        if room < 1:
+            raise UserError(f"prompt: leaves no room for an answer in a context of {self.context} tokens")
         with self.prompt.asking(batch):
             ids = self.model.language_model.generate(
                 inputs_embeds=batch.inputs_embeds, attention_mask=batch.attention_mask, do_sample=False,
-                max_new_tokens=max_new_tokens or self.max_new_tokens, eos_token_id=list(self.eos_ids),
+                max_new_tokens=min(room, max_new_tokens or self.max_new_tokens),
+                eos_token_id=list(self.eos_ids),
                 pad_token_id=self.tokenizer.pad_token_id or self.eos_ids[0],
             )  # fmt: skip
         return [self.cut(text) for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]

@@ -46,7 +46,8 @@ class FeatureCache:
     """Vision features by image content, so that a picture used by many queries is seen once.
 
     They stay in memory up to ``max_bytes``, those that were not asked for longest go first; with a
-    ``store`` they are on disk too. ``computed`` counts pictures that were seen.
+    ``store`` they are on disk too. ``computed`` counts pictures that were seen. ``alone`` sees each
+    picture by itself: in a batch its features differ in the last bits with the other pictures.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class FeatureCache:
         store: RowStore | None = None,
     ) -> None:
         self.compute, self.max_bytes, self.store = compute, max_bytes, store
+        self.alone = True
         self.computed = 0
         self._kept: OrderedDict[str, torch.Tensor] = OrderedDict()
         self._bytes = 0
@@ -72,8 +74,9 @@ class FeatureCache:
         found = {k: self._kept[k] for k in keys if k in self._kept}
         found.update(self._load([k for k in dict.fromkeys(keys) if k not in found], device))
         waiting = list({k: i for k, i in zip(keys, images, strict=True) if k not in found}.items())
-        for start in range(0, len(waiting), batch):
-            part = waiting[start : start + batch]
+        step = 1 if self.alone else batch
+        for start in range(0, len(waiting), step):
+            part = waiting[start : start + step]
             states = self.compute(torch.stack([pixels(image, processor) for _, image in part]))
             self.computed += len(part)
             # Copies: a view would keep its whole batch in memory.
@@ -84,6 +87,11 @@ class FeatureCache:
         for key in keys:
             self._keep(key, found[key])
         return torch.stack([found[k] for k in keys])
+
+    def forget(self) -> None:
+        """Empties the memory."""
+        self._kept.clear()
+        self._bytes = 0
 
     def _load(self, keys: list[str], device: torch.device | None) -> dict[str, torch.Tensor]:
         if self.store is None or not keys:

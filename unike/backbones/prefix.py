@@ -41,6 +41,9 @@ class PrefixCache:
     ``store`` every computed state is on disk too and comes back from there bit for bit. ``computed`` and
     ``loaded`` count queries.
 
+    A state computed in a batch differs in its last bits with what else is in the batch. ``alone``
+    computes every query by itself: its state depends on the query, not on which others were missing.
+
     The states are the untouched base model's: never fill the cache while an edit is applied.
     """
 
@@ -51,9 +54,10 @@ class PrefixCache:
         max_bytes: int = 2 << 30,
         batch: int = 32,
         store: RowStore | None = None,
+        alone: bool = False,
     ) -> None:
         self.backbone, self.first, self.max_bytes, self.batch = backbone, first, max_bytes, batch
-        self.store = store
+        self.store, self.alone = store, alone
         self.computed = self.loaded = 0
         self._rows: OrderedDict[Any, _Row] = OrderedDict()
         self._bytes = 0
@@ -103,6 +107,8 @@ class PrefixCache:
         return marks(self._below) == self._marks
 
     def _compute(self, queries: list[Query]) -> list[_Row]:
+        if self.alone and len(queries) > 1:
+            return [row for query in queries for row in self._compute([query])]
         state = self.backbone.prefix(encode_queries(self.backbone, queries), self.first)
         lengths = state.attention_mask.sum(1).tolist()
         self.computed += len(queries)
@@ -142,11 +148,14 @@ def open_prefixes(
     store, features = None, None
     if hparams.prefix_dir is not None:
         limit = int(hparams.prefix_disk_gb * GB)
-        store = RowStore(hparams.prefix_dir, f"{backbone.identity}/layer-{first}", limit)
-        features = RowStore(hparams.prefix_dir, f"{backbone.identity}/vision", limit)
-    backbone.keep_features(features)
+        # What was computed in batches is kept apart from what was computed query by query.
+        how = "" if hparams.batch_invariant else "-batched"
+        store = RowStore(hparams.prefix_dir, f"{backbone.identity}/layer-{first}{how}", limit)
+        features = RowStore(hparams.prefix_dir, f"{backbone.identity}/pictures{how}", limit)
+    backbone.keep_features(features, hparams.batch_invariant)
     kept = int(hparams.prefix_memory_gb * GB) if memory else 0
-    return PrefixCache(backbone, first, kept, batch or hparams.eval_batch, store)
+    alone = hparams.batch_invariant
+    return PrefixCache(backbone, first, kept, batch or hparams.eval_batch, store, alone)
 
 
 def check_prefix_dir(hparams: HyperParams) -> None:

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from unike.datasets.images import PathLike, image_path, open_image
+from unike.datasets.images import PathLike, image_path, lies_outside, open_image
 from unike.datasets.mmedit import (
     IMAGE_FIELDS,
     KNOWN_FIELDS,
@@ -227,6 +227,7 @@ def _picture_findings(sound: dict[int, dict[str, Any]], images: PathLike) -> lis
     kinds = {
         "missing_pictures": "a picture does not exist",
         "unreadable_pictures": "a picture cannot be decoded",
+        "outside_pictures": "a picture lies outside of the folder",
     }
     checked: dict[str, tuple[str, str] | None] = {}
     concerned: dict[str, dict[int, None]] = {kind: {} for kind in kinds}
@@ -245,6 +246,8 @@ def _picture_findings(sound: dict[int, dict[str, Any]], images: PathLike) -> lis
 
 
 def _picture_problem(images: PathLike, name: str) -> tuple[str, str] | None:
+    if lies_outside(images, name):
+        return "outside_pictures", f"{one_line(name)}: lies outside of {one_line(images)}"
     try:
         open_image(name, images)
     except UserError as error:

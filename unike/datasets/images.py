@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections import OrderedDict
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,11 +16,25 @@ from unike.text import one_line
 from unike.types import UserError
 
 PathLike = str | os.PathLike[str]
+# Pillow hands these to Ghostscript or to the system.
+_PROGRAMS = ("EPS", "WMF")
 
 
 def image_path(root: PathLike | None, name: PathLike) -> Path:
     """The file that ``name`` means: relative names lie under ``root``, absolute ones stay as they are."""
     return Path(name) if root is None else Path(root) / name
+
+
+def lies_outside(root: PathLike | None, name: str) -> bool:
+    """Whether ``name`` leads out of the folder ``root``: absolute, by ``..``, or by a symbolic link."""
+    if root is None:
+        return False
+    try:
+        real, inside = os.path.realpath(os.path.join(root, name)), os.path.realpath(root)
+    except ValueError:
+        # No file has such a name: it is missing, which others say.
+        return False
+    return real != inside and not real.startswith(os.path.join(inside, ""))
 
 
 def open_image(source: Any, root: PathLike | None = None) -> Image.Image:
@@ -43,12 +58,16 @@ def open_image(source: Any, root: PathLike | None = None) -> Image.Image:
     name = one_line(path)
     _require_file(path, name)
     try:
-        image = Image.open(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(path)
     except Image.UnidentifiedImageError as error:
         raise UserError(f"{name}: not a picture in a known format") from error
     except Exception as error:  # format plugins raise anything, from struct.error to SyntaxError
         raise UserError(f"{name}: picture cannot be read: {_reason(error)}") from error
     with image:
+        if image.format in _PROGRAMS:
+            raise UserError(f"{name}: {image.format} pictures are not taken: another program would run them")
         return _decode(image, name)
 
 
@@ -105,6 +124,10 @@ def _require_file(path: Path, name: str) -> None:
 
 
 def _decode(image: Image.Image, name: str) -> Image.Image:
+    most, pixels = Image.MAX_IMAGE_PIXELS, image.width * image.height
+    if most is not None and pixels > most:
+        # Pillow itself only warns up to twice as many.
+        raise UserError(f"{name}: {pixels} pixels; expected at most {most} (PIL.Image.MAX_IMAGE_PIXELS)")
     try:
         image.load()
         return _to_rgb(_upright(image))

@@ -11,7 +11,7 @@ from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any, ClassVar, overload
 
-from unike.datasets.images import PathLike, image_path
+from unike.datasets.images import PathLike, image_path, lies_outside
 from unike.text import normalise_answer, one_line
 from unike.types import Case, EditRequest, Probe, Query, UserError
 
@@ -31,6 +31,8 @@ REQUIRED_FIELDS = (
 )
 PAIRED_FIELDS = (("same_question_image", "same_question_a"), ("same_image_q", "same_image_a"))
 KNOWN_FIELDS = (*REQUIRED_FIELDS, "pred", *chain.from_iterable(PAIRED_FIELDS), "joint")
+# Far above any real question, caption or file: longer ones are a mistake, or meant to take memory and time.
+TEXT_LENGTH, FILE_BYTES = 20_000, 1 << 30
 IMAGE_FIELDS = ("image", "image_rephrase", "m_loc", "same_question_image")
 
 _JSON_NAMES = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
@@ -51,6 +53,8 @@ def load_records(path: PathLike) -> list[Any]:
     if not os.path.isfile(path):
         raise UserError(f"{name}: is not a regular file; expected a JSON file with a list of records")
     try:
+        if os.path.getsize(path) > FILE_BYTES:
+            raise UserError(f"{name}: more than {FILE_BYTES} bytes; expected a list of records")
         records = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
         place = f"line {error.lineno}, column {error.colno}"
@@ -98,7 +102,19 @@ def _text_problem(record: dict[str, Any], field: str) -> str | None:
     value = record[field]
     if not isinstance(value, str):
         return f"field {field!r}: expected a string, got {_describe(value)}"
+    if len(value) > TEXT_LENGTH:
+        return f"field {field!r}: {len(value)} characters; expected at most {TEXT_LENGTH}"
+    if not _is_unicode(value):
+        return f"field {field!r}: half of a surrogate pair, which is no text; expected a string"
     return None if value.strip() else f"field {field!r} is empty; expected some text"
+
+
+def _is_unicode(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _describe(value: Any) -> str:
@@ -150,6 +166,7 @@ class _MMEditDataset(_CaseSequence):
         clean: bool = False,
         skip_broken: bool = False,
         template: str = VQA_TEMPLATE,
+        allow_outside: bool = False,
     ) -> None:
         _check_size(size)
         if template.count("{}") != 1:
@@ -167,6 +184,8 @@ class _MMEditDataset(_CaseSequence):
             if size is not None and len(self._records) == size:
                 break
             problems = record_problems(record, index)
+            if not problems and not allow_outside:
+                problems = self._outside(record, index)
             if problems:
                 message = f"{one_line(path)}: {problems[0]}"
                 if not skip_broken:
@@ -180,6 +199,16 @@ class _MMEditDataset(_CaseSequence):
     def __len__(self) -> int:
         """The number of cases kept."""
         return len(self._records)
+
+    def _outside(self, record: dict[str, Any], index: int) -> list[str]:
+        """Pictures of a sound record that lie outside of their folder."""
+        roots = dict.fromkeys(IMAGE_FIELDS, self.image_root) | {"image_rephrase": self.rephrase_root}
+        return [
+            f"record {index}: field {field!r}: {one_line(record[field], 80)} lies outside of "
+            f"{one_line(root)}; expected a picture in that folder (allow_outside: true takes others)"
+            for field, root in roots.items()
+            if field in record and lies_outside(root, record[field])
+        ]
 
     @abstractmethod
     def _prompt(self, text: str) -> str:
@@ -238,11 +267,13 @@ class VQADataset(_MMEditDataset):
     Relative picture names lie under ``image_root``, those of ``image_rephrase`` under
     ``rephrase_root`` (default: ``image_root``). ``size`` keeps the first so many usable cases and
     reads no further. ``clean`` leaves out records with nothing to edit, counted in ``cleaned``.
-    ``skip_broken`` leaves out broken records, with a message for each in ``skipped``.
+    ``skip_broken`` leaves out broken records, with a message for each in ``skipped``. Pictures outside
+    of a folder that is given, also by a symbolic link in it, need ``allow_outside``.
 
     Raises:
         UserError: one line, if the file is unusable (see ``load_records``) or, without
-            ``skip_broken``, for the first record that lacks a field or has an ill-typed one.
+            ``skip_broken``, for the first record that lacks a field, has an ill-typed one, or names a
+            picture outside of the folder.
     """
 
     task: ClassVar[str] = "vqa"
@@ -283,8 +314,9 @@ class CapVQADataset(_CaseSequence):
         clean: bool = False,
         skip_broken: bool = False,
         template: str = VQA_TEMPLATE,
+        allow_outside: bool = False,
     ) -> None:
-        common = (image_root, rephrase_root, size, clean, skip_broken, template)
+        common = (image_root, rephrase_root, size, clean, skip_broken, template, allow_outside)
         self.vqa = VQADataset(vqa_path, *common)
         self.caption = CaptionDataset(caption_path, *common)
         self.skipped = self.vqa.skipped + self.caption.skipped

@@ -106,7 +106,7 @@ class _Pool:
 def _states(queries: Sequence[Query], prefixes: PrefixCache) -> torch.Tensor:
     """What enters the first of the method's layers at each prompt's end: picture and question."""
     # Not through the given cache, which would keep the whole training split.
-    own = PrefixCache(prefixes.backbone, prefixes.first, max_bytes=0, store=prefixes.store)
+    own = PrefixCache(prefixes.backbone, prefixes.first, 0, store=prefixes.store, alone=prefixes.alone)
     ends = []
     for start in range(0, len(queries), prefixes.batch):
         state = own.state(queries[start : start + prefixes.batch])

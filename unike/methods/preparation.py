@@ -169,7 +169,7 @@ def ensure_knowledge(
         keyed = folder = folder / knowledge_key(backbone, collected, hparams)
         if not processes.first(lambda: _fits(keyed, facts)):
             prefixes = open_prefixes(hparams, backbone, min(layers), memory=False)
-            states = extract(backbone, collected, layers, hparams.eval_batch, tick, prefixes)
+            states = extract(backbone, collected, layers, hparams.states_batch, tick, prefixes)
             processes.first(
                 lambda: save_knowledge(keyed, states, *fit_encoders(states, hparams, tick), facts)
             )
@@ -193,10 +193,22 @@ def _fits(folder: Path, facts: dict[str, Any]) -> bool:
     index = folder / "knowledge.json"
     if not index.is_file():
         return False
-    kept = json.loads(index.read_text())
+    kept = _index(folder)
     # A method of fewer layers reads what was learnt for more.
     layers = set(facts["layers"]) <= set(kept.get("layers", ()))
     return layers and all(kept.get(name) == value for name, value in facts.items() if name != "layers")
+
+
+def _index(folder: Path) -> dict[str, Any]:
+    """``knowledge.json``. UserError where it is damaged."""
+    path = folder / "knowledge.json"
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        if not (isinstance(kept, dict) and isinstance(kept.get("layers", []), list)):
+            raise ValueError("expected an object with a list of layers")
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: is damaged; delete the folder: {str(error)[:200]}") from error
+    return kept
 
 
 def build_knowledge(
@@ -208,7 +220,7 @@ def build_knowledge(
 ) -> tuple[dict[int, LayerStates], dict[int, Disentangler], dict[int, FitReport]]:
     """States and trained encoders of each layer, with a report of each training."""
     prefixes = open_prefixes(hparams, backbone, min(layers), memory=False)
-    states = extract(backbone, triplets, layers, hparams.eval_batch, tick, prefixes)
+    states = extract(backbone, triplets, layers, hparams.states_batch, tick, prefixes)
     return states, *fit_encoders(states, hparams, tick)
 
 
@@ -242,8 +254,18 @@ def save_knowledge(
     folder.mkdir(parents=True, exist_ok=True)
     fits = {str(i): {k: v for k, v in asdict(r).items() if k != "losses"} for i, r in reports.items()}
     # The index is written last: without it the folder counts as missing.
-    save_file(tensors, folder / "knowledge.safetensors")
-    (folder / "knowledge.json").write_text(json.dumps({**meta, "fit": fits}, indent=1) + "\n")
+    path = folder / "knowledge.safetensors"
+    save_file(tensors, path)
+    index = {**meta, "fit": fits, "sha256": _checksum(path)}
+    (folder / "knowledge.json").write_text(json.dumps(index, indent=1) + "\n")
+
+
+def _checksum(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 Learnt = tuple[int, LayerStates, Disentangler]
@@ -251,9 +273,14 @@ Learnt = tuple[int, LayerStates, Disentangler]
 
 def each_layer(folder: Path, device: torch.device) -> Iterator[Learnt]:
     """What ``save_knowledge`` wrote, a layer at a time: all of them in full precision may not fit beside a
-    model. UserError where a file is missing or not what it should be."""
+    model. UserError where a file is missing or not what it should be: another checksum than its index
+    has, or tensors that don't fit together."""
     path = folder / "knowledge.safetensors"
     try:
+        if (folder / "knowledge.json").is_file():
+            kept = _index(folder).get("sha256")
+            if kept is not None and kept != _checksum(path):
+                raise ValueError("its checksum is another one than knowledge.json has")
         with safe_open(path, framework="pt", device=str(device)) as file:
             names = list(file.keys())
             for i in sorted({int(name.split(".")[0]) for name in names}):
@@ -262,6 +289,9 @@ def each_layer(folder: Path, device: torch.device) -> Iterator[Learnt]:
                 )
                 own = {n: file.get_tensor(n) for n in names if n.startswith(f"{i}.encoders.")}
                 encoders = _encoders(own, f"{i}.encoders.").to(device)
+                shapes = {tuple(t.shape) for t in (sem, pos, neg)}
+                if len(shapes) != 1 or sem.ndim != 2 or not sem.isfinite().all():
+                    raise ValueError(f"layer {i}: states {sorted(shapes)} don't fit together")
                 yield i, LayerStates(KnowledgeStates(sem, pos, neg), ffn), encoders
     except Exception as error:
         raise UserError(

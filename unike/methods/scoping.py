@@ -137,7 +137,7 @@ def ensure_scope(
             at = f"{hparams.source}: scope_measure"
             raise UserError(f"{at}: {len(given)} train records; expected {2 * HELD_OUT} or more")
         prefixes = open_prefixes(hparams, backbone, first, memory=False)
-        samples = scope_samples(backbone, given, first, hparams.eval_batch, tick, prefixes)
+        samples = scope_samples(backbone, given, first, hparams.states_batch, tick, prefixes)
         encoder = fresh_encoder(backbone, hparams)
         report = fit_scope(
             samples, encoder, hparams.scope_steps, hparams.scope_batch, hparams.scope_lr, hparams.scope_tau,

@@ -1,0 +1,200 @@
+"""Damaged inputs for the fuzzer: each is a function of sound content and a generator of random numbers."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import pickle
+import random
+import zipfile
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+
+LONG = 10 << 20
+_BYTES = (b"\0", b"\xff\xfe", b"\x80\x02", b"PK\x03\x04", b"\xf0\x9f\xa6\x8a", b"{{{{", b"]", b'"', b"\n")
+_TEXTS = (
+    "~", "null", "true", "[]", "{}", "-1", "0", "1e400", ".nan", ".inf", "1:1:1", "0x_", "2024-99-99",
+    "2024-01-01", "!!python/object/apply:os.system [id]", "!!binary x", "!!set {a}", "*nothing",
+    "&a [*a, *a]",     '"\\0"', '"\\ud800"', "'../../../etc/passwd'", "/etc/passwd", "~root", "$HOME", "- a\n- b", "? a",
+    "|\n  text", "...", "---", "99999999999999999999", "9" * 5000, "[" * 500, "a" * 300, "auto", "adaptive",
+    "1_000", "<<: {a: 1}", "%YAML 9.9",
+)  # fmt: skip
+_VALUES: tuple[Any, ...] = (
+    None, True, 0, -1, 1.5, float("nan"), 10**30, "", " ", "\n", [], {}, [1], {"a": 1}, "a\0b", "\ud800",
+    "\u00e9" * 30, "../../../etc/passwd", "/etc/passwd", "..", ".", "/", "outside.png", "deep/../../0.png",
+    "x" * 300, "a/" * 3000, "con", "{}", "{0}", "%s", "<ImageHere>", "</s>", "\u202e", "0.png/",
+    "http://host/x.png",
+)  # fmt: skip
+
+
+def damaged(content: bytes, draw: random.Random) -> bytes:
+    """A few bytes changed, taken out, doubled, moved or put in, or the end cut off."""
+    data = bytearray(content)
+    for _ in range(draw.choice((1, 1, 1, 2, 4, 16))):
+        at, length = draw.randrange(len(data) + 1), draw.choice((1, 2, 8, 64, 512))
+        part = bytes(data[at : at + length])
+        how = draw.randrange(6)
+        if how == 0:
+            data[at : at + length] = draw.randbytes(len(part))
+        elif how == 1:
+            del data[at : at + length]
+        elif how == 2:
+            data[at:at] = part * draw.choice((1, 2, 50))
+        elif how == 3:
+            data[at:at] = draw.choice(_BYTES)
+        elif how == 4 and part:
+            data[at] ^= 1 << draw.randrange(8)
+        else:
+            to = draw.randrange(len(data) + 1)
+            data[to:to] = part
+    if draw.random() < 0.1:
+        del data[draw.randrange(len(data) + 1) :]
+    return bytes(data)
+
+
+def yaml_text(text: str, draw: random.Random) -> bytes:
+    """A YAML with lines or values exchanged, now and then with bytes damaged or far too long."""
+    if draw.random() < 0.25:
+        return damaged(text.encode(), draw)
+    lines = text.splitlines()
+    for _ in range(draw.choice((1, 1, 2, 3))):
+        at = draw.randrange(len(lines))
+        key, sign, _ = lines[at].partition(":")
+        how = draw.randrange(6)
+        if how == 0 and sign:
+            lines[at] = f"{key}: {draw.choice(_TEXTS)}"
+        elif how == 1 and sign:
+            lines[at] = f"{damaged(key.encode(), draw).decode('utf-8', 'replace')}: 1"
+        elif how == 2:
+            lines.insert(at, draw.choice(lines))
+        elif how == 3:
+            del lines[at]
+        elif how == 4:
+            lines.insert(at, draw.choice(_TEXTS))
+        elif sign:
+            lines[at] = (
+                f"{key}: {draw.choice((draw.randint(-5, 99), draw.uniform(-2, 2), draw.choice(_TEXTS)))}"
+            )
+        if not lines:
+            break
+    if draw.random() < 0.002:
+        lines.append(draw.choice(("name: ", "# ", "", "data: [")) + draw.choice("a[ -") * LONG)
+    if draw.random() < 0.002:
+        lines.append(_explosion())
+    return "\n".join(lines).encode("utf-8", "replace")
+
+
+def _explosion() -> str:
+    """Aliases of aliases: some hundred bytes that mean a billion values."""
+    steps = [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12)]
+    return "\n".join(["a0: &a0 [x]", *steps])
+
+
+def annotations(records: Sequence[dict[str, Any]], draw: random.Random) -> bytes:
+    """Annotations with fields exchanged, renamed, taken out or put in, or with damaged bytes."""
+    if draw.random() < 0.25:
+        return damaged(json.dumps(records).encode(), draw)
+    changed: Any = copy.deepcopy(list(records))
+    for _ in range(draw.choice((1, 1, 2, 4))):
+        record = draw.choice(changed)
+        field = draw.choice(sorted(record)) if record else "src"
+        how = draw.randrange(5)
+        if how == 0:
+            record.pop(field, None)
+        elif how == 1:
+            record[field + draw.choice("s _")] = record.pop(field, 1)
+        elif how == 2:
+            record[field] = draw.choice(changed)[draw.choice(sorted(records[0]))] if record else 1
+        else:
+            record[field] = draw.choice(_VALUES)
+        if not record:
+            break
+    if draw.random() < 0.002:
+        draw.choice(changed)["src"] = "w" * LONG
+    if draw.random() < 0.02:
+        changed = draw.choice(
+            (changed[0], {"records": changed}, [changed], "text", None, 7, [None, *changed])
+        )
+    return json.dumps(changed).encode()
+
+
+def pictures(draw: random.Random) -> list[tuple[str, bytes]]:
+    """Small sound pictures by format."""
+    found = []
+    image = Image.frombytes("RGB", (24, 18), draw.randbytes(24 * 18 * 3))
+    for kind in ("png", "jpeg", "gif", "bmp", "tiff", "webp", "ppm", "tga", "ico", "jpeg2000", "sgi", "pcx"):
+        out = io.BytesIO()
+        image.save(out, kind)
+        found.append((kind, out.getvalue()))
+    return found
+
+
+def huge_picture(draw: random.Random) -> bytes:
+    """A bitmap's header that claims far more pixels than there are."""
+    out = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(out, draw.choice(("bmp", "png", "gif")))
+    data = bytearray(out.getvalue())
+    at = {b"BM": 18, b"\x89P": 16, b"GI": 6}[bytes(data[:2])]
+    data[at : at + 8] = draw.choice((b"\xff\x7f\0\0", b"\0\0\x7f\xff", b"\xff\xff\xff\x7f")) * 2
+    return bytes(data)
+
+
+class _Code:
+    def __init__(self, command: str) -> None:
+        self.command = command
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return eval, (f"__import__('os').mkdir({self.command!r})",)
+
+
+def _claiming() -> dict[str, torch.Tensor]:
+    """A tensor of 10^12 numbers over one."""
+    return {"cls_token": torch.zeros(1).expand(10**6, 10**6)}
+
+
+def checkpoint(content: bytes, draw: random.Random) -> bytes:
+    """A checkpoint with damaged bytes, or written anew to do harm."""
+    if draw.random() < 0.7 or not content.startswith(b"PK"):
+        return damaged(content, draw)
+    makers: tuple[Callable[[], bytes], ...] = (
+        lambda: _saved({"cls_token": _Code("written-by-a-pickle")}),
+        lambda: pickle.dumps(_Code("written-by-a-pickle"), protocol=2),
+        lambda: _saved(_claiming()),
+        lambda: _packed(content, draw),
+        lambda: _entries(content, draw),
+        lambda: _saved({"a": torch.zeros(3).to_sparse(), "b": torch.zeros(2)}),
+        lambda: _saved({"model": draw.choice(({}, [], {1: torch.ones(2)}, {"a": 1}))}),
+    )
+    return draw.choice(makers)()
+
+
+def _saved(content: Any) -> bytes:
+    out = io.BytesIO()
+    torch.save(content, out)
+    return out.getvalue()
+
+
+def _packed(content: bytes, draw: random.Random) -> bytes:
+    """A zip bomb: an entry of zeros, compressed a thousandfold."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as new:
+        grown = draw.choice(old.namelist())
+        for name in old.namelist():
+            new.writestr(name, b"\0" * LONG if name == grown else old.read(name))
+    return out.getvalue()
+
+
+def _entries(content: bytes, draw: random.Random) -> bytes:
+    """An archive whose entries are damaged one by one, as its directory still fits."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(out, "w", zipfile.ZIP_STORED) as new:
+        names = old.namelist()
+        hit = draw.choice([name for name in names if name.endswith("data.pkl")] + names)
+        for name in names:
+            if name != hit or draw.random() < 0.8:
+                new.writestr(name, damaged(old.read(name), draw) if name == hit else old.read(name))
+    return out.getvalue()

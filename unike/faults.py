@@ -1,0 +1,55 @@
+"""Faults of the machine that a run meets: memory that is used up, a disk that takes no more.
+
+Nothing of torch is imported here: a command line that fails early should not wait for it.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from unike.types import UserError
+
+GO_ON = "what is recorded is kept, go on with --resume"
+# What a disk, a quota or a folder's rights refuse; other errors of the system are bugs until shown otherwise.
+_REFUSED = {
+    getattr(errno, name)
+    for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "EIO")
+    if hasattr(errno, name)
+}
+_FULL_MEMORY = ("out of memory", "DefaultCPUAllocator", "can't allocate memory", "not enough memory")
+# Both write by themselves and raise errors of their own.
+_LIBRARIES_WRITE = ("I/O error", "os error", "PytorchStreamWriter", "inline_container")
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory is used up: Python's, torch's on the CPU, or a device's."""
+    if isinstance(error, MemoryError):
+        return True
+    # torch.OutOfMemoryError is a RuntimeError; its CPU allocator raises a plain one.
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _FULL_MEMORY)
+
+
+@contextmanager
+def writing(what: object) -> Iterator[None]:
+    """An OSError inside the block becomes a UserError that names ``what``."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise UserError(f"{what}: cannot be written: {reason}; {GO_ON}") from error
+
+
+def told(error: BaseException) -> str | None:
+    """One line for a fault of the machine; None for any other error."""
+    if out_of_memory(error):
+        return f"out of memory; make edit_batch_size smaller, or use dtype: bfloat16; {GO_ON}"
+    if isinstance(error, OSError) and error.errno in _REFUSED:
+        at = "" if error.filename is None else f"{error.filename}: "
+        return f"{at}cannot be written or read: {error.strerror}; {GO_ON}"
+    library = type(error).__module__.partition(".")[0]
+    wrote = library == "safetensors" or isinstance(error, RuntimeError)
+    if wrote and any(words in str(error) for words in _LIBRARIES_WRITE):
+        return f"cannot be written: {' '.join(str(error).split())[:200]}; {GO_ON}"
+    return None
