@@ -19,7 +19,8 @@ _BYTES = (b"\0", b"\xff\xfe", b"\x80\x02", b"PK\x03\x04", b"\xf0\x9f\xa6\x8a", b
 _TEXTS = (
     "~", "null", "true", "[]", "{}", "-1", "0", "1e400", ".nan", ".inf", "1:1:1", "0x_", "2024-99-99",
     "2024-01-01", "!!python/object/apply:os.system [id]", "!!binary x", "!!set {a}", "*nothing",
-    "&a [*a, *a]",     '"\\0"', '"\\ud800"', "'../../../etc/passwd'", "/etc/passwd", "~root", "$HOME", "- a\n- b", "? a",
+    "&a [*a, *a]", '"\\0"', '"\\ud800"', "'../../../etc/passwd'", "/etc/passwd", "~root", "$HOME",
+    "- a\n- b", "? a",
     "|\n  text", "...", "---", "99999999999999999999", "9" * 5000, "[" * 500, "a" * 300, "auto", "adaptive",
     "1_000", "<<: {a: 1}", "%YAML 9.9",
 )  # fmt: skip

@@ -111,6 +111,7 @@ def sequential(
     before it.
     """
     failures: tuple[type[Exception], ...] = (FloatingPointError, *tolerated)
+    caught: tuple[type[Exception], ...] = (*failures, RuntimeError, MemoryError)
     broken: dict[int, str] = {}
     for position, case in enumerate(cases, 1):
         try:
@@ -130,7 +131,7 @@ def sequential(
                 edit = method.edit(backbone, case.request, reader.prefixes, whole)
                 whole = edit if whole is None else whole | edit
                 info = {**edit.info, "bytes": edit.nbytes}
-        except (*failures, RuntimeError, MemoryError) as error:
+        except caught as error:
             full = out_of_memory(error)
             if not full and not isinstance(error, failures):
                 raise
