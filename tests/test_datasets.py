@@ -355,7 +355,7 @@ def test_one_line_is_one_short_printable_line(text):
     line.encode()
 
 
-texts = st.text(max_size=20) | st.sampled_from(["\ud800", " \u00a0x\u2003", "{}", "\u202eabc", "\x00"])
+texts = st.text(max_size=20) | st.sampled_from([" \u00a0x\u2003", "{}", "\u202eabc", "\x00"])
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | texts,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3),

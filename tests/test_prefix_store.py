@@ -51,8 +51,9 @@ def queries() -> list[Query]:
 
 
 def hparams(folder, **changes) -> HyperParams:
-    values = {"model_name": "blip2", "name": "unused", "prefix_dir": str(folder), "eval_batch": 32, **changes}
-    return HyperParams.from_dict(values)
+    # Batches, which the uncached path below computes too.
+    values = {"model_name": "blip2", "name": "unused", "prefix_dir": str(folder), "batch_invariant": False}
+    return HyperParams.from_dict({**values, "eval_batch": 32, **changes})
 
 
 def fresh(backbone, folder, **changes) -> PrefixCache:

@@ -21,7 +21,7 @@ _TASKS, _SPLITS = ("vqa", "caption"), ("train", "eval")
 # Far above any real file; the parser takes seconds for what is larger.
 _FILE_BYTES, _SCALAR, _NODES = 1 << 18, 1 << 14, 100_000
 # What file systems take of a path, and of each name in it.
-_PATH, _NAME = 4096, 255
+_PATH, _NAME = 1 << 12, 255
 
 
 @dataclass(frozen=True)

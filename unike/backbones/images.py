@@ -57,7 +57,7 @@ class FeatureCache:
         store: RowStore | None = None,
     ) -> None:
         self.compute, self.max_bytes, self.store = compute, max_bytes, store
-        self.alone = True
+        self.alone = False
         self.computed = 0
         self._kept: OrderedDict[str, torch.Tensor] = OrderedDict()
         self._bytes = 0
