@@ -109,7 +109,7 @@ def annotations(records: Sequence[dict[str, Any]], draw: random.Random) -> bytes
         elif how == 1:
             record[field + draw.choice("s _")] = record.pop(field, 1)
         elif how == 2:
-            record[field] = draw.choice(changed)[draw.choice(sorted(records[0]))] if record else 1
+            record[field] = draw.choice(changed).get(field, 1)
         else:
             record[field] = draw.choice(_VALUES)
         if not record:
