@@ -164,7 +164,9 @@ def _roots(hparams: HyperParams) -> None:
 
 def _require_pictures(where: str, missing: Sequence[str]) -> None:
     if missing:
-        few = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        # The end of a path tells more than its beginning.
+        shown = [path if len(path) <= 300 else f"...{path[-300:]}" for path in missing[:3]]
+        few = ", ".join(shown) + (", ..." if len(missing) > 3 else "")
         found = f"{len(missing)} missing picture{'s' if len(missing) > 1 else ''}"
         raise UserError(f"{where}: {found}: {few}; --skip_broken leaves such records out")
 
