@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_methods import IDS, ROWS, each_row
+from test_methods import IDS, ROWS
 from worlds import BASE, World, case, query
 
 from unike.backbones.base import encode_queries
@@ -19,9 +19,8 @@ from unike.protocols import one_step, one_step_many
 from unike.reading import Reader
 from unike.types import Case, Query
 
-# Adam turns the rounding of a gradient that should be nothing (of a key's bias) into a part of a step,
-# here of 2e-2; weights then differ more than what they do.
-CLOSE = 2e-3
+# Adam makes steps of the rounding of gradients that are nearly nothing; a step is 2e-2 here.
+CLOSE = 1e-3
 CASES = [case(0), case(1, "two red dogs there"), case(2, "two dogs"), case(3, "a fox")]
 GATED = [
     ("unike", {"scope_gate": "threshold", "scope_threshold": 0.9}),
@@ -93,7 +92,7 @@ def test_rows_asked_together_answer_as_under_their_own_edit(world: World, row) -
                 assert backbone.generate(*([column[i]] for column in written)) == [texts[i]]
 
 
-@each_row
+@each_way
 def test_records_of_a_batch_are_those_of_one_by_one(world: World, row) -> None:
     method, backbone = world.method(*row), world.backbone
     cases = uneven(CASES)
@@ -105,7 +104,7 @@ def test_records_of_a_batch_are_those_of_one_by_one(world: World, row) -> None:
             assert left[key] == right[key], key
         assert right.get("loss", 0.0) == pytest.approx(left.get("loss", 0.0), rel=1e-3, abs=1e-5)
         for what, values in left["decisions"].items():
-            assert right["decisions"][what] == pytest.approx(values, abs=5e-2)
+            assert right["decisions"][what] == pytest.approx(values, abs=2e-3)
     targets = [r["answers"][c.probes[0].name]["target"] for r, c in zip(together, cases, strict=True)]
     assert targets == [c.request.query.target for c in cases]
 

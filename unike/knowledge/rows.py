@@ -29,11 +29,6 @@ class Owners:
             torch.arange(len(index), device=index.device) - (rows.cumsum(0) - rows)[index[order]]
         )
 
-    @classmethod
-    def one_each(cls, count: int, device: torch.device) -> Owners:
-        """Row ``i`` belongs to edit ``i``."""
-        return cls(torch.arange(count, device=device), count)
-
     def fold(self, x: torch.Tensor) -> torch.Tensor:
         """``(R, ...) -> (B, w, ...)``, filled up with zeros."""
         if self.regular:

@@ -57,10 +57,17 @@ def edit_many(
     if together is not None:
         found: list[Edit | FloatingPointError] = together(backbone, requests, prefixes)
         return found
-    out: list[Edit | FloatingPointError] = []
+    return one_by_one(lambda request: method.edit(backbone, request, prefixes), requests)
+
+
+def one_by_one(
+    make: Callable[[EditRequest], Made], requests: Sequence[EditRequest]
+) -> list[Made | FloatingPointError]:
+    """What ``make`` gives for each request, or the error in its place."""
+    out: list[Made | FloatingPointError] = []
     for request in requests:
         try:
-            out.append(method.edit(backbone, request, prefixes))
+            out.append(make(request))
         except FloatingPointError as error:
             out.append(error)
     return out

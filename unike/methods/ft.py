@@ -12,7 +12,7 @@ from unike.backbones.prefix import PrefixCache
 from unike.deltas import WeightDelta, WeightsTogether
 from unike.edits import Edit
 from unike.hparams import HyperParams
-from unike.methods.base import Knowledge, edited_layers, made, register
+from unike.methods.base import Knowledge, edited_layers, made, one_by_one, register
 from unike.methods.training import Limits, Trained, train
 from unike.types import EditRequest, Query, UserError
 
@@ -62,13 +62,7 @@ class FineTuning:
             state = prefixes.state([r.query for r in requests])
             start = {name: p.detach() for name, p in self._trained(backbone).items()}
             return self._train(_Layers(backbone, state, start, len(requests)), state.labels)
-        out: list[WeightDelta | FloatingPointError] = []
-        for request in requests:
-            try:
-                out.append(self.edit(backbone, request, prefixes))
-            except FloatingPointError as error:
-                out.append(error)
-        return out
+        return one_by_one(lambda request: self.edit(backbone, request, prefixes), requests)
 
     def _trained(self, backbone: Backbone) -> dict[str, nn.Parameter]:
         modules: list[nn.Module] = [backbone.projection]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -10,11 +11,12 @@ from dataclasses import dataclass
 import torch
 
 from unike.backbones.base import Backbone, PrefixState, narrowed
+from unike.backbones.prefix import PrefixCache
 from unike.edits import Edit, RoutedEdit, RoutedTogether
 from unike.hooks import capture
 from unike.hparams import HyperParams
 from unike.knowledge.patch import KeyValuePatch, activation_loss, memory_loss
-from unike.methods.base import Knowledge
+from unike.methods.base import Knowledge, edited_layers, made
 from unike.methods.training import Limits, Trained, train
 from unike.types import EditRequest
 
@@ -73,6 +75,38 @@ def fresh_patches(
 
 
 Outcome = RoutedEdit | FloatingPointError
+
+
+class PatchMethod(ABC):
+    """A method whose edits are trained patches: alone, on top of others, or side by side."""
+
+    hparams: HyperParams
+    knowledge: Knowledge
+
+    def layers(self, backbone: Backbone) -> list[int]:
+        return edited_layers(self.hparams, backbone)
+
+    def edit(
+        self, backbone: Backbone, request: EditRequest, prefixes: PrefixCache, history: Edit | None = None
+    ) -> RoutedEdit:
+        """One edit, trained while the former ones are in force."""
+        return made(self.made(backbone, [request], prefixes, history)[0])
+
+    def edit_many(
+        self, backbone: Backbone, requests: Sequence[EditRequest], prefixes: PrefixCache
+    ) -> list[Outcome]:
+        """Independent edits, trained side by side; each as ``edit`` makes it alone."""
+        return self.made(backbone, requests, prefixes, None)
+
+    @abstractmethod
+    def made(
+        self,
+        backbone: Backbone,
+        requests: Sequence[EditRequest],
+        prefixes: PrefixCache,
+        history: Edit | None,
+    ) -> list[Outcome]:
+        """An edit for each request; with ``history`` there is one request."""
 
 
 def train_patches(

@@ -13,8 +13,8 @@ from unike.backbones.base import Backbone
 from unike.backbones.prefix import PrefixCache
 from unike.edits import Edit, EditRecord, LayerShare, RoutedEdit, Routing
 from unike.hparams import HyperParams
-from unike.methods.base import Knowledge, edited_layers, made, register
-from unike.methods.patching import Outcome, fresh_patches, own_states, train_patches
+from unike.methods.base import Knowledge, register
+from unike.methods.patching import Outcome, PatchMethod, fresh_patches, own_states, train_patches
 from unike.types import EditRequest, UserError
 
 
@@ -26,7 +26,7 @@ def _has_losses(hparams: HyperParams) -> None:
 
 
 @register("tpatcher", lambda hparams: hparams.memory_loss > 0, check=_has_losses)
-class TPatcher:
+class TPatcher(PatchMethod):
     """Patches without zeta, gate and in-context knowledge, whatever the YAML says of these."""
 
     def __init__(self, hparams: HyperParams, knowledge: Knowledge) -> None:
@@ -35,22 +35,7 @@ class TPatcher:
         self.settings = replace(hparams, key_init="query", beta=0.0)
         self.routing = Routing(external="none")
 
-    def layers(self, backbone: Backbone) -> list[int]:
-        return edited_layers(self.hparams, backbone)
-
-    def edit(
-        self, backbone: Backbone, request: EditRequest, prefixes: PrefixCache, history: Edit | None = None
-    ) -> RoutedEdit:
-        """Trains a patch in each edited layer while the former ones are in force."""
-        return made(self._made(backbone, [request], prefixes, history)[0])
-
-    def edit_many(
-        self, backbone: Backbone, requests: Sequence[EditRequest], prefixes: PrefixCache
-    ) -> list[Outcome]:
-        """Independent edits, trained side by side; each as ``edit`` makes it alone."""
-        return self._made(backbone, requests, prefixes, None)
-
-    def _made(
+    def made(
         self,
         backbone: Backbone,
         requests: Sequence[EditRequest],

@@ -10,8 +10,8 @@ from unike.backbones.base import Backbone
 from unike.backbones.prefix import PrefixCache
 from unike.edits import Edit, EditRecord, LayerShare, RoutedEdit, Routing
 from unike.hparams import HyperParams
-from unike.methods.base import Knowledge, edited_layers, made, register
-from unike.methods.patching import Outcome, OwnStates, fresh_patches, own_states, train_patches
+from unike.methods.base import Knowledge, register
+from unike.methods.patching import Outcome, OwnStates, PatchMethod, fresh_patches, own_states, train_patches
 from unike.types import EditRequest, UserError
 
 
@@ -36,7 +36,7 @@ def check_scope(hparams: HyperParams) -> None:
 
 
 @register("unike", uses_knowledge, check=check_scope, needs_scope=measures_scope)
-class UniKE:
+class UniKE(PatchMethod):
     """Both halves and their couplings; every ablation is a switch of the YAML."""
 
     def __init__(self, hparams: HyperParams, knowledge: Knowledge) -> None:
@@ -44,22 +44,7 @@ class UniKE:
         self.knowledge = knowledge
         self.routing = Routing(**{k: getattr(hparams, k) for k in Routing.__dataclass_fields__})
 
-    def layers(self, backbone: Backbone) -> list[int]:
-        return edited_layers(self.hparams, backbone)
-
-    def edit(
-        self, backbone: Backbone, request: EditRequest, prefixes: PrefixCache, history: Edit | None = None
-    ) -> RoutedEdit:
-        """Inserts the edit's own pair in each layer's memory, then trains its patches, if any."""
-        return made(self._made(backbone, [request], prefixes, history)[0])
-
-    def edit_many(
-        self, backbone: Backbone, requests: Sequence[EditRequest], prefixes: PrefixCache
-    ) -> list[Outcome]:
-        """Independent edits, trained side by side; each as ``edit`` makes it alone."""
-        return self._made(backbone, requests, prefixes, None)
-
-    def _made(
+    def made(
         self,
         backbone: Backbone,
         requests: Sequence[EditRequest],
