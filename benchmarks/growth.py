@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -24,13 +25,13 @@ from tqdm import tqdm
 
 from benchmarks.measuring import Rows
 from scripts.tiny import make_data
-from unike import published, runs
+from unike import launching, published, runs
 from unike.backbones import load_backbone
 from unike.edits import Edit
 from unike.hparams import HyperParams
 from unike.metrics import score
 from unike.reading import Reader
-from unike.types import FIVE_METRICS, METRICS, Case
+from unike.types import FIVE_METRICS, METRICS, Case, UserError
 
 # Records that K = 1 and 10 are measured on; tokens and paired runs of a token's time.
 FEW, TOKENS, ROUNDS = 100, 24, 9
@@ -138,7 +139,7 @@ def beside(rows: Rows, family: str) -> None:
         rows.add(f"published: {method}, K = 1000", "mean of the five metrics", [mean], "%")
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -149,6 +150,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--seed", type=int, default=43, help="of the records that are drawn")
     add("--json", type=Path, metavar="FILE")
     args = parser.parse_args(arguments)
+    if min(args.edits) < 1:
+        raise UserError(f"--edits: {min(args.edits)}; expected 1 or more")
     read = HyperParams.from_hparams(args.hparams)
     hparams = drawn(read, args.data, max(1000, *args.edits), args.seed)
     backbone = load_backbone(hparams)
@@ -158,7 +161,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Growth(parts, cases, rows, args.hparams.removeprefix("hparams/")).run(args.edits)
     beside(rows, hparams.model_name)
     rows.write(args.json)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(launching.guarded(main))

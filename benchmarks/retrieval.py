@@ -15,6 +15,7 @@ import argparse
 import os
 import shutil
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,6 +28,7 @@ from safetensors import safe_open
 from transformers import AutoConfig
 
 from benchmarks.measuring import Rows
+from unike import launching
 from unike.hparams import HyperParams
 from unike.knowledge.memory import KnowledgeMemory
 from unike.pairs import DiskPairs
@@ -141,7 +143,7 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--items", type=int, nargs="+", default=[10**n for n in (3, 4, 5, 6)])
     parser.add_argument("--hparams", default="hparams/tiny_blip2.yaml", help="whose width is measured")
@@ -165,7 +167,8 @@ def main() -> None:
         for r in rows:
             report.keep(str(r["case"]), str(r["metric"]), r["runs"], str(r["unit"]))
         report.write(args.json)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(launching.guarded(main))
