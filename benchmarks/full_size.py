@@ -17,15 +17,15 @@ from pathlib import Path
 import torch
 
 from benchmarks.measuring import Rows, resident, timed
-from benchmarks.models import PRESET, ROOT, load_full, random_cases, random_knowledge
+from benchmarks.models import full_hparams, knowledge_folder, load_full, random_cases
 from benchmarks.reference import Reference
 from unike.backbones.hf import VisionLanguageBackbone
 from unike.backbones.images import FeatureCache
-from unike.backbones.prefix import PrefixCache
+from unike.backbones.prefix import open_prefixes
 from unike.edits import LayerKnowledge
 from unike.hparams import HyperParams
 from unike.methods import build
-from unike.methods.base import edited_layers
+from unike.methods.preparation import read_knowledge
 from unike.methods.unike import UniKE
 from unike.reading import Reader
 from unike.types import Case
@@ -37,15 +37,9 @@ MEMORY = {"minigpt4": "<= 24"}
 FEW = 2
 
 
-def method_of(
-    backbone: VisionLanguageBackbone, steps: int, items: int, encoder_hidden: int | None = None
-) -> UniKE:
-    """The paper's preset with a bank of ``items`` random states in each layer."""
-    kept = HyperParams.from_hparams(ROOT / "hparams" / "blip2.yaml").encoder_hidden
-    changes = {"beta": 0.1, "max_steps": steps, "stop_loss": 0.0, "encoder_hidden": encoder_hidden or kept}
-    hparams = HyperParams.from_dict({**PRESET, **changes})
-    layers = edited_layers(hparams, backbone)
-    method = build(hparams, random_knowledge(backbone, layers, hparams, items))
+def method_of(backbone: VisionLanguageBackbone, hparams: HyperParams, knowledge: Path) -> UniKE:
+    """The method with the memory and encoders that the folder holds."""
+    method = build(hparams, read_knowledge(knowledge, hparams, backbone.device))
     assert isinstance(method, UniKE)
     return method
 
@@ -58,7 +52,7 @@ def _bytes(known: LayerKnowledge) -> int:
 def one_edit(backbone: VisionLanguageBackbone, method: UniKE, case: Case) -> dict[str, float]:
     """Seconds of each part of a record's edit from cold."""
     backbone.cache = FeatureCache(backbone.cache.compute)
-    prefixes = PrefixCache(backbone, method.layers(backbone)[0])
+    prefixes = open_prefixes(method.hparams, backbone, method.layers(backbone)[0])
     reader = Reader(backbone, prefixes, generated=False)
     queries = [p.query for p in case.probes]
     pictures = list({id(q.image): q.image for q in queries if q.image is not None}.values())
@@ -89,16 +83,20 @@ def reference_seconds(backbone: VisionLanguageBackbone, method: UniKE, case: Cas
 def measure(given: argparse.Namespace, rows: Rows) -> None:
     """Loads, edits, adds the rows."""
     folder, title = given.weights / given.model, TITLES[given.model]
+    hparams = full_hparams(given.steps, given.encoder_hidden)
+    # In another process: what it takes to write them is not what an edit takes.
     subprocess.run(
-        [sys.executable, "-m", "benchmarks.models", "--model", given.model, "--weights", str(given.weights)],
+        [sys.executable, "-m", "benchmarks.models", "--model", given.model, "--weights", str(given.weights),
+         "--items", str(given.items), "--encoder-hidden", str(hparams.encoder_hidden)],
         check=True,
-    )
+    )  # fmt: skip
     backbone, loading = timed(lambda: load_full(given.model, folder))
     weights = sum(p.nbytes for p in backbone.model.parameters())
     rows.add(title, "weights, bf16", [weights / 1e9], "GB")
     rows.add(title, "loading", [loading], "s")
     rows.add(title, "peak resident after loading / weights", [resident("VmHWM") / weights], "x")
-    method = method_of(backbone, given.steps, given.items, given.encoder_hidden)
+    knowledge = knowledge_folder(given.model, given.weights, hparams, given.items)
+    method = method_of(backbone, hparams, knowledge)
     held = sum(_bytes(known) for known in method.knowledge.values())
     rows.add(title, "memory and encoders", [held / 1e9], "GB")
     cases = random_cases(given.runs, backbone.image_size)

@@ -27,7 +27,7 @@ from unike.edits import LayerKnowledge
 from unike.hparams import HyperParams
 from unike.knowledge.encoders import Disentangler, KnowledgeStates
 from unike.methods.base import Knowledge
-from unike.methods.preparation import LayerStates, as_knowledge
+from unike.methods.preparation import LayerStates, as_knowledge, save_knowledge
 from unike.types import BackboneSpec, Case, EditRequest, Expectation, Probe, Query
 
 ROOT = Path(__file__).parents[1]
@@ -97,28 +97,36 @@ def wide(seed: int = 0) -> VisionLanguageBackbone:
 
 
 @torch.no_grad()
-def random_knowledge(
-    backbone: Backbone, layers: Sequence[int], hparams: HyperParams, items: int = 1000, seed: int = 0
-) -> Knowledge:
-    """A bank of ``items`` states as layer norms leave them, and encoders.
+def random_states(
+    width: int,
+    layers: Sequence[int],
+    hparams: HyperParams,
+    items: int = 1000,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> Iterator[tuple[int, LayerStates, Disentangler]]:
+    """``items`` states as layer norms leave them, and encoders, a layer at a time.
 
     The semantic encoder hands on what it gets, as far as its hidden width goes: a random one would turn
     every alpha into zero, and the attention shift off.
     """
-    generator, width = torch.Generator().manual_seed(seed), backbone.layout.width
-
-    def draw() -> torch.Tensor:
-        return torch.randn(items, width, generator=generator).to(backbone.device)
-
-    out: dict[int, LayerKnowledge] = {}
+    generator = torch.Generator().manual_seed(seed)
     for i in layers:
-        sem = draw()
-        # In the precision that knowledge is kept in; a layer at a time, as it is read.
-        pos, neg = ((0.6 * sem + 0.8 * draw()).half().float() for _ in range(2))
+        sem, *others = (torch.randn(items, width, generator=generator).to(device) for _ in range(3))
+        # In the precision that knowledge is kept in.
+        pos, neg = ((0.6 * sem + 0.8 * other).half().float() for other in others)
         states = LayerStates(KnowledgeStates(sem, pos, neg), sem[: min(items, 200)])
-        out |= as_knowledge(
-            {i: states}, {i: _encoders(width, hparams, seed + i).to(backbone.device)}, hparams
-        )
+        yield i, states, _encoders(width, hparams, seed + i).to(device)
+
+
+def random_knowledge(
+    backbone: Backbone, layers: Sequence[int], hparams: HyperParams, items: int = 1000, seed: int = 0
+) -> Knowledge:
+    """``random_states`` as an edit uses them."""
+    out: dict[int, LayerKnowledge] = {}
+    drawn = random_states(backbone.layout.width, layers, hparams, items, seed, backbone.device)
+    for i, states, encoders in drawn:
+        out |= as_knowledge({i: states}, {i: encoders}, hparams)
     return out
 
 
@@ -246,12 +254,40 @@ def load_full(family: str, folder: Path) -> VisionLanguageBackbone:
     return load_backbone(spec)
 
 
+def knowledge_folder(family: str, weights: Path, hparams: HyperParams, items: int) -> Path:
+    """Where the model's knowledge of ``items`` states in each of its edited layers lies."""
+    return weights / f"{family}-knowledge-{items}-{hparams.encoder_hidden}"
+
+
+def write_knowledge(
+    folder: Path, width: int, layers: Sequence[int], hparams: HyperParams, items: int
+) -> Path:
+    """``random_states`` as the library keeps them; kept where they are complete."""
+    if not (folder / "knowledge.json").is_file():
+        drawn = list(random_states(width, layers, hparams, items))
+        save_knowledge(folder, {i: s for i, s, _ in drawn}, {i: e for i, _, e in drawn}, {}, {})
+    return folder
+
+
+def full_hparams(steps: int = 10, encoder_hidden: int | None = None) -> HyperParams:
+    """The paper's preset with as many steps, and encoders as wide as the full-size YAMLs have them."""
+    kept = HyperParams.from_hparams(ROOT / "hparams" / "blip2.yaml").encoder_hidden
+    changes = {"beta": 0.1, "max_steps": steps, "stop_loss": 0.0, "encoder_hidden": encoder_hidden or kept}
+    return HyperParams.from_dict({**PRESET, **changes})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", choices=sorted(_TEXT), required=True)
     parser.add_argument("--weights", type=Path, required=True, help="parent of the models' folders")
+    parser.add_argument("--items", type=int, default=2000, help="states in each layer's bank")
+    parser.add_argument("--encoder-hidden", type=int, help="hidden width of the encoders")
     given = parser.parse_args()
     print(random_folder(given.model, given.weights / given.model))
+    hparams = full_hparams(encoder_hidden=given.encoder_hidden)
+    count, width = _TEXT[given.model]["num_hidden_layers"], _TEXT[given.model]["hidden_size"]
+    knowledge = knowledge_folder(given.model, given.weights, hparams, given.items)
+    print(write_knowledge(knowledge, width, range(count)[-PRESET["layers"] :], hparams, given.items))
 
 
 if __name__ == "__main__":

@@ -165,13 +165,17 @@ def test_a_folder_of_random_weights_loads_through_unike(tmp_path, monkeypatch):
     assert len(list(folder.glob("*.safetensors"))) > 1
     backbone = models.load_full("blip2", folder)
     assert {p.dtype for p in backbone.model.parameters()} == {torch.bfloat16}
-    method = full_size.method_of(backbone, 2, 20)
+    hparams = models.full_hparams(2, 16)
+    knowledge = models.write_knowledge(tmp_path / "known", 64, backbone.layout.last(4), hparams, 20)
+    method = full_size.method_of(backbone, hparams, knowledge)
     spent = full_size.one_edit(backbone, method, models.random_cases(1, backbone.image_size)[0])
     assert min(spent.values()) > 0
     # What is there is not drawn again.
-    times = {p: p.stat().st_mtime_ns for p in folder.iterdir()}
+    files = [*folder.iterdir(), *knowledge.iterdir()]
+    times = [p.stat().st_mtime_ns for p in files]
     models.random_folder("blip2", folder, SMALL)
-    assert times == {p: p.stat().st_mtime_ns for p in folder.iterdir()}
+    models.write_knowledge(knowledge, 64, backbone.layout.last(4), hparams, 20)
+    assert times == [p.stat().st_mtime_ns for p in files]
 
 
 @pytest.mark.parametrize("family", ["blip2", "minigpt4"])

@@ -6,8 +6,10 @@ depends on: ``knowledge.safetensors`` and ``knowledge.json``.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -173,7 +175,22 @@ def ensure_knowledge(
             processes.first(
                 lambda: save_knowledge(keyed, states, *fit_encoders(states, hparams, tick), facts)
             )
-    return {i: _layer(i, s, e, hparams, folder) for i, s, e in each_layer(folder, backbone.device)}
+    return read_knowledge(folder, hparams, backbone.device)
+
+
+def read_knowledge(folder: Path, hparams: HyperParams, device: torch.device) -> dict[int, LayerKnowledge]:
+    """What ``save_knowledge`` wrote, as the YAML wants it, by layer. UserError as ``each_layer``."""
+    known = {i: _layer(i, s, e, hparams, folder) for i, s, e in each_layer(folder, device)}
+    _give_back()
+    return known
+
+
+def _give_back() -> None:
+    """Hands what was freed back to the system, as glibc does by itself only at the end of its heap."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
 
 
 def _facts(backbone: Backbone, layers: Sequence[int], hparams: HyperParams) -> dict[str, Any]:
