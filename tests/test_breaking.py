@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import random
@@ -174,9 +173,3 @@ def test_a_mutant_is_made_again_from_its_number(tmp_path: Path) -> None:
                 | {p.relative_to(folder): p.read_bytes() for p in folder.glob("knowledge/*")}
             )
         assert made[0] == made[1] != {}
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("atheris") is None, reason="atheris is not installed")
-def test_atheris_finds_nothing_soon() -> None:
-    started("benchmarks.fuzz_atheris", "yaml", "-runs=300")
