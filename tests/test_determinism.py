@@ -19,6 +19,7 @@ from unike.backbones.hf import VisionLanguageBackbone
 from unike.hparams import HyperParams
 from unike.records import RECORDS
 
+pytestmark = pytest.mark.slow
 PROTOCOLS = {"one_step": {}, "sequential": {"sequence_length": 4, "sequences": 1}}
 
 
