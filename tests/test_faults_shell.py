@@ -49,7 +49,6 @@ def test_a_limit_of_the_system_on_files(copied: Project) -> None:
     (line,) = said(shell(copied, "--output", "run", preexec_fn=limit), 2)
     assert "run: cannot be written: File too large; what is recorded is kept, go on with --resume" in line
     assert lines(copied.root / "run") == lines(copied.root / "whole")[:2]
-    assert summary_of(copied.root / "run")["interrupted"]
     assert said(shell(copied, "--output", "run", "--resume"), 0) == []
     assert same_end(copied.root / "run", copied.root / "whole")
 
@@ -64,7 +63,8 @@ def test_ctrl_c_and_other_hparams_than_before(copied: Project) -> None:
     assert said(process, 130) == []
     summary = summary_of(copied.root / "run")
     assert summary["interrupted"]
-    assert 2 <= summary["n"] == len(read_records(copied.root / "run")) < 40
+    # What is not yet on the disk when Ctrl-C comes is cut off again.
+    assert 1 <= summary["n"] == len(read_records(copied.root / "run")) < 40
     before = {p: p.read_bytes() for p in (copied.root / "run").iterdir()}
     (line,) = said(shell(copied, "--output", "run", "--resume", "k=2"), 2)
     assert line == "error: run: k: 3 in the run to resume, 2 now"
