@@ -185,7 +185,10 @@ def knowledge_target(folder: Path, draw: random.Random) -> Callable[[], bool]:
         generator = torch.Generator().manual_seed(1)
         states = KnowledgeStates(*(torch.randn(6, 8, generator=generator) for _ in range(3)))
         ffn = torch.randn(6, 8, generator=generator)
-        save_knowledge(sound, {1: LayerStates(states, ffn)}, {1: Disentangler(8, 16, 8)}, {}, {"layers": [1]})
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            encoders = {1: Disentangler(8, 16, 8)}
+        save_knowledge(sound, {1: LayerStates(states, ffn)}, encoders, {}, {"layers": [1]})
     name = draw.choice(("knowledge.json", "knowledge.safetensors"))
     own = folder / "knowledge"
     own.mkdir(exist_ok=True)
@@ -288,7 +291,9 @@ def _wrong_lines(error: UserError) -> str:
     bad = [line for line in error.problems if not line.strip() or "\n" in line or len(line) > 2000]
     with suppress(UnicodeEncodeError):
         "".join(error.problems).encode()
-        return f"{len(bad)} bad lines, the first: {bad[0][:200]!r}" if bad or not error.problems else ""
+        if bad or not error.problems:
+            return f"{len(bad)} bad lines, the first: {bad[0][:200] if bad else None!r}"
+        return ""
     return "a line is no UTF-8"
 
 

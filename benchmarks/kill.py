@@ -2,6 +2,7 @@
 
     python -m benchmarks.kill --runs 50 --size 20
     python -m benchmarks.kill --runs 3 --size 8 edit_batch_size=2
+    python -m benchmarks.kill --runs 10 --protocol sequential sequence_length=5 sequences=4
 
 Each attempt is a process of its own, forked from one that has loaded the backbone and edited nothing, so
 that every attempt starts with empty caches. Half of the kills come at a moment drawn from the time of the
@@ -33,7 +34,7 @@ from unike import launching, runs
 from unike.backbones import load_backbone
 from unike.hparams import HyperParams
 from unike.records import MANIFEST, RECORDS, SUMMARY
-from unike.types import Case
+from unike.types import PROTOCOLS, Case
 
 # What no two runs share: how long they took, what they held, when and how they were started.
 VARYING = frozenset({"seconds", "peak_memory_bytes", "started", "resumed", "command"})
@@ -169,6 +170,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("--hparams_dir", default="hparams/tiny_blip2.yaml", metavar="FILE")
     add("--task", choices=("vqa", "caption", "cross"), default="vqa")
+    add("--protocol", choices=PROTOCOLS, default="one_step")
     add("--runs", type=int, default=50)
     add("--size", type=int, default=20, help="records of a run")
     add("--kills", type=int, default=3, help="most kills of a run")
@@ -176,7 +178,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("overrides", nargs="*", default=[], metavar="key=value")
     args = parser.parse_intermixed_args(argv)
     torch.set_num_threads(1)  # threads do not survive a fork
-    hparams = HyperParams.from_hparams(args.hparams_dir, ["edit_batch_size=4", *args.overrides])
+    hparams = HyperParams.from_hparams(
+        args.hparams_dir, ["edit_batch_size=4", f"protocol={args.protocol}", *args.overrides]
+    )
     cases = runs.preflight(hparams, args.task, args.size)
     parts = runs.assemble(hparams, load_backbone(hparams), progress=False)
     began = time.monotonic()

@@ -33,7 +33,7 @@ TEXT = files(
 
 # What methods and edits see of a backbone: never a concrete one.
 _PROTOCOL = "unike.backbones.base unike.backbones.layout unike.backbones.prefix unike.backbones.images"
-_BOTTOM = "unike.types unike.text unike.faults"
+_BOTTOM = "unike.types unike.text unike.faults unike.sealed"
 # The first row that matches a module holds for it; a module without a row has no place yet.
 LAYERS = (
     ("unike", "unike.*"),
@@ -41,14 +41,14 @@ LAYERS = (
     ("unike.retrieval", "unike.types unike.pairs unike.knowledge.memory"),
     *(
         (f"unike.{n}", "unike.types")
-        for n in ["legacy", "options", "published", "figures", "pairs", "processes", "faults"]
+        for n in ["legacy", "options", "published", "figures", "pairs", "processes", "faults", "sealed"]
     ),
     *((f"unike.{n}", "unike.types unike.processes unike.[frt]*") for n in ("launching", "sharing")),
     ("unike.hparams", "unike.types unike.options unike.legacy"),
     ("unike.knowledge*", "unike.knowledge*"),
     *((f"unike.{name}", _BOTTOM) for name in ("metrics", "records")),
     ("unike.datasets*", f"{_BOTTOM} unike.datasets*"),
-    ("unike.backbones*", "unike.types unike.[ho]* unike.processes unike.datasets.images unike.backbones*"),
+    ("unike.backbones*", f"{_BOTTOM} unike.[ho]* unike.processes unike.datasets.images unike.backbones*"),
     ("unike.edits*", f"unike.types unike.hooks unike.knowledge* unike.edits* {_PROTOCOL}"),
     ("unike.deltas", f"unike.hooks unike.edits unike.knowledge.rows {_PROTOCOL}"),
     ("unike.methods", "unike.methods.*"),

@@ -264,7 +264,7 @@ def test_the_measure_is_learnt_once_and_read_afterwards(world: World, tmp_path: 
     assert all(list(shares) == list(INSIDE + OUTSIDE) for shares in held.values())
     assert kept_scope(hparams(tmp_path, scope_steps=3)) is None
     save_file({"nothing": torch.zeros(1)}, folder / "scope.safetensors")
-    with pytest.raises(UserError, match=r"scope\.safetensors: expected a scope"):
+    with pytest.raises(UserError, match=r"scope\.safetensors: is damaged"):
         ensure_scope(world.backbone, hp, first, given_cases)
 
 

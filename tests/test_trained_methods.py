@@ -249,7 +249,7 @@ def test_a_kill_while_the_checkpoint_is_written_leaves_the_former_one(worlds, mo
 
     method = build(hparams(name))
     with monkeypatch.context() as patch:
-        patch.setattr("unike.methods.meta_training.os.replace", fail_second)
+        patch.setattr("unike.sealed.os.replace", fail_second)
         with pytest.raises(KilledError):
             meta_train(method, backbone, CASES, CASES[:2], method.hparams, tmp_path / "killed")
     assert json.loads((tmp_path / "killed/checkpoint.json").read_text())["progress"]["step"] == 2

@@ -108,7 +108,7 @@ def sequential(
 
     An edit that fails (its loss stops being a number, memory does not suffice, or one of ``tolerated`` is
     raised) is marked in both of its records and leaves no trace: the next one continues from the edits
-    before it.
+    before it. One whose probes cannot be asked (``tolerated`` is raised) stays, and that record is marked.
     """
     failures: tuple[type[Exception], ...] = (FloatingPointError, *tolerated)
     caught: tuple[type[Exception], ...] = (*failures, RuntimeError, MemoryError)
@@ -141,37 +141,69 @@ def sequential(
         if former is not None and len(asked) > former:
             asked = chooser.sample(asked, former)
         about = _placed(made, number, position, "step")
-        yield about if made.failed or whole is None else about | _step(case, asked, whole, reader)
+        if not made.failed and whole is not None:
+            about |= _step(case, _asked(reader, [case, *asked], whole, tolerated, generated=False), reader)
+        yield about
         all_made.append(made)
-    yield from _finals(backbone, all_made, whole, reader, number)
+    yield from _finals(backbone, all_made, whole, reader, number, tolerated)
 
 
-def _step(case: Case, former: Sequence[Case], whole: Edit, reader: Reader) -> dict[str, Any]:
+_Readings = Iterator[tuple[Case, Asked | str]]
+
+
+def _asked(
+    reader: Reader, cases: Sequence[Case], whole: Edit, tolerated: tuple[type[Exception], ...],
+    generated: bool | None = None,
+) -> _Readings:  # fmt: skip
+    """Each case's readings under all edits, or why there are none, where ``tolerated`` is raised."""
+    for some in [[case] for case in cases] if tolerated else [cases]:
+        try:
+            yield from reader.edited_all(some, whole, generated)
+        except tolerated as error:
+            yield some[0], str(error)
+
+
+def _step(case: Case, readings: _Readings, reader: Reader) -> dict[str, Any]:
+    """How the newest edit does, whose readings come first, and how the former ones still do."""
     found: dict[str, list[float]] = {}
     newest: dict[str, Any] = {}
-    for i, (one, asked) in enumerate(reader.edited_all([case, *former], whole, generated=False)):
-        scores = _scores(one, reader.base(one), asked.readings, False)
-        if i == 0:
-            newest = scores
+    count = 0
+    for one, asked in readings:
+        if isinstance(asked, str):
+            newest |= _unread(asked) if one is case else {}
             continue
+        scores = _scores(one, reader.base(one), asked.readings, False)
+        if one is case:
+            newest = {"scores": scores}
+            continue
+        count += 1
         for metric, value in scores["teacher_forced"].items():
             found.setdefault(metric, []).append(value["after"])
     still = {metric: float(np.mean(values)) for metric, values in found.items()}
-    return {"scores": newest, "former": still, "former_cases": len(former)}
+    return newest | {"former": still, "former_cases": count}
+
+
+def _unread(reason: str) -> dict[str, Any]:
+    return {"status": "failed", "error": reason}
 
 
 def _finals(
-    backbone: Backbone, all_made: Sequence[_Made], whole: Edit | None, reader: Reader, number: int
-) -> Iterator[dict[str, Any]]:
-    readings: Iterator[tuple[Case, Asked]] = iter(())
+    backbone: Backbone, all_made: Sequence[_Made], whole: Edit | None, reader: Reader, number: int,
+    tolerated: tuple[type[Exception], ...],
+) -> Iterator[dict[str, Any]]:  # fmt: skip
+    readings: _Readings = iter(())
     if whole is not None:
-        readings = reader.edited_all([m.case for m in all_made if not m.failed], whole)
+        readings = _asked(reader, [m.case for m in all_made if not m.failed], whole, tolerated)
     size = 0 if whole is None else whole.nbytes
     for position, made in enumerate(all_made, 1):
         record = _placed(made, number, position, "final")
         if not made.failed and whole is not None:
             _, asked = next(readings)
-            record |= {"bytes": size} | _measured(backbone, made.case, asked, reader)
+            record["bytes"] = size
+            if isinstance(asked, str):
+                record |= _unread(asked)
+            else:
+                record |= _measured(backbone, made.case, asked, reader)
         yield record
 
 

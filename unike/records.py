@@ -8,7 +8,6 @@ is resumed.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
@@ -165,7 +164,7 @@ def read_manifest(directory: str | os.PathLike[str]) -> dict[str, Any]:
     path = Path(directory) / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as fault:
+    except (OSError, ValueError, RecursionError) as fault:
         raise UserError(f"{path}: cannot be read as a run's manifest: {fault}") from None
     if not isinstance(manifest, dict):
         raise UserError(f"{path}: expected a JSON object")
@@ -207,15 +206,6 @@ def _replace(path: Path, text: str) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def sha256_of(path: str | os.PathLike[str]) -> str:
-    """A file's checksum, read in blocks."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _make_folder(directory: Path) -> None:
@@ -280,7 +270,7 @@ def _scan(path: Path) -> tuple[list[dict[str, Any]], int, bool]:
 def _record(line: bytes) -> dict[str, Any] | None:
     try:
         record = json.loads(line.decode("utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) and "id" in record else None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
@@ -42,7 +43,8 @@ from unike.methods.trained import ensure_editor, kept_editor, learns, wants_case
 from unike.progress import bars
 from unike.protocols import one_step_many
 from unike.reading import Reader
-from unike.records import RecordWriter, read_records, sha256_of
+from unike.records import RecordWriter, read_records
+from unike.sealed import sha256_of
 from unike.sequences import run_sequences
 from unike.sharing import SharedRun
 from unike.tables import RunningMeans
@@ -143,21 +145,29 @@ def run_directory(hparams: HyperParams, task: str, output: str | None = None, re
     """Where a run is recorded: ``output``, or ``<results_dir>/<yaml>-<task>``, followed by the protocol
     if it is not one-step, with ``-2``, ``-3`` ... where that is taken; ``resume`` takes the latest.
 
-    Raises UserError, before anything is loaded, where ``output`` holds a run and ``resume`` is off.
+    Raises UserError, before anything is loaded, where ``output`` holds a run and ``resume`` is off, or
+    where the folder can't be written.
     """
     if output is not None:
         if _taken(Path(output)) and not resume:
             raise UserError(f"{output}: is not empty; go on with --resume, or name another --output")
-        return Path(output)
+        return _writable(Path(output))
     protocol = "" if hparams.protocol == "one_step" else f"-{hparams.protocol}"
     stem = Path(hparams.results_dir) / f"{Path(hparams.source).stem}-{task}{protocol}"
     former = stem
     for number in count(1):
         directory = stem if number == 1 else stem.with_name(f"{stem.name}-{number}")
         if not _taken(directory):
-            return former if resume else directory
+            return _writable(former if resume else directory)
         former = directory
     raise AssertionError("unreachable: there is always a free number")
+
+
+def _writable(directory: Path) -> Path:
+    there = next((p for p in (directory, *directory.parents) if os.path.exists(p)), directory)
+    if not (os.path.isdir(there) and os.access(there, os.W_OK | os.X_OK)):
+        raise UserError(f"{directory}: cannot be made a run folder: {there} cannot be written")
+    return directory
 
 
 def _taken(directory: Path) -> bool:

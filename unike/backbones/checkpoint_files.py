@@ -7,7 +7,8 @@ import os
 import pickle
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from unike.faults import out_of_memory
 from unike.options import short
+from unike.text import one_line
 from unike.types import BackboneSpec, UserError
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+# Far above any real model.
+LAYERS = 1024
 
 _LAVIS = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2/"
 _QFORMER_KEYS = (
@@ -103,6 +109,19 @@ def _family(spec: BackboneSpec) -> str:
 
 
 # ---------------------------------------------------------------- reading files
+
+
+@contextmanager
+def reading(what: str) -> Iterator[None]:
+    """Whatever a library makes of a damaged file inside the block becomes a UserError that says ``what``."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # tokenizers raises nothing but Exception itself
+        if out_of_memory(error):
+            raise
+        raise UserError(f"{what}: {one_line(error) or type(error).__name__}") from error
 
 
 def _refuse_by_first_bytes(path: Path, expected: str) -> None:
@@ -235,7 +254,7 @@ def _weight_files(folder: Path) -> list[Path]:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: is missing or not JSON") from error
     return content if isinstance(content, dict) else {}
 
@@ -257,6 +276,16 @@ def _wrong_model(spec: BackboneSpec, config: Mapping[str, Any], whole: bool) -> 
     return None if kind == wanted else f"holds a `{kind}` model, not `{wanted}`"
 
 
+def _require_buildable(folder: Path, config: Mapping[str, Any]) -> None:
+    """Transformers would build as many layers as a configuration claims, for hours."""
+    for part in (config, *(value for value in config.values() if isinstance(value, Mapping))):
+        layers = part.get("num_hidden_layers", 0)
+        if not isinstance(layers, int) or layers > LAYERS:
+            raise UserError(
+                f"{folder}: config.json has num_hidden_layers {short(layers)}; expected at most {LAYERS}"
+            )
+
+
 def _check_folder(spec: BackboneSpec, whole: bool) -> list[Finding]:
     """The Hugging Face folder: of the ``whole`` model, or of the language model alone."""
     folder, expected = Path(spec.name), _WHOLE[_family(spec)] if whole else _LANGUAGE[_family(spec)][1]
@@ -270,21 +299,20 @@ def _check_folder(spec: BackboneSpec, whole: bool) -> list[Finding]:
     if not folder.is_dir():
         return [Finding(False, f"{at}: is a file, not a folder", f"expected {expected}")]
     try:
-        config = _read_json(folder / "config.json")
-        if wrong := _wrong_model(spec, config, whole):
-            raise UserError(f"{folder}: {wrong}")
-        for file in _weight_files(folder):
-            if file.suffix == ".safetensors":
+        with reading(f"{folder}: is damaged"):
+            config = _read_json(folder / "config.json")
+            if wrong := _wrong_model(spec, config, whole):
+                raise UserError(f"{folder}: {wrong}")
+            _require_buildable(folder, config)
+            for file in _weight_files(folder):
                 _peek(file, "weights")
-            else:
-                _refuse_by_first_bytes(file, "weights")
+            text = (config.get("text_config") if whole else config) or {}
+            context = int(text.get("max_position_embeddings", 0))
     except UserError as error:
         return [Finding(False, f"name: {error}", f"expected {expected}")]
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         return [Finding(False, f"{at}: holds no tokenizer", f"expected {expected}")]
     findings = [Finding(True, f"{at}: `{config['model_type']}`")]
-    text = (config.get("text_config") if whole else config) or {}
-    context = text.get("max_position_embeddings", 0)
     # Vicuna v1.5 comes from LLaMA-2 and shows it by its context; V0 and v1.1 have 2048 tokens.
     if _family(spec) == "minigpt4" and context > 2048:
         what = f"{at}: has a context of {context} tokens, like Vicuna v1.5"

@@ -12,7 +12,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from torch.nn.functional import interpolate
 from transformers import (
@@ -27,13 +26,13 @@ from transformers import (
 )
 
 from unike.backbones.checkpoint_files import (
-    BROKEN,
     DTYPES,
     Finding,
     check_spec,
     load_state,
     memory_finding,
     original_kinds,
+    reading,
     require_files,
 )
 from unike.backbones.placement import quantization_config
@@ -55,7 +54,6 @@ __all__ = [
 State = Mapping[str, Tensor]
 
 DEFAULT_IMAGE_SIZE = 364
-_UNLOADABLE = (*BROKEN, ImportError, StrictDataclassError)
 
 
 def _read_states(spec: BackboneSpec) -> dict[str, dict[str, Tensor]]:
@@ -285,15 +283,16 @@ def _language_model(spec: BackboneSpec, dtype: torch.dtype, device: torch.device
     loader: Any = AutoModelForCausalLM
     config = quantization_config(spec, dtype)
     more = {} if config is None else {"quantization_config": config, "device_map": {"": device}}
-    try:
+    with reading(f"name: {spec.name}: the language model does not load"):
         model, info = loader.from_pretrained(spec.name, dtype=dtype, output_loading_info=True, **more)
-    except _UNLOADABLE as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"name: {spec.name}: the language model does not load ({reason})") from error
-    # Transformers only warns of missing weights, and draws them at random.
-    if info["missing_keys"]:
-        raise UserError(f"name: {spec.name}: lacks the weights {_names(info['missing_keys'])}")
+    require_whole(spec, info)
     return model
+
+
+def require_whole(spec: BackboneSpec, info: Mapping[str, Any]) -> None:
+    """UserError where a folder lacks weights: transformers only warns of it, and draws them at random."""
+    if info["missing_keys"]:
+        raise UserError(f"{spec.source}: name: {spec.name}: lacks the weights {_names(info['missing_keys'])}")
 
 
 def _kept_dtype(model: Blip2ForConditionalGeneration, key: str, dtype: torch.dtype) -> torch.dtype:
@@ -312,14 +311,11 @@ def load_original(spec: BackboneSpec, device: torch.device | None = None) -> Bli
         raise UserError(f"{spec.source}: dtype `{spec.dtype}`; expected one of {', '.join(DTYPES)}")
     require_files(spec)
     dtype, states = DTYPES[spec.dtype], _read_states(spec)
-    try:
+    with reading(f"{spec.source}: the configuration does not fit"):
         text_config = AutoConfig.from_pretrained(spec.name)
         config = build_configs(spec, text_config, states)
         with torch.device("meta"):
             model = Blip2ForConditionalGeneration(config)
-    except _UNLOADABLE as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{spec.source}: the configuration does not fit ({reason})") from error
     weights = convert_states(config, states)
     _check_fit(spec, model, weights)
     states.clear()

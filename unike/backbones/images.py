@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from transformers import BlipImageProcessorPil
 
+from unike.backbones.checkpoint_files import reading
 from unike.backbones.store import RowStore, row_key
 from unike.datasets.images import open_image
 from unike.types import ImageLike, UserError
@@ -24,7 +25,8 @@ def image_processor(folder: str | None, size: int) -> BlipImageProcessorPil:
     """The folder's own image processor at ``size`` pixels, or CLIP's normalisation without one."""
     square = {"height": size, "width": size}
     if folder is not None and (Path(folder) / "preprocessor_config.json").is_file():
-        return BlipImageProcessorPil.from_pretrained(folder, size=square)
+        with reading(f"{folder}: preprocessor_config.json cannot be read"):
+            return BlipImageProcessorPil.from_pretrained(folder, size=square)
     return BlipImageProcessorPil(size=square, image_mean=CLIP_MEAN, image_std=CLIP_STD)
 
 

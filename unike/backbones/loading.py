@@ -13,7 +13,8 @@ from transformers import AutoConfig, AutoTokenizer, Blip2ForConditionalGeneratio
 from transformers.utils import logging
 
 from unike.backbones.blip2_opt import BLIP2_OPT
-from unike.backbones.checkpoints import DTYPES, load_original, require_files
+from unike.backbones.checkpoint_files import DTYPES, reading, require_files
+from unike.backbones.checkpoints import load_original, require_whole
 from unike.backbones.hf import VisionLanguageBackbone
 from unike.backbones.minigpt4 import MINIGPT4
 from unike.backbones.placement import (
@@ -64,7 +65,8 @@ def load_backbone(source: str | os.PathLike[str] | HyperParams | BackboneSpec) -
             f"{spec.source}: name: {spec.name} holds a {decoder} decoder; "
             f"model_name {spec.model_name} expects {expected}"
         )
-    tokenizer = AutoTokenizer.from_pretrained(spec.name)
+    with reading(f"{spec.source}: name: {spec.name}: the tokenizer does not load"):
+        tokenizer = AutoTokenizer.from_pretrained(spec.name)
     if spec.device_map is None and not getattr(model, "is_quantized", False):
         model.to(device)  # type: ignore[arg-type]
     return VisionLanguageBackbone(
@@ -81,7 +83,8 @@ def _load_folder(
     spec: BackboneSpec, device: torch.device, layers: int | tuple[int, ...]
 ) -> Blip2ForConditionalGeneration:
     dtype, more = DTYPES[spec.dtype], {}
-    try:
+    kind = "folder" if Path(spec.name).exists() else "hub name"
+    with reading(f"{spec.source}: name: {kind} {spec.name} cannot be loaded"):
         if (config := quantization_config(spec, dtype)) is not None:
             more = {"quantization_config": config, "device_map": {"": device}}
         elif spec.device_map is not None:
@@ -89,17 +92,19 @@ def _load_folder(
                 skeleton: Any = Blip2ForConditionalGeneration(AutoConfig.from_pretrained(spec.name))
             depth = skeleton.language_model.config.num_hidden_layers
             more = {"device_map": device_map(skeleton, dtype, _last(layers, depth))}
-        with _quiet_if_small(Path(spec.name)):
-            return Blip2ForConditionalGeneration.from_pretrained(spec.name, dtype=dtype, **more)
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        kind = "folder" if Path(spec.name).exists() else "hub name"
-        raise UserError(f"{spec.source}: name: {kind} {spec.name} cannot be loaded: {first}") from error
+        with _quiet(Path(spec.name)):
+            loader: Any = Blip2ForConditionalGeneration
+            model, info = loader.from_pretrained(spec.name, dtype=dtype, output_loading_info=True, **more)
+    require_whole(spec, info)
+    return model
 
 
 @contextmanager
-def _quiet_if_small(folder: Path) -> Iterator[None]:
-    """A progress bar for weights that load in a moment is noise."""
+def _quiet(folder: Path) -> Iterator[None]:
+    """A progress bar for weights that load in a moment is noise, and so is transformers' report of what
+    is wrong with them beside our line."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
     size = sum(p.stat().st_size for p in folder.glob("*.safetensors"))
     shown = logging.is_progress_bar_enabled()
     if folder.is_dir() and size < SMALL_BYTES:
@@ -107,5 +112,6 @@ def _quiet_if_small(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
+        logging.set_verbosity(verbosity)
         if shown:
             logging.enable_progress_bar()

@@ -6,6 +6,7 @@ import difflib
 import json
 import os
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Sequence
 from itertools import chain, zip_longest
 from pathlib import Path
@@ -35,7 +36,23 @@ KNOWN_FIELDS = (*REQUIRED_FIELDS, "pred", *chain.from_iterable(PAIRED_FIELDS), "
 TEXT_LENGTH, FILE_BYTES = 20_000, 1 << 30
 IMAGE_FIELDS = ("image", "image_rephrase", "m_loc", "same_question_image")
 
-_JSON_NAMES = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
+
+class _Doubled(dict[str, Any]):
+    """A JSON object that gives a field more than once: which of the values is meant, nobody knows."""
+
+    def __init__(self, pairs: list[tuple[str, Any]]) -> None:
+        super().__init__(pairs)
+        ((self.doubled, _),) = Counter(name for name, _ in pairs).most_common(1)
+
+
+_JSON_NAMES = {
+    dict: "an object",
+    _Doubled: "an object",
+    list: "a list",
+    str: "a string",
+    bool: "a boolean",
+    type(None): "null",
+}
 
 
 def load_records(path: PathLike) -> list[Any]:
@@ -55,7 +72,9 @@ def load_records(path: PathLike) -> list[Any]:
     try:
         if os.path.getsize(path) > FILE_BYTES:
             raise UserError(f"{name}: more than {FILE_BYTES} bytes; expected a list of records")
-        records = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        records = json.loads(
+            Path(path).read_text(encoding="utf-8-sig"), object_pairs_hook=_object, parse_constant=_no_json
+        )
     except json.JSONDecodeError as error:
         place = f"line {error.lineno}, column {error.colno}"
         raise UserError(f"{name}: broken JSON at {place}: {error.msg}") from error
@@ -68,6 +87,15 @@ def load_records(path: PathLike) -> list[Any]:
     return records
 
 
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    record = dict(pairs)
+    return record if len(record) == len(pairs) else _Doubled(pairs)
+
+
+def _no_json(name: str) -> None:
+    raise ValueError(f"{name} is no JSON value")
+
+
 def record_problems(record: Any, index: int) -> list[str]:
     """What keeps a record from being a case, one line each; empty for a sound record.
 
@@ -77,6 +105,8 @@ def record_problems(record: Any, index: int) -> list[str]:
     where = f"record {index}"
     if not isinstance(record, dict):
         return [f"{where}: expected an object with the fields of MMEdit, got {_describe(record)}"]
+    if isinstance(record, _Doubled):
+        return [f"{where}: field {one_line(repr(record.doubled), 80)} is given twice; expected it once"]
     needed = list(REQUIRED_FIELDS)
     for pair in PAIRED_FIELDS:
         if any(field in record for field in pair):

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -26,6 +25,7 @@ from unike.backbones.base import Backbone, answer_loss
 from unike.backbones.prefix import PrefixCache, open_prefixes
 from unike.edits import Edit
 from unike.hparams import HyperParams
+from unike.sealed import check_tensors, read_index, write_index
 from unike.types import FIVE_METRICS, Case, EditRequest, Query, UserError
 
 Tick = Callable[[str, int], None]
@@ -305,7 +305,7 @@ class _Run:
         name = f"checkpoint-{self.progress.step}.safetensors"
         save_file(tensors, self.folder / name)
         index = {"tensors": name, "progress": asdict(self.progress), **self.facts}
-        write_index(self.folder / "checkpoint.json", index)
+        write_index(self.folder / "checkpoint.json", index, self.folder / name)
         for old in self.folder.glob("checkpoint-*.safetensors"):
             if old.name != name:
                 old.unlink()
@@ -315,6 +315,7 @@ class _Run:
         kept = read_index(self.folder / "checkpoint.json")
         if any(kept.get(k) != json.loads(json.dumps(v)) for k, v in self.facts.items()):
             return False
+        check_tensors(self.folder / "checkpoint.json", self.folder / kept["tensors"])
         tensors = load_file(self.folder / kept["tensors"])
         self.method.trained.load_state_dict(_under(tensors, "network."))
         self.best = _under(tensors, "best.")
@@ -336,15 +337,3 @@ def copied(tensors: Tensors) -> Tensors:
 
 def _under(tensors: Tensors, prefix: str) -> Tensors:
     return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
-
-
-def write_index(path: Path, values: dict[str, Any]) -> None:
-    """Writes JSON in one go: the file is the former one or the new one, never a part."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)
-
-
-def read_index(path: Path) -> dict[str, Any]:
-    """The index's values; empty where there is none."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -28,6 +27,7 @@ from unike.hooks import capture
 from unike.hparams import HyperParams
 from unike.knowledge.encoders import Disentangler, FitReport, KnowledgeStates, fit
 from unike.retrieval import open_memory
+from unike.sealed import check_tensors, read_index, write_index
 from unike.text import normalise_answer
 from unike.types import Query, UserError
 
@@ -207,25 +207,10 @@ def knowledge_folder(hparams: HyperParams, backbone: Backbone, triplets: Sequenc
 
 def _fits(folder: Path, facts: dict[str, Any]) -> bool:
     """Whether a folder's index was written for these weights, layers and options."""
-    index = folder / "knowledge.json"
-    if not index.is_file():
-        return False
-    kept = _index(folder)
+    kept = read_index(folder / "knowledge.json")
     # A method of fewer layers reads what was learnt for more.
     layers = set(facts["layers"]) <= set(kept.get("layers", ()))
     return layers and all(kept.get(name) == value for name, value in facts.items() if name != "layers")
-
-
-def _index(folder: Path) -> dict[str, Any]:
-    """``knowledge.json``. UserError where it is damaged."""
-    path = folder / "knowledge.json"
-    try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        if not (isinstance(kept, dict) and isinstance(kept.get("layers", []), list)):
-            raise ValueError("expected an object with a list of layers")
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: is damaged; delete the folder: {str(error)[:200]}") from error
-    return kept
 
 
 def build_knowledge(
@@ -273,16 +258,7 @@ def save_knowledge(
     # The index is written last: without it the folder counts as missing.
     path = folder / "knowledge.safetensors"
     save_file(tensors, path)
-    index = {**meta, "fit": fits, "sha256": _checksum(path)}
-    (folder / "knowledge.json").write_text(json.dumps(index, indent=1) + "\n")
-
-
-def _checksum(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    write_index(folder / "knowledge.json", {**meta, "fit": fits}, path)
 
 
 Learnt = tuple[int, LayerStates, Disentangler]
@@ -294,10 +270,7 @@ def each_layer(folder: Path, device: torch.device) -> Iterator[Learnt]:
     has, or tensors that don't fit together."""
     path = folder / "knowledge.safetensors"
     try:
-        if (folder / "knowledge.json").is_file():
-            kept = _index(folder).get("sha256")
-            if kept is not None and kept != _checksum(path):
-                raise ValueError("its checksum is another one than knowledge.json has")
+        check_tensors(folder / "knowledge.json", path)
         with safe_open(path, framework="pt", device=str(device)) as file:
             names = list(file.keys())
             for i in sorted({int(name.split(".")[0]) for name in names}):
@@ -310,6 +283,8 @@ def each_layer(folder: Path, device: torch.device) -> Iterator[Learnt]:
                 if len(shapes) != 1 or sem.ndim != 2 or not sem.isfinite().all():
                     raise ValueError(f"layer {i}: states {sorted(shapes)} don't fit together")
                 yield i, LayerStates(KnowledgeStates(sem, pos, neg), ffn), encoders
+    except UserError:
+        raise
     except Exception as error:
         raise UserError(
             f"{path}: expected memory and encoders as scripts/prepare.py writes them: {error}"

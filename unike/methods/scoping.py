@@ -23,7 +23,8 @@ from unike.hooks import capture
 from unike.hparams import OPTIONS, HyperParams
 from unike.knowledge.scope import HELD_OUT, ScopeEncoder, ScopeMeasure, ScopeReport, ScopeSamples, fit_scope
 from unike.methods.base import needs_scope
-from unike.methods.meta_training import Tick, copied, read_index, silent, write_index
+from unike.methods.meta_training import Tick, copied, silent
+from unike.sealed import check_tensors, read_index, write_index
 from unike.types import Case, Query, UserError
 
 SCOPE_READING, SCOPE_TRAINING = "reading prompts for the scope", "training the scope"
@@ -156,19 +157,21 @@ def save_scope(folder: Path, encoder: ScopeEncoder, report: ScopeReport, facts: 
     """Writes the measure in half precision, its index last."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {k: v.half() for k, v in copied(encoder.state_dict()).items()}
-    save_file(tensors, folder / "scope.safetensors")
+    path = folder / "scope.safetensors"
+    save_file(tensors, path)
     names = INSIDE + OUTSIDE
     held = {
         size: dict(zip(names, (round(s, 4) for s in shares), strict=True))
         for size, shares in report.shares.items()
     }
     learnt = {"thresholds": report.thresholds, "held_out": held, "loss": report.losses[-1:]}
-    write_index(folder / "scope.json", {**facts, **learnt})
+    write_index(folder / "scope.json", {**facts, **learnt}, path)
 
 
 def load_scope(folder: Path, encoder: ScopeEncoder) -> ScopeMeasure:
     """Reads a measure into ``encoder``. UserError where the file is not what it should be."""
     path = folder / "scope.safetensors"
+    check_tensors(folder / "scope.json", path)
     try:
         encoder.load_state_dict(load_file(path))
         kept = read_index(folder / "scope.json")["thresholds"]

@@ -25,11 +25,10 @@ from unike.methods.meta_training import (
     TrainableMethod,
     copied,
     meta_train,
-    read_index,
     silent,
-    write_index,
 )
 from unike.methods.scoping import wants_scope
+from unike.sealed import check_tensors, read_index, write_index
 from unike.types import Case, UserError
 
 HELD_OUT = 10
@@ -79,8 +78,9 @@ def kept_editor(hparams: HyperParams, facts: dict[str, Any] | None = None) -> Pa
 def save_editor(method: TrainableMethod, facts: dict[str, Any], progress: Progress, folder: Path) -> None:
     """Writes the trained network, index last, and takes the checkpoint away."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(copied(method.trained.state_dict()), folder / "editor.safetensors")
-    write_index(folder / "editor.json", {**facts, "training": asdict(progress)})
+    path = folder / "editor.safetensors"
+    save_file(copied(method.trained.state_dict()), path)
+    write_index(folder / "editor.json", {**facts, "training": asdict(progress)}, path)
     for left in folder.glob("checkpoint*"):
         left.unlink()
 
@@ -89,6 +89,7 @@ def load_editor(method: TrainableMethod, backbone: Backbone, folder: Path) -> No
     """Puts a saved network in. UserError where the file is not what it should be."""
     method.start(backbone)
     path = folder / "editor.safetensors"
+    check_tensors(folder / "editor.json", path)
     try:
         method.trained.load_state_dict(load_file(path))
     except Exception as error:

@@ -1,0 +1,67 @@
+"""The same seed gives the same records, bit for bit, whatever the batches of evaluation and the caches.
+
+That several processes write the records of one is in ``test_processes.py``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import Project
+
+from benchmarks.kill import comparable
+from unike import runs
+from unike.backbones import load_backbone
+from unike.backbones.hf import VisionLanguageBackbone
+from unike.hparams import HyperParams
+from unike.records import RECORDS
+
+pytestmark = pytest.mark.slow
+PROTOCOLS = {"one_step": {}, "sequential": {"sequence_length": 4, "sequences": 1}}
+
+
+@pytest.fixture(scope="module")
+def backbone(blip2_project: Project) -> VisionLanguageBackbone:
+    torch.set_num_threads(1)
+    return load_backbone(HyperParams.from_dict(blip2_project.options()))
+
+
+@pytest.fixture
+def records(blip2_project: Project, backbone: VisionLanguageBackbone, tmp_path: Path) -> Any:
+    """Runs with some options, from no states and no knowledge on; gives the records without times."""
+
+    def run(protocol: str = "one_step", size: int | None = None, **options: Any) -> list[bytes]:
+        number = len(list(tmp_path.iterdir()))
+        folder, kept = tmp_path / f"run{number}", tmp_path / f"knowledge{number}"
+        options = {"max_steps": 4, "edit_batch_size": 1, "knowledge_dir": str(kept)} | options
+        values = blip2_project.options(protocol=protocol, **PROTOCOLS[protocol], **options)
+        hparams = HyperParams.from_dict(values)
+        backbone.cache.forget()
+        parts = runs.assemble(hparams, backbone, progress=False)
+        cases = runs.open_datasets(hparams, "vqa", size)
+        with runs.open_run(parts, "vqa", folder, resume=False) as writer:
+            runs.run_cases(parts, cases, writer, progress=False)
+        return comparable(folder / RECORDS).splitlines()
+
+    return run
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_batches_of_evaluation_and_caches_change_no_bit(records, protocol: str) -> None:
+    found = records(protocol, eval_batch=1)
+    assert len(found) == {"one_step": 4, "sequential": 8}[protocol]
+    assert records(protocol, eval_batch=3, prefix_memory_gb=0) == found
+    assert records(protocol, eval_batch=32) == found
+    assert records(protocol, eval_batch=32, batch_invariant=False) != found, "a bit can change"
+
+
+def test_a_record_depends_on_its_record_alone(records) -> None:
+    assert records(size=2) == records()[:2]
+
+
+def test_another_seed_gives_other_records(records) -> None:
+    assert records(seed=1) == records(seed=1)
+    assert records(seed=2) != records(seed=1)
