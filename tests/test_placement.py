@@ -12,6 +12,7 @@ import torch
 from helpers import Project
 from original_files import FAMILIES, make_spec
 from PIL import Image
+from transformers import Blip2ForConditionalGeneration
 
 from unike import check, processes
 from unike.backbones import loading, placement
@@ -232,7 +233,7 @@ def test_quantized_weights_are_loaded_where_they_stay(
     monkeypatch.setattr(loading, "check_placement", lambda spec: None)
     language = SimpleNamespace(from_pretrained=loads)
     monkeypatch.setattr("unike.backbones.checkpoints.AutoModelForCausalLM", language)
-    monkeypatch.setattr(loading.Blip2ForConditionalGeneration, "from_pretrained", loads)
+    monkeypatch.setattr(Blip2ForConditionalGeneration, "from_pretrained", loads)
     chosen = spec() if original else HyperParams.from_hparams(blip2_project.yaml).backbone
     chosen = BackboneSpec(**{**vars(chosen), "quantization": "int4", "device": "cpu"})
     with pytest.raises(UserError, match="stop here"):

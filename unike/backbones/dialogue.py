@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from unike.types import UserError
 
@@ -35,7 +36,7 @@ class Dialogue:
     bos: bool = False
 
     def words(
-        self, tokenizer: PreTrainedTokenizerBase, tokens: Tokenise, prompt: str, target: str | None, shown: bool
+        self, tokenizer: Tokenizer, tokens: Tokenise, prompt: str, target: str | None, shown: bool
     ) -> Words:
         """A query's tokens; ``shown``: whether it has a picture."""
         asked, answer = prompt_and_answer(tokens, prompt, target)
@@ -58,7 +59,7 @@ class Chat:
     stops: tuple[str, ...] = ("\n",)
 
     def words(
-        self, tokenizer: PreTrainedTokenizerBase, tokens: Tokenise, prompt: str, target: str | None, shown: bool
+        self, tokenizer: Tokenizer, tokens: Tokenise, prompt: str, target: str | None, shown: bool
     ) -> Words:
         """A query's tokens; ``shown``: whether it has a picture. UserError where the prompt writes one."""
         text = self.text(tokenizer, prompt, shown)
@@ -71,10 +72,10 @@ class Chat:
         at = ids.index(tokens(self.image)[0]) if shown else -1
         return Words(ids[: max(at, 0)], [*ids[at + 1 :], *answer], answer)
 
-    def text(self, tokenizer: PreTrainedTokenizerBase, prompt: str, shown: bool) -> str:
+    def text(self, tokenizer: Tokenizer, prompt: str, shown: bool) -> str:
         """All that is written before the answer."""
         content = [*([{"type": "image"}] if shown else []), {"type": "text", "text": prompt}]
-        turns = [{"role": "user", "content": content}]
+        turns: Any = [{"role": "user", "content": content}]
         return str(
             tokenizer.apply_chat_template(
                 turns, chat_template=self.template, tokenize=False, add_generation_prompt=True
@@ -99,7 +100,7 @@ def prompt_and_answer(tokens: Tokenise, asked: str, target: str | None) -> tuple
     return prompt, tokens(answer)
 
 
-def beginning(tokenizer: PreTrainedTokenizerBase, tokens: Tokenise) -> Sequence[int]:
+def beginning(tokenizer: Tokenizer, tokens: Tokenise) -> Sequence[int]:
     """What the tokeniser puts before a text by itself (BOS, as a rule)."""
     plain, whole = tokens("a"), tokenizer("a").input_ids
     return next(whole[:at] for at in range(len(whole)) if whole[at : at + len(plain)] == plain)

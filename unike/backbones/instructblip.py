@@ -7,5 +7,8 @@ from unike.backbones.dialogue import Dialogue
 from unike.backbones.vision import InstructVision
 
 INSTRUCTBLIP = Architecture(
-    InstructBlipForConditionalGeneration, InstructVision, decoder="language_model", dialogue=Dialogue(bos=True)
+    InstructBlipForConditionalGeneration,
+    InstructVision,
+    decoder="language_model",
+    dialogue=Dialogue(bos=True),
 )

@@ -1,4 +1,4 @@
-"""LLaVA-1.5 and LLaVA-OneVision: a vision tower, a projector, a decoder, in the checkpoint's own chat format."""
+"""LLaVA-1.5 and LLaVA-OneVision: vision tower, projector, decoder, and the checkpoint's own chat."""
 
 from transformers import LlavaForConditionalGeneration, LlavaOnevisionForConditionalGeneration
 

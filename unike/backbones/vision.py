@@ -27,9 +27,9 @@ class Vision(ABC):
     def __init__(self, model: PreTrainedModel, folder: str | None, image_size: int | None = None) -> None:
         self.model: Any = model
         self.image_size = image_size
-        self.processor: Any = self._processor(folder)
+        self.processor: Any = self._processor(folder, image_size)
 
-    def _processor(self, folder: str | None) -> Any:
+    def _processor(self, folder: str | None, size: int | None) -> Any:
         # Pillow's, whatever else is installed: pixels must not depend on that.
         return AutoImageProcessor.from_pretrained(folder, backend="pil")
 
@@ -72,17 +72,21 @@ class FixedVision(Vision):
     def pixels(self, image: ImageLike) -> Parts:
         return {"pixel_values": normalised(image, self.processor)}
 
+    def stacked(self, shown: Sequence[Parts]) -> torch.Tensor:
+        """The pictures ``(b, 3, H, W)``, where the tower is."""
+        pictures = torch.stack([parts["pixel_values"] for parts in shown])
+        return pictures.to(self.tower.device, self.tower.dtype)
+
 
 class Blip2Vision(FixedVision):
     """Vision tower and Q-Former, at any size: positions are resized to it."""
 
     def __init__(self, model: PreTrainedModel, folder: str | None, image_size: int | None = None) -> None:
-        trained = model.config.vision_config.image_size
-        super().__init__(model, folder, image_size or trained)
-        self._resize_positions = self.image_size != trained
+        self._trained: int = model.config.vision_config.image_size
+        super().__init__(model, folder, image_size or self._trained)
 
-    def _processor(self, folder: str | None) -> Any:
-        return image_processor(folder, self.image_size)
+    def _processor(self, folder: str | None, size: int | None) -> Any:
+        return image_processor(folder, size or self._trained)
 
     @property
     def tower(self) -> PreTrainedModel:
@@ -95,8 +99,8 @@ class Blip2Vision(FixedVision):
     @torch.no_grad()
     def see(self, shown: Sequence[Parts]) -> list[Parts]:
         """The Q-Former's output, in the vision tower's precision."""
-        given = torch.stack([parts["pixel_values"] for parts in shown]).to(self.tower.device, self.tower.dtype)
-        seen = self.model.get_image_features(given, interpolate_pos_encoding=self._resize_positions)
+        given = self.stacked(shown)
+        seen = self.model.get_image_features(given, interpolate_pos_encoding=self.image_size != self._trained)
         return [{"features": state} for state in seen.qformer_outputs[0].to(given.dtype)]
 
 
@@ -114,7 +118,7 @@ class ProjectorVision(FixedVision):
     @torch.no_grad()
     def see(self, shown: Sequence[Parts]) -> list[Parts]:
         """What the tower's chosen layer says of each patch, ``(patches, d)``."""
-        given = torch.stack([parts["pixel_values"] for parts in shown]).to(self.tower.device, self.tower.dtype)
+        given = self.stacked(shown)
         args, _ = inputs_of(self.projection, lambda: self.model.get_image_features(given))
         return [{"features": state} for state in args[0]]
 
@@ -213,7 +217,7 @@ class InstructVision(FixedVision):
     @torch.no_grad()
     def see(self, shown: Sequence[Parts]) -> list[Parts]:
         """The tower's output, ``(patches, d)``."""
-        given = torch.stack([parts["pixel_values"] for parts in shown]).to(self.tower.device, self.tower.dtype)
+        given = self.stacked(shown)
         return [{"features": state} for state in self.model.vision_model(given).last_hidden_state]
 
     def tokens(self, seen: Parts, prompt: str) -> torch.Tensor:
