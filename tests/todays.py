@@ -61,7 +61,7 @@ _TILES = [[h, w] for h in (28, 56, 84) for w in (28, 56, 84)]
 def llama_tokenizer(*special: str) -> PreTrainedTokenizerFast:
     """Spaces are letters, one before the first word; BOS before every text."""
     bpe = Tokenizer(models.BPE(unk_token="<unk>"))
-    bpe.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    bpe.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
     bpe.decoder = decoders.Metaspace(prepend_scheme="first")
     letters = sorted({*"".join(TEXTS), *map(chr, range(33, 127)), "\n"})
     names = ["<unk>", "<s>", "</s>", "<pad>", *special]
