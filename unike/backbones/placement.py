@@ -102,7 +102,8 @@ def device_map(
     if not limits:
         return {"": "cpu"}
     sizes = compute_module_sizes(model, dtype=dtype)
-    stack = model.get_decoder().layers
+    # BLIP-2 names its whole language model, which then names its own decoder.
+    stack = model.get_decoder().get_decoder().layers
     decoder = next(f"{name}." for name, module in model.named_modules() if module is stack)
 
     def at_home(name: str) -> bool:
