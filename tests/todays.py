@@ -204,6 +204,8 @@ def save_folder(folder: Path, family: str) -> Path:
         # A wider spread than the initial one, so that random models answer differently.
         for parameter in model.parameters():
             parameter.data.add_(0.1 * torch.randn_like(parameter))
+        # Behind a norm of this width, small head weights could not make any answer likely.
+        model.get_output_embeddings().weight.data.mul_(5)
     model.save_pretrained(folder)
     return folder
 
