@@ -84,8 +84,9 @@ def load_backbone(source: str | os.PathLike[str] | HyperParams | BackboneSpec) -
     if spec.device_map is None and not getattr(model, "is_quantized", False):
         model.to(device)
     size = None if spec.original_files else spec.image_size
-    dialogue = architecture.dialogue or _chat(spec, architecture, tokenizer)
-    return VisionLanguageBackbone(model, tokenizer, architecture, dialogue, folder, size, limit)
+    with reading(f"{spec.source}: name: {spec.name}: what stands beside the weights does not load"):
+        dialogue = architecture.dialogue or _chat(spec, architecture, tokenizer)
+        return VisionLanguageBackbone(model, tokenizer, architecture, dialogue, folder, size, limit)
 
 
 def _chat(spec: BackboneSpec, architecture: Architecture, tokenizer: PreTrainedTokenizerBase) -> Chat:
