@@ -224,7 +224,7 @@ def wide_world(given: argparse.Namespace) -> World:
     method = build(hparams, random_knowledge(backbone, layers, hparams))
     assert isinstance(method, UniKE)
     count = (given.rounds + 1) * given.batch
-    blocks = _blocks(random_cases(count, backbone.image_size), given.batch)
+    blocks = _blocks(random_cases(count, backbone.vision.image_size), given.batch)
     return World(backbone, method, blocks, 1, f"wide, {given.steps} steps")
 
 

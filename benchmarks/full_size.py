@@ -57,7 +57,7 @@ def one_edit(backbone: VisionLanguageBackbone, method: UniKE, case: Case) -> dic
     queries = [p.query for p in case.probes]
     pictures = list({id(q.image): q.image for q in queries if q.image is not None}.values())
     spent = {}
-    _, spent["pictures"] = timed(lambda: backbone.cache.features(pictures, backbone.processor))
+    _, spent["pictures"] = timed(lambda: backbone.cache.seen(pictures, backbone.vision.pixels))
     _, spent["prefixes"] = timed(lambda: prefixes.state(queries))
     before, spent["probes before"] = timed(lambda: reader.base(case))
     edit, spent["edit"] = timed(lambda: method.edit(backbone, case.request, prefixes))
@@ -99,7 +99,7 @@ def measure(given: argparse.Namespace, rows: Rows) -> None:
     method = method_of(backbone, hparams, knowledge)
     held = sum(_bytes(known) for known in method.knowledge.values())
     rows.add(title, "memory and encoders", [held / 1e9], "GB")
-    cases = random_cases(given.runs, backbone.image_size)
+    cases = random_cases(given.runs, backbone.vision.image_size)
     parts = [one_edit(backbone, method, case) for case in cases]
     case = f"{title}, {given.steps} steps"
     for name in parts[0]:

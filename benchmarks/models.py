@@ -88,7 +88,7 @@ def random_backbone(config: Blip2Config, seed: int = 0) -> VisionLanguageBackbon
         with torch.no_grad():
             # They start at zeros, all alike.
             model.query_tokens.normal_()
-    return VisionLanguageBackbone(model, tokenizer, BLIP2_OPT)
+    return VisionLanguageBackbone(model, tokenizer, BLIP2_OPT, BLIP2_OPT.dialogue)
 
 
 def wide(seed: int = 0) -> VisionLanguageBackbone:

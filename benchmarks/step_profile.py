@@ -66,7 +66,7 @@ def profile(rows: Rows, batch: int, runs: int, width: int = WIDTH) -> None:
     """Adds the rows, and prints what torch's profiler says of an edit's steps."""
     config = opt_config(width=width, layers=4, vision_layers=1, vision_width=64, side=4)
     backbone = random_backbone(config)
-    requests = [c.request for c in random_cases(batch, backbone.image_size)]
+    requests = [c.request for c in random_cases(batch, backbone.vision.image_size)]
     steps, case = Steps(backbone, requests), f"width {width}, {batch} records"
     flops = steps.flops()
     shares: list[float] = []

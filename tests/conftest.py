@@ -8,9 +8,7 @@ from typing import Any
 import pytest
 from helpers import Project, make_project
 from original_files import FAMILIES
-from worlds import World
-
-from unike.methods import ike
+from worlds import World, world_of
 
 
 @pytest.fixture(scope="session")
@@ -54,8 +52,4 @@ def worlds() -> dict[str, World]:
 
 @pytest.fixture(params=FAMILIES)
 def world(request: pytest.FixtureRequest, worlds: dict[str, World], monkeypatch) -> World:
-    # The small decoders know few positions: less is left for the question.
-    monkeypatch.setattr(ike, "ASKING", 40)
-    if request.param not in worlds:
-        worlds[request.param] = World(request.param)
-    return worlds[request.param]
+    return world_of(request.param, worlds, monkeypatch)

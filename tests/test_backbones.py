@@ -143,7 +143,7 @@ def test_images_may_be_paths_pictures_or_tensors(backbone, tmp_path) -> None:
     by_path = backbone.encode([str(path), path], ["what?"] * 2).inputs_embeds
     by_picture = backbone.encode([picture], ["what?"]).inputs_embeds
     torch.testing.assert_close(by_path[0], by_picture[0], atol=1e-6, rtol=0)
-    pixels = backbone.processor(picture, return_tensors="pt")["pixel_values"][0]
+    pixels = backbone.vision.processor(picture, return_tensors="pt")["pixel_values"][0]
     by_tensor = backbone.encode([pixels], ["what?"]).inputs_embeds
     torch.testing.assert_close(by_tensor[0], by_picture[0], atol=1e-6, rtol=0)
 

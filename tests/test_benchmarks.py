@@ -116,7 +116,7 @@ def small_world(given) -> edit_speed.World:
     hparams = HyperParams.from_dict({**models.PRESET, "max_steps": given.steps, "stop_loss": 0.0, "k": 5})
     method = build(hparams, models.random_knowledge(backbone, backbone.layout.last(4), hparams, 30))
     assert isinstance(method, UniKE)
-    cases = models.random_cases(4, backbone.image_size)
+    cases = models.random_cases(4, backbone.vision.image_size)
     return edit_speed.World(backbone, method, [cases[:2], cases[2:]], 1, "wide, small")
 
 
@@ -151,7 +151,7 @@ def test_the_profile_counts_the_flops_of_a_step(capsys):
     profile(rows, batch=2, runs=1, width=64)
     assert rows.rows[-1].target == ">= 0.5"
     backbone = models.random_backbone(SMALL)
-    requests = [c.request for c in models.random_cases(2, backbone.image_size)]
+    requests = [c.request for c in models.random_cases(2, backbone.vision.image_size)]
     one, two = Steps(backbone, requests[:1]).flops(), Steps(backbone, requests).flops()
     # Twice the rows, nearly twice the matmuls; no fewer than the four layers' own forward.
     assert 1.8 * one < two < 2.2 * one
@@ -168,7 +168,7 @@ def test_a_folder_of_random_weights_loads_through_unike(tmp_path, monkeypatch):
     hparams = models.full_hparams(2, 16)
     knowledge = models.write_knowledge(tmp_path / "known", 64, backbone.layout.last(4), hparams, 20)
     method = full_size.method_of(backbone, hparams, knowledge)
-    spent = full_size.one_edit(backbone, method, models.random_cases(1, backbone.image_size)[0])
+    spent = full_size.one_edit(backbone, method, models.random_cases(1, backbone.vision.image_size)[0])
     assert min(spent.values()) > 0
     # What is there is not drawn again.
     files = [*folder.iterdir(), *knowledge.iterdir()]

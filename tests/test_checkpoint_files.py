@@ -16,7 +16,7 @@ import torch
 from original_files import FILES, make_spec
 from safetensors.torch import load_file, save_file
 
-from unike.backbones import checkpoint_files
+from unike.backbones import checking
 from unike.backbones.checkpoints import check_spec, load_original, load_state, memory_finding, require_files
 from unike.types import BackboneSpec, UserError
 
@@ -223,13 +223,13 @@ def test_absent_weights_never_become_random_ones(copied: Path) -> None:
 def test_memory_is_compared_with_what_is_free(monkeypatch: pytest.MonkeyPatch, copied: Path) -> None:
     spec = make_spec("minigpt4")
     assert memory_finding(spec).ok
-    monkeypatch.setattr(checkpoint_files, "_free_bytes", lambda: 1_000_000)
+    monkeypatch.setattr(checking, "_free_bytes", lambda: 1_000_000)
     full = memory_finding(spec)
     assert not full.ok
     assert "1.0 MB are free" in full.what
     assert "bfloat16" in (full.remedy or "")
     assert memory_finding(dataclasses.replace(spec, dtype="bfloat16")).ok
-    monkeypatch.setattr(checkpoint_files, "_free_bytes", lambda: None)
+    monkeypatch.setattr(checking, "_free_bytes", lambda: None)
     assert memory_finding(spec).ok
     assert not memory_finding(dataclasses.replace(spec, dtype="float")).ok
     (copied / "eva_vit.pth").unlink()
@@ -237,5 +237,5 @@ def test_memory_is_compared_with_what_is_free(monkeypatch: pytest.MonkeyPatch, c
 
 
 def test_free_memory_is_known_here() -> None:
-    free = checkpoint_files._free_bytes()
+    free = checking._free_bytes()
     assert free is None or free > 0

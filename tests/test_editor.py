@@ -119,7 +119,7 @@ def test_only_given_probes_are_measured(editor: MultimodalEditor, project: Proje
 def test_an_image_is_the_same_as_path_object_or_tensor(editor: MultimodalEditor, project: Project) -> None:
     path = picture(project)
     opened = Image.open(path)
-    tensor = editor.backbone.processor(opened.convert("RGB"), return_tensors="pt")["pixel_values"][0]
+    tensor = editor.backbone.vision.processor(opened.convert("RGB"), return_tensors="pt")["pixel_values"][0]
     found = [editor.edit(PROMPT, TARGET, image) for image in (path, opened, tensor)]
     answers = [edited.generate(path, PROMPT) for _, edited, _ in found]
     assert len(set(answers)) == 1

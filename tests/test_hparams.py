@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from unike.hparams import OPTIONS, HyperParams, UniKEHyperParams
 from unike.legacy import edited_layers
-from unike.types import METRIC_PRESETS, BackboneSpec, UserError
+from unike.types import BACKBONES, METRIC_PRESETS, BackboneSpec, UserError
 
 RELEASE = Path(__file__).parent / "fixtures" / "release_minigpt4.yaml"
 BASE = {"model_name": "blip2", "name": "./cache/blip2"}
@@ -121,7 +121,7 @@ def test_all_problems_are_named_at_once(tmp_path):
         f"{at}:3: lr: given twice, first in line 2",
         f"{at}: zz: expected key=value",
         next(problem for problem in found if problem.startswith(f"{at}: seed: not valid YAML")),
-        f"{at}:1: model_name: expected one of blip2, minigpt4, got str 'blip'",
+        f"{at}:1: model_name: expected one of {', '.join(BACKBONES)}, got str 'blip'",
         f"{at}:4: layrs: unknown key; the nearest known key is layers",
         f"{at}:5: k: expected a whole number at least 1, got int 0",
         f"{at}:6: alpha: expected adaptive or a number between 0 and 1, got int 2",

@@ -7,9 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import pytest
 import torch
 from original_files import make_spec
 from PIL import Image
+from todays import TODAY, save_folder, todays_spec
 from untouched import weights_of
 
 from unike.backbones import load_backbone
@@ -20,7 +22,7 @@ from unike.datasets.triplets import triplets_of
 from unike.edits import Edit
 from unike.hooks import hook_count
 from unike.hparams import HyperParams
-from unike.methods import base, build, needs_knowledge
+from unike.methods import base, build, ike, needs_knowledge
 from unike.methods.meta_training import TrainableMethod, meta_train
 from unike.methods.preparation import as_knowledge, build_knowledge
 from unike.types import METRICS, Case, EditRequest, Probe, Query
@@ -59,11 +61,19 @@ def case(i: int, answer: str = "a fox") -> Case:
     return Case(EditRequest(f"e{i}", asked, "a dog"), tuple(probes))
 
 
+def load_small(family: str) -> VisionLanguageBackbone:
+    """A random backbone of the family, from original files or, of today's, from a folder."""
+    if family not in TODAY:
+        return load_backbone(make_spec(family))
+    with TemporaryDirectory() as folder:
+        return load_backbone(todays_spec(family, save_folder(Path(folder), family)))
+
+
 class World:
     """A random backbone with what methods may want: knowledge, and training cases."""
 
     def __init__(self, family: str) -> None:
-        self.backbone: VisionLanguageBackbone = load_backbone(make_spec(family))
+        self.backbone = load_small(family)
         self.backbone.max_new_tokens = 3
         self.train = [case(i, "two dogs") for i in range(len(COLORS))]
         self.built = build_knowledge(
@@ -97,3 +107,12 @@ class World:
 
 def snapshot(backbone: VisionLanguageBackbone) -> tuple[dict[str, torch.Tensor], int]:
     return weights_of(backbone), hook_count(backbone.model)
+
+
+def world_of(family: str, worlds: dict[str, World], monkeypatch: pytest.MonkeyPatch) -> World:
+    """The family's world, made once."""
+    # The small decoders know few positions: less is left for the question.
+    monkeypatch.setattr(ike, "ASKING", 40)
+    if family not in worlds:
+        worlds[family] = World(family)
+    return worlds[family]

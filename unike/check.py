@@ -11,7 +11,8 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 from unike import runs
-from unike.backbones.checkpoint_files import Finding, check_spec, memory_finding
+from unike.backbones.checking import check_spec, memory_finding
+from unike.backbones.checkpoint_files import Finding
 from unike.backbones.placement import check_placement, pick_device
 from unike.backbones.prefix import check_prefix_dir
 from unike.hparams import HyperParams

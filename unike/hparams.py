@@ -16,7 +16,7 @@ from typing import Any
 
 from unike import legacy as release
 from unike.options import Option, expected, parse_yaml, read_yaml, short, shown, typed_value
-from unike.types import PROTOCOLS, BackboneSpec, UserError
+from unike.types import BACKBONES, PROTOCOLS, BackboneSpec, UserError
 
 logger = logging.getLogger("unike")
 
@@ -33,7 +33,7 @@ def _option(group: str, help: str, default: Any = MISSING, **limits: Any) -> Any
 class HyperParams:
     """All that a run depends on; the values are checked however the object is made."""
 
-    model_name: str = _option("backbone", "family of the backbone", choices=("blip2", "minigpt4"))
+    model_name: str = _option("backbone", "family of the backbone", choices=BACKBONES)
     name: str = _option("backbone", "Hugging Face folder or hub name of the model or its language model")
     state_dict_file: str | None = _option("backbone", "EVA-CLIP ViT-g weights (eva_vit_g.pth)", None)
     qformer_checkpoint: str | None = _option("backbone", "LAVIS's BLIP-2 Q-Former weights", None)

@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from unike.backbones.checkpoint_files import require_files
+from unike.backbones.checking import require_files
 from unike.backbones.placement import check_placement, pick_device
 from unike.backbones.prefix import check_prefix_dir
 from unike.datasets.mmedit import CaptionDataset, CapVQADataset, VQADataset

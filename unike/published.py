@@ -10,7 +10,10 @@ from typing import Any
 from unike.types import FIVE_METRICS
 
 FAMILIES = {"blip2": "blip2-opt", "minigpt4": "minigpt4"}
-FAMILY_TITLES = {"blip2": "BLIP2-OPT", "minigpt4": "MiniGPT-4"}
+FAMILY_TITLES = {
+    "blip2": "BLIP2-OPT", "minigpt4": "MiniGPT-4", "llava": "LLaVA-1.5", "llava_onevision": "LLaVA-OneVision",
+    "qwen2_vl": "Qwen2-VL", "qwen2_5_vl": "Qwen2.5-VL", "instructblip": "InstructBLIP",
+}  # fmt: skip
 LIFELONG = "lifelong"
 ZETA = "figure4c_zeta_generality_locality"
 Figures = dict[str, dict[str, float]]
@@ -39,7 +42,7 @@ def figures(key: str, family: str, task: str, length: int = 1) -> Figures:
     The means behind Figure 4c are those of ``generality`` and ``locality``. The paper does not say where
     they were taken; the full method's are those of Table 1 for MiniGPT-4 on E-VQA.
     """
-    model = FAMILIES[family]
+    model = FAMILIES.get(family)
     if key == ZETA:
         means = _data("tables.json")[key] if (family, task) == ("minigpt4", "vqa") else {}
         return {row: dict(zip(("generality", "locality"), pair, strict=True)) for row, pair in means.items()}
@@ -55,7 +58,7 @@ def figures(key: str, family: str, task: str, length: int = 1) -> Figures:
 
 def lifelong(family: str) -> dict[int, Figures]:
     """By the number of edits in a row, all rows of the lifelong table, as published."""
-    table = _data(_FILES[LIFELONG]).get(FAMILIES[family], {})
+    table = _data(_FILES[LIFELONG]).get(FAMILIES.get(family, ""), {})
     return {int(length): _metrics(rows) for length, rows in table.items()}
 
 

@@ -29,7 +29,8 @@ class Batch:
 
     ``inputs_embeds [b,s,d]``; ``attention_mask [b,s]`` of 0 and 1; ``labels [b,s]``, -100 outside
     the answer; ``question_end [b]``, the position ``p`` of the last prompt token; ``prompts``, the
-    texts that were asked.
+    texts that were asked; ``positions [b,3,s]``, where tokens stand in time, height and width, for
+    decoders that do not simply count them.
     """
 
     inputs_embeds: torch.Tensor
@@ -37,6 +38,7 @@ class Batch:
     labels: torch.Tensor
     question_end: torch.Tensor
     prompts: tuple[str, ...] = ()
+    positions: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -54,7 +56,7 @@ class PrefixState:
     """Queries at the door of the first edited layer.
 
     ``hidden [b,s,d]`` enters layer ``first``; ``layer_inputs`` are the other arguments (mask,
-    rotary positions) that every further layer takes.
+    rotary positions) that every further layer takes. ``positions`` are the batch's.
     """
 
     hidden: torch.Tensor
@@ -64,6 +66,7 @@ class PrefixState:
     first: int
     layer_inputs: Mapping[str, Any] = field(repr=False, default_factory=dict)
     prompts: tuple[str, ...] = ()
+    positions: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -152,7 +155,9 @@ class Backbone(Protocol):
         """``[n,v]``: of ``suffix``'s logits those that predict the rows' answer tokens, row after row."""
         ...
 
-    def layer_inputs(self, attention_mask: torch.Tensor) -> Mapping[str, Any]: ...
+    def layer_inputs(
+        self, attention_mask: torch.Tensor, positions: torch.Tensor | None = None
+    ) -> Mapping[str, Any]: ...
 
     def generate(
         self, images: Sequence[ImageLike | None], prompts: Sequence[str], max_new_tokens: int | None = None
@@ -182,14 +187,16 @@ def narrowed(backbone: Backbone, state: PrefixState, rows: torch.Tensor) -> Pref
     mask = state.attention_mask[rows]
     width = int(mask.sum(1).max())
     mask = mask[:, :width]
+    positions = None if state.positions is None else state.positions[rows, :, :width]
     return replace(
         state,
         hidden=state.hidden[rows, :width],
         attention_mask=mask,
         labels=state.labels[rows, :width],
         question_end=state.question_end[rows],
-        layer_inputs=backbone.layer_inputs(mask),
+        layer_inputs=backbone.layer_inputs(mask, positions),
         prompts=tuple(state.prompts[i] for i in rows.tolist()) if state.prompts else (),
+        positions=positions,
     )
 
 

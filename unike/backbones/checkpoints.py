@@ -25,16 +25,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from unike.backbones.checkpoint_files import (
-    DTYPES,
-    Finding,
-    check_spec,
-    load_state,
-    memory_finding,
-    original_kinds,
-    reading,
-    require_files,
-)
+from unike.backbones.checking import check_spec, memory_finding, original_kinds, require_files
+from unike.backbones.checkpoint_files import DTYPES, Finding, load_state, reading
 from unike.backbones.placement import quantization_config
 from unike.types import BackboneSpec, UserError
 

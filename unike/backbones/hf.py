@@ -1,7 +1,6 @@
-"""The one implementation behind BLIP2-OPT and MiniGPT-4: vision tower, Q-Former, decoder.
+"""The one implementation behind all backbones: a vision side, a decoder, what is written around a query.
 
-Both are ``transformers.Blip2ForConditionalGeneration``, with an OPT or a LLaMA decoder; they differ
-in what stands around the image, which is data (see ``blip2_opt`` and ``minigpt4``).
+Which class of ``transformers`` it is, and what tells it from the others, is an ``Architecture``.
 """
 
 from __future__ import annotations
@@ -9,15 +8,17 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import transformers
-from transformers import Blip2ForConditionalGeneration, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from unike.backbones.architecture import Architecture
 from unike.backbones.base import IGNORED, Batch, Output, PrefixState, Prompt
-from unike.backbones.images import FeatureCache, image_processor
+from unike.backbones.dialogue import Chat, Dialogue, prompt_and_answer
+from unike.backbones.images import FeatureCache, Parts
 from unike.backbones.layout import DecoderLayout
 from unike.backbones.store import RowStore
 from unike.hooks import first_tensor, hidden_states, inputs_of
@@ -25,46 +26,35 @@ from unike.types import ImageLike, UserError
 
 # Masks whose layer inputs are kept: those of a training loop and of the probes around it.
 MASKS = 32
-
-
-@dataclass(frozen=True)
-class Dialogue:
-    """What a backbone writes around image and answer.
-
-    ``before_image`` and ``after_image`` are tokenised on their own; a generated answer ends at the
-    first of ``stops``.
-    """
-
-    decoders: tuple[str, ...]
-    before_image: str = ""
-    after_image: str = ""
-    stops: tuple[str, ...] = ("\n",)
+# Answers are the most likely tokens, whatever a checkpoint's own generation settings are.
+GREEDY = {
+    "do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0,
+    "temperature": 1.0, "top_p": 1.0, "top_k": 50,
+}  # fmt: skip
 
 
 class VisionLanguageBackbone:
-    """A frozen BLIP-2-style model; implements ``backbones.base.Backbone``."""
+    """A frozen vision-language model; implements ``backbones.base.Backbone``."""
 
     def __init__(
         self,
-        model: Blip2ForConditionalGeneration,
+        model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        dialogue: Dialogue,
+        architecture: Architecture,
+        dialogue: Dialogue | Chat,
         folder: str | None = None,
         image_size: int | None = None,
         max_new_tokens: int = 16,
     ) -> None:
-        self.model = model.eval().requires_grad_(False)
+        self.model: Any = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.dialogue = dialogue
         self.max_new_tokens = max_new_tokens
-        self.layout = DecoderLayout(model.language_model)
+        self.decoder = architecture.decoder_of(model)
+        self.layout = DecoderLayout(self.decoder)
         self.prompt = Prompt()
-        vision: Any = model.config.vision_config
-        trained = vision.image_size
-        self.image_size = image_size or trained
-        self._resize_positions = self.image_size != trained
-        self.processor = image_processor(folder, self.image_size)
-        self.cache = FeatureCache(self._see)
+        self.vision = architecture.vision(model, folder, image_size)
+        self.cache = FeatureCache(self.vision.see)
         self._token_ids: dict[str, list[int]] = {}
         self._fingerprint: str | None = None
         self._identity: str | None = None
@@ -72,27 +62,29 @@ class VisionLanguageBackbone:
 
     @property
     def device(self) -> torch.device:
-        return self.model.language_model.get_input_embeddings().weight.device
+        where: torch.device = self.decoder.get_input_embeddings().weight.device
+        return where
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.model.language_model.dtype
+        kind: torch.dtype = self.decoder.dtype
+        return kind
 
     @property
     def context(self) -> int:
         """How many tokens the decoder takes, the picture's, the prompt's and the answer's together."""
-        return int(self.model.config.text_config.max_position_embeddings)
+        return self.layout.context
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
-        config = self.model.language_model.generation_config.eos_token_id
+        config = self.decoder.generation_config.eos_token_id
         ids = {self.tokenizer.eos_token_id, *(config if isinstance(config, list) else [config])}
         return tuple(sorted(i for i in ids if i is not None))
 
     @property
     def fingerprint(self) -> str:
         if self._fingerprint is None:
-            digest = hashlib.sha256(self.model.config.text_config.model_type.encode())
+            digest = hashlib.sha256(self.model.config.get_text_config().model_type.encode())
             for name, tensor in sorted(self.model.state_dict().items()):
                 digest.update(name.encode())
                 # A few numbers of every tensor tell weights apart without reading gigabytes.
@@ -110,10 +102,10 @@ class VisionLanguageBackbone:
             settings = {k: v for k, v in _flat(config) if k.rpartition(".")[2] not in where}
             backend = getattr(self.tokenizer, "backend_tokenizer", None)
             parts = (
-                self.fingerprint, sorted(settings.items()), self.processor.to_json_string(), self.image_size,
+                self.fingerprint, sorted(settings.items()), self.vision.settings,
                 repr(self.dialogue), sorted(self.tokenizer.get_vocab().items()),
                 None if backend is None else backend.to_str(), self.device.type,
-                self.model.language_model.config._attn_implementation,
+                self.model.config.get_text_config()._attn_implementation,
                 [(n, str(p.dtype)) for n, p in self.model.named_parameters()],
                 torch.__version__, transformers.__version__,
             )  # fmt: skip
@@ -127,15 +119,7 @@ class VisionLanguageBackbone:
 
     @property
     def projection(self) -> torch.nn.Module:
-        return self.model.language_projection
-
-    @torch.no_grad()
-    def _see(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """The Q-Former's output, in the vision tower's precision: what the projection receives."""
-        vision = self.model.vision_model
-        given = pixel_values.to(vision.device, vision.dtype)
-        seen = self.model.get_image_features(given, interpolate_pos_encoding=self._resize_positions)
-        return seen.qformer_outputs[0].to(given.dtype)
+        return self.vision.projection
 
     def tokens(self, text: str) -> list[int]:
         """Token ids of ``text`` alone, without BOS or EOS."""
@@ -146,19 +130,8 @@ class VisionLanguageBackbone:
         return self._token_ids[text]
 
     def prompt_and_answer(self, prompt: str, target: str | None) -> tuple[list[int], list[int]]:
-        """Token ids of the prompt and of the answer behind it, which starts with one space.
-
-        The two are tokenised together, unless the tokeniser merges across their border: then the
-        prompt keeps its own tokens, and the answer the tokens that it has behind them.
-        """
-        asked = self.tokens(prompt)
-        if target is None:
-            return asked, []
-        answer = " " + target.strip()
-        both = self.tokens(prompt + answer)
-        if both[: len(asked)] == asked:
-            return asked, both[len(asked) :]
-        return asked, self.tokens(answer)
+        """Token ids of a text and of the answer behind it, without what a dialogue writes around them."""
+        return prompt_and_answer(self.tokens, prompt, target)
 
     def encode(
         self,
@@ -177,59 +150,60 @@ class VisionLanguageBackbone:
         """
         targets = [None] * len(prompts) if targets is None else targets
         shown = [i for i in images if i is not None]
-        features = iter(self.cache.features(shown, self.processor, device=self.device)) if shown else iter(())
+        seen = iter(self.cache.seen(shown, self.vision.pixels, device=self.device))
         rows = [
-            self._row(next(features) if i is not None else None, p, t)
+            self._row(next(seen) if i is not None else None, p, t)
             for i, p, t in zip(images, prompts, targets, strict=True)
         ]
-        return replace(self._pad(rows, padding_side), prompts=tuple(prompts))
+        return self._pad(rows, padding_side, tuple(prompts))
 
-    def _row(
-        self, features: torch.Tensor | None, prompt: str, target: str | None
-    ) -> tuple[torch.Tensor, list[int]]:
-        """Embeddings ``(s, d)`` and the answer's token ids at their end; ``features`` as ``_see`` gives."""
-        asked, answer = self.prompt_and_answer(prompt, target)
-        if not asked:
+    def _row(self, seen: Parts | None, prompt: str, target: str | None) -> _Row:
+        """One query, unpadded; ``seen`` as the vision side saw its picture."""
+        if not self.tokens(prompt):
             raise UserError("prompt: is empty; expected a question")
-        embed = self.model.language_model.get_input_embeddings()
-        parts = [embed(torch.tensor(asked + answer, device=self.device))]
-        if features is not None:
-            around = (self.dialogue.before_image, self.dialogue.after_image)
-            before, after = (
-                embed(torch.tensor(self.tokens(t), device=self.device, dtype=torch.long)) for t in around
-            )
-            parts = [before, self.projection(features).to(before), after, *parts]
+        words = self.dialogue.words(self.tokenizer, self.tokens, prompt, target, seen is not None)
+        embed = self.decoder.get_input_embeddings()
+        before, after = (
+            embed(torch.tensor(ids, device=self.device, dtype=torch.long))
+            for ids in (words.before, words.after)
+        )
+        parts = [before, after]
+        if seen is not None:
+            parts.insert(1, self.vision.tokens(seen, prompt).to(before))
         row = torch.cat(parts)
         if len(row) > self.context:
             raise UserError(
                 f"prompt: {len(row)} tokens; expected at most {self.context}, the decoder's context"
             )
-        return row, answer
+        return _Row(row, words.answer, self.vision.positions(len(before), seen, len(after)))
 
-    def _pad(self, rows: list[tuple[torch.Tensor, list[int]]], side: str) -> Batch:
+    def _pad(self, rows: list[_Row], side: str, prompts: tuple[str, ...]) -> Batch:
         if side not in ("left", "right"):
             raise ValueError(f"padding_side: {side!r}; expected 'left' or 'right'")
-        width, device = max(len(e) for e, _ in rows), self.device
-        embeds = rows[0][0].new_zeros(len(rows), width, rows[0][0].shape[-1])
+        width, device = max(len(row.embeds) for row in rows), self.device
+        embeds = rows[0].embeds.new_zeros(len(rows), width, rows[0].embeds.shape[-1])
         mask = torch.zeros(len(rows), width, dtype=torch.long, device=device)
         labels = torch.full((len(rows), width), IGNORED, device=device)
+        positions = None if rows[0].positions is None else mask.new_zeros(len(rows), 3, width)
         ends = []
-        for i, (row, answer) in enumerate(rows):
-            start = width - len(row) if side == "left" else 0
-            stop = start + len(row)
-            embeds[i, start:stop] = row
+        for i, row in enumerate(rows):
+            start = width - len(row.embeds) if side == "left" else 0
+            stop = start + len(row.embeds)
+            embeds[i, start:stop] = row.embeds
             mask[i, start:stop] = 1
-            if answer:
-                labels[i, stop - len(answer) : stop] = torch.tensor(answer, device=device)
-            ends.append(stop - len(answer) - 1)
-        return Batch(embeds, mask, labels, torch.tensor(ends, device=device))
+            if row.answer:
+                labels[i, stop - len(row.answer) : stop] = torch.tensor(row.answer, device=device)
+            if positions is not None and row.positions is not None:
+                positions[i, :, start:stop] = row.positions
+            ends.append(stop - len(row.answer) - 1)
+        return Batch(embeds, mask, labels, torch.tensor(ends, device=device), prompts, positions)
 
     def _decode_whole(self, batch: Batch) -> torch.Tensor:
-        positions = (batch.attention_mask.cumsum(1) - 1).clamp(min=0)
-        return self.model.language_model(
+        logits: torch.Tensor = self.decoder(
             inputs_embeds=batch.inputs_embeds, attention_mask=batch.attention_mask,
-            position_ids=positions, use_cache=False,
+            position_ids=_positions(batch), use_cache=False,
         ).logits  # fmt: skip
+        return logits
 
     def __call__(self, batch: Batch) -> Output:
         """The whole decoder over a batch."""
@@ -243,30 +217,36 @@ class VisionLanguageBackbone:
         hidden = hidden_states(args, kwargs)
         rest = {k: v for k, v in kwargs.items() if k != "hidden_states"}
         return PrefixState(
-            hidden, batch.attention_mask, batch.labels, batch.question_end, first, rest, batch.prompts
-        )
+            hidden, batch.attention_mask, batch.labels, batch.question_end, first, rest, batch.prompts,
+            batch.positions,
+        )  # fmt: skip
 
     @torch.no_grad()
-    def layer_inputs(self, attention_mask: torch.Tensor) -> dict[str, object]:
-        """What decoder layers take beside the hidden state for a mask ``[b,s]``.
+    def layer_inputs(
+        self, attention_mask: torch.Tensor, positions: torch.Tensor | None = None
+    ) -> dict[str, object]:
+        """What decoder layers take beside the hidden state for a mask ``[b,s]`` and positions ``[b,3,s]``.
 
-        It depends on the mask alone, so that of the masks asked last is kept.
+        It depends on these alone, so that of those asked last is kept.
         """
-        raw = attention_mask.cpu().numpy()
-        key = (attention_mask.device, raw.dtype, raw.shape, raw.tobytes())
+        given = (attention_mask,) if positions is None else (attention_mask, positions)
+        raw = [tensor.cpu().numpy() for tensor in given]
+        key = (attention_mask.device, *((array.dtype, array.shape, array.tobytes()) for array in raw))
         if key not in self._layer_inputs:
-            self._layer_inputs[key] = self._read_layer_inputs(attention_mask)
+            self._layer_inputs[key] = self._read_layer_inputs(attention_mask, positions)
             if len(self._layer_inputs) > MASKS:
                 self._layer_inputs.popitem(last=False)
         self._layer_inputs.move_to_end(key)
         return dict(self._layer_inputs[key])
 
-    def _read_layer_inputs(self, attention_mask: torch.Tensor) -> dict[str, object]:
-        embed = self.model.language_model.get_input_embeddings()
+    def _read_layer_inputs(
+        self, attention_mask: torch.Tensor, positions: torch.Tensor | None = None
+    ) -> dict[str, object]:
+        embed = self.decoder.get_input_embeddings()
         nothing = torch.zeros(
             *attention_mask.shape, embed.embedding_dim, dtype=self.dtype, device=self.device
         )
-        batch = Batch(nothing, attention_mask, attention_mask, attention_mask[:, 0])
+        batch = Batch(nothing, attention_mask, attention_mask, attention_mask[:, 0], positions=positions)
         _, kwargs = inputs_of(self.layout.layer(0), lambda: self._decode_whole(batch))
         return {k: v for k, v in kwargs.items() if k != "hidden_states"}
 
@@ -299,8 +279,9 @@ class VisionLanguageBackbone:
         if room < 1:
             raise UserError(f"prompt: leaves no room for an answer in a context of {self.context} tokens")
         with self.prompt.asking(batch):
-            ids = self.model.language_model.generate(
-                inputs_embeds=batch.inputs_embeds, attention_mask=batch.attention_mask, do_sample=False,
+            ids = self.decoder.generate(
+                inputs_embeds=batch.inputs_embeds, attention_mask=batch.attention_mask,
+                position_ids=_positions(batch), **GREEDY,
                 max_new_tokens=min(room, max_new_tokens or self.max_new_tokens),
                 eos_token_id=list(self.eos_ids),
                 pad_token_id=self.tokenizer.pad_token_id or self.eos_ids[0],
@@ -324,6 +305,22 @@ class VisionLanguageBackbone:
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids."""
         return self.cut(str(self.tokenizer.decode(list(ids), skip_special_tokens=True)))
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One query: ``embeds (s, d)``, the answer's token ids at their end, ``positions (3, s)`` or None."""
+
+    embeds: torch.Tensor
+    answer: list[int]
+    positions: torch.Tensor | None
+
+
+def _positions(batch: Batch) -> torch.Tensor:
+    """Where the decoder takes the tokens to be: ``[b,s]``, or ``[3,b,s]``."""
+    if batch.positions is not None:
+        return batch.positions.transpose(0, 1)
+    return (batch.attention_mask.cumsum(1) - 1).clamp(min=0)
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

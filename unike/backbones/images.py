@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -16,6 +17,9 @@ from unike.backbones.checkpoint_files import reading
 from unike.backbones.store import RowStore, row_key
 from unike.datasets.images import open_image
 from unike.types import ImageLike, UserError
+
+# A picture, or what was seen of it: tensors by name.
+Parts = Mapping[str, torch.Tensor]
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -30,7 +34,7 @@ def image_processor(folder: str | None, size: int) -> BlipImageProcessorPil:
     return BlipImageProcessorPil(size=square, image_mean=CLIP_MEAN, image_std=CLIP_STD)
 
 
-def pixels(image: ImageLike, processor: BlipImageProcessorPil) -> torch.Tensor:
+def normalised(image: ImageLike, processor: Any) -> torch.Tensor:
     """``(3, H, W)`` normalised; a float tensor is taken as it is.
 
     Raises UserError for a tensor of another shape and for a picture that cannot be read.
@@ -45,33 +49,33 @@ def pixels(image: ImageLike, processor: BlipImageProcessorPil) -> torch.Tensor:
 
 
 class FeatureCache:
-    """Vision features by image content, so that a picture used by many queries is seen once.
+    """What a vision side saw, by image content, so that a picture used by many queries is seen once.
 
-    They stay in memory up to ``max_bytes``, those that were not asked for longest go first; with a
-    ``store`` they are on disk too. ``computed`` counts pictures that were seen. ``alone`` sees each
-    picture by itself: in a batch its features differ in the last bits with the other pictures.
+    It stays in memory up to ``max_bytes``, what was not asked for longest goes first; with a ``store`` it
+    is on disk too. ``computed`` counts pictures that were seen. ``alone`` sees each picture by itself: in
+    a batch its features differ in the last bits with the other pictures.
     """
 
     def __init__(
         self,
-        compute: Callable[[torch.Tensor], torch.Tensor],
+        compute: Callable[[Sequence[Parts]], list[Parts]],
         max_bytes: int = 1 << 29,
         store: RowStore | None = None,
     ) -> None:
         self.compute, self.max_bytes, self.store = compute, max_bytes, store
         self.alone = False
         self.computed = 0
-        self._kept: OrderedDict[str, torch.Tensor] = OrderedDict()
+        self._kept: OrderedDict[str, Parts] = OrderedDict()
         self._bytes = 0
 
-    def features(
+    def seen(
         self,
-        images: list[ImageLike],
-        processor: BlipImageProcessorPil,
+        images: Sequence[ImageLike],
+        pixels: Callable[[ImageLike], Parts],
         batch: int = 32,
         device: torch.device | None = None,
-    ) -> torch.Tensor:
-        """``(len(images), image tokens, d)``, on ``device``, or where they are computed."""
+    ) -> list[Parts]:
+        """What ``compute`` gives for each picture, on ``device``, or where it is computed."""
         keys = [content_key(i) for i in images]
         found = {k: self._kept[k] for k in keys if k in self._kept}
         found.update(self._load([k for k in dict.fromkeys(keys) if k not in found], device))
@@ -79,36 +83,47 @@ class FeatureCache:
         step = 1 if self.alone else batch
         for start in range(0, len(waiting), step):
             part = waiting[start : start + step]
-            states = self.compute(torch.stack([pixels(image, processor) for _, image in part]))
+            states = self.compute([pixels(image) for _, image in part])
             self.computed += len(part)
             # Copies: a view would keep its whole batch in memory.
-            made = {key: state.clone().to(device) for (key, _), state in zip(part, states, strict=True)}
+            made: dict[str, Parts] = {
+                key: {name: tensor.clone().to(device) for name, tensor in state.items()}
+                for (key, _), state in zip(part, states, strict=True)
+            }
             found.update(made)
             if self.store is not None:
-                self.store.put({row_key(k): {"features": state} for k, state in made.items()})
+                self.store.put({row_key(k): state for k, state in made.items()})
         for key in keys:
             self._keep(key, found[key])
-        return torch.stack([found[k] for k in keys])
+        return [found[k] for k in keys]
 
     def forget(self) -> None:
         """Empties the memory."""
         self._kept.clear()
         self._bytes = 0
 
-    def _load(self, keys: list[str], device: torch.device | None) -> dict[str, torch.Tensor]:
+    def _load(self, keys: list[str], device: torch.device | None) -> dict[str, Parts]:
         if self.store is None or not keys:
             return {}
         rows = self.store.get([row_key(k) for k in keys])
-        return {k: rows[row_key(k)]["features"].to(device) for k in keys if row_key(k) in rows}
+        return {
+            k: {name: tensor.to(device) for name, tensor in rows[row_key(k)].items()}
+            for k in keys
+            if row_key(k) in rows
+        }
 
-    def _keep(self, key: str, state: torch.Tensor) -> None:
+    def _keep(self, key: str, seen: Parts) -> None:
         if key not in self._kept:
-            self._bytes += state.nbytes
-        self._kept[key] = state
+            self._bytes += _nbytes(seen)
+        self._kept[key] = seen
         self._kept.move_to_end(key)
         while self._bytes > self.max_bytes and len(self._kept) > 1:
             _, old = self._kept.popitem(last=False)
-            self._bytes -= old.nbytes
+            self._bytes -= _nbytes(old)
+
+
+def _nbytes(parts: Parts) -> int:
+    return sum(tensor.nbytes for tensor in parts.values())
 
 
 def content_key(image: ImageLike) -> str:

@@ -16,9 +16,8 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Family:
-    """Module paths of a decoder family, relative to the causal language model or to a layer."""
+    """Module paths of a decoder family: ``after_layers`` from the decoder on, the others from a layer."""
 
-    layers: str
     after_layers: tuple[str, ...]
     attention: str
     projections: tuple[str, str, str, str]
@@ -28,8 +27,7 @@ class Family:
 
 
 _LLAMA = Family(
-    layers="model.layers",
-    after_layers=("model.norm", "lm_head"),
+    after_layers=("norm",),
     attention="self_attn",
     projections=("q_proj", "k_proj", "v_proj", "o_proj"),
     ffn_keys=("mlp.gate_proj", "mlp.up_proj"),
@@ -38,8 +36,7 @@ _LLAMA = Family(
 )
 FAMILIES: dict[str, Family] = {
     "opt": Family(
-        layers="model.decoder.layers",
-        after_layers=("model.decoder.final_layer_norm", "model.decoder.project_out", "lm_head"),
+        after_layers=("final_layer_norm", "project_out"),
         attention="self_attn",
         projections=("q_proj", "k_proj", "v_proj", "out_proj"),
         ffn_keys=("fc1",),
@@ -49,6 +46,8 @@ FAMILIES: dict[str, Family] = {
     "llama": _LLAMA,
     "mistral": _LLAMA,
     "qwen2": _LLAMA,
+    "qwen2_vl_text": _LLAMA,
+    "qwen2_5_vl_text": _LLAMA,
 }
 
 
@@ -104,27 +103,29 @@ class AttentionSite:
 
 
 class DecoderLayout:
-    """The sites of a causal language model.
+    """The sites of a causal language model, which may be a vision-language model as a whole.
 
     Raises ValueError for a family that has no row in ``FAMILIES``.
     """
 
-    def __init__(self, language_model: nn.Module) -> None:
-        config: Any = language_model.config
+    def __init__(self, language_model: Any) -> None:
+        config = language_model.config.get_text_config()
         if config.model_type not in FAMILIES:
             raise ValueError(f"no layout for decoder family {config.model_type!r}; known: {sorted(FAMILIES)}")
         self.family = FAMILIES[config.model_type]
-        self.layers = language_model.get_submodule(self.family.layers)
+        decoder = language_model.get_decoder()
+        self.layers: nn.ModuleList = decoder.layers
         self.width: int = config.hidden_size
         # Positions that the decoder knows: picture, prompt and answer must fit.
         self.context: int = config.max_position_embeddings
         self.head_dim: int = (
             getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         )
-        self._after = [_resolve(language_model, path) for path in self.family.after_layers]
+        after = [getattr(decoder, name, None) for name in self.family.after_layers]
+        self._after = [m for m in (*after, language_model.get_output_embeddings()) if m is not None]
 
     def __len__(self) -> int:
-        return len(self.layers)  # type: ignore[arg-type]
+        return len(self.layers)
 
     def last(self, count: int) -> list[int]:
         """The indices of the last ``count`` layers; ValueError if there are fewer."""
@@ -133,7 +134,7 @@ class DecoderLayout:
         return list(range(len(self) - count, len(self)))
 
     def layer(self, index: int) -> nn.Module:
-        return self.layers[index]  # type: ignore[index]
+        return self.layers[index]
 
     def ffn(self, index: int) -> FFNSite:
         layer, family = self.layer(index), self.family
@@ -151,11 +152,5 @@ class DecoderLayout:
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """What follows the last layer: final norm, output projection, vocabulary ``(..., v)``."""
         for module in self._after:
-            if module is not None:
-                hidden = module(hidden)
+            hidden = module(hidden)
         return hidden
-
-
-def _resolve(root: nn.Module, path: str) -> nn.Module | None:
-    parent, _, name = path.rpartition(".")
-    return getattr(root.get_submodule(parent), name, None)

@@ -11,12 +11,13 @@ import torch
 from torch import nn
 
 from unike import processes
-from unike.backbones.layout import FAMILIES
 from unike.types import BackboneSpec, UserError
 
 DeviceMap = dict[str, Any]
+# The parts of a vision side, whatever the model.
+VISION = ("vision_model", "qformer", "language_projection", "vision_tower", "multi_modal_projector", "visual")
 # What stays in its own type under `quantization`: bitsandbytes is for language models.
-UNQUANTIZED = ("vision_model", "qformer", "language_projection", "lm_head")
+UNQUANTIZED = (*VISION, "lm_head")
 # What activations and the edits themselves need beside the weights.
 _FREE_SHARE = 0.9
 
@@ -85,7 +86,7 @@ def quantization_config(spec: BackboneSpec, dtype: torch.dtype) -> Any:
 def device_map(
     model: Any, dtype: torch.dtype, last: int, limits: Mapping[int, int] | None = None
 ) -> DeviceMap:
-    """Which device each part of a BLIP-2 model goes to, for ``accelerate``; on a machine without
+    """Which device each part of a model goes to, for ``accelerate``; on a machine without
     accelerators ``{"": "cpu"}``.
 
     The ``last`` decoder layers stay with embeddings, final norm and head on the first device, so that
@@ -101,16 +102,16 @@ def device_map(
     if not limits:
         return {"": "cpu"}
     sizes = compute_module_sizes(model, dtype=dtype)
-    decoder = f"language_model.{FAMILIES[model.config.text_config.model_type].layers}."
-    depth = len(model.get_submodule(decoder[:-1]))
+    # BLIP-2 names its whole language model, which then names its own decoder.
+    stack = model.get_decoder().get_decoder().layers
+    decoder = next(f"{name}." for name, module in model.named_modules() if module is stack)
 
     def at_home(name: str) -> bool:
         if name.startswith(decoder):
-            return int(name.removeprefix(decoder).split(".")[0]) >= depth - last
-        # The model's own parameters (query tokens) lie where accelerate's hook of the whole puts them.
-        return name.startswith("language_model.") or name in own
+            return int(name.removeprefix(decoder).split(".")[0]) >= len(stack) - last
+        # A model's own parameters (query tokens) lie where accelerate's hook of the whole puts them.
+        return not set(name.split(".")) & set(VISION)
 
-    own = dict(model.named_parameters(recurse=False))
     units = list(_units(model))
     home, left = next(iter(limits)), dict(limits)
     placed: DeviceMap = {name: home for name in units if at_home(name)}

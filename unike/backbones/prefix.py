@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,13 +25,21 @@ class _Row:
     hidden: torch.Tensor
     labels: torch.Tensor
     question_end: int
+    positions: torch.Tensor | None = None
 
     @property
     def nbytes(self) -> int:
-        return self.hidden.nbytes + self.labels.nbytes
+        return sum(tensor.nbytes for tensor in self.tensors().values())
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        return {"hidden": self.hidden, "labels": self.labels, "end": torch.tensor(self.question_end)}
+        own = {"hidden": self.hidden, "labels": self.labels, "end": torch.tensor(self.question_end)}
+        return own if self.positions is None else own | {"positions": self.positions}
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, torch.Tensor], device: torch.device) -> _Row:
+        """The row whose ``tensors`` these are, on ``device``."""
+        there = {name: tensor.to(device) for name, tensor in tensors.items() if name != "end"}
+        return cls(question_end=int(tensors["end"]), **there)
 
 
 class PrefixCache:
@@ -96,8 +104,7 @@ class PrefixCache:
         found, device, rows = self.store.get([row_key(k) for k in keys]), self.backbone.device, {}
         for key in keys:
             if (kept := found.get(row_key(key))) is not None:
-                end = int(kept["end"])
-                rows[key] = _Row(kept["hidden"].to(device), kept["labels"].to(device), end)
+                rows[key] = _Row.of(kept, device)
                 self._keep(key, rows[key])
         self.loaded += len(rows)
         return rows
@@ -113,9 +120,12 @@ class PrefixCache:
         lengths = state.attention_mask.sum(1).tolist()
         self.computed += len(queries)
         return [
-            _Row(state.hidden[i, :n].clone(), state.labels[i, :n].clone(), int(state.question_end[i]))
+            _Row(
+                state.hidden[i, :n].clone(), state.labels[i, :n].clone(), int(state.question_end[i]),
+                None if state.positions is None else state.positions[i, :, :n].clone(),
+            )
             for i, n in enumerate(lengths)
-        ]
+        ]  # fmt: skip
 
     def _keep(self, key: Any, row: _Row) -> None:
         self._rows[key] = row
@@ -129,12 +139,17 @@ class PrefixCache:
         hidden = rows[0].hidden.new_zeros(len(rows), width, rows[0].hidden.shape[-1])
         labels = rows[0].labels.new_full((len(rows), width), IGNORED)
         mask = torch.zeros_like(labels)
+        placed = rows[0].positions is not None
+        positions = labels.new_zeros(len(rows), 3, width) if placed else None
         for i, row in enumerate(rows):
             hidden[i, : len(row.labels)] = row.hidden
             labels[i, : len(row.labels)] = row.labels
             mask[i, : len(row.labels)] = 1
+            if positions is not None and row.positions is not None:
+                positions[i, :, : len(row.labels)] = row.positions
         ends = torch.tensor([r.question_end for r in rows], device=hidden.device)
-        return PrefixState(hidden, mask, labels, ends, self.first, self.backbone.layer_inputs(mask))
+        inputs = self.backbone.layer_inputs(mask, positions)
+        return PrefixState(hidden, mask, labels, ends, self.first, inputs, positions=positions)
 
 
 def open_prefixes(

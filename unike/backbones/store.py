@@ -60,7 +60,10 @@ class RowStore:
         """Keeps rows in one file; the tensors may lie anywhere."""
         if not rows or not self.writing:
             return
-        own = {key: {n: t.detach().cpu().clone() for n, t in row.items()} for key, row in rows.items()}
+        own = {
+            key: {n: t.detach().cpu().clone(memory_format=torch.contiguous_format) for n, t in row.items()}
+            for key, row in rows.items()
+        }
         size = sum(t.nbytes for row in own.values() for t in row.values())
         if not self._make_room(size):
             logger.warning(

@@ -24,7 +24,7 @@ from unike.types import Case, EditRequest, Query, UserError
 
 # One copy to three updates to four retains, in any eight neighbours as nearly as eight allow.
 KINDS = ("retain", "update", "retain", "update", "copy", "retain", "update", "retain")
-# Tokens left for the picture, the question and the answer.
+# Tokens left for the question, the answer, and a picture of a Q-Former's few tokens.
 ASKING = 128
 Embed = Callable[[Sequence[Query], PrefixCache], torch.Tensor]
 
@@ -63,7 +63,8 @@ class InContextEditing:
         near = self._nearest(backbone, request.query, prefixes) if self.hparams.ike_demonstrations else []
         examples = [shown(demonstration(case, KINDS[rank % len(KINDS)])) for rank, case in enumerate(near)]
         fact = Fact(request.id, shown(new_fact(request.query)), tuple(examples))
-        return PromptEdit((fact,), backbone.layout.context - ASKING, {"steps": 0})
+        room = backbone.layout.context - ASKING - _picture(backbone, request.query, prefixes)
+        return PromptEdit((fact,), room, {"steps": 0})
 
     def _nearest(self, backbone: Backbone, query: Query, prefixes: PrefixCache) -> list[Case]:
         """The training cases whose facts are most similar to the query's, best first."""
@@ -93,6 +94,13 @@ class InContextEditing:
             return model.encode(texts, convert_to_tensor=True, show_progress_bar=False).clone().float()
 
         return embed
+
+
+def _picture(backbone: Backbone, query: Query, prefixes: PrefixCache) -> int:
+    """Tokens of a picture that is more than ``ASKING`` has room for, and of what is written around it."""
+    asked = int(prefixes.state([query]).attention_mask.sum())
+    around = asked - len(backbone.tokens(query.prompt)) - len(backbone.tokens(f" {query.target}"))
+    return around if around > ASKING // 2 else 0
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,292 @@
+"""What the files of a backbone must be: all of it is looked at before any is loaded."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from unike.backbones.checkpoint_files import (
+    DTYPES,
+    EVA,
+    MINIGPT4,
+    QFORMER_OPT,
+    QFORMER_T5,
+    Finding,
+    Kind,
+    load_state,
+    peek,
+    reading,
+)
+from unike.options import short
+from unike.types import BackboneSpec, UserError
+
+Parts = dict[str, tuple[str, ...]]
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A Hugging Face folder of a whole model: the ``model_type`` and decoders that its config.json may name,
+    where it comes from, and what must lie in it beside weights and tokenizer.
+
+    ``parts`` are file names, of which one is enough; ``name:key`` is a key in a JSON file.
+    """
+
+    kind: str
+    decoders: tuple[str, ...]
+    origin: str
+    parts: Parts
+
+
+_FILES = {
+    "blip2": {"state_dict_file": EVA, "qformer_checkpoint": QFORMER_OPT},
+    "minigpt4": {"state_dict_file": EVA, "qformer_checkpoint": QFORMER_T5, "pretrained_ckpt": MINIGPT4},
+}
+_LANGUAGE = {
+    "blip2": ("opt", "an OPT folder: `facebook/opt-2.7b` from the Hugging Face hub"),
+    "minigpt4": (
+        "llama",
+        "a Vicuna-7B V0 folder (not v1.5): `Vision-CAIR/vicuna-7b` from the Hugging Face hub, "
+        "or LLaMA-7B with `lmsys/vicuna-7b-delta-v0` applied",
+    ),
+}
+_TOKENIZER: Parts = {"tokenizer": ("tokenizer.json", "tokenizer.model", "vocab.json")}
+_PICTURES: Parts = {"image processor": ("preprocessor_config.json", "processor_config.json")}
+_CHAT: Parts = {
+    **_PICTURES,
+    "chat template": ("chat_template.jinja", "chat_template.json", "tokenizer_config.json:chat_template"),
+}
+_WHOLE = {
+    "blip2": Folder("blip-2", ("opt",), "a BLIP-2 folder: `Salesforce/blip2-opt-2.7b`", {}),
+    "minigpt4": Folder("blip-2", ("llama",), "a folder in BLIP-2's format with a LLaMA inside", {}),
+    "llava": Folder(
+        "llava", ("llama", "mistral", "qwen2"), "a LLaVA-1.5 folder: `llava-hf/llava-1.5-7b-hf`", _CHAT
+    ),
+    "llava_onevision": Folder(
+        "llava_onevision", ("qwen2",), "a LLaVA-OneVision folder: `llava-hf/llava-onevision-qwen2-7b-ov-hf`",
+        _CHAT,
+    ),
+    "qwen2_vl": Folder(
+        "qwen2_vl", ("qwen2_vl_text",), "a Qwen2-VL folder: `Qwen/Qwen2-VL-7B-Instruct`", _CHAT
+    ),
+    "qwen2_5_vl": Folder(
+        "qwen2_5_vl", ("qwen2_5_vl_text",), "a Qwen2.5-VL folder: `Qwen/Qwen2.5-VL-7B-Instruct`", _CHAT
+    ),
+    "instructblip": Folder(
+        "instructblip", ("llama",), "an InstructBLIP folder: `Salesforce/instructblip-vicuna-7b`",
+        {**_PICTURES, "Q-Former's tokenizer": ("qformer_tokenizer",)},
+    ),
+}  # fmt: skip
+# Far above any real model.
+LAYERS = 1024
+_FOLDER_HAS = ("state_dict_file", "qformer_checkpoint", "pretrained_ckpt", "image_size")
+
+
+def original_kinds(spec: BackboneSpec) -> Mapping[str, Kind]:
+    """The original files that this backbone needs, by YAML key; none where it only comes as a folder."""
+    return _FILES.get(spec.model_name, {})
+
+
+def decoders(spec: BackboneSpec) -> tuple[str, ...]:
+    """The families of language models that the backbone may have."""
+    return _WHOLE[spec.model_name].decoders
+
+
+def _check_file(key: str, value: str | None, kind: Kind) -> Finding:
+    if value is None:
+        return Finding(False, f"{key}: is not set; expected {kind.title}", kind.remedy)
+    try:
+        keys = peek(Path(value), kind.title)
+    except UserError as error:
+        return Finding(False, f"{key}: {error}", kind.remedy)
+    if missing := [name for name in kind.keys if name not in keys]:
+        others = (EVA, QFORMER_OPT, QFORMER_T5, MINIGPT4)
+        found = next((other.title for other in others if keys.issuperset(other.keys)), None)
+        reason = f"is {found}" if found else f"has no `{missing[0]}`"
+        return Finding(False, f"{key}: {value}: {reason}; expected {kind.title}", kind.remedy)
+    return Finding(True, f"{key}: {value}: {kind.title}")
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The files that transformers would read, in its order of preference; every shard must be there."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        index = folder / f"{name}.index.json"
+        if (folder / name).is_file():
+            return [folder / name]
+        if index.is_file():
+            shards = sorted(set(_read_json(index).get("weight_map", {}).values()))
+            absent = [shard for shard in shards if not (folder / shard).is_file()]
+            if absent or not shards:
+                raise UserError(f"{folder}: lacks {', '.join(absent) or 'every shard'} of {index.name}")
+            return [folder / shard for shard in shards]
+    raise UserError(f"{folder}: holds no weights (model.safetensors or pytorch_model.bin)")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: is missing or not JSON") from error
+    return content if isinstance(content, dict) else {}
+
+
+def _wrong_model(spec: BackboneSpec, config: Mapping[str, Any], whole: bool) -> str | None:
+    """Why a folder's model isn't the one that the spec needs."""
+    kind, wanted = config.get("model_type"), _WHOLE[spec.model_name]
+    if whole:
+        if kind != wanted.kind:
+            hint = "with a language model alone, state_dict_file and qformer_checkpoint name the vision side"
+            return f"holds a `{kind}` model" + (f"; {hint}" if original_kinds(spec) else "")
+        text = config.get("text_config") or config
+        if text is not config and text.get("model_type", wanted.decoders[0]) not in wanted.decoders:
+            return f"has a `{text['model_type']}` language model, which does not fit {spec.model_name}"
+        if text.get("use_sliding_window"):
+            return "has layers with a sliding window beside others, which no edit can tell apart"
+        return None
+    if kind == "blip-2":
+        return "holds a whole BLIP-2 model; leave out state_dict_file and qformer_checkpoint to use it"
+    language = _LANGUAGE[spec.model_name][0]
+    return None if kind == language else f"holds a `{kind}` model, not `{language}`"
+
+
+def _require_buildable(folder: Path, config: Mapping[str, Any]) -> None:
+    """Transformers would build as many layers as a configuration claims, for hours."""
+    for part in (config, *(value for value in config.values() if isinstance(value, Mapping))):
+        layers = part.get("num_hidden_layers", 0)
+        if not isinstance(layers, int) or layers > LAYERS:
+            raise UserError(
+                f"{folder}: config.json has num_hidden_layers {short(layers)}; expected at most {LAYERS}"
+            )
+
+
+def _there(folder: Path, part: str) -> bool:
+    """Whether a folder has a file, or in a JSON file (``name:key``) a key."""
+    name, _, key = part.partition(":")
+    try:
+        return (folder / name).exists() and (not key or key in _read_json(folder / name))
+    except UserError:
+        return False
+
+
+def _check_folder(spec: BackboneSpec, whole: bool) -> list[Finding]:
+    """The Hugging Face folder: of the ``whole`` model, or of the language model alone."""
+    folder, model = Path(spec.name), _WHOLE[spec.model_name]
+    origin = f"{model.origin} from the Hugging Face hub" if whole else _LANGUAGE[spec.model_name][1]
+    at, expected = f"name: {spec.name}", f"expected {origin}"
+    if not folder.exists():
+        # Hub owners have no underscore, and a folder that is there makes `a/b` a path.
+        if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9-]*/[\w.-]+", spec.name) and not folder.parent.is_dir():
+            what = f"{at}: is no local folder; the Hugging Face hub will be asked for it"
+            return [Finding(True, what, "to stay offline, name the folder of a download")]
+        return [Finding(False, f"{at}: does not exist", expected)]
+    if not folder.is_dir():
+        return [Finding(False, f"{at}: is a file, not a folder", expected)]
+    try:
+        with reading(f"{folder}: is damaged"):
+            config = _read_json(folder / "config.json")
+            if wrong := _wrong_model(spec, config, whole):
+                raise UserError(f"{folder}: {wrong}")
+            _require_buildable(folder, config)
+            for file in _weight_files(folder):
+                peek(file, "weights")
+            text = (config.get("text_config") if whole else config) or {}
+            context = int(text.get("max_position_embeddings", 0))
+    except UserError as error:
+        return [Finding(False, f"name: {error}", expected), *_lost_parts(spec, whole)]
+    if lost := _lost_parts(spec, whole):
+        return lost
+    findings = [Finding(True, f"{at}: `{config['model_type']}`")]
+    # Vicuna v1.5 comes from LLaMA-2 and shows it by its context; V0 and v1.1 have 2048 tokens.
+    if spec.model_name == "minigpt4" and context > 2048:
+        what = f"{at}: has a context of {context} tokens, like Vicuna v1.5"
+        findings.append(Finding(True, what, f"pretrained_minigpt4_7b.pth belongs to {origin}"))
+    return findings
+
+
+def _lost_parts(spec: BackboneSpec, whole: bool) -> list[Finding]:
+    """What a folder lacks beside its weights."""
+    parts = _TOKENIZER | (_WHOLE[spec.model_name].parts if whole else {})
+    return [
+        Finding(False, f"name: {spec.name}: holds no {what}", f"expected one of {', '.join(names)}")
+        for what, names in parts.items()
+        if not any(_there(Path(spec.name), name) for name in names)
+    ]
+
+
+def _unfit_keys(spec: BackboneSpec) -> list[Finding]:
+    """Keys of the YAML that a backbone which only comes as a folder has no use for."""
+    given = {key: getattr(spec, key) for key in (*_FOLDER_HAS, "vision_config", "qformer_config")}
+    what = f"{spec.model_name} comes as a Hugging Face folder, which has its own"
+    return [Finding(False, f"{key}: {what}", f"leave {key} out") for key, value in given.items() if value]
+
+
+def check_spec(spec: BackboneSpec) -> list[Finding]:
+    """Every weight file that the spec needs, looked at by its keys (only pre-1.6 pickles are read whole)."""
+    if not original_kinds(spec):
+        return [*_unfit_keys(spec), *_check_folder(spec, whole=True)]
+    original = spec.original_files or spec.pretrained_ckpt is not None
+    findings = []
+    if original:
+        findings = [_check_file(key, getattr(spec, key), kind) for key, kind in original_kinds(spec).items()]
+    return findings + _check_folder(spec, whole=not original)
+
+
+def require_files(spec: BackboneSpec) -> None:
+    """Raises one ``UserError`` with all that is wrong with the spec's files."""
+    bad = [finding for finding in check_spec(spec) if not finding.ok]
+    if bad:
+        raise UserError(*(f"{spec.source}: {f.what}" + (f"; {f.remedy}" if f.remedy else "") for f in bad))
+
+
+def _free_bytes() -> int | None:
+    """Memory that can be had now: the kernel's estimate, or this container's limit if that is less."""
+    limits = []
+    try:
+        meminfo = Path("/proc/meminfo").read_text(encoding="ascii")
+        limits = [int(kib) * 1024 for kib in re.findall(r"^MemAvailable:\s+(\d+) kB", meminfo, re.M)]
+        limits += [int(n) for n in re.findall(r"^\d+", Path("/sys/fs/cgroup/memory.max").read_text())]
+    except OSError:
+        pass
+    if not limits:
+        try:
+            limits = [os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+        except (AttributeError, ValueError, OSError):
+            return None
+    return min(limits)
+
+
+def _stored_numbers(spec: BackboneSpec) -> int:
+    """How many numbers the spec's weight files hold."""
+    originals = original_kinds(spec) if spec.original_files else {}
+    states = (load_state(getattr(spec, key) or "", kind.title) for key, kind in originals.items())
+    count = sum(tensor.numel() for state in states for tensor in state.values())
+    folder = Path(spec.name)
+    config = _read_json(folder / "config.json")
+    stored = getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "float32"), None)
+    width = stored.itemsize if isinstance(stored, torch.dtype) else 4
+    return count + sum(file.stat().st_size // width for file in _weight_files(folder))
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+def memory_finding(spec: BackboneSpec) -> Finding:
+    """Whether the weights, in ``spec.dtype``, fit into the memory that is free now."""
+    if spec.dtype not in DTYPES:
+        return Finding(False, f"dtype: `{spec.dtype}` is unknown", f"expected one of {', '.join(DTYPES)}")
+    try:
+        needed = _stored_numbers(spec) * DTYPES[spec.dtype].itemsize
+    except UserError as error:
+        return Finding(True, "memory: cannot be estimated before the files are there", error.problems[0])
+    free, amount = _free_bytes(), f"memory: the weights take {_size(needed)} in {spec.dtype}"
+    if free is None:
+        return Finding(True, f"{amount}; this system does not say how much is free")
+    smaller = "free some memory" + ("" if spec.dtype != "float32" else ", or halve it with dtype: bfloat16")
+    return Finding(needed <= free, f"{amount}, {_size(free)} are free", smaller if needed > free else None)

@@ -1,0 +1,249 @@
+"""The vision side of a backbone: from a picture to its tokens in the decoder.
+
+Three steps, so that a picture is seen once and projected each time: ``pixels`` reads it, ``see`` computes
+what no edit changes and what is kept, ``tokens`` carries that into the decoder. An edit of the projection
+shows in the last, and a gradient reaches it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedModel
+
+from unike.backbones.images import Parts, image_processor, normalised
+from unike.datasets.images import open_image
+from unike.hooks import inputs_of, transform
+from unike.types import ImageLike, UserError
+
+
+class Vision(ABC):
+    """What every vision side offers; ``processor`` is the image processor of ``transformers``."""
+
+    def __init__(self, model: PreTrainedModel, folder: str | None, image_size: int | None = None) -> None:
+        self.model: Any = model
+        self.image_size = image_size
+        self.processor: Any = self._processor(folder, image_size)
+
+    def _processor(self, folder: str | None, size: int | None) -> Any:
+        # Pillow's, whatever else is installed: pixels must not depend on that.
+        return AutoImageProcessor.from_pretrained(folder, backend="pil")
+
+    @property
+    @abstractmethod
+    def tower(self) -> PreTrainedModel:
+        """What reads the pixels."""
+
+    @property
+    @abstractmethod
+    def projection(self) -> nn.Module:
+        """What carries the vision side's states into the decoder."""
+
+    @property
+    def settings(self) -> str:
+        """All beside weights and configuration that a picture's tokens depend on."""
+        return f"{self.processor.to_json_string()} {self.image_size}"
+
+    @abstractmethod
+    def pixels(self, image: ImageLike) -> Parts:
+        """A picture as the model takes it; UserError where it cannot be read."""
+
+    @abstractmethod
+    def see(self, shown: Sequence[Parts]) -> list[Parts]:
+        """For each picture what ``tokens`` needs of it, under ``features`` what the projection receives."""
+
+    def tokens(self, seen: Parts, prompt: str) -> torch.Tensor:
+        """``(n, d)``: a picture in the decoder, which may look different for another prompt."""
+        return self.projection(seen["features"])
+
+    def positions(self, before: int, seen: Parts | None, after: int) -> torch.Tensor | None:
+        """``(3, s)``: where ``before`` and ``after`` text tokens and a picture's between them stand in
+        time, height and width. None for decoders that count their tokens."""
+        return None
+
+
+class FixedVision(Vision):
+    """A vision side that takes all pictures at one size."""
+
+    def pixels(self, image: ImageLike) -> Parts:
+        return {"pixel_values": normalised(image, self.processor)}
+
+    def stacked(self, shown: Sequence[Parts]) -> torch.Tensor:
+        """The pictures ``(b, 3, H, W)``, where the tower is."""
+        pictures = torch.stack([parts["pixel_values"] for parts in shown])
+        return pictures.to(self.tower.device, self.tower.dtype)
+
+
+class Blip2Vision(FixedVision):
+    """Vision tower and Q-Former, at any size: positions are resized to it."""
+
+    def __init__(self, model: PreTrainedModel, folder: str | None, image_size: int | None = None) -> None:
+        self._trained: int = model.config.vision_config.image_size
+        super().__init__(model, folder, image_size or self._trained)
+
+    def _processor(self, folder: str | None, size: int | None) -> Any:
+        return image_processor(folder, size or self._trained)
+
+    @property
+    def tower(self) -> PreTrainedModel:
+        return self.model.vision_model
+
+    @property
+    def projection(self) -> nn.Module:
+        return self.model.language_projection
+
+    @torch.no_grad()
+    def see(self, shown: Sequence[Parts]) -> list[Parts]:
+        """The Q-Former's output, in the vision tower's precision."""
+        given = self.stacked(shown)
+        seen = self.model.get_image_features(given, interpolate_pos_encoding=self.image_size != self._trained)
+        return [{"features": state} for state in seen.qformer_outputs[0].to(given.dtype)]
+
+
+class ProjectorVision(FixedVision):
+    """Vision tower and projector of the LLaVA models."""
+
+    @property
+    def tower(self) -> PreTrainedModel:
+        return self.model.model.vision_tower
+
+    @property
+    def projection(self) -> nn.Module:
+        return self.model.model.multi_modal_projector
+
+    @torch.no_grad()
+    def see(self, shown: Sequence[Parts]) -> list[Parts]:
+        """What the tower's chosen layer says of each patch, ``(patches, d)``."""
+        given = self.stacked(shown)
+        args, _ = inputs_of(self.projection, lambda: self.model.get_image_features(given))
+        return [{"features": state} for state in args[0]]
+
+
+class SplitVision(ProjectorVision):
+    """A picture is seen as a whole and in tiles, as many as its own shape asks for (LLaVA-OneVision)."""
+
+    def pixels(self, image: ImageLike) -> Parts:
+        return _cut(image, self.processor)
+
+    @torch.no_grad()
+    def see(self, shown: Sequence[Parts]) -> list[Parts]:
+        """``(tiles, patches, d)`` of each picture, with its ``image_sizes``."""
+        return [self._see(parts["pixel_values"], parts["image_sizes"]) for parts in shown]
+
+    def _see(self, tiles: torch.Tensor, sizes: torch.Tensor) -> Parts:
+        given = tiles.to(self.tower.device, self.tower.dtype)
+        args, _ = inputs_of(self.projection, lambda: self.model.get_image_features(given, sizes))
+        return {"features": args[0], "image_sizes": sizes}
+
+    def tokens(self, seen: Parts, prompt: str) -> torch.Tensor:
+        """The whole picture's tokens, then its tiles' without their padding, row by row."""
+        model = self.model.model
+        tiles = self.projection(seen["features"])
+        packed, _ = model.pack_image_features(
+            [tiles], seen["image_sizes"], image_newline=model.image_newline,
+            vision_aspect_ratio=self.model.config.vision_aspect_ratio,
+        )  # fmt: skip
+        return packed[0]
+
+
+class GridVision(Vision):
+    """Qwen's vision tower: as many patches as the picture has, merged by four, placed in a grid."""
+
+    @property
+    def tower(self) -> PreTrainedModel:
+        return self.model.model.visual
+
+    @property
+    def projection(self) -> nn.Module:
+        return self.model.model.visual.merger
+
+    def pixels(self, image: ImageLike) -> Parts:
+        return _cut(image, self.processor)
+
+    @torch.no_grad()
+    def see(self, shown: Sequence[Parts]) -> list[Parts]:
+        """``(n, merged patches, d)`` of each picture in reading order, with its ``image_grid_thw``."""
+        return [self._see(parts["pixel_values"], parts["image_grid_thw"]) for parts in shown]
+
+    def _see(self, patches: torch.Tensor, grid: torch.Tensor) -> Parts:
+        received: list[torch.Tensor] = []
+
+        def number(hidden: torch.Tensor, merged: torch.Tensor) -> torch.Tensor:
+            received.append(hidden)
+            return torch.arange(len(merged), device=merged.device)[:, None]
+
+        given, grid = patches.to(self.tower.device, self.tower.dtype), grid.to(self.tower.device)
+        with transform([(self.projection, self.projection, number)]):
+            order = torch.cat(self.model.get_image_features(given, grid).pooler_output)[:, 0]
+        # A tower with windows merges patches window by window, and sorts what comes out.
+        return {"features": received[0].unflatten(0, (len(order), -1))[order], "image_grid_thw": grid}
+
+    def tokens(self, seen: Parts, prompt: str) -> torch.Tensor:
+        return self.projection(seen["features"].flatten(0, 1))
+
+    def positions(self, before: int, seen: Parts | None, after: int) -> torch.Tensor:
+        """The model's own: a picture's tokens share a moment, and text goes on behind its longer side."""
+        n, grid = (0, None) if seen is None else (len(seen["features"]), seen["image_grid_thw"])
+        kinds = torch.tensor([[0] * before + [1] * n + [0] * after], device=self.tower.device)
+        placed, _ = self.model.model.get_rope_index(kinds, mm_token_type_ids=kinds, image_grid_thw=grid)
+        return placed[:, 0]
+
+
+class InstructVision(FixedVision):
+    """InstructBLIP: the Q-Former reads the prompt, so that only the tower's output is the picture's own."""
+
+    def __init__(self, model: PreTrainedModel, folder: str | None, image_size: int | None = None) -> None:
+        super().__init__(model, folder, image_size)
+        self.reader = AutoTokenizer.from_pretrained(
+            folder, subfolder="qformer_tokenizer", truncation_side="left"
+        )
+
+    @property
+    def tower(self) -> PreTrainedModel:
+        return self.model.vision_model
+
+    @property
+    def projection(self) -> nn.Module:
+        return self.model.language_projection
+
+    @property
+    def settings(self) -> str:
+        return f"{super().settings} {self.reader.backend_tokenizer.to_str()}"
+
+    @torch.no_grad()
+    def see(self, shown: Sequence[Parts]) -> list[Parts]:
+        """The tower's output, ``(patches, d)``."""
+        given = self.stacked(shown)
+        return [{"features": state} for state in self.model.vision_model(given).last_hidden_state]
+
+    def tokens(self, seen: Parts, prompt: str) -> torch.Tensor:
+        with torch.no_grad():
+            queries = self._ask(seen["features"][None], prompt)
+        return self.projection(queries.to(self.tower.dtype))[0]
+
+    def _ask(self, patches: torch.Tensor, prompt: str) -> torch.Tensor:
+        """The Q-Former's output for one picture and prompt, of whose tokens it reads the last that fit."""
+        model, limit = self.model, self.model.config.qformer_config.max_position_embeddings
+        read = self.reader(prompt, truncation=True, max_length=limit, return_tensors="pt")
+        ids, queries = read.input_ids.to(patches.device), model.query_tokens
+        out = model.qformer(
+            input_ids=ids, query_embeds=queries, encoder_hidden_states=patches,
+            attention_mask=ids.new_ones(1, queries.shape[1] + ids.shape[1]),
+            encoder_attention_mask=ids.new_ones(patches.shape[:2]),
+        )  # fmt: skip
+        return out.last_hidden_state[:, : queries.shape[1]]
+
+
+def _cut(image: ImageLike, processor: Any) -> Parts:
+    """What an image processor that cuts a picture by its own shape makes of it, without its batch."""
+    if isinstance(image, torch.Tensor):
+        raise UserError("image tensor: this backbone cuts pictures itself; expected a path or a PIL image")
+    try:
+        made = processor(open_image(image), return_tensors="pt")
+    except ValueError as error:
+        raise UserError(f"picture: {error}") from error
+    return {name: value for name, value in made.items() if isinstance(value, torch.Tensor)}
