@@ -41,7 +41,7 @@ LAYERS = (
     ("unike.retrieval", "unike.types unike.pairs unike.knowledge.memory"),
     *(
         (f"unike.{n}", "unike.types")
-        for n in ["legacy", "options", "published", "figures", "pairs", "processes", "faults", "sealed"]
+        for n in "legacy options published figures pairs processes faults sealed own".split()
     ),
     *((f"unike.{n}", "unike.types unike.processes unike.[frt]*") for n in ("launching", "sharing")),
     ("unike.hparams", "unike.types unike.options unike.legacy"),
@@ -54,7 +54,7 @@ LAYERS = (
     ("unike.methods", "unike.methods.*"),
     (
         "unike.methods.*",
-        f"{_BOTTOM} unike.h[po]* unike.processes unike.d[ae]* unike.knowledge* unike.edits* {_PROTOCOL} "
+        f"{_BOTTOM} unike.h[po]* unike.own unike.processes unike.d[ae]* unike.knowledge* unike.edits* {_PROTOCOL} "
         "unike.methods.base unike.methods.training unike.methods.patching unike.methods.meta_training "
         "unike.methods.scoping unike.retrieval",
     ),

@@ -61,6 +61,10 @@ class HyperParams:
     max_new_tokens: int = _option("backbone", "length limit of generated answers", 16, low=1)
 
     method: str = _option("method", "registered editing method", "unike", aliases=("alg_name",))
+    own: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={"group": "method", "help": "options of a method of your own, which checks them"},
+    )
     layers: int | tuple[int, ...] = _option("method", "edited layers: the last n, or their numbers", 4)
     intrinsic: bool = _option("method", "extra key-value pairs in the FFN", True)
     external: str = _option(

@@ -11,6 +11,7 @@ from unike.backbones.base import Backbone
 from unike.backbones.prefix import PrefixCache
 from unike.edits import Edit, LayerKnowledge
 from unike.hparams import HyperParams
+from unike.own import load_own_methods
 from unike.types import Case, EditRequest, UserError
 
 Knowledge = Mapping[int, LayerKnowledge]
@@ -114,13 +115,14 @@ def register(
 
 
 def methods() -> list[str]:
-    """The registered names, sorted."""
+    """The registered names, sorted; those of the user's own methods are among them."""
+    load_own_methods()
     return sorted(_REGISTER)
 
 
 def check_method(hparams: HyperParams) -> None:
     """UserError where the YAML names a method that is not registered, or that can't work with it."""
-    if hparams.method not in _REGISTER:
+    if hparams.method not in methods():
         near = difflib.get_close_matches(hparams.method, methods(), 1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise UserError(

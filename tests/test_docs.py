@@ -1,0 +1,161 @@
+"""What the documentation says is there, runs, and leads somewhere."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from scripts import reference
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted(
+    p for p in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("*/README.md")] if p.is_file()
+)
+SUBCOMMANDS = (["ask"], ["compare"], ["show"], ["list"], ["diff"], ["remove"], ["apply"])
+METHOD_PAGE = ROOT / "docs" / "adding_a_method.md"
+
+
+def blocks(page: Path, language: str) -> list[tuple[str, str]]:
+    """Titles and texts of a page's code blocks."""
+    found = re.findall(rf"^```{language}([^\n]*)\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
+    return [(title.strip().removeprefix("title=").strip('"'), text) for title, text in found]
+
+
+def anchors(page: Path) -> set[str]:
+    """Of a page's headings, as GitHub makes them."""
+    heads = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.M)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+def broken_links(page: Path) -> list[str]:
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    out = []
+    for link in re.findall(r"\]\(<?([^)>\s]+)>?\)", text):
+        if link.startswith(("https://", "http://", "mailto:")):
+            continue
+        name, _, anchor = link.partition("#")
+        target = (page.parent / name) if name else page
+        if not target.exists() or (anchor and target.suffix == ".md" and anchor not in anchors(target)):
+            out.append(link)
+    return out
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    assert broken_links(page) == []
+
+
+def test_a_broken_link_is_seen(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("# A head\n\n[a](#a-head) [b](#another) [c](nowhere.md) [d](https://example.org/x)\n")
+    assert broken_links(page) == ["#another", "nowhere.md"]
+
+
+def test_the_reference_is_that_of_the_dataclass() -> None:
+    assert reference.PAGE.read_text(encoding="utf-8") == reference.page()
+    assert reference.main(["--check"]) == 0
+
+
+# ---------------------------------------------------------------- commands
+
+
+def commands() -> list[tuple[str, list[str]]]:
+    """Every command of ours in a shell block: its page, and its words."""
+    out = []
+    for page in PAGES:
+        for _, text in blocks(page, "bash"):
+            for line in text.replace("\\\n", " ").splitlines():
+                if line.startswith(("python ", "accelerate ")):
+                    out.append((str(page.relative_to(ROOT)), shlex.split(line, comments=True)))
+    return out
+
+
+def program(words: list[str]) -> list[str]:
+    """What a command starts: a module with ``-m``, or a script; with its subcommand, where it has one."""
+    start = next(i for i, word in enumerate(words) if word == "-m" or word.endswith(".py"))
+    stop = start + (2 if words[start] == "-m" else 1)
+    return words[start : stop + (words[stop : stop + 1] in SUBCOMMANDS)]
+
+
+@pytest.mark.slow
+def test_commands_of_the_docs_know_their_options() -> None:
+    known: dict[tuple[str, ...], set[str]] = {}
+    wrong = []
+    for page, words in commands():
+        name = tuple(program(words))
+        if name not in known:
+            ask = [sys.executable, *name, "--help"]
+            done = subprocess.run(ask, cwd=ROOT, capture_output=True, text=True, timeout=300)
+            assert done.returncode == 0, f"{page}: {' '.join(name)}: {done.stderr}"
+            known[name] = set(re.findall(r"(?<![\w-])--[\w-]+", done.stdout))
+        # What stands before the program is the launcher's.
+        after = words[words.index(name[-1]) + 1 :]
+        own = {word.partition("=")[0] for word in after if word.startswith("--")} - known[name]
+        wrong += [f"{page}: {' '.join(name)}: {flag}" for flag in own]
+    assert len(known) > 5
+    assert wrong == []
+
+
+# ---------------------------------------------------------------- code
+
+
+def environment(**more: str) -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **more}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["README.md", "docs/quickstart.md"])
+def test_python_blocks_run(name: str, tmp_path: Path) -> None:
+    """All of a page in one go, in a folder that sees the project's YAMLs and weights."""
+    for shared in ("hparams", "hugging_cache", "data"):
+        (tmp_path / shared).symlink_to(ROOT / shared)
+    picture = "from PIL import Image\nImage.new('RGB', (64, 64), 'blue').save('my_picture.png')\n"
+    # What the page leaves to its reader.
+    rows = "import torch\nkeys, values, queries = (torch.randn(50, 768) for _ in range(3))\n"
+    code = picture + rows + "\n".join(text for _, text in blocks(ROOT / name, "python"))
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "kangaroo" in done.stdout
+
+
+@pytest.mark.slow
+def test_a_method_of_ones_own_appears_in_a_table(tmp_path: Path) -> None:
+    ((name, code),) = blocks(METHOD_PAGE, "python")
+    (tmp_path / name).write_text(code)
+    ((_, plan),) = blocks(METHOD_PAGE, "yaml")
+    yamls = tmp_path / "hparams"
+    yamls.mkdir()
+    (yamls / "my_tables.yaml").write_text(plan)
+    (yamls / "ft").symlink_to(ROOT / "hparams" / "ft")
+    (command,) = (words for _, words in commands() if "hparams/my_tables.yaml" in words)
+    for shared in ("hugging_cache", "data"):
+        (tmp_path / shared).symlink_to(ROOT / shared)
+    words = [sys.executable, *command[1:], "--jobs", "2"]
+    words[words.index("--size") + 1] = "2"
+
+    def run(own: str, output: str) -> subprocess.CompletedProcess[str]:
+        whole = [*words, "--output", str(tmp_path / output)]
+        return subprocess.run(
+            whole, cwd=tmp_path, env=environment(UNIKE_METHODS=own), capture_output=True, text=True
+        )
+
+    done = run(str(tmp_path / name), "runs")
+    assert done.returncode == 0, done.stderr
+    assert "| LoRA | **100.0** |" in done.stdout
+    without = run("", "without")
+    assert without.returncode == 2
+    assert "'lora' is unknown" in without.stderr
+    broken = tmp_path / "broken.py"
+    broken.write_text("import math\n\nmath.nothing\n")
+    lost = run(str(broken), "broken")
+    assert lost.returncode == 2
+    assert "UNIKE_METHODS: " in lost.stderr
+    assert "(broken.py, line 3)" in lost.stderr

@@ -1,0 +1,62 @@
+"""Methods that are not in this package: a user's files and modules, and installed packages."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import sys
+import traceback
+from importlib.metadata import entry_points
+from pathlib import Path
+
+from unike.types import UserError
+
+# Files (``my_method.py``) or modules (``my_package.method``), separated like the entries of PATH. A
+# variable, since processes that share a run inherit it; not a key of the YAML, which must never run code.
+VARIABLE = "UNIKE_METHODS"
+GROUP = "unike.methods"
+_LOADED: set[str] = set()
+
+
+def load_own_methods() -> None:
+    """Imports what ``UNIKE_METHODS`` and the entry points of ``unike.methods`` name, each once; what is
+    imported registers itself. UserError where that fails."""
+    for name in filter(None, os.environ.get(VARIABLE, "").split(os.pathsep)):
+        _load(name)
+    for point in entry_points(group=GROUP):
+        _load(point.value)
+
+
+def _load(name: str) -> None:
+    if name in _LOADED:
+        return
+    try:
+        if name.endswith(".py"):
+            _load_file(Path(name))
+        else:
+            importlib.import_module(name.partition(":")[0])
+    except Exception as error:
+        at = traceback.extract_tb(error.__traceback__)[-1]
+        raise UserError(
+            f"{VARIABLE}: {name} cannot be imported: {type(error).__name__}: {error} "
+            f"({Path(at.filename).name}, line {at.lineno})"
+        ) from error
+    _LOADED.add(name)
+
+
+def _load_file(path: Path) -> None:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None, "a file that ends in .py has a loader"
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    # Dataclasses look the module of a class up by name.
+    former = sys.modules.get(path.stem)
+    if former is not None:
+        raise ImportError(f"a module named {path.stem} is there already; give the file another name")
+    sys.modules[path.stem] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[path.stem]
+        raise
