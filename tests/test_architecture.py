@@ -34,15 +34,13 @@ TEXT = files(
 # What methods and edits see of a backbone: never a concrete one.
 _PROTOCOL = "unike.backbones.base unike.backbones.layout unike.backbones.prefix unike.backbones.images"
 _BOTTOM = "unike.types unike.text unike.faults unike.sealed"
+_ALONE = "legacy options published figures pairs processes faults sealed own"
 # The first row that matches a module holds for it; a module without a row has no place yet.
 LAYERS = (
     ("unike", "unike.*"),
     *((f"unike.{name}", "") for name in ("types", "text", "progress", "hooks")),
     ("unike.retrieval", "unike.types unike.pairs unike.knowledge.memory"),
-    *(
-        (f"unike.{n}", "unike.types")
-        for n in "legacy options published figures pairs processes faults sealed own".split()
-    ),
+    *((f"unike.{n}", "unike.types") for n in _ALONE.split()),
     *((f"unike.{n}", "unike.types unike.processes unike.[frt]*") for n in ("launching", "sharing")),
     ("unike.hparams", "unike.types unike.options unike.legacy"),
     ("unike.knowledge*", "unike.knowledge*"),
@@ -54,9 +52,9 @@ LAYERS = (
     ("unike.methods", "unike.methods.*"),
     (
         "unike.methods.*",
-        f"{_BOTTOM} unike.h[po]* unike.own unike.processes unike.d[ae]* unike.knowledge* unike.edits* {_PROTOCOL} "
+        f"{_BOTTOM} unike.h[po]* unike.processes unike.d[ae]* unike.knowledge* unike.edits* {_PROTOCOL} "
         "unike.methods.base unike.methods.training unike.methods.patching unike.methods.meta_training "
-        "unike.methods.scoping unike.retrieval",
+        "unike.methods.scoping unike.retrieval unike.own",
     ),
     ("unike.reading", f"{_BOTTOM} unike.metrics unike.edits* {_PROTOCOL}"),
     ("unike.protocols", f"{_BOTTOM} unike.metrics unike.edits* unike.methods.base unike.reading {_PROTOCOL}"),
