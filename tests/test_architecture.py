@@ -49,12 +49,12 @@ LAYERS = (
     *((f"unike.{name}", _BOTTOM) for name in ("metrics", "records")),
     ("unike.datasets*", f"{_BOTTOM} unike.datasets*"),
     ("unike.backbones*", f"{_BOTTOM} unike.[ho]* unike.processes unike.datasets.images unike.backbones*"),
-    ("unike.edits*", f"unike.types unike.hooks unike.knowledge* unike.edits* {_PROTOCOL}"),
-    ("unike.deltas", f"unike.hooks unike.edits unike.knowledge.rows {_PROTOCOL}"),
+    ("unike.edits.__main__", "unike.*"),
+    ("unike.edits*", f"{_BOTTOM} unike.h[op]* unike.records unike.knowledge* unike.edits* {_PROTOCOL}"),
     ("unike.methods", "unike.methods.*"),
     (
         "unike.methods.*",
-        f"{_BOTTOM} unike.h[po]* unike.processes unike.d[ae]* unike.knowledge* unike.edits* {_PROTOCOL} "
+        f"{_BOTTOM} unike.h[po]* unike.processes unike.datasets* unike.knowledge* unike.edits* {_PROTOCOL} "
         "unike.methods.base unike.methods.training unike.methods.patching unike.methods.meta_training "
         "unike.methods.scoping unike.retrieval",
     ),
