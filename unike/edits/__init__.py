@@ -6,9 +6,10 @@ from unike.edits.origin import Origin
 from unike.edits.prompt import Fact, PromptEdit, Shown
 from unike.edits.routed import RoutedEdit, RoutedTogether
 from unike.edits.shares import EditRecord, LayerKnowledge, LayerShare, Routing
+from unike.edits.store import EditStore
 
 __all__ = [
-    "Edit", "EditRecord", "Fact", "LayerKnowledge", "LayerShare", "LowRankDelta", "Mixed", "Origin",
-    "PromptEdit", "RoutedEdit", "RoutedTogether", "Routing", "Shown", "Together", "WeightDelta", "compose",
-    "same_weights",
+    "Edit", "EditRecord", "EditStore", "Fact", "LayerKnowledge", "LayerShare", "LowRankDelta", "Mixed",
+    "Origin", "PromptEdit", "RoutedEdit", "RoutedTogether", "Routing", "Shown", "Together", "WeightDelta",
+    "compose", "same_weights",
 ]  # fmt: skip

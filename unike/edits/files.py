@@ -60,6 +60,14 @@ class SavedEdit:
     sha256: str
     checksum: str
 
+    def require(self, backbone: Backbone) -> None:
+        """UserError where the edit is one of another model."""
+        if self.backbone != backbone.fingerprint:
+            raise UserError(
+                f"{one_line(self.folder)}: is an edit of another model: {one_line(self.model)}, "
+                f"fingerprint {self.backbone}; this one's is {backbone.fingerprint}"
+            )
+
     def tensors(self) -> dict[str, torch.Tensor]:
         """All tensors, in memory of their own. UserError where they aren't those that were saved."""
         path = self.folder / TENSORS
@@ -181,11 +189,7 @@ def _cell(text: str) -> str:
 def load_edit(saved: SavedEdit, backbone: Backbone, shared: Shared) -> Edit:
     """The edit of a folder that was read. UserError as ``Edit.load``."""
     at = one_line(saved.folder)
-    if saved.backbone != backbone.fingerprint:
-        raise UserError(
-            f"{at}: is an edit of another model: {one_line(saved.model)}, fingerprint {saved.backbone}; "
-            f"this one's is {backbone.fingerprint}"
-        )
+    saved.require(backbone)
     whole = sum(t.nbytes for t in backbone.model.state_dict().values())
     if saved.bytes > len(saved.origins) * whole:
         raise UserError(f"{at}: {saved.bytes} bytes of tensors; expected no more than the model has")

@@ -11,6 +11,7 @@ from typing import Any, Protocol, TypeVar
 from unike.backbones.base import Backbone
 from unike.backbones.prefix import PrefixCache
 from unike.edits import Edit, LayerKnowledge, Origin
+from unike.edits.content import Shared
 from unike.hparams import HyperParams
 from unike.types import Case, EditRequest, UserError
 
@@ -147,9 +148,9 @@ def _signing_many(make: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
     return edit_many
 
 
-def shared_parts(method: EditMethod) -> dict[str, Any]:
-    """What a method's edits lean on, as ``Edit.load`` takes it."""
-    return {name: getattr(method, name, None) for name in ("knowledge", "network")}
+def shared_parts(method: EditMethod) -> Shared:
+    """What a method's edits lean on."""
+    return Shared(getattr(method, "knowledge", {}), getattr(method, "network", None))
 
 
 def methods() -> list[str]:
