@@ -60,10 +60,7 @@ LAYERS = (
     ),
     ("unike.reading", f"{_BOTTOM} unike.metrics unike.edits* {_PROTOCOL}"),
     ("unike.protocols", f"{_BOTTOM} unike.metrics unike.edits* unike.methods.base unike.reading {_PROTOCOL}"),
-    (
-        "unike.sequences",
-        f"{_PROTOCOL} unike.types unike.edits* unike.[hpst]* unike.methods.base unike.re[ac]*",
-    ),
+    ("unike.sequences", f"{_PROTOCOL} unike.edits* unike.[hpst]* unike.methods.base unike.re[ac]*"),
     ("unike.tables", "unike.types unike.metrics unike.records"),
     *((f"unike.{n}", "unike.types unike.[mtpc]*") for n in ("claims", "comparison")),
     *((f"unike.{top}", "unike.*") for top in ("editor", "runs", "inputs", "check")),

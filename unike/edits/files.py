@@ -127,8 +127,10 @@ def write(edit: Edit, folder: Path) -> str:
         "bytes": len(data),
         "sha256": hashlib.sha256(data).hexdigest(),
     }
-    index = json.loads(json.dumps(index, allow_nan=False, default=str))
-    index["checksum"] = _checksum(index)
+    try:
+        index = signed(json.loads(json.dumps(index, allow_nan=False, default=str)))
+    except ValueError as error:
+        raise UserError(f"edit {one_line(edit.id)}: cannot be written as JSON: {one_line(error)}") from error
     (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
     (folder / CARD).write_text(card(edit), encoding="utf-8")
     for path in (*folder.iterdir(), folder):
@@ -232,19 +234,19 @@ def read_edit(folder: str | os.PathLike[str]) -> SavedEdit:
     if not isinstance(index, dict) or index.get("format") != FORMAT or isinstance(index["format"], bool):
         given = one_line(index.get("format")) if isinstance(index, dict) else "none"
         raise UserError(f"{at}: format {given}; expected {FORMAT}")
-    checksum = index.pop("checksum", None)
-    if checksum != _checksum(index):
-        raise UserError(f"{at}: is damaged: its checksum is another one")
     try:
-        return _saved(folder, index, checksum)
+        if signed(index) != index:
+            raise UserError(f"{at}: is damaged: its checksum is another one")
+        return _saved(folder, index)
     except (ValueError, TypeError, LookupError) as error:
         raise UserError(f"{at}: is no edit's: {one_line(error)}") from error
 
 
-def _saved(folder: Path, index: dict[str, Any], checksum: str) -> SavedEdit:
+def _saved(folder: Path, index: dict[str, Any]) -> SavedEdit:
     kinds = {
         "id": str, "kind": str, "backbone": str, "model": str, "origins": list, "needs": dict, "places": dict,
         "values": dict, "info": dict, "versions": dict, "licence": str, "bytes": int, "sha256": str,
+        "checksum": str,
     }  # fmt: skip
     content = Content({name: index[name] for name in kinds}, {})
     given: dict[str, Any] = {name: content.value(name, kind) for name, kind in kinds.items()}
@@ -254,7 +256,7 @@ def _saved(folder: Path, index: dict[str, Any], checksum: str) -> SavedEdit:
     given["origins"] = tuple(_origin(values) for values in given["origins"])
     if {origin.backbone for origin in given["origins"]} != {given["backbone"]}:
         raise ValueError("origins: expected one or more, of the backbone")
-    return SavedEdit(folder=folder, checksum=checksum, **given)
+    return SavedEdit(folder=folder, **given)
 
 
 def _origin(values: Any) -> Origin:
@@ -293,9 +295,8 @@ def _read(path: Path, most: int) -> bytes:
         raise UserError(f"{one_line(path)}: cannot be read: {reason}") from error
 
 
-def _checksum(index: Mapping[str, Any]) -> str:
-    try:
-        plain = json.dumps(index, sort_keys=True, separators=(",", ":"))
-    except (ValueError, RecursionError):
-        return ""
-    return hashlib.sha256(plain.encode()).hexdigest()
+def signed(index: Mapping[str, Any]) -> dict[str, Any]:
+    """The index with the checksum of all else in it. ValueError for what UTF-8 or JSON lack."""
+    rest = {name: value for name, value in index.items() if name != "checksum"}
+    plain = json.dumps(rest, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return {**rest, "checksum": hashlib.sha256(plain.encode("utf-8")).hexdigest()}
