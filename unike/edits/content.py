@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -11,7 +11,9 @@ import torch
 from torch import nn
 
 T = TypeVar("T")
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FULL = (torch.float32,)
+# A model's own states and weights.
+ANY = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -26,8 +28,8 @@ class Shared:
 class Content:
     """What an edit consists of: ``values`` as JSON has them, and ``tensors`` by name.
 
-    Reading takes each tensor once; ValueError where one is missing, of another shape than expected, of
-    no floating-point type, or holds numbers that are not finite.
+    Reading takes each tensor once; ValueError where one is missing, of another shape or type than
+    expected, or holds numbers that are not finite.
     """
 
     def __init__(self, values: dict[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
@@ -47,8 +49,8 @@ class Content:
             raise ValueError(f"{name}: expected texts")
         return found
 
-    def tensor(self, name: str, *shape: int | None) -> torch.Tensor:
-        """A tensor of that shape, None for a side of any length from 1 on."""
+    def tensor(self, name: str, *shape: int | None, dtypes: Sequence[torch.dtype] = FULL) -> torch.Tensor:
+        """A tensor of that shape, None for a side of any length from 1 on, and of one of these types."""
         if name not in self.tensors:
             raise ValueError(f"tensor {name}: missing")
         found = self.tensors.pop(name)
@@ -57,8 +59,8 @@ class Content:
         if found.ndim != len(shape) or not fits:
             wanted = tuple("any" if side is None else side for side in shape)
             raise ValueError(f"tensor {name}: shape {tuple(found.shape)}, expected {wanted}")
-        if found.dtype not in DTYPES:
-            raise ValueError(f"tensor {name}: {found.dtype}, expected one of {', '.join(map(str, DTYPES))}")
+        if found.dtype not in dtypes:
+            raise ValueError(f"tensor {name}: {found.dtype}, expected {' or '.join(map(str, dtypes))}")
         if not bool(found.isfinite().all()):
             raise ValueError(f"tensor {name}: holds numbers that are not finite")
         return found

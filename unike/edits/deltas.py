@@ -61,9 +61,7 @@ class WeightDelta(Edit):
         for name in list(content.tensors):
             if name not in known:
                 raise ValueError(f"tensor {name}: the model has no such parameter")
-            weights[name] = content.tensor(name, *known[name].shape)
-            if weights[name].dtype != known[name].dtype:
-                raise ValueError(f"tensor {name}: {weights[name].dtype}, the model's is {known[name].dtype}")
+            weights[name] = content.tensor(name, *known[name].shape, dtypes=(known[name].dtype,))
         if not weights:
             raise ValueError("holds no tensor")
         return cls(weights)
@@ -149,7 +147,8 @@ class LowRankDelta(Edit):
     def __init__(
         self, factors: Mapping[Site, tuple[torch.Tensor, torch.Tensor]], info: dict[str, Any] | None = None
     ) -> None:
-        self.factors = dict(factors)
+        # Laid out as they come back from a file: a product's last bits may depend on it.
+        self.factors = {at: (left.contiguous(), right.contiguous()) for at, (left, right) in factors.items()}
         self.info = info or {}
 
     @contextmanager

@@ -65,7 +65,7 @@ class SavedEdit:
         if self.backbone != backbone.fingerprint:
             raise UserError(
                 f"{one_line(self.folder)}: is an edit of another model: {one_line(self.model)}, "
-                f"fingerprint {self.backbone}; this one's is {backbone.fingerprint}"
+                f"fingerprint {one_line(self.backbone, 40)}; this one's is {backbone.fingerprint}"
             )
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -238,7 +238,7 @@ def read_edit(folder: str | os.PathLike[str]) -> SavedEdit:
         if signed(index) != index:
             raise UserError(f"{at}: is damaged: its checksum is another one")
         return _saved(folder, index)
-    except (ValueError, TypeError, LookupError) as error:
+    except (ValueError, TypeError, LookupError, RecursionError) as error:
         raise UserError(f"{at}: is no edit's: {one_line(error)}") from error
 
 

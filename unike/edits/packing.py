@@ -9,7 +9,7 @@ from dataclasses import asdict
 import torch
 
 from unike.backbones.base import Backbone
-from unike.edits.content import Content
+from unike.edits.content import ANY, Content
 from unike.edits.shares import EditRecord, LayerKnowledge, LayerShare, Routing, checksum_of, measure_of
 from unike.knowledge.patch import KeyValuePatch
 
@@ -80,7 +80,7 @@ def unpacked_records(content: Content, routing: Routing, backbone: Backbone) -> 
 
 def _share(content: Content, at: str, backbone: Backbone, index: int) -> LayerShare:
     width = backbone.layout.width
-    key, value = content.tensor(f"{at}.key", width), content.tensor(f"{at}.value", width)
+    key, value = (content.tensor(f"{at}.{part}", width, dtypes=ANY) for part in ("key", "value"))
     patched = f"{at}.patch.keys" in content.tensors
     return LayerShare(key, value, _patch(content, f"{at}.patch", backbone, index) if patched else None)
 

@@ -89,7 +89,7 @@ class EditStore:
             raise UserError(f"{self.folder}: holds an edit {one_line(edit.id)} already; remove it first")
         if self.backbone not in (None, origin.backbone):
             raise UserError(
-                f"{self.folder}: holds edits of another model, fingerprint {self.backbone}; "
+                f"{self.folder}: holds edits of another model, fingerprint {one_line(self.backbone, 40)}; "
                 f"edit {one_line(edit.id)} is of {origin.backbone}"
             )
         # The name has the checksum of what is in it: where it is known, this very edit is there.
