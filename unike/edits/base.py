@@ -17,7 +17,7 @@ from torch import nn
 from unike.backbones.base import Backbone
 from unike.edits.content import Content, Shared, beside
 from unike.edits.origin import Origin
-from unike.types import Query
+from unike.types import Query, UserError
 
 
 class Edit(ABC):
@@ -195,7 +195,14 @@ class Mixed(Edit):
         return cls(parts)
 
     def needs(self) -> dict[str, str]:
-        return {name: checksum for part in self._parts for name, checksum in part.needs().items()}
+        """UserError where two parts lean on different ones: one folder can't ask for both."""
+        out: dict[str, str] = {}
+        for name, checksum in (need for part in self._parts for need in part.needs().items()):
+            if out.setdefault(name, checksum) != checksum:
+                raise UserError(
+                    f"edit {self.id}: parts of it were made with different {name}; save them apart"
+                )
+        return out
 
     def explain(self) -> dict[str, list[float]]:
         """Where several parts decide the same, the last one's."""
