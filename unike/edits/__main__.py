@@ -131,8 +131,8 @@ def _flat(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             yield name, value
 
 
-def applied(store: EditStore, args: argparse.Namespace) -> Table:
-    """Answers before and after."""
+def applied(store: EditStore, args: argparse.Namespace) -> tuple[Table, str]:
+    """Answers before and after, and how many of the edits hold."""
     hparams = HyperParams.from_hparams(args.hparams_dir)
     names = [name for name in store.ids() if args.edits is None or name in args.edits]
     store.require(*(args.edits or ()))
@@ -164,8 +164,7 @@ def applied(store: EditStore, args: argparse.Namespace) -> Table:
         row(table, origin.id, origin.prompt, origin.target, before, after)
         held, there = held + (normalise_answer(after) == normalise_answer(origin.target)), there + 1
     told = f"{len(saved)} edits in force"
-    table.caption = Text(told if args.prompt else f"{told}; {held} of {there} questions get their target")
-    return table
+    return table, told if args.prompt else f"{told}; {held} of {there} questions get their target"
 
 
 def _origin(prompt: str, image: str | None, like: Origin) -> Origin:
@@ -202,7 +201,9 @@ def run(args: argparse.Namespace) -> int:
         for name in args.id:
             store.remove(name)
     else:
-        console.print(applied(store, args))
+        table, told = applied(store, args)
+        console.print(table)
+        print(told)
     return 0
 
 
