@@ -15,8 +15,9 @@ from helpers import Project
 from test_run_edit import ROOT, errors, start
 
 from unike.edits import EditStore, Fact, Origin, PromptEdit, Shown
-from unike.edits.__main__ import main
+from unike.edits.__main__ import applied, arguments, main
 from unike.records import read_records
+from unike.text import one_line
 from unike.types import UserError
 
 
@@ -80,7 +81,7 @@ def test_a_killed_writer_leaves_nothing_that_counts(tmp_path: Path) -> None:
     index = tmp_path / "index.jsonl"
     whole = index.read_bytes()
     store.add(made("b"))
-    for cut in range(len(whole), index.stat().st_size):
+    for cut in range(len(whole), index.stat().st_size, 9):
         again = tmp_path.parent / f"{tmp_path.name}-{cut}"
         shutil.copytree(tmp_path, again)
         os.truncate(again / "index.jsonl", cut)
@@ -166,17 +167,22 @@ def test_list_show_diff_and_remove(tmp_path: Path, capsys) -> None:
 
 def test_a_run_keeps_its_edits_and_they_apply(copied: Project, capsys) -> None:
     folder = copied.root / "edits"
-    arguments = ("--size", "2", "--output", str(copied.root / "run"), "--save_edits", str(folder))
-    assert start(copied, *arguments) == 0
+    options = ("--size", "2", "--output", str(copied.root / "run"), "--save_edits", str(folder))
+    assert start(copied, *options) == 0
     store = EditStore(folder)
     assert store.ids() == [r["id"] for r in read_records(copied.root / "run")]
-    assert start(copied, *arguments[:1], "3", *arguments[2:], "--resume") == 0
+    assert start(copied, *options[:1], "3", *options[2:], "--resume") == 0
     assert store.ids() == [r["id"] for r in read_records(copied.root / "run")]
     assert len(store) == 3
-    capsys.readouterr()
-    assert main(["apply", str(folder), "--hparams_dir", str(copied.yaml), "--edits", store.ids()[0]]) == 0
-    assert "1 edits in force; 1 of 1 questions get their target" in capsys.readouterr().out
-    other = [*arguments[:3], str(copied.root / "other"), *arguments[4:]]
+    told = read_records(copied.root / "run")[1]
+    command = ["apply", str(folder), "--hparams_dir", str(copied.yaml), "--edits", told["id"]]
+    table, words = applied(store, arguments(command))
+    answers = told["answers"]["reliability"]
+    row = (told["id"], answers["prompt"], answers["target"], answers["before"], answers["after"])
+    assert tuple(str(next(column.cells)) for column in table.columns) == tuple(map(one_line, row))
+    assert answers["before"] != answers["after"]
+    assert words.startswith("1 edits in force; ")
+    other = [*options[:3], str(copied.root / "other"), *options[4:]]
     assert start(copied, *other, "protocol=sequential", "sequence_length=2", "sequences=2") == 2
     assert "expected sequences: 1" in errors(capsys)[0]
     assert not (copied.root / "other").exists()
