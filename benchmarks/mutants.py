@@ -229,11 +229,11 @@ def changed_tensors(tensors: dict[str, torch.Tensor], draw: random.Random) -> di
     tensor = tensors.get(name, torch.ones(2))
     makers: tuple[Callable[[], dict[str, torch.Tensor]], ...] = (
         lambda: {n: t for n, t in tensors.items() if n != name},
-        lambda: {**tensors, name + "s": tensor},
+        lambda: {**tensors, name + "s": tensor.clone()},
         lambda: {**tensors, name: tensor[..., :-1].contiguous()},
         lambda: {**tensors, name: tensor[None]},
         lambda: {**tensors, name: tensor.reshape(-1)},
-        lambda: {**tensors, name: tensor.T.contiguous()},
+        lambda: {**tensors, name: tensor.flip(-1).unsqueeze(-1)},
         lambda: {**tensors, name: tensor * float(draw.choice(("nan", "inf")))},
         lambda: {**tensors, name: tensor.to(draw.choice((torch.int8, torch.float64, torch.bool)))},
         lambda: {**tensors, name: tensor.half()},

@@ -70,8 +70,8 @@ def one_step_many(
     edits = edit_many(method, backbone, [case.request for case in cases], reader.prefixes)
     seconds = (time.perf_counter() - started) / len(cases)
     held = [(case, edit) for case, edit in zip(cases, edits, strict=True) if isinstance(edit, Edit)]
-    for _, edit in held:
-        keep(edit)
+    for _, one in held:
+        keep(one)
     asked = iter(reader.edited_each([case for case, _ in held], [edit for _, edit in held]))
     out = []
     for case, edit in zip(cases, edits, strict=True):

@@ -34,10 +34,12 @@ class Content:
 
     def __init__(self, values: dict[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
         self.values, self.tensors = values, dict(tensors)
+        self._used: set[str] = set()
 
     def value(self, name: str, kind: type[T]) -> T:
         """A value of that type; ``True`` is no whole number."""
         found = self.values.get(name)
+        self._used.add(name)
         if not isinstance(found, kind) or isinstance(found, bool) != (kind is bool):
             raise ValueError(f"{name}: expected {kind.__name__}, got {type(found).__name__}")
         return found
@@ -74,9 +76,9 @@ class Content:
         return Content(values, {name[len(start) :]: self.tensors.pop(name) for name in own})
 
     def empty(self) -> None:
-        """ValueError where a tensor is left that nobody has taken."""
-        if self.tensors:
-            raise ValueError(f"tensor {min(self.tensors)}: is not part of such an edit")
+        """ValueError where a value or a tensor is left that nobody has taken."""
+        if left := [*(self.values.keys() - self._used), *self.tensors]:
+            raise ValueError(f"{min(left)}: is not part of such an edit")
 
 
 def beside(parts: list[Content]) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
