@@ -192,6 +192,8 @@ class Mixed(Edit):
             own.empty()
         if len(parts) < 2 or any(isinstance(part, Mixed) for part in parts):
             raise ValueError("kinds: expected two or more plain ones")
+        if len(content.value("parts", list)) != len(parts):
+            raise ValueError("parts: expected as many as kinds")
         return cls(parts)
 
     def needs(self) -> dict[str, str]:
