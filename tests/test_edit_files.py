@@ -6,21 +6,28 @@ import hashlib
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from helpers import Project
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from test_methods import IDS, ROWS, each_row
+from test_methods import IDS, ROOT, ROWS, each_row
 from untouched import assert_untouched
 from worlds import COLORS, World, case, query, snapshot
 
-from unike.edits import Edit, RoutedEdit, files
+from unike.backbones.base import encode_queries
+from unike.editor import MultimodalEditor
+from unike.edits import Edit, PromptEdit, RoutedEdit, files
+from unike.edits.content import digest
 from unike.edits.files import CARD, INDEX, TENSORS, read_edit
+from unike.hparams import HyperParams
 from unike.methods.base import edit_many, shared_parts
 from unike.types import Query, UserError
 
@@ -310,3 +317,36 @@ def test_a_damaged_byte_changes_nothing_or_is_refused(fox, tmp_path, data, name)
     assert isinstance(found, RoutedEdit)
     assert (found.id, found.origins, found.routing) == (sound.id, sound.origins, sound.routing)
     assert all(torch.equal(t, found.state_dict()[n]) for n, t in sound.state_dict().items())
+
+
+ELSEWHERE = """
+import sys, torch
+from unike import MultimodalEditor
+from test_edit_files import told
+torch.manual_seed(7)
+editor = MultimodalEditor.from_hparams(sys.argv[1], False)
+print(told(editor, editor.load(sys.argv[2])))
+"""
+
+
+def told(editor: MultimodalEditor, edit: Edit) -> str:
+    """A checksum of logits under the edit."""
+    picture = str(Path(editor.hparams.image_root) / "5.png")
+    queries = [Query(picture, "what is number 5?", "two dogs"), Query(None, "who?", "a man")]
+    with torch.no_grad(), edit.applied(editor.backbone):
+        return digest({"logits": editor.backbone(encode_queries(editor.backbone, queries)).logits})
+
+
+@pytest.mark.slow
+def test_an_edit_loads_in_another_process_with_another_seed(copied: Project) -> None:
+    hparams = HyperParams.from_hparams(copied.yaml)
+    paths = {"PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests"))), "OMP_NUM_THREADS": "1"}
+    editor = MultimodalEditor.from_hparams(hparams, progress=False)
+    _, edited, _ = editor.edit("what is number 5?", "two dogs", str(copied.data / "5.png"))
+    (edit,) = edited.edits
+    edited.remove()
+    edit.save(copied.root / "fox")
+    command = [sys.executable, "-c", ELSEWHERE, str(copied.yaml), str(copied.root / "fox")]
+    done = subprocess.run(command, env=os.environ | paths, capture_output=True, text=True, check=True)
+    assert done.stdout.split()[-1] == told(editor, edit)
+    assert told(editor, edit) != told(editor, PromptEdit((), 0)), "the edit changes them"
