@@ -32,7 +32,8 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--skip_broken", action="store_true", help="leave out broken records and pictures, counted")
     add("--check", action="store_true", help="only look whether all is there that the run needs")
     add("--num_processes", type=int, metavar="N", help="processes that share the records")
-    add("--no_generated", action="store_true", help="teacher-forced reading only: faster")
+    add("--save_edits", metavar="DIR", help="keep every edit in a store: python -m unike.edits list DIR")
+    add("--no_generated", dest="generated", action="store_false", help="teacher-forced reading only: faster")
     add("overrides", nargs="*", metavar="key=value", help="changes to the YAML")
     return parser.parse_intermixed_args(argv)
 
@@ -51,6 +52,7 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
         return check.report(check.findings(hparams, args.task))
     processes.join(hparams.device)
     directory = processes.first(lambda: runs.run_directory(hparams, args.task, args.output, args.resume))
+    store = runs.edit_store(hparams, args.save_edits)
     if hparams.generate_data:
         from scripts.tiny import make_data
 
@@ -58,9 +60,8 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
     cases = processes.in_turn(lambda: runs.preflight(hparams, args.task, args.size, args.skip_broken))
     editor = MultimodalEditor(hparams, processes.each(lambda: load_backbone(hparams)))
     parts = editor.prepare(skip_broken=args.skip_broken)
-    generated = not args.no_generated
-    with runs.open_run(parts, args.task, directory, args.resume, generated) as writer:
-        summary = runs.run_cases(parts, cases, writer, generated, args.skip_broken)
+    with runs.open_run(parts, args.task, directory, args.resume, args.generated) as writer:
+        summary = runs.run_cases(parts, cases, writer, args.generated, args.skip_broken, store=store)
     if processes.is_main():
         print(tables.as_text(tables.summary_table(summary, directory.name)))
         print(f"records: {directory}")

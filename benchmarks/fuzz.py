@@ -1,7 +1,7 @@
 """Fuzzing: damaged inputs by the thousand, each taken with the right meaning or refused in plain lines.
 
     python -m benchmarks.fuzz --mutants 20000 --shell 40
-    python -m benchmarks.fuzz --targets yaml checkpoints --mutants 500 --edit edits/fox
+    python -m benchmarks.fuzz --targets yaml edits --mutants 500
 
 Every mutant goes through the functions that the command line calls; ``--shell`` of them through
 ``run_edit.py`` itself. A mutant fails that raises anything but a UserError, or one with an empty or a broken
@@ -13,7 +13,6 @@ from which ``--seed`` makes it again, and kept in ``--keep``. Ends with 1 where 
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import os
 import random
@@ -33,7 +32,9 @@ import torch
 import yaml
 from PIL import Image
 
+from benchmarks import mutant_edits as edits
 from benchmarks import mutants
+from benchmarks.mutants import require
 from unike.backbones.checkpoint_files import load_state
 from unike.datasets.images import lies_outside, open_image
 from unike.datasets.mmedit import load_records
@@ -83,9 +84,9 @@ def yaml_target(folder: Path, draw: random.Random) -> Callable[[], bool]:
         known = {alias: o.name for o in OPTIONS.values() for alias in o.aliases}
         for key, value in yaml.safe_load(path.read_text("utf-8")).items():
             held = getattr(hparams, known.get(key, key))
-            _require(_same(held, value), f"{key}: {value!r} became {held!r}")
+            require(_same(held, value), f"{key}: {value!r} became {held!r}")
         again = HyperParams.from_dict(hparams.to_dict(), source=hparams.source)
-        _require(again == hparams, "its own values make another")
+        require(again == hparams, "its own values make another")
         json.dumps(hparams.to_dict(), allow_nan=False)
         return True
 
@@ -124,12 +125,12 @@ def annotation_target(folder: Path, draw: random.Random) -> Callable[[], bool]:
     def take() -> bool:
         cases = open_datasets(hparams, "vqa")
         records = load_records(path)
-        _require(len(cases) == len(records), "records are gone")
+        require(len(cases) == len(records), "records are gone")
         for case, record in zip(cases, records, strict=True):
-            _require(case.request.query.target == record["alt"].strip(), "alt is another")
-            _require(record["src"].strip() in case.request.query.prompt, "src is another")
+            require(case.request.query.target == record["alt"].strip(), "alt is another")
+            require(record["src"].strip() in case.request.query.prompt, "src is another")
             for query in (p.query for p in case.probes):
-                _require(query.image is None or not lies_outside(pictures, query.image), "leads outside")
+                require(query.image is None or not lies_outside(pictures, query.image), "leads outside")
         return True
 
     return take
@@ -154,8 +155,8 @@ def picture_target(folder: Path, draw: random.Random) -> Callable[[], bool]:
     def take() -> bool:
         image = open_image(path)
         pixels = image.width * image.height
-        _require(image.mode == "RGB" and 0 < pixels <= (Image.MAX_IMAGE_PIXELS or pixels), "is no picture")
-        _require(len(image.tobytes()) == 3 * pixels, "lacks pixels")
+        require(image.mode == "RGB" and 0 < pixels <= (Image.MAX_IMAGE_PIXELS or pixels), "is no picture")
+        require(len(image.tobytes()) == 3 * pixels, "lacks pixels")
         return True
 
     return take
@@ -169,9 +170,9 @@ def checkpoint_target(folder: Path, draw: random.Random) -> Callable[[], bool]:
 
     def take() -> bool:
         for name, tensor in load_state(path).items():
-            _require(tensor.layout is torch.strided, f"{name} is sparse")
+            require(tensor.layout is torch.strided, f"{name} is sparse")
             # Reads every number: what a file claims without holding it would end here.
-            _require(tensor.nbytes <= path.stat().st_size, f"{name} is larger than its file")
+            require(tensor.nbytes <= path.stat().st_size, f"{name} is larger than its file")
             tensor.sum()
         return True
 
@@ -200,28 +201,12 @@ def knowledge_target(folder: Path, draw: random.Random) -> Callable[[], bool]:
         states, encoders = load_states(own, torch.device("cpu"))
         hparams = HyperParams(model_name="blip2", name="x")
         (known,) = as_knowledge(states, encoders, hparams).values()
-        _require(isinstance(known, LayerKnowledge), "is no knowledge")
+        require(isinstance(known, LayerKnowledge), "is no knowledge")
         before, _ = load_states(sound, torch.device("cpu"))
-        _require(torch.equal(states[1].states.sem, before[1].states.sem), "numbers are others")
+        require(torch.equal(states[1].states.sem, before[1].states.sem), "numbers are others")
         return True
 
     return take
-
-
-def edit_target(sound: Path) -> Target:
-    """A folder of a saved edit, one of its files damaged."""
-    read_edit = importlib.import_module("unike.edits.files").read_edit
-
-    def make(folder: Path, draw: random.Random) -> Callable[[], bool]:
-        own = folder / "edit"
-        own.mkdir(exist_ok=True)
-        name = draw.choice(sorted(p.name for p in sound.iterdir() if p.suffix in (".json", ".safetensors")))
-        for file in (p for p in sound.iterdir() if p.is_file()):
-            content = file.read_bytes()
-            (own / file.name).write_bytes(mutants.damaged(content, draw) if file.name == name else content)
-        return lambda: read_edit(own) is not None
-
-    return make
 
 
 TARGETS: dict[str, Target] = {
@@ -230,12 +215,8 @@ TARGETS: dict[str, Target] = {
     "pictures": picture_target,
     "checkpoints": checkpoint_target,
     "knowledge": knowledge_target,
+    "edits": edits.target,
 }
-
-
-def _require(condition: bool, reason: str) -> None:
-    if not condition:
-        raise AssertionError(f"taken, but {reason}")
 
 
 # ---------------------------------------------------------------- watching one mutant
@@ -344,13 +325,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--targets", nargs="+", choices=[*TARGETS], default=[*TARGETS])
     add("--mutants", type=int, default=20_000, help="of all targets together")
     add("--shell", type=int, default=0, help="YAMLs that go through run_edit.py as well")
-    add("--edit", type=Path, metavar="DIR", help="folder of a saved edit, to be damaged too")
     add("--seed", type=int, default=0)
     add("--keep", type=Path, metavar="DIR", help="where failed mutants are kept")
     args = parser.parse_args(argv)
     targets = {name: TARGETS[name] for name in args.targets}
-    if args.edit is not None:
-        targets["edits"] = edit_target(args.edit)
     sys.addaudithook(_audit)
     signal.signal(signal.SIGPROF, _hang)
     each, tallies = -(-args.mutants // len(targets)), {}

@@ -199,3 +199,52 @@ def _entries(content: bytes, draw: random.Random) -> bytes:
             if name != hit or draw.random() < 0.8:
                 new.writestr(name, damaged(old.read(name), draw) if name == hit else old.read(name))
     return out.getvalue()
+
+
+def changed_value(value: Any, draw: random.Random) -> Any:
+    """A JSON value with one place in it exchanged, taken out, doubled or moved by one."""
+    if isinstance(value, dict) and value and draw.random() < 0.9:
+        name = draw.choice(sorted(value))
+        rest = {n: v for n, v in value.items() if n != name}
+        how = draw.randrange(12)
+        if how == 0:
+            return rest
+        return {**rest, name + "s" if how == 1 else name: changed_value(value[name], draw)}
+    if isinstance(value, list) and value and draw.random() < 0.9:
+        at = draw.randrange(len(value))
+        how = draw.randrange(8)
+        if how == 0:
+            return value[:at] + value[at + 1 :]
+        if how == 1:
+            return [*value, value[at]]
+        return [*value[:at], changed_value(value[at], draw), *value[at + 1 :]]
+    if type(value) in (int, float) and draw.random() < 0.5:
+        return value + draw.choice((-1, 1, 0.5, 1000))
+    return draw.choice(_VALUES)
+
+
+def changed_tensors(tensors: dict[str, torch.Tensor], draw: random.Random) -> dict[str, torch.Tensor]:
+    """Tensors of which one is gone, doubled, or of another shape, type or content."""
+    name = draw.choice(sorted(tensors) or ["0.4.key"])
+    tensor = tensors.get(name, torch.ones(2))
+    makers: tuple[Callable[[], dict[str, torch.Tensor]], ...] = (
+        lambda: {n: t for n, t in tensors.items() if n != name},
+        lambda: {**tensors, name + "s": tensor.clone()},
+        lambda: {**tensors, name: tensor[..., :-1].contiguous()},
+        lambda: {**tensors, name: tensor[None]},
+        lambda: {**tensors, name: tensor.reshape(-1)},
+        lambda: {**tensors, name: tensor.flip(-1).unsqueeze(-1)},
+        lambda: {**tensors, name: tensor * float(draw.choice(("nan", "inf")))},
+        lambda: {**tensors, name: tensor.to(draw.choice((torch.int8, torch.float64, torch.bool)))},
+        lambda: {**tensors, name: tensor.half()},
+        lambda: {**tensors, name: torch.zeros(1 << 20)},
+        lambda: {**tensors, name: torch.zeros(0)},
+        lambda: {**tensors, name: -tensor},
+    )
+    return draw.choice(makers)()
+
+
+def require(condition: bool, reason: str) -> None:
+    """AssertionError for an input that was taken and means something else."""
+    if not condition:
+        raise AssertionError(f"taken, but {reason}")

@@ -47,18 +47,18 @@ LAYERS = (
     *((f"unike.{name}", _BOTTOM) for name in ("metrics", "records")),
     ("unike.datasets*", f"{_BOTTOM} unike.datasets*"),
     ("unike.backbones*", f"{_BOTTOM} unike.[ho]* unike.processes unike.datasets.images unike.backbones*"),
-    ("unike.edits*", f"unike.types unike.hooks unike.knowledge* unike.edits* {_PROTOCOL}"),
-    ("unike.deltas", f"unike.hooks unike.edits unike.knowledge.rows {_PROTOCOL}"),
+    ("unike.edits.__main__", "unike.*"),
+    ("unike.edits*", f"{_BOTTOM} unike.h[op]* unike.records unike.knowledge* unike.edits* {_PROTOCOL}"),
     ("unike.methods", "unike.methods.*"),
     (
         "unike.methods.*",
-        f"{_BOTTOM} unike.h[po]* unike.processes unike.d[ae]* unike.knowledge* unike.edits* {_PROTOCOL} "
+        f"{_BOTTOM} unike.h[po]* unike.processes unike.datasets* unike.knowledge* unike.edits* {_PROTOCOL} "
         "unike.methods.base unike.methods.training unike.methods.patching unike.methods.meta_training "
         "unike.methods.scoping unike.retrieval unike.own",
     ),
     ("unike.reading", f"{_BOTTOM} unike.metrics unike.edits* {_PROTOCOL}"),
     ("unike.protocols", f"{_BOTTOM} unike.metrics unike.edits* unike.methods.base unike.reading {_PROTOCOL}"),
-    ("unike.sequences", f"{_PROTOCOL} unike.types unike.[hpst]* unike.methods.base unike.re[ac]*"),
+    ("unike.sequences", f"{_PROTOCOL} unike.edits* unike.[hpst]* unike.methods.base unike.re[ac]*"),
     ("unike.tables", "unike.types unike.metrics unike.records"),
     *((f"unike.{n}", "unike.types unike.[mtpc]*") for n in ("claims", "comparison")),
     *((f"unike.{top}", "unike.*") for top in ("editor", "runs", "inputs", "check")),

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from helpers import Project
 
-from benchmarks import fuzz, kill
+from benchmarks import fuzz, kill, mutants
 from unike.records import MANIFEST, RECORDS, SUMMARY
 from unike.types import UserError
 
@@ -91,8 +91,8 @@ def test_damaged_inputs_are_taken_or_refused() -> None:
     said = started("benchmarks.fuzz", "--mutants", "600", "--shell", "1", "--seed", "7")
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in said.splitlines()[2:]]
     assert [row[0] for row in rows] == [*fuzz.TARGETS, "shell"]
-    for _, mutants, taken, refused, failed, _ in rows:
-        assert int(taken) + int(refused) == int(mutants) > 0
+    for _, count, taken, refused, failed, _ in rows:
+        assert int(taken) + int(refused) == int(count) > 0
         assert failed == "0"
     assert sum(int(row[2]) for row in rows) > 0
     assert sum(int(row[3]) for row in rows) > 0
@@ -138,7 +138,7 @@ def test_the_fuzzer_sees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         "refused": (refuses("a.yaml: k: expected a number"), "refused", ""),
         "a bug": (lambda: {}["x"], "failed", "KeyError"),
         "another meaning": (
-            lambda: fuzz._require(False, "k is another"),
+            lambda: mutants.require(False, "k is another"),
             "failed",
             "k is another",
         ),
@@ -171,5 +171,6 @@ def test_a_mutant_is_made_again_from_its_number(tmp_path: Path) -> None:
             made.append(
                 {p.relative_to(folder): p.read_bytes() for p in folder.glob("*") if p.is_file()}
                 | {p.relative_to(folder): p.read_bytes() for p in folder.glob("knowledge/*")}
+                | {p.relative_to(folder): p.read_bytes() for p in folder.glob("edit/*")}
             )
         assert made[0] == made[1] != {}

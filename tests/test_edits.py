@@ -16,8 +16,8 @@ from unike.backbones.base import Batch, answer_loss, encode_queries
 from unike.backbones.hf import VisionLanguageBackbone
 from unike.backbones.prefix import PrefixCache
 from unike.datasets.triplets import Triplet
-from unike.deltas import WeightDelta
 from unike.edits import RoutedEdit, compose
+from unike.edits.deltas import WeightDelta
 from unike.hooks import hook_count
 from unike.hparams import HyperParams
 from unike.knowledge.scope import ScopeEncoder, ScopeMeasure

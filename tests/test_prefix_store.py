@@ -20,7 +20,7 @@ from unike.backbones.hf import VisionLanguageBackbone
 from unike.backbones.images import FeatureCache, content_key
 from unike.backbones.prefix import PrefixCache, check_prefix_dir, open_prefixes
 from unike.backbones.store import RowStore, row_key
-from unike.deltas import WeightDelta
+from unike.edits.deltas import WeightDelta
 from unike.hooks import transform
 from unike.hparams import HyperParams
 from unike.types import Query, UserError

@@ -18,7 +18,7 @@ from unike.backbones import load_backbone
 from unike.backbones.base import Batch, encode_queries
 from unike.backbones.hf import VisionLanguageBackbone
 from unike.backbones.prefix import PrefixCache
-from unike.deltas import LowRankDelta
+from unike.edits.deltas import LowRankDelta
 from unike.hooks import hook_count
 from unike.hparams import HyperParams
 from unike.methods.base import build

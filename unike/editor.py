@@ -18,8 +18,10 @@ from unike.backbones.prefix import PrefixCache
 from unike.datasets.mmedit import CapVQADataset
 from unike.datasets.triplets import Triplet, triplets_of
 from unike.edits import Edit, compose
+from unike.edits.content import Shared
+from unike.edits.files import load_edit, read_edit
 from unike.hparams import HyperParams
-from unike.methods.base import EditMethod
+from unike.methods.base import EditMethod, shared_parts
 from unike.protocols import one_step
 from unike.tables import summarise
 from unike.types import Case, EditRequest, Expectation, ImageLike, Probe, Query, UserError
@@ -175,6 +177,16 @@ class MultimodalEditor:
         """The unedited model's greedy answer, also while edits are attached."""
         with self._slot.only(()):
             return self.backbone.generate([image], [prompt], max_new_tokens)[0]
+
+    def load(self, folder: str | os.PathLike[str]) -> Edit:
+        """An edit from its folder, with this editor's memory, encoders or network, if it needs them.
+
+        UserError as ``Edit.load``.
+        """
+        saved = read_edit(folder)
+        saved.require(self.backbone)
+        shared = shared_parts(self.prepare().method) if saved.needs else Shared()
+        return load_edit(saved, self.backbone, shared)
 
     def edit(
         self,

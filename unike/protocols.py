@@ -31,6 +31,12 @@ from unike.metrics import (
 from unike.reading import Asked, Reader
 from unike.types import Case, UserError
 
+Keep = Callable[[Edit], object]
+
+
+def forget(edit: Edit) -> None:
+    """What is done with an edit that nobody wants to keep."""
+
 
 def one_step(
     backbone: Backbone, method: EditMethod, case: Case, reader: Reader, history: Edit | None = None
@@ -52,9 +58,10 @@ def one_step(
 
 
 def one_step_many(
-    backbone: Backbone, method: EditMethod, cases: Sequence[Case], reader: Reader
+    backbone: Backbone, method: EditMethod, cases: Sequence[Case], reader: Reader, keep: Keep = forget
 ) -> list[dict[str, Any]]:
-    """As ``one_step`` for each case, edits made and asked side by side where the method can.
+    """As ``one_step`` for each case, edits made and asked side by side where the method can; ``keep``
+    is handed every edit that is made.
 
     ``seconds`` is each edit's share of what all of them took.
     """
@@ -63,6 +70,8 @@ def one_step_many(
     edits = edit_many(method, backbone, [case.request for case in cases], reader.prefixes)
     seconds = (time.perf_counter() - started) / len(cases)
     held = [(case, edit) for case, edit in zip(cases, edits, strict=True) if isinstance(edit, Edit)]
+    for _, one in held:
+        keep(one)
     asked = iter(reader.edited_each([case for case, _ in held], [edit for _, edit in held]))
     out = []
     for case, edit in zip(cases, edits, strict=True):
@@ -88,15 +97,9 @@ class _Made:
 
 
 def sequential(
-    backbone: Backbone,
-    method: EditMethod,
-    cases: Sequence[Case],
-    reader: Reader,
-    number: int = 0,
-    former: int | None = None,
-    seed: int = 0,
-    tolerated: tuple[type[Exception], ...] = (),
-) -> Iterator[dict[str, Any]]:
+    backbone: Backbone, method: EditMethod, cases: Sequence[Case], reader: Reader, number: int = 0,
+    former: int | None = None, seed: int = 0, tolerated: tuple[type[Exception], ...] = (), keep: Keep = forget,
+) -> Iterator[dict[str, Any]]:  # fmt: skip
     """Edits the cases in order, each on top of all before it, and gives two records for each of them.
 
     A ``step`` follows every edit: how the newest does (``scores``) and how the ones before it still do
@@ -109,6 +112,7 @@ def sequential(
     An edit that fails (its loss stops being a number, memory does not suffice, or one of ``tolerated`` is
     raised) is marked in both of its records and leaves no trace: the next one continues from the edits
     before it. One whose probes cannot be asked (``tolerated`` is raised) stays, and that record is marked.
+    ``keep`` is handed every edit that is made, before its step.
     """
     failures: tuple[type[Exception], ...] = (FloatingPointError, *tolerated)
     caught: tuple[type[Exception], ...] = (*failures, RuntimeError, MemoryError)
@@ -131,6 +135,7 @@ def sequential(
                 edit = method.edit(backbone, case.request, reader.prefixes, whole)
                 whole = edit if whole is None else whole | edit
                 info = {**edit.info, "bytes": edit.nbytes}
+                keep(edit)
         except caught as error:
             full = out_of_memory(error)
             if not full and not isinstance(error, failures):

@@ -80,7 +80,7 @@ class RecordWriter:
         _make_folder(self.directory)
         former = _former_manifest(self.directory, resume)
         if former is None:
-            manifest = inputs | _plain(about) | {"versions": _versions(), "started": _now()}
+            manifest = inputs | _plain(about) | {"versions": versions(), "started": _now()}
         else:
             _check_inputs(self.directory, former, inputs)
             manifest = former | {"resumed": [*former.get("resumed", []), _now()]}
@@ -305,7 +305,8 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _versions() -> dict[str, str | None]:
+def versions() -> dict[str, str | None]:
+    """Of Python and of the packages that numbers depend on; None where one is not installed."""
     found: dict[str, str | None] = {"python": platform.python_version()}
     for package in ("torch", "transformers", "unike"):
         try:

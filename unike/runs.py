@@ -18,6 +18,7 @@ from unike import faults, processes
 from unike.backbones.base import Backbone
 from unike.backbones.prefix import open_prefixes
 from unike.datasets.triplets import Triplet
+from unike.edits import Edit, EditStore
 from unike.hparams import HyperParams
 from unike.inputs import (
     TASKS,
@@ -51,7 +52,7 @@ from unike.tables import RunningMeans
 from unike.types import Case, UserError
 
 __all__ = [
-    "TASKS", "Parts", "annotation_file", "assemble", "checksums", "drawn", "knowledge_triplets",
+    "TASKS", "Parts", "annotation_file", "assemble", "checksums", "drawn", "edit_store", "knowledge_triplets",
     "open_datasets", "open_run", "parts_of", "preflight", "prepare", "problems_of", "require",
     "require_backbone", "run_cases", "run_directory", "train_cases", "training_cases", "wants_triplets",
 ]  # fmt: skip
@@ -174,6 +175,17 @@ def _taken(directory: Path) -> bool:
     return directory.is_file() or (directory.is_dir() and any(directory.iterdir()))
 
 
+def edit_store(hparams: HyperParams, folder: str | None) -> EditStore | None:
+    """Where ``--save_edits`` keeps a run's edits, if anywhere; UserError for a folder of something else,
+    and for several sequences, which may edit a record anew."""
+    if folder is None:
+        return None
+    if hparams.protocol != "one_step" and hparams.sequences > 1:
+        at = f"{hparams.source}: sequences: {hparams.sequences}"
+        raise UserError(f"{at}; --save_edits keeps one sequence, expected sequences: 1")
+    return EditStore(folder)
+
+
 def checksums(hparams: HyperParams, task: str) -> dict[str, str]:
     """SHA-256 of every data file that a run reads, by YAML key."""
     files = {f"data.{n}.eval": annotation_file(hparams, n, "eval") for n in parts_of(task)}
@@ -225,21 +237,26 @@ def run_cases(
     skip_broken: bool = False,
     progress: bool = True,
     reader: Reader | None = None,
+    store: EditStore | None = None,
 ) -> dict[str, Any]:
     """Edits each case that is not recorded yet, from the base model or as the YAML's ``protocol`` has
     it, and gives the summary of all records in the folder, ``interrupted`` where Ctrl-C ended it early.
     Where several processes run, each edits its share and all get the summary.
 
-    A ``reader`` of the same cases and first layer may be handed on from run to run: what it knows of
-    the base model is not asked again.
+    With a ``store`` every edit is in it before its record is written. A ``reader`` of the same cases and
+    first layer may be handed on from run to run: what it knows of the base model is not asked again.
 
     A picture that cannot be read ends the run after the summary of what there is, or counts as a failed
     case under ``skip_broken``. So does, always, an edit whose loss stops being a number, or for which
     memory does not suffice even alone.
     """
     reader, hp = reader or parts.reader(generated), parts.hparams
+    if store is not None and store.backbone not in (None, parts.backbone.fingerprint):
+        raise UserError(f"{store.folder}: holds edits of another model; name another --save_edits")
     if hp.protocol != "one_step":
-        return run_sequences(hp, parts.backbone, parts.method, cases, writer, reader, skip_broken, progress)
+        return run_sequences(
+            hp, parts.backbone, parts.method, cases, writer, reader, skip_broken, progress, store
+        )
     done, shared = writer.done_ids(), SharedRun(writer)
     means = RunningMeans(read_records(writer.directory) if done else [])
     order, size = [case.request.id for case in cases], edits_at_once(hp, parts.backbone)
@@ -254,8 +271,11 @@ def run_cases(
         shared.kept(),
     ):
         for batch in shared.until_stopped(left):
-            for record in _records(parts, batch, reader, skip_broken):
+            made: dict[str, Edit] = {}
+            for record in _records(parts, batch, reader, skip_broken, made):
                 if record["id"] not in done:
+                    if store is not None and record["id"] in made:
+                        store.add(made[record["id"]], replace=True)
                     writer.write(record)
                     means.add(record)
                     bar.set_postfix_str(str(means), refresh=False)
@@ -264,12 +284,16 @@ def run_cases(
 
 
 def _records(
-    parts: Parts, cases: Sequence[Case], reader: Reader, skip_broken: bool
+    parts: Parts, cases: Sequence[Case], reader: Reader, skip_broken: bool, made: dict[str, Edit]
 ) -> Iterator[dict[str, Any]]:
     """The cases' records, edited side by side; half as many at a time where memory does not suffice or
-    one of them can't be read, down to the one that fails."""
+    one of them can't be read, down to the one that fails. ``made`` takes up the edits by id."""
+
+    def keep(edit: Edit) -> None:
+        made[edit.id] = edit
+
     try:
-        yield from one_step_many(parts.backbone, parts.method, cases, reader)
+        yield from one_step_many(parts.backbone, parts.method, cases, reader, keep)
         return
     except (UserError, RuntimeError, MemoryError) as error:
         full = faults.out_of_memory(error)
@@ -286,8 +310,8 @@ def _records(
     half = len(cases) // 2
     if full:
         logger.warning("out of memory with %d edits side by side; %d are tried", len(cases), half)
-    yield from _records(parts, cases[:half], reader, skip_broken)
-    yield from _records(parts, cases[half:], reader, skip_broken)
+    yield from _records(parts, cases[:half], reader, skip_broken, made)
+    yield from _records(parts, cases[half:], reader, skip_broken, made)
 
 
 def edits_at_once(hparams: HyperParams, backbone: Backbone) -> int:

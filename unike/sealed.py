@@ -41,9 +41,15 @@ def read_index(path: Path) -> dict[str, Any]:
     return _read(path)[0] if path.is_file() else {}
 
 
+def checksum_in(path: Path, tensors: Path) -> str:
+    """The checksum of the file that the index at ``path`` has, without reading the file. UserError where
+    the index is damaged."""
+    return str(_read(path)[1].get(tensors.name))
+
+
 def check_tensors(path: Path, tensors: Path) -> None:
     """UserError unless the file is the one that the index at ``path`` was written for."""
-    if _read(path)[1].get(tensors.name) != sha256_of(tensors):
+    if checksum_in(path, tensors) != sha256_of(tensors):
         raise UserError(f"{tensors}: is damaged: its checksum is another one than {path.name} has; {_REMEDY}")
 
 

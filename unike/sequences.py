@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from unike import processes
 from unike.backbones.base import Backbone
+from unike.edits import Edit, EditStore
 from unike.hparams import HyperParams
 from unike.methods.base import EditMethod
 from unike.protocols import DRAWS, sequence_id, sequential
@@ -37,12 +38,14 @@ def run_sequences(
     reader: Reader,
     skip_broken: bool = False,
     progress: bool = True,
+    store: EditStore | None = None,
 ) -> dict[str, Any]:
     """Edits the sequences drawn from ``cases`` and gives the summary of all records in the folder,
     ``interrupted`` where Ctrl-C ended the run early.
 
     Finished sequences are not run again. An unfinished one is edited from its start, since edits are
-    not kept, and only what is not recorded yet is written. Several processes share whole sequences.
+    not kept, and only what is not recorded yet is written. With a ``store`` every edit is in it before its
+    step is recorded. Several processes share whole sequences.
     """
     drawn = sequences_of(hparams, cases)
     done, shared = writer.done_ids(), SharedRun(writer)
@@ -55,13 +58,18 @@ def run_sequences(
     total, hidden = already + len(left) * length, not (progress and processes.is_main())
     with tqdm(total=total, initial=already, desc="edits", disable=hidden) as bar, shared.kept():
         for number in left:
+            made: list[Edit] = []
             for record in shared.until_stopped(
                 sequential(
                     backbone, method, drawn[number], reader, number, hparams.curve_cases, hparams.seed,
-                    tolerated,
+                    tolerated, made.append,
                 )
             ):  # fmt: skip
                 final, known = record["kind"] == "final", record["id"] in done
+                if store is not None and not known:
+                    for edit in made:
+                        store.add(edit, replace=True)
+                made.clear()
                 if not known:
                     writer.write(record)
                 if final and not known:

@@ -1,17 +1,15 @@
 """Edits: what a method hands over."""
 
-from unike.edits.base import Edit, Together, compose
+from unike.edits.base import Edit, Mixed, Together, compose, same_weights
+from unike.edits.deltas import LowRankDelta, WeightDelta
+from unike.edits.origin import Origin
 from unike.edits.prompt import Fact, PromptEdit, Shown
-from unike.edits.routed import (
-    EditRecord,
-    LayerKnowledge,
-    LayerShare,
-    RoutedEdit,
-    RoutedTogether,
-    Routing,
-)
+from unike.edits.routed import RoutedEdit, RoutedTogether
+from unike.edits.shares import EditRecord, LayerKnowledge, LayerShare, Routing
+from unike.edits.store import EditStore
 
 __all__ = [
-    "Edit", "EditRecord", "Fact", "LayerKnowledge", "LayerShare", "PromptEdit", "RoutedEdit",
-    "RoutedTogether", "Routing", "Shown", "Together", "compose",
+    "Edit", "EditRecord", "EditStore", "Fact", "LayerKnowledge", "LayerShare", "LowRankDelta", "Mixed",
+    "Origin", "PromptEdit", "RoutedEdit", "RoutedTogether", "Routing", "Shown", "Together", "WeightDelta",
+    "compose", "same_weights",
 ]  # fmt: skip

@@ -5,24 +5,32 @@ No edit changes, copies or concatenates a base weight.
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any, ClassVar
 
 import torch
+from torch import nn
 
 from unike.backbones.base import Backbone
-from unike.types import Query
+from unike.edits.content import Content, Shared, beside
+from unike.edits.origin import Origin
+from unike.types import Query, UserError
 
 
 class Edit(ABC):
     """A change to what a backbone answers.
 
-    ``info`` holds what the method reports of making it: steps, final loss, seconds.
+    ``info`` holds what the method reports of making it: steps, final loss, seconds. ``origins`` say
+    what it was made from, one for each request in it; methods that are registered fill them in.
     """
 
+    kind: ClassVar[str]
     info: dict[str, Any]
+    origins: tuple[Origin, ...] = ()
+    _id: str | None = None
 
     @abstractmethod
     def applied(self, backbone: Backbone) -> AbstractContextManager[None]:
@@ -33,8 +41,77 @@ class Edit(ABC):
         """All tensors of the edit."""
 
     @abstractmethod
-    def __or__(self, other: Any) -> Edit:
-        """Both edits, this one first."""
+    def joined(self, other: Edit) -> Edit | None:
+        """Both as one edit of this kind, this one first; None where they can't be one."""
+
+    @abstractmethod
+    def packed(self) -> Content:
+        """All that the edit is, without what it shares with others; ``unpacked`` takes it back."""
+
+    @classmethod
+    @abstractmethod
+    def unpacked(cls, content: Content, backbone: Backbone, shared: Shared) -> Edit:
+        """The edit of ``packed``, which gives the same logits, bit for bit.
+
+        ValueError, TypeError or LookupError where the content can't be such an edit of the backbone.
+        """
+
+    def needs(self) -> dict[str, str]:
+        """Checksums of what the edit shares with others and can't do without, by name: ``knowledge``,
+        ``scope`` or ``network``."""
+        return {}
+
+    @property
+    def id(self) -> str:
+        """The request's id, those of several joined by ``+``; may be set to another."""
+        return self._id or "+".join(origin.id for origin in self.origins)
+
+    @id.setter
+    def id(self, value: str) -> None:
+        self._id = value
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Writes the edit as a folder that appears whole or not at all: ``edit.safetensors``,
+        ``edit.json`` and a card. UserError where something is there already, or can't be written."""
+        from unike.edits import files
+
+        files.save(self, folder)
+
+    @staticmethod
+    def load(
+        folder: str | os.PathLike[str],
+        backbone: Backbone,
+        knowledge: Mapping[int, Any] | None = None,
+        network: nn.Module | None = None,
+    ) -> Edit:
+        """The edit of a folder, which gives the logits that it gave when it was saved, bit for bit.
+
+        What edits share is not kept in each of them and must be handed over: ``knowledge`` (memory and
+        encoders by layer, ``method.knowledge``) for UniKE, the trained ``network`` for SERAC;
+        ``MultimodalEditor.load`` finds them. UserError, in one line and with nothing changed, for an
+        edit of another backbone, other knowledge than it was made with, or a folder that is damaged.
+        """
+        from unike.edits import files
+
+        return files.load(folder, backbone, Shared(knowledge or {}, network))
+
+    @property
+    def parts(self) -> tuple[Edit, ...]:
+        """The edits of one kind each that it is made of: itself, unless it is ``Mixed``."""
+        return (self,)
+
+    def __or__(self, other: Edit) -> Edit:
+        """Both edits, this one first: one edit where they are alike, else ``Mixed``."""
+        if not isinstance(other, Edit):
+            return NotImplemented
+        parts = list(self.parts)
+        for new in other.parts:
+            both = ((i, part.joined(new)) for i, part in enumerate(parts))
+            place, whole = next(((i, edit) for i, edit in both if edit is not None), (len(parts), new))
+            parts[place : place + 1] = [whole]
+        out = parts[0] if len(parts) == 1 else Mixed(parts)
+        out.origins = self.origins + other.origins
+        return out
 
     def rewrite(self, query: Query) -> Query:
         """The query as the edited model is asked it: the same, unless the edit lives in the prompt."""
@@ -62,6 +139,78 @@ class Edit(ABC):
         return sum(t.nbytes for t in self.state_dict().values())
 
 
+class Mixed(Edit):
+    """Edits of unlike kinds, all in force.
+
+    What is alike works as one wherever it stands in the order: it is retrieved from together, and later
+    weights take the place of former ones. Kinds follow each other as they first appear.
+    """
+
+    kind = "mixed"
+
+    def __init__(self, parts: Sequence[Edit]) -> None:
+        self._parts = tuple(parts)
+        self.info = {key: value for part in parts for key, value in part.info.items()}
+
+    @property
+    def parts(self) -> tuple[Edit, ...]:
+        return self._parts
+
+    def joined(self, other: Edit) -> Edit | None:
+        return self | other
+
+    @contextmanager
+    def applied(self, backbone: Backbone) -> Iterator[None]:
+        with ExitStack() as stack:
+            for part in self._parts:
+                stack.enter_context(part.applied(backbone))
+            yield
+
+    def rewrite(self, query: Query) -> Query:
+        for part in self._parts:
+            query = part.rewrite(query)
+        return query
+
+    def changes_prefix(self, backbone: Backbone, first: int) -> bool:
+        return any(part.changes_prefix(backbone, first) for part in self._parts)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return {f"{i}.{k}": t for i, part in enumerate(self._parts) for k, t in part.state_dict().items()}
+
+    def packed(self) -> Content:
+        values, tensors = beside([part.packed() for part in self._parts])
+        kinds = [part.kind for part in self._parts]
+        return Content({"kinds": kinds, "parts": values}, tensors)
+
+    @classmethod
+    def unpacked(cls, content: Content, backbone: Backbone, shared: Shared) -> Mixed:
+        names = content.texts("kinds")
+        parts = []
+        for i, name in enumerate(names):
+            own = content.part(i)
+            parts.append(kind_of(name).unpacked(own, backbone, shared))
+            own.empty()
+        if len(parts) < 2 or any(isinstance(part, Mixed) for part in parts):
+            raise ValueError("kinds: expected two or more plain ones")
+        if len(content.value("parts", list)) != len(parts):
+            raise ValueError("parts: expected as many as kinds")
+        return cls(parts)
+
+    def needs(self) -> dict[str, str]:
+        """UserError where two parts lean on different ones: one folder can't ask for both."""
+        out: dict[str, str] = {}
+        for name, checksum in (need for part in self._parts for need in part.needs().items()):
+            if out.setdefault(name, checksum) != checksum:
+                raise UserError(
+                    f"edit {self.id}: parts of it were made with different {name}; save them apart"
+                )
+        return out
+
+    def explain(self) -> dict[str, list[float]]:
+        """Where several parts decide the same, the last one's."""
+        return {key: value for part in self._parts for key, value in part.explain().items()}
+
+
 class Together(ABC):
     """Independent edits side by side: each row of a batch is asked under one of them."""
 
@@ -81,3 +230,19 @@ def compose(edits: Sequence[Edit]) -> Edit | None:
     for edit in edits:
         whole = edit if whole is None else whole | edit
     return whole
+
+
+def kind_of(name: Any) -> type[Edit]:
+    """The class of a kind of edit; ValueError for an unknown one. SERAC's is known once its module is."""
+    known = {kind.kind: kind for kind in Edit.__subclasses__()}
+    if name not in known:
+        raise ValueError(f"kind: {name!r} is unknown; expected one of {', '.join(sorted(known))}")
+    return known[name]
+
+
+def same_weights(one: nn.Module, other: nn.Module) -> bool:
+    """Whether two modules hold the same numbers under the same names."""
+    if one is other:
+        return True
+    mine, theirs = one.state_dict(), other.state_dict()
+    return mine.keys() == theirs.keys() and all(torch.equal(t, theirs[name]) for name, t in mine.items())

@@ -11,6 +11,7 @@ import torch
 
 from unike.backbones.base import Backbone
 from unike.edits.base import Edit, Together
+from unike.edits.content import Content, Shared
 from unike.types import Query
 
 
@@ -39,6 +40,7 @@ class PromptEdit(Edit):
     last fact stays.
     """
 
+    kind = "prompt"
     facts: tuple[Fact, ...]
     room: int
     info: dict[str, Any] = field(default_factory=dict)
@@ -60,13 +62,40 @@ class PromptEdit(Edit):
     def state_dict(self) -> dict[str, torch.Tensor]:
         return {}
 
+    def packed(self) -> Content:
+        facts = [[f.id, list(f.fact), [list(d) for d in f.demonstrations]] for f in self.facts]
+        return Content({"facts": facts, "room": self.room}, {})
+
+    @classmethod
+    def unpacked(cls, content: Content, backbone: Backbone, shared: Shared) -> PromptEdit:
+        facts = [
+            Fact(_text(name), _shown(fact), tuple(_shown(d) for d in demonstrations))
+            for name, fact, demonstrations in content.value("facts", list)
+        ]
+        if not facts:
+            raise ValueError("facts: expected one or more")
+        return cls(tuple(facts), content.value("room", int))
+
     def together(self, edits: Sequence[Edit]) -> Together | None:
         return PromptsTogether() if all(isinstance(e, PromptEdit) for e in edits) else None
 
-    def __or__(self, other: Any) -> Edit:
+    def joined(self, other: Edit) -> Edit | None:
         if not isinstance(other, PromptEdit):
-            return NotImplemented
+            return None
         return PromptEdit(self.facts + other.facts, other.room, self.info | other.info)
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"facts: expected texts, got {type(value).__name__}")
+    return value
+
+
+def _shown(value: Any) -> Shown:
+    text, tokens = value
+    if type(tokens) is not int or tokens < 0:
+        raise ValueError("facts: expected a number of tokens behind each text")
+    return Shown(_text(text), tokens)
 
 
 class PromptsTogether(Together):

@@ -10,67 +10,18 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 
 from unike.backbones.base import Backbone
-from unike.edits.base import Edit, Together
+from unike.edits.base import Edit, Together, same_weights
+from unike.edits.content import Content, Shared
+from unike.edits.packing import needs_of, packed_records, unpacked_records
 from unike.edits.runtime import LayerRuntime, ScopeGate, adapter_of, explained, running
+from unike.edits.shares import EditRecord, LayerKnowledge, Routing, measure_of
 from unike.knowledge.adapter import Shift
 from unike.knowledge.memory import KnowledgeMemory
 from unike.knowledge.patch import KeyValuePatch, PatchBatch, PatchStack
 from unike.knowledge.rows import Growing, OwnedMemory, Owners
-from unike.knowledge.scope import ScopeMeasure
 from unike.types import Query
-
-
-@dataclass(frozen=True)
-class LayerKnowledge:
-    """One layer's bank, semantic encoder, zeta, and remembered feed-forward inputs ``(m, d)``; in the first
-    edited layer the trained measure of scope, if one is used."""
-
-    bank: KnowledgeMemory
-    semantic: nn.Module
-    ffn_queries: torch.Tensor
-    zeta: torch.Tensor | None = None
-    scope: ScopeMeasure | None = None
-
-
-@dataclass(frozen=True)
-class LayerShare:
-    """What one edit owns in one layer: its own pair ``key = h_sem``, ``value = h_pos`` ``(d)``, and
-    its patch if the intrinsic half is on."""
-
-    key: torch.Tensor
-    value: torch.Tensor
-    patch: KeyValuePatch | None = None
-
-
-@dataclass(frozen=True)
-class EditRecord:
-    """One edit of a routed edit: its shares by layer, and its key ``(r)`` in the trained space of
-    scope."""
-
-    id: str
-    layers: Mapping[int, LayerShare]
-    demonstration: str | None = None
-    scope_key: torch.Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Routing:
-    """How a routed edit answers; the fields are the YAML's keys."""
-
-    external: str = "latent"
-    memory: str = "both"
-    k: int = 40
-    alpha: float | str = "adaptive"
-    attention: str = "projected"
-    tau: float | None = None
-    similarity_bias: float = 0.0
-    scope_gate: str = "none"
-    scope_threshold: float | None = 0.5
-    scope_measure: str = "cosine"
-    scope_halves: str = "intrinsic"
 
 
 class Stacks:
@@ -113,6 +64,11 @@ def _scope_keys(records: Sequence[EditRecord]) -> torch.Tensor | None:
     return torch.stack(keys) if keys else None
 
 
+def _folded(record: EditRecord) -> bool:
+    """Whether zeta's share is in the patches' values already, as in a loaded edit's."""
+    return all(s.patch is None or s.patch.zeta is None for s in record.layers.values())
+
+
 def _live(record: EditRecord) -> bool:
     """Whether the record is in training: its patches must be read anew at every step."""
     return any(s.patch is not None and s.patch.keys.requires_grad for s in record.layers.values())
@@ -127,6 +83,7 @@ class RoutedEdit(Edit):
     each prompt's similarity with the nearest edit where a gate is on.
     """
 
+    kind = "routed"
     records: tuple[EditRecord, ...]
     routing: Routing
     knowledge: Mapping[int, LayerKnowledge] = field(default_factory=dict)
@@ -184,6 +141,19 @@ class RoutedEdit(Edit):
                 out[f"{record.id}.scope_key"] = record.scope_key
         return out
 
+    def needs(self) -> dict[str, str]:
+        return needs_of(self.routing, self.layers, self.knowledge)
+
+    def packed(self) -> Content:
+        return packed_records(self.records, self.routing)
+
+    @classmethod
+    def unpacked(cls, content: Content, backbone: Backbone, shared: Shared) -> RoutedEdit:
+        routing = Routing.checked(content.value("routing", dict))
+        out = cls(unpacked_records(content, routing, backbone), routing, shared.knowledge)
+        # Else it would retrieve from knowledge that it was made without.
+        return out if out.needs() else replace(out, knowledge={})
+
     def explain(self) -> dict[str, list[float]]:
         return explained(self.trace, self.scopes)
 
@@ -198,14 +168,34 @@ class RoutedEdit(Edit):
         same = [e for e in edits if isinstance(e, RoutedEdit) and len(e.records) == 1]
         if len(same) < len(edits) or any(e.routing != self.routing for e in same):
             return None
+        if len({_folded(e.records[0]) for e in same}) > 1:
+            return None
         return RoutedTogether([e.records[0] for e in same], self.routing, self.knowledge)
 
-    def __or__(self, other: Any) -> Edit:
-        if not isinstance(other, RoutedEdit):
-            return NotImplemented
+    def joined(self, other: Edit) -> Edit | None:
+        if not isinstance(other, RoutedEdit) or not _alike(self, other):
+            return None
         out = RoutedEdit(self.records + other.records, other.routing, other.knowledge, other.info)
         out._stacks = self._stacked()
         return out
+
+
+def _alike(one: RoutedEdit, other: RoutedEdit) -> bool:
+    """Whether the records of both can share layers, routing and knowledge."""
+
+    def kind(edit: RoutedEdit) -> tuple[Any, ...]:
+        patch = edit.records[0].layers[edit.layers[0]].patch
+        return edit.layers, edit.routing, None if patch is None else (patch.gated, patch.keys.shape)
+
+    if kind(one) != kind(other) or one.knowledge.keys() != other.knowledge.keys():
+        return False
+    # Encoders are learnt from their bank: where they are equal, so are the banks.
+    pairs = ((known, other.knowledge[i]) for i, known in one.knowledge.items())
+    return all(
+        mine is theirs
+        or (len(mine.bank) == len(theirs.bank) and same_weights(mine.semantic, theirs.semantic))
+        for mine, theirs in pairs
+    )
 
 
 def _gate(edit: RoutedEdit, stacks: Stacks | None, tail: Sequence[EditRecord]) -> ScopeGate | None:
@@ -223,12 +213,6 @@ def _gate(edit: RoutedEdit, stacks: Stacks | None, tail: Sequence[EditRecord]) -
     if len(keys) != len(edit.records):
         raise ValueError("scope_measure: trained needs the measure, and cosine a scope_threshold")
     return ScopeGate(routing, measure, keys, frozen=0 if stacks is None else len(stacks))
-
-
-def measure_of(routing: Routing, knowledge: Mapping[int, LayerKnowledge], first: int) -> ScopeMeasure | None:
-    """The trained measure, where the routing wants it."""
-    known = knowledge.get(first)
-    return known.scope if routing.scope_measure == "trained" and known is not None else None
 
 
 def _with_own(

@@ -20,7 +20,7 @@ from unike.knowledge.rows import Owners
 from unike.knowledge.scope import ScopeMeasure, open_edits
 
 if TYPE_CHECKING:
-    from unike.edits.routed import LayerKnowledge, Routing
+    from unike.edits.shares import LayerKnowledge, Routing
 
 Extra = Callable[[torch.Tensor], torch.Tensor]
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from functools import wraps
+from typing import Any, Protocol, TypeVar
 
 from unike.backbones.base import Backbone
 from unike.backbones.prefix import PrefixCache
-from unike.edits import Edit, LayerKnowledge
+from unike.edits import Edit, LayerKnowledge, Origin
+from unike.edits.content import Shared
 from unike.hparams import HyperParams
 from unike.own import load_own_methods
 from unike.types import Case, EditRequest, UserError
@@ -98,7 +100,8 @@ def register(
     check: Callable[[HyperParams], None] = lambda _: None,
     needs_scope: Callable[[HyperParams], bool] = lambda _: False,
 ) -> Callable[[Factory], Factory]:
-    """Makes a method known under ``name``; ValueError if the name is taken.
+    """Makes a method known under ``name``; its edits carry their ``origins``. ValueError if the name is
+    taken.
 
     A factory takes hyper-parameters and knowledge, and with ``needs_cases`` a ``CaseSource`` too.
     ``check`` raises UserError where the method can't work with the YAML; it runs before anything is
@@ -109,9 +112,46 @@ def register(
         if name in _REGISTER:
             raise ValueError(f"a method named {name!r} is registered already")
         _REGISTER[name] = _Entry(factory, needs_knowledge, needs_cases, check, needs_scope)
+        for name_of_one, signing in (("edit", _signing), ("edit_many", _signing_many)):
+            if (make := getattr(factory, name_of_one, None)) is not None:
+                setattr(factory, name_of_one, signing(make))
         return factory
 
     return keep
+
+
+def _signed(edit: Edit, hparams: HyperParams, backbone: Backbone, request: EditRequest) -> Edit:
+    edit.origins = (Origin.of(request, hparams.decisive(), backbone, edit.info),)
+    return edit
+
+
+def _signing(make: Callable[..., Edit]) -> Callable[..., Edit]:
+    """A method's ``edit``; what it makes says what it was made from."""
+
+    @wraps(make)
+    def edit(self: Any, backbone: Backbone, request: EditRequest, *rest: Any, **options: Any) -> Edit:
+        return _signed(make(self, backbone, request, *rest, **options), self.hparams, backbone, request)
+
+    return edit
+
+
+def _signing_many(make: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
+    """The same for ``edit_many``."""
+
+    @wraps(make)
+    def edit_many(self: Any, backbone: Backbone, requests: Sequence[EditRequest], *rest: Any) -> list[Any]:
+        outcomes = make(self, backbone, requests, *rest)
+        for outcome, request in zip(outcomes, requests, strict=True):
+            if isinstance(outcome, Edit):
+                _signed(outcome, self.hparams, backbone, request)
+        return outcomes
+
+    return edit_many
+
+
+def shared_parts(method: EditMethod) -> Shared:
+    """What a method's edits lean on."""
+    return Shared(getattr(method, "knowledge", {}), getattr(method, "network", None))
 
 
 def methods() -> list[str]:

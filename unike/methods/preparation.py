@@ -27,7 +27,7 @@ from unike.hooks import capture
 from unike.hparams import HyperParams
 from unike.knowledge.encoders import Disentangler, FitReport, KnowledgeStates, fit
 from unike.retrieval import open_memory
-from unike.sealed import check_tensors, read_index, write_index
+from unike.sealed import check_tensors, checksum_in, read_index, write_index
 from unike.text import normalise_answer
 from unike.types import Query, UserError
 
@@ -321,8 +321,9 @@ def as_knowledge(
 def _layer(
     i: int, s: LayerStates, encoders: Disentangler, hparams: HyperParams, folder: Path | None
 ) -> LayerKnowledge:
-    place, origin = None, ""
+    place, origin, checksum = None, "", ""
     if folder is not None:
+        checksum = checksum_in(folder / "knowledge.json", folder / "knowledge.safetensors")
         stat = (folder / "knowledge.safetensors").stat()
         place, origin = folder / f"memory-{i}", f"{stat.st_size}-{stat.st_mtime_ns}"
     bank = open_memory(
@@ -332,4 +333,5 @@ def _layer(
     )  # fmt: skip
     zeta = encoders.zeta(s.states, hparams.zeta, hparams.seed)
     # The truthfulness encoder has said what it is asked for: an edit needs its zeta alone.
-    return LayerKnowledge(bank, encoders.semantic, s.ffn if hparams.memory_loss else s.ffn[:0], zeta)
+    ffn = s.ffn if hparams.memory_loss else s.ffn[:0]
+    return LayerKnowledge(bank, encoders.semantic, ffn, zeta, origin=checksum)

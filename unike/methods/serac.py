@@ -21,7 +21,8 @@ from torch import nn
 
 from unike.backbones.base import Backbone, PrefixState, answer_loss
 from unike.backbones.prefix import PrefixCache
-from unike.edits import Edit, Together
+from unike.edits import Edit, Together, same_weights
+from unike.edits.content import Content, Shared, digest
 from unike.hooks import capture, transform
 from unike.hparams import HyperParams
 from unike.methods.base import Knowledge, edited_layers, register
@@ -110,6 +111,7 @@ class SeracEdit(Edit):
     """Edits in memory. ``scopes`` holds the last prompts' probabilities of being in the nearest one's
     scope; above one half it answers."""
 
+    kind = "memory"
     records: tuple[Remembered, ...]
     network: SeracNetwork
     first: int
@@ -128,6 +130,30 @@ class SeracEdit(Edit):
         parts = ("question", "keys", "values")
         return {f"{r.id}.{part}": getattr(r, part) for r in self.records for part in parts}
 
+    def needs(self) -> dict[str, str]:
+        return {"network": digest(self.network.state_dict())}
+
+    def packed(self) -> Content:
+        parts = ("question", "keys", "values")
+        tensors = {f"{n}.{part}": getattr(r, part) for n, r in enumerate(self.records) for part in parts}
+        return Content({"records": [r.id for r in self.records], "first": self.first}, tensors)
+
+    @classmethod
+    def unpacked(cls, content: Content, backbone: Backbone, shared: Shared) -> SeracEdit:
+        network, first = shared.network, content.value("first", int)
+        if not isinstance(network, SeracNetwork):
+            raise ValueError("needs the trained network; hand it over as network=, or load it by its editor")
+        if not 0 <= first < len(backbone.layout):
+            raise ValueError(f"first: expected a number below {len(backbone.layout)}")
+        rank, width, records = network.scope.out.out_features, backbone.layout.width, []
+        for n, name in enumerate(content.texts("records")):
+            question, keys = content.tensor(f"{n}.question", rank), content.tensor(f"{n}.keys", None, rank)
+            values = content.tensor(f"{n}.values", len(keys), width)
+            records.append(Remembered(str(name), question, keys, values))
+        if not records:
+            raise ValueError("records: expected one or more")
+        return cls(tuple(records), network, first)
+
     def explain(self) -> dict[str, list[float]]:
         return {} if self.scopes is None else {"scope": self.scopes.tolist()}
 
@@ -137,9 +163,11 @@ class SeracEdit(Edit):
             return None
         return _SeracTogether(SeracEdit(tuple(e.records[0] for e in same), self.network, self.first))
 
-    def __or__(self, other: Any) -> Edit:
-        if not isinstance(other, SeracEdit):
-            return NotImplemented
+    def joined(self, other: Edit) -> Edit | None:
+        if not isinstance(other, SeracEdit) or other.first != self.first:
+            return None
+        if not same_weights(self.network, other.network):
+            return None
         return SeracEdit(self.records + other.records, other.network, other.first, other.info)
 
 

@@ -11,13 +11,16 @@ from torch import nn
 from torch.func import functional_call
 
 from unike.backbones.base import Backbone
-from unike.edits import Edit, Together
+from unike.edits.base import Edit, Together
+from unike.edits.content import Content, Shared
 from unike.hooks import After, transform, unhooked
 from unike.knowledge.rows import Owners
 
 
 class WeightDelta(Edit):
     """New values for some of the model's parameters, by name."""
+
+    kind = "weights"
 
     def __init__(self, weights: Mapping[str, torch.Tensor], info: dict[str, Any] | None = None) -> None:
         self.weights = dict(weights)
@@ -49,13 +52,27 @@ class WeightDelta(Edit):
     def state_dict(self) -> dict[str, torch.Tensor]:
         return {name: w.detach() for name, w in self.weights.items()}
 
+    def packed(self) -> Content:
+        return Content({}, self.state_dict())
+
+    @classmethod
+    def unpacked(cls, content: Content, backbone: Backbone, shared: Shared) -> WeightDelta:
+        known, weights = dict(backbone.model.named_parameters()), {}
+        for name in list(content.tensors):
+            if name not in known:
+                raise ValueError(f"tensor {name}: the model has no such parameter")
+            weights[name] = content.tensor(name, *known[name].shape, dtypes=(known[name].dtype,))
+        if not weights:
+            raise ValueError("holds no tensor")
+        return cls(weights)
+
     def together(self, edits: Sequence[Edit]) -> Together | None:
         same = [e for e in edits if isinstance(e, WeightDelta) and e.weights.keys() == self.weights.keys()]
         return WeightsTogether([e.weights for e in same]) if len(same) == len(edits) else None
 
-    def __or__(self, other: Any) -> Edit:
+    def joined(self, other: Edit) -> Edit | None:
         if not isinstance(other, WeightDelta):
-            return NotImplemented
+            return None
         return WeightDelta(self.weights | other.weights, self.info | other.info)
 
 
@@ -125,10 +142,13 @@ class LowRankDelta(Edit):
     factors are stacked. The base weight is neither copied nor changed.
     """
 
+    kind = "factors"
+
     def __init__(
         self, factors: Mapping[Site, tuple[torch.Tensor, torch.Tensor]], info: dict[str, Any] | None = None
     ) -> None:
-        self.factors = dict(factors)
+        # Laid out as they come back from a file: a product's last bits may depend on it.
+        self.factors = {at: (left.contiguous(), right.contiguous()) for at, (left, right) in factors.items()}
         self.info = info or {}
 
     @contextmanager
@@ -149,13 +169,30 @@ class LowRankDelta(Edit):
             out[f"{index}.{role}.left"], out[f"{index}.{role}.right"] = left.detach(), right.detach()
         return out
 
+    def packed(self) -> Content:
+        # As a list: the order is that in which the factors were found, which a file's names lack.
+        return Content({"sites": [list(at) for at in self.factors]}, self.state_dict())
+
+    @classmethod
+    def unpacked(cls, content: Content, backbone: Backbone, shared: Shared) -> LowRankDelta:
+        known, factors = ffn_sites(backbone, range(len(backbone.layout))), {}
+        for index, role in content.value("sites", list):
+            if (index, role) not in known:
+                raise ValueError(f"sites: the decoder has no {index!r}, {role!r}")
+            module, at = known[index, role], f"{index}.{role}"
+            left = content.tensor(f"{at}.left", None, module.in_features)
+            factors[index, role] = left, content.tensor(f"{at}.right", len(left), module.out_features)
+        if not factors:
+            raise ValueError("sites: expected one or more")
+        return cls(factors)
+
     def together(self, edits: Sequence[Edit]) -> Together | None:
         same = [e for e in edits if isinstance(e, LowRankDelta) and e.factors.keys() == self.factors.keys()]
         return FactorsTogether([e.factors for e in same]) if len(same) == len(edits) else None
 
-    def __or__(self, other: Any) -> Edit:
+    def joined(self, other: Edit) -> Edit | None:
         if not isinstance(other, LowRankDelta):
-            return NotImplemented
+            return None
         both = dict(self.factors)
         for at, pair in other.factors.items():
             if at in both:

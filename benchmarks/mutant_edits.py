@@ -1,0 +1,127 @@
+"""The fuzzer's edit folders: damaged, or changed by somebody who knows how to make the checksums fit."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from benchmarks import models, mutants
+from benchmarks.mutants import require
+from unike.backbones.base import encode_queries
+from unike.backbones.hf import VisionLanguageBackbone
+from unike.edits import (
+    Edit,
+    EditRecord,
+    Fact,
+    LayerShare,
+    LowRankDelta,
+    Origin,
+    PromptEdit,
+    RoutedEdit,
+    Routing,
+    Shown,
+    WeightDelta,
+)  # fmt: skip
+from unike.edits.deltas import ffn_sites
+from unike.edits.files import INDEX, TENSORS, read_edit, signed
+from unike.hparams import HyperParams
+from unike.knowledge.patch import KeyValuePatch
+from unike.types import Query
+
+
+@lru_cache(maxsize=1)
+def backbone() -> VisionLanguageBackbone:
+    config = models.opt_config(width=64, layers=5, vision_layers=2, vision_width=64, side=2, queries=4)
+    return models.random_backbone(config)
+
+
+def sound_edits() -> Iterator[Edit]:
+    """One of each kind that needs nothing else, and all of them together."""
+    model, generator = backbone(), torch.Generator().manual_seed(1)
+    layers, width = model.layout.last(2), model.layout.width
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    def record(name: str) -> EditRecord:
+        shares = {}
+        for i in layers:
+            site = model.layout.ffn(i)
+            patch = KeyValuePatch(width, 3, site.activation, site.gated, generator=generator)
+            patch.values.data.copy_(draw(3, width))
+            shares[i] = LayerShare(draw(width), draw(width), patch.requires_grad_(False))
+        return EditRecord(name, shares)
+
+    site, module = next(iter(ffn_sites(model, layers).items()))
+    name, weight = next((n, p) for n, p in model.model.named_parameters() if n.endswith("fc2.bias"))
+    hparams = HyperParams(model_name="blip2", name="any").decisive()
+    edits: list[Edit] = [
+        RoutedEdit((record("fox"), record("cat")), Routing(external="none")),
+        RoutedEdit((record("owl"),), Routing(memory="edit", alpha=0.5, scope_gate="threshold")),
+        WeightDelta({name: weight.detach() + 1}),
+        LowRankDelta({site: (draw(2, module.in_features), draw(2, module.out_features))}),
+        PromptEdit((Fact("bee", Shown("New Fact: a bee\n", 5), (Shown("New Fact: an ant\n", 5),)),), 40),
+    ]
+    for i, edit in enumerate(edits):
+        asked = (f"what is {i}?", "a fox", f"{i}.png", "key")
+        edit.origins = (Origin(f"e{i}", "unike", *asked, hparams, model.fingerprint, "any", {"steps": 3}),)
+    yield from edits
+    yield edits[0] | edits[2] | edits[4]
+
+
+def target(folder: Path, draw: random.Random) -> Callable[[], bool]:
+    """A folder that must load as what it says, or be refused; what is only damaged, as what it was."""
+    sound = folder / "sound"
+    if not sound.exists():
+        for i, edit in enumerate(sound_edits()):
+            edit.save(sound / str(i))
+    source, own = draw.choice(sorted(sound.iterdir())), folder / "edit"
+    shutil.rmtree(own, ignore_errors=True)
+    shutil.copytree(source, own)
+    damaged = draw.random() < 0.4
+    if damaged:
+        path = own / draw.choice((INDEX, TENSORS))
+        path.write_bytes(mutants.damaged(path.read_bytes(), draw))
+    else:
+        index = json.loads((own / INDEX).read_text("utf-8"))
+        if draw.random() < 0.4:
+            save_file(mutants.changed_tensors(load_file(own / TENSORS), draw), own / TENSORS)
+        else:
+            name = "values" if draw.random() < 0.6 else draw.choice(sorted(index))
+            index[name] = mutants.changed_value(index[name], draw)
+        _sign(own, index)
+    return lambda: _taken(own, source if damaged else own)
+
+
+def _sign(own: Path, index: dict) -> None:
+    """Makes the checksums fit where they can."""
+    data = (own / TENSORS).read_bytes()
+    index |= {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    try:
+        index = signed(index)
+    except ValueError:
+        # What JSON lacks, a hostile file can still hold.
+        index["checksum"] = "0"
+    (own / INDEX).write_text(json.dumps(index), "utf-8")
+
+
+def _taken(own: Path, like: Path) -> bool:
+    """Loads the folder, holds it against what ``like`` says, and asks the model under it."""
+    model, query = backbone(), Query(None, "what is it?", "a fox")
+    edit, said = Edit.load(own, model), read_edit(like)
+    packed, tensors = edit.packed(), said.tensors()
+    require(json.loads(json.dumps(packed.values)) == said.values, "its values are others")
+    require(packed.tensors.keys() == tensors.keys(), "its tensors are others")
+    require(all(torch.equal(t, tensors[n]) for n, t in packed.tensors.items()), "its numbers are others")
+    require((edit.id, edit.origins) == (said.id, said.origins), "it comes from elsewhere")
+    with torch.no_grad(), edit.applied(model):
+        model(encode_queries(model, [edit.rewrite(query)]))
+    return True

@@ -1,0 +1,218 @@
+"""A store of edits from the command line.
+
+    python -m unike.edits list edits/
+    python -m unike.edits show edits/ vqa-0
+    python -m unike.edits diff edits/ vqa-0 vqa-1
+    python -m unike.edits remove edits/ vqa-0
+    python -m unike.edits apply edits/ --hparams_dir hparams/tiny_blip2.yaml
+
+Exit code 0, or 2 for input that the user can mend, with one line per problem.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from unike import launching
+from unike.backbones.images import content_key
+from unike.edits import EditStore, Origin, compose
+from unike.edits.files import SavedEdit
+from unike.hparams import HyperParams
+from unike.text import normalise_answer, one_line
+from unike.types import Query, UserError
+
+
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("python -m unike.edits", description=__doc__, formatter_class=raw)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def command(name: str, help: str) -> argparse.ArgumentParser:
+        made = commands.add_parser(name, help=help, description=help, formatter_class=raw)
+        made.add_argument("store", metavar="DIR", help="folder of the store, as --save_edits has made it")
+        return made
+
+    command("list", "All edits, in the order in which they were added.")
+    command("show", "All that an edit's folder says, as JSON.").add_argument("id", metavar="ID")
+    diff = command("diff", "What differs between two edits: requests, hyper-parameters, tensors.")
+    diff.add_argument("id", metavar="ID", nargs=2)
+    command("remove", "Takes edits out of the store, for good.").add_argument("id", metavar="ID", nargs="+")
+    text = (
+        "Attaches edits, all together and in the store's order, to the model of a YAML, and asks before and\n"
+        "after: each edit's own question, to see which of them hold beside each other, or --prompt alone.\n"
+        "Nothing is written; a question whose picture is gone or has changed is left out, and counted."
+    )
+    apply = command("apply", text)
+    apply.add_argument(
+        "--hparams_dir", required=True, metavar="FILE", help="YAML that the edits were made with"
+    )
+    apply.add_argument("--edits", nargs="+", metavar="ID", help="these alone")
+    apply.add_argument("--prompt", help="ask this instead of the edits' own questions")
+    apply.add_argument("--image", metavar="FILE", help="picture of --prompt; without one it is text only")
+    return parser.parse_args(argv)
+
+
+def table_of(*columns: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD)
+    for name in columns:
+        table.add_column(name, overflow="fold")
+    return table
+
+
+def row(table: Table, *cells: object) -> None:
+    # Not as markup: a prompt may hold brackets.
+    table.add_row(*(Text(one_line(cell)) for cell in cells))
+
+
+def listed(store: EditStore) -> Table:
+    table = table_of("id", "method", "asked", "answer", "KB")
+    for name in store.ids():
+        saved = store.read(name)
+        first, *more = saved.origins
+        asked = first.prompt + (f" ... and {len(more)} more" if more else "")
+        methods = sorted({origin.method for origin in saved.origins})
+        row(table, name, ", ".join(methods), asked, first.target, round(saved.bytes / 1000))
+    return table
+
+
+def shown(saved: SavedEdit) -> str:
+    """As JSON, without the parts that are no news."""
+    about = asdict(saved) | {"folder": str(saved.folder)}
+    return json.dumps({name: value for name, value in about.items() if name != "values"}, indent=1)
+
+
+def differences(one: SavedEdit, other: SavedEdit) -> Table:
+    """A row for each value that differs, and one for each tensor, with the length of the difference."""
+    table = table_of("what", one.id, other.id)
+    mine, theirs = _facts(one), _facts(other)
+    for name in sorted({*mine, *theirs}):
+        if mine.get(name) != theirs.get(name):
+            row(table, name, mine.get(name, "-"), theirs.get(name, "-"))
+    tensors, others = one.tensors(), other.tensors()
+    for name in sorted({*tensors, *others}):
+        a, b = tensors.get(name), others.get(name)
+        if a is None or b is None or a.shape != b.shape:
+            row(table, name, _shape(a), _shape(b))
+        elif not torch.equal(a, b):
+            apart = float((a.double() - b.double()).norm())
+            row(table, name, f"|a| {float(a.double().norm()):.4g}", f"|a - b| {apart:.4g}")
+    return table
+
+
+def _shape(tensor: torch.Tensor | None) -> str:
+    return "-" if tensor is None else str(tuple(tensor.shape))
+
+
+def _facts(saved: SavedEdit) -> dict[str, Any]:
+    found: dict[str, Any] = {"kind": saved.kind, "model": saved.model, "backbone": saved.backbone}
+    for i, origin in enumerate(saved.origins):
+        start = "" if len(saved.origins) == 1 else f"{i}."
+        found |= {f"{start}{name}": value for name, value in _flat(asdict(origin)) if name != "id"}
+    return found
+
+
+def _flat(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from ((f"{name}.{inner}", entry) for inner, entry in _flat(value))
+        else:
+            yield name, value
+
+
+def applied(store: EditStore, args: argparse.Namespace) -> tuple[Table, str]:
+    """Answers before and after, and how many of the edits hold."""
+    hparams = HyperParams.from_hparams(args.hparams_dir)
+    names = [name for name in store.ids() if args.edits is None or name in args.edits]
+    store.require(*(args.edits or ()))
+    saved = [store.read(name) for name in names]
+    if not saved:
+        raise UserError(f"{store.folder}: holds no edit")
+    if args.prompt is None and args.image is not None:
+        raise UserError("--image: expected --prompt with it")
+    if args.prompt is None:
+        origins = [origin for edit in saved for origin in edit.origins]
+    else:
+        origins = [_origin(args.prompt, args.image, saved[0].origins[0])]
+    from unike.editor import MultimodalEditor
+
+    editor = MultimodalEditor.from_hparams(hparams)
+    backbone = editor.backbone
+    whole = compose([editor.load(edit.folder) for edit in saved])
+    assert whole is not None
+    table, held, there = table_of("id", "asked", "target", "before", "after"), 0, 0
+    for origin in origins:
+        if problem := _picture_problem(origin):
+            row(table, origin.id, origin.prompt, origin.target, problem, "-")
+            continue
+        query = Query(origin.image, origin.prompt)
+        (before,) = backbone.generate([query.image], [query.prompt])
+        asked = whole.rewrite(query)
+        with whole.applied(backbone):
+            (after,) = backbone.generate([asked.image], [asked.prompt])
+        row(table, origin.id, origin.prompt, origin.target, before, after)
+        held, there = held + (normalise_answer(after) == normalise_answer(origin.target)), there + 1
+    told = f"{len(saved)} edits in force"
+    return table, told if args.prompt else f"{told}; {held} of {there} questions get their target"
+
+
+def _origin(prompt: str, image: str | None, like: Origin) -> Origin:
+    """A question that no edit was made for. UserError for a picture that can't be read."""
+    key = None if image is None else content_key(image)
+    return Origin("-", "-", prompt, "-", image, key, {}, like.backbone, like.model)
+
+
+def _picture_problem(origin: Origin) -> str | None:
+    if origin.image_key is None:
+        return None if origin.image is None else "(its picture was not read)"
+    if origin.image is None:
+        return "(its picture was in memory only)"
+    try:
+        return None if content_key(origin.image) == origin.image_key else "(its picture has changed)"
+    except (UserError, ValueError):
+        return "(its picture is gone)"
+
+
+def run(args: argparse.Namespace) -> int:
+    store, console = EditStore(args.store), Console()
+    if not store.folder.is_dir():
+        raise UserError(f"{store.folder}: no such folder; expected a store of edits")
+    if args.command == "list":
+        console.print(listed(store))
+    elif args.command == "show":
+        store.require(args.id)
+        print(shown(store.read(args.id)))
+    elif args.command == "diff":
+        store.require(*args.id)
+        console.print(differences(*(store.read(name) for name in args.id)))
+    elif args.command == "remove":
+        store.require(*args.id)
+        for name in args.id:
+            store.remove(name)
+    else:
+        table, told = applied(store, args)
+        console.print(table)
+        print(told)
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = arguments(argv)
+    return launching.guarded(lambda: run(args))
+
+
+if __name__ == "__main__":
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+    sys.exit(main())

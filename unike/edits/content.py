@@ -1,0 +1,97 @@
+"""An edit in plain parts, as its file keeps it, and the checks that reading them back takes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+T = TypeVar("T")
+FULL = (torch.float32,)
+# A model's own states and weights.
+ANY = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What many edits lean on and none of them keeps: ``knowledge`` (memory and encoders by layer), and
+    the ``network`` of a method that learnt to edit."""
+
+    knowledge: Mapping[int, Any] = field(default_factory=dict)
+    network: nn.Module | None = None
+
+
+class Content:
+    """What an edit consists of: ``values`` as JSON has them, and ``tensors`` by name.
+
+    Reading takes each tensor once; ValueError where one is missing, of another shape or type than
+    expected, or holds numbers that are not finite.
+    """
+
+    def __init__(self, values: dict[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
+        self.values, self.tensors = values, dict(tensors)
+        self._used: set[str] = set()
+
+    def value(self, name: str, kind: type[T]) -> T:
+        """A value of that type; ``True`` is no whole number."""
+        found = self.values.get(name)
+        self._used.add(name)
+        if not isinstance(found, kind) or isinstance(found, bool) != (kind is bool):
+            raise ValueError(f"{name}: expected {kind.__name__}, got {type(found).__name__}")
+        return found
+
+    def texts(self, name: str) -> list[str | None]:
+        """A list whose entries are texts or null."""
+        found = self.value(name, list)
+        if not all(entry is None or isinstance(entry, str) for entry in found):
+            raise ValueError(f"{name}: expected texts")
+        return found
+
+    def tensor(self, name: str, *shape: int | None, dtypes: Sequence[torch.dtype] = FULL) -> torch.Tensor:
+        """A tensor of that shape, None for a side of any length from 1 on, and of one of these types."""
+        if name not in self.tensors:
+            raise ValueError(f"tensor {name}: missing")
+        found = self.tensors.pop(name)
+        sides = zip(found.shape, shape, strict=False)
+        fits = all(side == wanted or (wanted is None and side > 0) for side, wanted in sides)
+        if found.ndim != len(shape) or not fits:
+            wanted = tuple("any" if side is None else side for side in shape)
+            raise ValueError(f"tensor {name}: shape {tuple(found.shape)}, expected {wanted}")
+        if found.dtype not in dtypes:
+            raise ValueError(f"tensor {name}: {found.dtype}, expected {' or '.join(map(str, dtypes))}")
+        if not bool(found.isfinite().all()):
+            raise ValueError(f"tensor {name}: holds numbers that are not finite")
+        return found
+
+    def part(self, number: int) -> Content:
+        """One of several contents that lie side by side, as ``beside`` put them."""
+        start, values = f"{number}.", self.value("parts", list)[number]
+        if not isinstance(values, dict):
+            raise ValueError("parts: expected objects")
+        own = [name for name in self.tensors if name.startswith(start)]
+        return Content(values, {name[len(start) :]: self.tensors.pop(name) for name in own})
+
+    def empty(self) -> None:
+        """ValueError where a value or a tensor is left that nobody has taken."""
+        if left := [*(self.values.keys() - self._used), *self.tensors]:
+            raise ValueError(f"{min(left)}: is not part of such an edit")
+
+
+def beside(parts: list[Content]) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
+    """Several contents as values and tensors of one."""
+    tensors = {f"{i}.{name}": t for i, part in enumerate(parts) for name, t in part.tensors.items()}
+    return [part.values for part in parts], tensors
+
+
+def digest(tensors: Mapping[str, torch.Tensor]) -> str:
+    """A checksum of names, types, shapes and all numbers; the same on every device."""
+    total = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        raw = tensor.detach().cpu().contiguous()
+        total.update(f"{name} {raw.dtype} {tuple(raw.shape)}".encode())
+        total.update(raw.reshape(-1).view(torch.uint8).numpy().data)
+    return total.hexdigest()

@@ -1,0 +1,302 @@
+"""Edits as folders: what an edit is, where it comes from, and a card for whoever finds it.
+
+``edit.safetensors`` holds the tensors, ``edit.json`` all else, with checksums of both; ``README.md`` is
+the card, as a model hub shows it. A folder is written beside its place and moved there when it is whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors import torch as safetensors
+
+from unike.backbones.base import Backbone
+from unike.edits.base import Edit, kind_of
+from unike.edits.content import Content, Shared
+from unike.edits.origin import Origin
+from unike.records import versions
+from unike.text import one_line
+from unike.types import UserError
+
+FORMAT = 1
+INDEX, TENSORS, CARD = "edit.json", "edit.safetensors", "README.md"
+LICENCE = "derived from the named model and from the request: their licences hold for it"
+# By what an edit needs: where its method found it.
+_PLACES = {"knowledge": "knowledge_dir", "scope": "scope_dir", "network": "editor_dir"}
+_LARGEST_INDEX = 64 << 20
+
+
+@dataclass(frozen=True)
+class SavedEdit:
+    """An edit's folder, its ``edit.json`` read and found sound; the tensors are read when asked for.
+
+    ``needs`` holds checksums of what the edit shares with others, ``places`` where its method had it.
+    """
+
+    folder: Path
+    id: str
+    kind: str
+    backbone: str
+    model: str
+    origins: tuple[Origin, ...]
+    needs: Mapping[str, str]
+    places: Mapping[str, str | None]
+    values: Mapping[str, Any]
+    info: Mapping[str, Any]
+    versions: Mapping[str, Any]
+    licence: str
+    bytes: int
+    sha256: str
+    checksum: str
+
+    def require(self, backbone: Backbone) -> None:
+        """UserError where the edit is one of another model."""
+        if self.backbone != backbone.fingerprint:
+            raise UserError(
+                f"{one_line(self.folder)}: is an edit of another model: {one_line(self.model)}, "
+                f"fingerprint {one_line(self.backbone, 40)}; this one's is {backbone.fingerprint}"
+            )
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All tensors, in memory of their own. UserError where they aren't those that were saved."""
+        path = self.folder / TENSORS
+        data = _read(path, self.bytes)
+        if len(data) != self.bytes or hashlib.sha256(data).hexdigest() != self.sha256:
+            raise UserError(f"{one_line(path)}: is damaged: its checksum is another one than {INDEX} has")
+        try:
+            return {name: tensor.clone() for name, tensor in safetensors.load(data).items()}
+        except Exception as error:  # the library's errors have no common type
+            raise UserError(f"{one_line(path)}: is damaged: {one_line(error)}") from error
+
+
+# ---------------------------------------------------------------- writing
+
+
+def save(edit: Edit, folder: str | os.PathLike[str]) -> None:
+    """See ``Edit.save``."""
+    folder = Path(folder)
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise UserError(f"{folder}: is not empty; expected a new folder for the edit")
+    part = folder.parent / f".{folder.name[:100]}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        write(edit, part)
+        os.replace(part, folder)
+        synced(folder.parent)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def write(edit: Edit, folder: Path) -> str:
+    """Writes a new folder, every file of it on the disk on return; gives the checksum of ``edit.json``.
+    UserError for an edit that no registered method has made: nobody could say what it belongs to."""
+    content, origins = edit.packed(), edit.origins
+    if not origins or len({origin.backbone for origin in origins}) > 1:
+        raise UserError(f"edit {edit.id or 'without origins'}: expected the origins of one backbone's edits")
+    folder.mkdir()
+    tensors = {name: t.detach().cpu().contiguous().clone() for name, t in content.tensors.items()}
+    data = safetensors.save(tensors)
+    (folder / TENSORS).write_bytes(data)
+    needs, last = edit.needs(), origins[-1].hparams
+    index = {
+        "format": FORMAT,
+        "id": edit.id,
+        "kind": edit.kind,
+        "backbone": origins[0].backbone,
+        "model": origins[0].model,
+        "origins": [asdict(origin) for origin in origins],
+        "needs": needs,
+        "places": {name: last.get(_PLACES[name]) for name in needs},
+        "values": content.values,
+        "info": edit.info,
+        "versions": versions(),
+        "licence": LICENCE,
+        "bytes": len(data),
+        "sha256": hashlib.sha256(data).hexdigest(),
+    }
+    try:
+        index = signed(json.loads(json.dumps(index, allow_nan=False, default=str)))
+    except ValueError as error:
+        raise UserError(f"edit {one_line(edit.id)}: cannot be written as JSON: {one_line(error)}") from error
+    (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+    (folder / CARD).write_text(card(edit), encoding="utf-8")
+    for path in (*folder.iterdir(), folder):
+        synced(path)
+    return str(index["checksum"])
+
+
+def synced(path: Path) -> None:
+    """Waits until a file or a folder's entries are on the disk, where the system can."""
+    if path.is_dir() and os.name == "nt":
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def card(edit: Edit) -> str:
+    """The folder's README: front matter as model hubs read it, what was asked, how to load it."""
+    methods = sorted({origin.method for origin in edit.origins})
+    model = edit.origins[0].model
+    about: dict[str, Any] = {
+        "library_name": "unike",
+        "license": "other",
+        "license_name": "derived",
+        "tags": ["model-editing", "knowledge-editing", "vision-language", *methods],
+    }
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not Path(model).exists():
+        about["base_model"] = model
+    rows = [f"| {_cell(o.prompt)} | {_cell(o.target)} | {o.method} |" for o in edit.origins[:20]]
+    more = [f"\n... and {len(edit.origins) - 20} more"] if len(edit.origins) > 20 else []
+    needs = "".join(f" It needs the {name} that its method had: pass it on, or load it by its editor."
+                    for name in edit.needs())  # fmt: skip
+    return "\n".join(
+        [
+            "---", yaml.safe_dump(about, sort_keys=False).strip(), "---", "",
+            f"# Edit {_cell(edit.id)}", "",
+            f"An edit of `{_cell(model)}` (fingerprint `{edit.origins[0].backbone}`).{needs}", "",
+            "| asked | answer | method |", "| --- | --- | --- |", *rows, *more, "",
+            "```python",
+            "from unike import MultimodalEditor", "",
+            'editor = MultimodalEditor.from_hparams("the YAML that it was made with")',
+            'edit = editor.load("this folder")',
+            "with edit.applied(editor.backbone):", "    ...", "```", "",
+            f"Licence: {LICENCE}.", "",
+        ]
+    )  # fmt: skip
+
+
+def _cell(text: str) -> str:
+    return one_line(text).replace("|", "\\|").replace("`", "'")
+
+
+# ---------------------------------------------------------------- reading
+
+
+def load_edit(saved: SavedEdit, backbone: Backbone, shared: Shared) -> Edit:
+    """The edit of a folder that was read. UserError as ``Edit.load``."""
+    at = one_line(saved.folder)
+    saved.require(backbone)
+    whole = sum(t.nbytes for t in backbone.model.state_dict().values())
+    if saved.bytes > len(saved.origins) * whole:
+        raise UserError(f"{at}: {saved.bytes} bytes of tensors; expected no more than the model has")
+    tensors = {name: t.to(backbone.device) for name, t in saved.tensors().items()}
+    content = Content(dict(saved.values), tensors)
+    try:
+        edit = kind_of(saved.kind).unpacked(content, backbone, shared)
+        content.empty()
+    except (ValueError, TypeError, LookupError, UserError) as error:
+        raise UserError(f"{at}: {one_line(error)}") from error
+    found = edit.needs()
+    for name in sorted({*found, *saved.needs}):
+        if found.get(name) != saved.needs.get(name):
+            had = saved.places.get(name)
+            where = "" if had is None else f" ({_PLACES.get(name)}: {one_line(had)})"
+            given = "another one" if found.get(name) else "none"
+            wanted = (saved.needs.get(name) or "of its own")[:12]
+            raise UserError(f"{at}: was made with {name} {wanted}{where}; {given} is given")
+    edit.origins, edit.info, edit.id = saved.origins, dict(saved.info), saved.id
+    return edit
+
+
+def load(folder: str | os.PathLike[str], backbone: Backbone, shared: Shared) -> Edit:
+    """See ``Edit.load``."""
+    return load_edit(read_edit(folder), backbone, shared)
+
+
+def read_edit(folder: str | os.PathLike[str]) -> SavedEdit:
+    """What a folder says of its edit, without a model. UserError where it is no edit's, or damaged."""
+    folder = Path(folder)
+    path = folder / INDEX
+    at = one_line(path)
+    if not folder.is_dir():
+        raise UserError(f"{one_line(folder)}: no such folder; expected a saved edit")
+    data = _read(path, _LARGEST_INDEX)
+    try:
+        index = json.loads(data.decode("utf-8"), parse_constant=_no_number)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{at}: is damaged: {one_line(error)}") from error
+    if not isinstance(index, dict) or index.get("format") != FORMAT or isinstance(index["format"], bool):
+        given = one_line(index.get("format")) if isinstance(index, dict) else "none"
+        raise UserError(f"{at}: format {given}; expected {FORMAT}")
+    try:
+        if signed(index) != index:
+            raise UserError(f"{at}: is damaged: its checksum is another one")
+        return _saved(folder, index)
+    except (ValueError, TypeError, LookupError, RecursionError) as error:
+        raise UserError(f"{at}: is no edit's: {one_line(error)}") from error
+
+
+def _saved(folder: Path, index: dict[str, Any]) -> SavedEdit:
+    kinds = {
+        "id": str, "kind": str, "backbone": str, "model": str, "origins": list, "needs": dict, "places": dict,
+        "values": dict, "info": dict, "versions": dict, "licence": str, "bytes": int, "sha256": str,
+        "checksum": str,
+    }  # fmt: skip
+    content = Content({name: index[name] for name in kinds}, {})
+    given: dict[str, Any] = {name: content.value(name, kind) for name, kind in kinds.items()}
+    needs, places = given["needs"], given["places"]
+    if not all(isinstance(c, str) for c in needs.values()) or not _texts(places) or not given["id"]:
+        raise ValueError("id, needs, places: expected texts")
+    given["origins"] = tuple(_origin(values) for values in given["origins"])
+    if {origin.backbone for origin in given["origins"]} != {given["backbone"]}:
+        raise ValueError("origins: expected one or more, of the backbone")
+    return SavedEdit(folder=folder, **given)
+
+
+def _origin(values: Any) -> Origin:
+    content = Content(dict(values), {})
+    names = {field.name for field in fields(Origin)}
+    if content.values.keys() != names:
+        raise ValueError(f"origins: expected {', '.join(sorted(names))}")
+    optional, maps = {"image", "image_key"}, {"hparams", "info"}
+    for name in names - optional - maps:
+        content.value(name, str)
+    for name in maps:
+        content.value(name, dict)
+    if not _texts({name: content.values[name] for name in optional}):
+        raise ValueError("origins: image: expected texts")
+    return Origin(**content.values)
+
+
+def _texts(values: Mapping[str, Any]) -> bool:
+    return all(value is None or isinstance(value, str) for value in values.values())
+
+
+def _no_number(text: str) -> None:
+    raise ValueError(f"{text} is no number")
+
+
+def _read(path: Path, most: int) -> bytes:
+    """A regular file of at most ``most`` bytes."""
+    try:
+        if path.exists() and not path.is_file():
+            raise UserError(f"{one_line(path)}: is no file")
+        if (size := path.stat().st_size) > most:
+            raise UserError(f"{one_line(path)}: {size} bytes; expected {most} or fewer")
+        return path.read_bytes()
+    except (OSError, ValueError) as error:
+        reason = one_line(getattr(error, "strerror", None) or error)
+        raise UserError(f"{one_line(path)}: cannot be read: {reason}") from error
+
+
+def signed(index: Mapping[str, Any]) -> dict[str, Any]:
+    """The index with the checksum of all else in it. ValueError for what UTF-8 or JSON lack."""
+    rest = {name: value for name, value in index.items() if name != "checksum"}
+    plain = json.dumps(rest, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return {**rest, "checksum": hashlib.sha256(plain.encode("utf-8")).hexdigest()}

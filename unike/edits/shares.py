@@ -1,0 +1,105 @@
+"""What routed edits are made of: an edit's own share in each layer, and what all of them share."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
+
+from unike.edits.content import digest
+from unike.hparams import HyperParams
+from unike.knowledge.memory import KnowledgeMemory
+from unike.knowledge.patch import KeyValuePatch
+from unike.knowledge.scope import ScopeMeasure
+
+
+@dataclass(frozen=True)
+class LayerKnowledge:
+    """One layer's bank, semantic encoder, zeta, and remembered feed-forward inputs ``(m, d)``; in the first
+    edited layer the trained measure of scope, if one is used. ``origin`` is the checksum of the file that
+    bank and encoder come from, if they come from one."""
+
+    bank: KnowledgeMemory
+    semantic: nn.Module
+    ffn_queries: torch.Tensor
+    zeta: torch.Tensor | None = None
+    scope: ScopeMeasure | None = None
+    origin: str = ""
+
+    @cached_property
+    def checksum(self) -> str:
+        """Of bank and semantic encoder: the file's, or that of their numbers."""
+        own = {"keys": self.bank.keys, "values": self.bank.values, **self.semantic.state_dict()}
+        return self.origin or digest(own)
+
+
+@dataclass(frozen=True)
+class LayerShare:
+    """What one edit owns in one layer: its own pair ``key = h_sem``, ``value = h_pos`` ``(d)``, and
+    its patch if the intrinsic half is on."""
+
+    key: torch.Tensor
+    value: torch.Tensor
+    patch: KeyValuePatch | None = None
+
+    @property
+    def kind(self) -> tuple[bool, int] | None:
+        """Of the patch: whether it is gated, and how many pairs it has; alike in all edits of one model."""
+        return None if self.patch is None else (self.patch.gated, self.patch.keys.shape[1])
+
+
+@dataclass(frozen=True)
+class EditRecord:
+    """One edit of a routed edit: its shares by layer, and its key ``(r)`` in the trained space of
+    scope."""
+
+    id: str
+    layers: Mapping[int, LayerShare]
+    demonstration: str | None = None
+    scope_key: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Routing:
+    """How a routed edit answers; the fields are the YAML's keys."""
+
+    external: str = "latent"
+    memory: str = "both"
+    k: int = 40
+    alpha: float | str = "adaptive"
+    attention: str = "projected"
+    tau: float | None = None
+    similarity_bias: float = 0.0
+    scope_gate: str = "none"
+    scope_threshold: float | None = 0.5
+    scope_measure: str = "cosine"
+    scope_halves: str = "intrinsic"
+
+    @classmethod
+    def checked(cls, values: Mapping[str, Any]) -> Routing:
+        """From plain values; UserError for those that no YAML may have, ValueError for other names."""
+        if values.keys() != cls.__dataclass_fields__.keys():
+            raise ValueError(f"routing: expected {', '.join(cls.__dataclass_fields__)}")
+        hparams = HyperParams.from_dict({"model_name": "blip2", "name": "any", **values}, "routing")
+        routing = cls(**{name: getattr(hparams, name) for name in values})
+        cosine = routing.scope_gate != "none" and routing.scope_measure == "cosine"
+        if cosine and routing.scope_threshold is None:
+            raise ValueError("routing: scope_threshold: null; expected a number")
+        return routing
+
+
+def measure_of(routing: Routing, knowledge: Mapping[int, LayerKnowledge], first: int) -> ScopeMeasure | None:
+    """The trained measure, where the routing wants it."""
+    known = knowledge.get(first)
+    return known.scope if routing.scope_measure == "trained" and known is not None else None
+
+
+def checksum_of(measure: ScopeMeasure) -> str:
+    """Of the encoder's numbers and the thresholds."""
+    levels = sorted(measure.thresholds.items())
+    return hashlib.sha256(f"{digest(measure.encoder.state_dict())} {levels}".encode()).hexdigest()

@@ -1,0 +1,203 @@
+"""Many edits of one model in a folder, in the order in which they were added.
+
+``index.jsonl`` is only ever appended to: its first line names the model, each further one an edit and
+its folder, or an edit that is removed. An edit's folder is whole before its line is written, so that a
+process that is killed leaves no more than a folder that nobody names. Several processes may add at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+from torch import nn
+
+from unike.backbones.base import Backbone
+from unike.edits.base import Edit
+from unike.edits.content import Shared
+from unike.edits.files import SavedEdit, load_edit, read_edit, synced, write
+from unike.text import one_line
+from unike.types import UserError
+
+INDEX, FORMAT = "index.jsonl", 1
+_FOLDER = re.compile(r"[\w-][\w.-]*", re.ASCII)
+
+
+class EditStore:
+    """The edits under a folder, which the first one added makes.
+
+    Raises UserError for a folder that holds something else, or an index that is damaged.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.folder = Path(folder)
+        self._index = self.folder / INDEX
+        self._read = 0
+        self._model: dict[str, str] = {}
+        self._folders: dict[str, str] = {}
+        if self.folder.exists() and not self._index.is_file():
+            # What another process is about to add lies in folders whose names begin with a dot.
+            plain = self.folder.is_dir() and all(p.name[0] == "." for p in self.folder.iterdir())
+            if not plain:
+                raise UserError(f"{self.folder}: holds no {INDEX}; expected a store of edits")
+        self._look()
+
+    def __len__(self) -> int:
+        return len(self.ids())
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.ids()
+
+    def ids(self) -> list[str]:
+        """All ids in the order of adding, those that other processes have added meanwhile too."""
+        self._look()
+        return list(self._folders)
+
+    @property
+    def backbone(self) -> str | None:
+        """The fingerprint of the model that the edits are of; None while there is none."""
+        return self._model.get("backbone")
+
+    def add(self, edit: Edit, replace: bool = False) -> None:
+        """Keeps an edit under its id. With ``replace`` it takes the place of one of the same id.
+
+        UserError where the id is taken, where the edit is of another model, or where nothing can be
+        written; the store is then as before.
+        """
+        part = self.folder / f".{os.getpid()}.{secrets.token_hex(4)}.tmp"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            checksum = write(edit, part)
+            with self._locked():
+                self._take(edit, part, f"{_plain(edit.id)}-{checksum[:12]}", replace)
+        except OSError as error:
+            raise UserError(f"{self.folder}: cannot be written: {error.strerror or error}") from error
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+
+    def _take(self, edit: Edit, part: Path, name: str, replace: bool) -> None:
+        origin, former = edit.origins[0], self._folders.get(edit.id)
+        if former is not None and not replace:
+            raise UserError(f"{self.folder}: holds an edit {one_line(edit.id)} already; remove it first")
+        if self.backbone not in (None, origin.backbone):
+            raise UserError(
+                f"{self.folder}: holds edits of another model, fingerprint {one_line(self.backbone, 40)}; "
+                f"edit {one_line(edit.id)} is of {origin.backbone}"
+            )
+        # The name has the checksum of what is in it: where it is known, this very edit is there.
+        if former == name:
+            return
+        if self.backbone is None:
+            self._append({"format": FORMAT, "backbone": origin.backbone, "model": origin.model})
+        # A folder that no line names was left by a process that was killed.
+        shutil.rmtree(self.folder / name, ignore_errors=True)
+        os.replace(part, self.folder / name)
+        synced(self.folder)
+        self._append({"id": edit.id, "folder": name})
+        if former is not None:
+            shutil.rmtree(self.folder / former, ignore_errors=True)
+
+    def remove(self, name: str) -> None:
+        """Takes an edit out; UserError where there is none of that id."""
+        try:
+            with self._locked():
+                folder = self._folder_of(name)
+                self._append({"id": name, "removed": True})
+                shutil.rmtree(folder, ignore_errors=True)
+        except OSError as error:
+            raise UserError(f"{self.folder}: cannot be written: {error.strerror or error}") from error
+
+    def read(self, name: str) -> SavedEdit:
+        """What the edit's folder says, without a model."""
+        self._look()
+        saved = read_edit(self._folder_of(name))
+        if saved.id != name:
+            raise UserError(
+                f"{one_line(saved.folder)}: is edit {one_line(saved.id)}, another one than {INDEX} has"
+            )
+        return saved
+
+    def load(
+        self,
+        name: str,
+        backbone: Backbone,
+        knowledge: Mapping[int, Any] | None = None,
+        network: nn.Module | None = None,
+    ) -> Edit:
+        """The edit of that id, as ``Edit.load``."""
+        return load_edit(self.read(name), backbone, Shared(knowledge or {}, network))
+
+    def require(self, *names: str) -> None:
+        """UserError with a line for every id that isn't there."""
+        known = self.ids()
+        lost = [one_line(name) for name in names if name not in known]
+        if lost:
+            few = ", ".join(map(one_line, known[:5])) + (", ..." if len(known) > 5 else "")
+            raise UserError(*(f"{self.folder}: no edit {name}; there are {few or 'none'}" for name in lost))
+
+    def _folder_of(self, name: str) -> Path:
+        if name not in self._folders:
+            self.require(name)
+        return self.folder / self._folders[name]
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Nobody else writes inside the block, and what others wrote is known."""
+        with FileLock(self.folder / ".lock"):
+            self._look()
+            yield
+
+    def _look(self) -> None:
+        """Takes up whole lines that were written since; a killed process may leave half a one."""
+        try:
+            with open(self._index, "rb") as file:
+                file.seek(self._read)
+                added = file.read()
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise UserError(f"{self._index}: cannot be read: {error.strerror}") from error
+        whole = added[: added.rfind(b"\n") + 1]
+        for line in whole.splitlines():
+            self._take_up(line)
+        self._read += len(whole)
+
+    def _take_up(self, line: bytes) -> None:
+        try:
+            entry = json.loads(line.decode("utf-8"))
+            if not self._model:
+                if entry["format"] != FORMAT:
+                    raise ValueError(f"format {entry['format']}; expected {FORMAT}")
+                self._model = {"backbone": str(entry["backbone"]), "model": str(entry["model"])}
+            elif entry.get("removed"):
+                del self._folders[entry["id"]]
+            else:
+                name, folder = entry["id"], entry["folder"]
+                if not isinstance(name, str) or not _FOLDER.fullmatch(folder):
+                    raise ValueError("expected an id and the name of a folder")
+                self._folders[name] = folder
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+            raise UserError(f"{one_line(self._index)}: is damaged: {one_line(error)}") from error
+
+    def _append(self, entry: dict[str, Any]) -> None:
+        with open(self._index, "ab") as file:
+            if file.tell() > self._read:
+                # What a killed process left of its last line.
+                file.truncate(self._read)
+            file.write(json.dumps(entry).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self._look()
+
+
+def _plain(name: str) -> str:
+    """The beginning of an id as every file system takes it."""
+    return re.sub(r"[^\w.-]+", "-", name, flags=re.ASCII)[:60].strip(".-") or "edit"
