@@ -1,4 +1,4 @@
-"""Edits every record of a task and prints one table.
+"""Edits every record of a task and prints one table; ``run_edit.py ask --help`` asks an edited model.
 
     python run_edit.py --hparams_dir hparams/tiny_blip2.yaml --task vqa --size 20 k=10 alpha=0.5
 
@@ -12,6 +12,7 @@ import argparse
 import io
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 
 from unike import launching, processes
 from unike.hparams import HyperParams
@@ -54,9 +55,7 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
     directory = processes.first(lambda: runs.run_directory(hparams, args.task, args.output, args.resume))
     store = runs.edit_store(hparams, args.save_edits)
     if hparams.generate_data:
-        from scripts.tiny import make_data
-
-        processes.first(lambda: runs.drawn(hparams, make_data.ensure))
+        processes.first(lambda: runs.drawn(hparams, import_module("scripts.tiny.make_data").ensure))
     cases = processes.in_turn(lambda: runs.preflight(hparams, args.task, args.size, args.skip_broken))
     editor = MultimodalEditor(hparams, processes.each(lambda: load_backbone(hparams)))
     parts = editor.prepare(skip_broken=args.skip_broken)
@@ -69,9 +68,10 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
-    args = arguments(argv)
-    return launching.guarded(lambda: run(args, argv))
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] == ["ask"]:
+        return launching.guarded(lambda: import_module("unike.ask_command").run(argv[1:]))
+    return launching.guarded(lambda: run(arguments(argv), argv))
 
 
 if __name__ == "__main__":

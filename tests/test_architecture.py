@@ -61,7 +61,7 @@ LAYERS = (
     ("unike.sequences", f"{_PROTOCOL} unike.edits* unike.[hpst]* unike.methods.base unike.re[ac]*"),
     ("unike.tables", "unike.types unike.metrics unike.records"),
     *((f"unike.{n}", "unike.types unike.[mtpc]*") for n in ("claims", "comparison")),
-    *((f"unike.{top}", "unike.*") for top in ("editor", "runs", "inputs", "check")),
+    *((f"unike.{top}", "unike.*") for top in ("editor", "runs", "inputs", "check", "ask*", "attached")),
 )
 THIRD_PARTY = (("unike.types", ""), ("unike.text", ""), ("unike.knowledge*", "torch torch.*"))
 

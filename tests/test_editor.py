@@ -12,7 +12,7 @@ from PIL import Image
 
 from unike.backbones.base import encode_queries
 from unike.datasets.mmedit import CaptionDataset, CapVQADataset, VQADataset
-from unike.editor import METRIC_KEYS, MultimodalEditor
+from unike.editor import METRIC_KEYS, MultimodalEditor, _Given
 from unike.edits import RoutedEdit
 from unike.hooks import hook_count
 from unike.hparams import HyperParams
@@ -215,6 +215,36 @@ def test_editors_of_one_backbone_share_what_is_attached(editor: MultimodalEditor
     assert not first.attached
     second.remove()
     assert_untouched(editor, before)
+
+
+def test_removing_leaves_what_else_is_attached(editor: MultimodalEditor, project: Project) -> None:
+    before, tuned = snapshot(editor), other(editor, method="ft", layers=1)
+    _, first, _ = editor.edit(PROMPT, TARGET, picture(project))
+    (one,) = first.edits
+    _, second, _ = tuned.edit(PROMPT, "two dogs", picture(project, 3))
+    editor.attach(one)
+    assert not second.attached
+    with pytest.raises(UserError, match="another editor's"):
+        editor.edit(PROMPT, "green", picture(project, 4), keep_original_weight=False)
+    second.remove()
+    assert editor.edits == (one,)
+    assert editor.generate(picture(project), PROMPT, 8, edited=True).startswith(TARGET)
+    assert not editor.generate(picture(project), PROMPT, 8).startswith(TARGET)
+    assert editor.detach(one.id) is one
+    assert_untouched(editor, before)
+    tuned.attach(one)
+    with pytest.raises(UserError, match="other kinds of edits are attached"):
+        tuned.edit(PROMPT, "green", picture(project, 4), keep_original_weight=False)
+    assert editor.edits == (one,)
+
+
+def test_an_edits_id_is_that_of_its_request(project: Project) -> None:
+    images = [picture(project), picture(project), picture(project, 1)]
+    given = _Given([PROMPT] * 3, [TARGET] * 3, images, None, None, {})
+    first, again, elsewhere = (case.request.id for case in given.cases(None, set()))
+    assert again == f"{first}-2"
+    assert elsewhere != first
+    assert [c.request.id for c in given.cases(None, {elsewhere})][2] == f"{elsewhere}-2"
 
 
 def test_knowledge_in_the_prompt_reaches_generation(editor: MultimodalEditor, project: Project) -> None:

@@ -73,7 +73,7 @@ class World:
     """A random backbone with what methods may want: knowledge, and training cases."""
 
     def __init__(self, family: str) -> None:
-        self.backbone = load_small(family)
+        self.family, self.backbone = family, load_small(family)
         self.backbone.max_new_tokens = 3
         self.train = [case(i, "two dogs") for i in range(len(COLORS))]
         self.built = build_knowledge(

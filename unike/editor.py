@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import count
 from typing import Any
 
 from tqdm import tqdm
 
 from unike import runs
+from unike.asking import Asked, ask
+from unike.attached import EditedModel, Slot
 from unike.backbones.base import Backbone
+from unike.backbones.images import content_key
 from unike.backbones.loading import load_backbone
 from unike.backbones.prefix import PrefixCache
+from unike.backbones.store import row_key
 from unike.datasets.mmedit import CapVQADataset
 from unike.datasets.triplets import Triplet, triplets_of
 from unike.edits import Edit, compose
@@ -33,88 +37,8 @@ METRIC_KEYS = {
     "t_locality": "locality_acc",
     "m_locality": "multimodal_locality_acc",
 }
-Answer = tuple[list[dict[str, Any]], "EditedModel", dict[str, Any]]
+Answer = tuple[list[dict[str, Any]], EditedModel, dict[str, Any]]
 Texts = str | Sequence[str]
-
-
-def _same(one: tuple[Edit, ...], other: tuple[Edit, ...]) -> bool:
-    # By identity: comparing edits by value would compare their tensors.
-    return len(one) == len(other) and all(a is b for a, b in zip(one, other, strict=True))
-
-
-class _Slot:
-    """The edits that a backbone carries at the moment, and the editor that made them.
-
-    One for all editors of a backbone: otherwise one's edit would count as another's base model.
-    """
-
-    def __init__(self, backbone: Backbone) -> None:
-        self.backbone = backbone
-        self.edits: tuple[Edit, ...] = ()
-        self.editor: Any = None
-        self._stack = ExitStack()
-
-    @classmethod
-    def of(cls, backbone: Backbone) -> _Slot:
-        # Kept on the backbone itself, so that both are freed together.
-        slot: _Slot = vars(backbone).setdefault("_slot", cls(backbone))
-        return slot
-
-    def put(self, edits: tuple[Edit, ...]) -> None:
-        """Takes back what is attached, then attaches ``edits``."""
-        self.edits = ()
-        self._stack.close()
-        whole = compose(edits)
-        if whole is not None:
-            self._stack.enter_context(whole.applied(self.backbone))
-        self.edits = edits
-
-    @contextmanager
-    def only(self, edits: tuple[Edit, ...]) -> Iterator[None]:
-        """Inside the block the backbone carries just these."""
-        former = self.edits
-        if _same(former, edits):
-            yield
-            return
-        self.put(edits)
-        try:
-            yield
-        finally:
-            self.put(former)
-
-
-class EditedModel:
-    """The backbone with edits, as ``MultimodalEditor.edit`` hands it over: attached.
-
-    While attached, the backbone itself answers edited. A later ``edit`` attaches its own edits
-    instead; ``generate`` always answers with this object's, whatever is attached.
-    """
-
-    def __init__(self, slot: _Slot, edits: tuple[Edit, ...]) -> None:
-        self._slot, self._edits = slot, edits
-
-    @property
-    def edits(self) -> tuple[Edit, ...]:
-        """The edits in order; empty after ``remove``."""
-        return self._edits
-
-    @property
-    def attached(self) -> bool:
-        """Whether the backbone carries these edits now."""
-        return bool(self._edits) and _same(self._slot.edits, self._edits)
-
-    def generate(self, image: ImageLike | None, prompt: str, max_new_tokens: int | None = None) -> str:
-        """The edited model's greedy answer."""
-        whole, query = compose(self._edits), Query(image, prompt)
-        asked = query if whole is None else whole.rewrite(query)
-        with self._slot.only(self._edits):
-            return self._slot.backbone.generate([asked.image], [asked.prompt], max_new_tokens)[0]
-
-    def remove(self) -> None:
-        """Takes the edits back: the backbone is exactly what it was. May be called again."""
-        if self.attached:
-            self._slot.put(())
-        self._edits = ()
 
 
 class _Keeper:
@@ -145,7 +69,7 @@ class MultimodalEditor:
     def __init__(self, hparams: HyperParams, backbone: Backbone, progress: bool = True) -> None:
         self.hparams, self.backbone, self.progress = hparams, backbone, progress
         self._parts: runs.Parts | None = None
-        self._slot = _Slot.of(backbone)
+        self._slot = Slot.of(backbone)
 
     @classmethod
     def from_hparams(
@@ -173,10 +97,47 @@ class MultimodalEditor:
                 self._parts = runs.assemble(self.hparams, self.backbone, self.progress, triplets, cases)
         return self._parts
 
-    def generate(self, image: ImageLike | None, prompt: str, max_new_tokens: int | None = None) -> str:
-        """The unedited model's greedy answer, also while edits are attached."""
-        with self._slot.only(()):
-            return self.backbone.generate([image], [prompt], max_new_tokens)[0]
+    @property
+    def edits(self) -> tuple[Edit, ...]:
+        """What is attached to the backbone, in order."""
+        return self._slot.edits
+
+    def attach(self, edit: Edit) -> None:
+        """Puts an edit, of whichever method, on top of what is attached; ``edit`` puts its own in the place
+        of all that.
+
+        Of weights that several edits set, the last one's hold. UserError, with nothing changed, where an
+        edit of the same ``id`` is attached, or where this one was made on another model.
+        """
+        mine = not self.edits or self._slot.editor is self
+        self._slot.attach(edit)
+        self._slot.editor = self if mine else None
+
+    def detach(self, id: str) -> Edit:
+        """Takes one edit back and gives it; the others stay, in order, as if it had never been attached.
+
+        What was trained on top of it (``keep_original_weight=False``) keeps what it learnt. UserError
+        where no edit of that ``id`` is attached.
+        """
+        return self._slot.detach(id)
+
+    def generate(
+        self, image: ImageLike | None, prompt: str, max_new_tokens: int | None = None, edited: bool = False
+    ) -> str:
+        """The greedy answer of the unedited model, or with ``edited=True`` under all that is attached.
+
+        Unedited unless asked for, so that a comparison with the base model needs no care about what is
+        attached; ``ask`` gives both answers.
+        """
+        return self._slot.generate(self.edits if edited else (), image, prompt, max_new_tokens)
+
+    def ask(self, image: ImageLike | None, prompt: str, top: int = 5) -> Asked:
+        """The answers before and after the attached edits, and what was active for this prompt.
+
+        Of each layer's retrieved items the ``top`` most attended ones are told. UserError for a picture
+        that cannot be read.
+        """
+        return ask(self._slot, image, prompt, top)
 
     def load(self, folder: str | os.PathLike[str]) -> Edit:
         """An edit from its folder, with this editor's memory, encoders or network, if it needs them.
@@ -213,13 +174,13 @@ class MultimodalEditor:
         Raises UserError, with all problems at once and nothing changed, for lists of different
         lengths, empty texts and missing pictures.
         """
-        former = () if keep_original_weight else self._slot.edits
+        former = () if keep_original_weight else self.edits
         if former and self._slot.editor is not self:
             raise UserError(
                 "keep_original_weight: the attached edits are another editor's; remove them first"
             )
         given = _Given(prompts, targets, image, rephrase_prompts, rephrase_image, locality_inputs or {})
-        cases = given.cases(template, len(former))
+        cases = given.cases(template, {edit.id for edit in former})
         return self._edit_all(cases, former, not keep_original_weight, generated=False)
 
     def edit_dataset(
@@ -250,6 +211,7 @@ class MultimodalEditor:
                 history = compose(edits) if accumulate else None
                 record = one_step(self.backbone, keeper, case, reader, history)
                 if keeper.last is not None:
+                    _of_one_kind(history, keeper.last)
                     edits = (*edits, keeper.last) if accumulate else (keeper.last,)
                 records.append(record)
                 metrics.append(_metric(number, case, record))
@@ -257,6 +219,16 @@ class MultimodalEditor:
         self._slot.editor = self
         summary = summarise(records, self.hparams.seed, self.hparams.metric_presets)
         return metrics, EditedModel(self._slot, edits), summary
+
+
+def _of_one_kind(history: Edit | None, edit: Edit) -> None:
+    """UserError where an edit was made on top of unlike ones: the states that it learnt from are theirs
+    in part only."""
+    if history is not None and len((history | edit).parts) > 1:
+        raise UserError(
+            "keep_original_weight: other kinds of edits are attached; detach them, or edit from the original "
+            "and attach the new edit on top"
+        )
 
 
 def _metric(number: int, case: Case, record: Mapping[str, Any]) -> dict[str, Any]:
@@ -348,12 +320,17 @@ class _Given:
         if self.problems:
             raise UserError(*self.problems)
 
-    def cases(self, template: str | None, offset: int) -> list[Case]:
-        """One case per request; ids count on from ``offset``, so that they differ in one composition."""
-        return [
-            self._case(i, f"edit-{offset + i}", _wrapper(template))
-            for i in range(len(self.columns["prompts"]))
-        ]
+    def cases(self, template: str | None, taken: set[str]) -> list[Case]:
+        """One case per request. Its id, ``edit-`` and a checksum, is the same for the same request, and
+        with a number behind it where it is one of ``taken``."""
+        wrap, names, taken = _wrapper(template), list[str](), set(taken)
+        requests = zip(*(self.columns[name] for name in ("image", "prompts", "targets")), strict=True)
+        for image, prompt, target in requests:
+            stem = f"edit-{row_key((content_key(image), wrap(prompt), target.strip()))[:8]}"
+            free = (name for n in count(1) if (name := stem if n == 1 else f"{stem}-{n}") not in taken)
+            names.append(next(free))
+            taken.add(names[-1])
+        return [self._case(i, name, wrap) for i, name in enumerate(names)]
 
     def _case(self, i: int, name: str, wrap: Callable[[str], str]) -> Case:
         row = {column: values[i] for column, values in self.columns.items()}

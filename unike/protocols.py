@@ -106,13 +106,11 @@ def sequential(
     (``former``, means after the edit), both teacher-forced. ``former`` bounds how many of these are
     asked, drawn anew by ``seed`` at each step; None asks all. The ``final`` records come at the end:
     every case under all edits, in both ways of reading. Their means are the five metrics of K-step
-    editing, Eq. (16), Eq. (17), Eq. (18), Eq. (19) and Eq. (20). Locality compares with the base model,
-    which is read before the first edit.
+    editing, Eq. (16), Eq. (17), Eq. (18), Eq. (19) and Eq. (20). Locality is against the unedited base.
 
     An edit that fails (its loss stops being a number, memory does not suffice, or one of ``tolerated`` is
     raised) is marked in both of its records and leaves no trace: the next one continues from the edits
-    before it. One whose probes cannot be asked (``tolerated`` is raised) stays, and that record is marked.
-    ``keep`` is handed every edit that is made, before its step.
+    before it. One whose probes cannot be asked (``tolerated``) stays, marked. ``keep`` gets every edit made.
     """
     failures: tuple[type[Exception], ...] = (FloatingPointError, *tolerated)
     caught: tuple[type[Exception], ...] = (*failures, RuntimeError, MemoryError)

@@ -53,6 +53,17 @@ class EditRequest:
 
 
 @dataclass(frozen=True)
+class KnowledgeItem:
+    """What an item of a knowledge memory is of: a question with its right and a wrong answer, on a picture
+    of which the file's name is kept, if it has one."""
+
+    prompt: str
+    target: str
+    wrong: str
+    image: str | None = None
+
+
+@dataclass(frozen=True)
 class Probe:
     """A question asked before and after an edit.
 

@@ -49,15 +49,20 @@ class PromptEdit(Edit):
         return nullcontext()
 
     def rewrite(self, query: Query) -> Query:
+        shown = "".join(piece.text for piece in reversed(self.shown()))
+        return replace(query, prompt=f"{shown}Prompt: {query.prompt}")
+
+    def shown(self) -> list[Shown]:
+        """What has room before a question, nearest to it first: facts, then demonstrations."""
         newest = self.facts[-1]
         pieces = [*(f.fact for f in reversed(self.facts)), *newest.demonstrations]
-        shown, room = [newest.fact.text], self.room - newest.fact.tokens
+        room, used = self.room - newest.fact.tokens, 1
         for piece in pieces[1:]:
             room -= piece.tokens
             if room < 0:
                 break
-            shown.insert(0, piece.text)
-        return replace(query, prompt=f"{''.join(shown)}Prompt: {query.prompt}")
+            used += 1
+        return pieces[:used]
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         return {}

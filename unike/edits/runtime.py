@@ -53,9 +53,14 @@ class ScopeGate:
         self.threshold = threshold
         self.directions = F.normalize(keys.float(), dim=-1)
         self.open = torch.zeros(0, len(keys), dtype=torch.bool)
-        # Each prompt's similarity with the nearest edit.
-        self.scopes: torch.Tensor | None = None
+        # Each prompt's with each edit, (B, E), or with its own alone, (B, 1).
+        self.similarity: torch.Tensor | None = None
         self.frozen, self.opened = frozen, Opened.of(self.open)
+
+    @property
+    def scopes(self) -> torch.Tensor | None:
+        """Each prompt's similarity with the nearest edit, ``(B)``."""
+        return None if self.similarity is None else self.similarity.amax(1)
 
     @torch.no_grad()
     def decide(self, x: torch.Tensor, prompt: Prompt) -> None:
@@ -74,7 +79,7 @@ class ScopeGate:
         else:
             similarity = (query * self.directions[self.owners.index]).sum(-1, keepdim=True)
         self.open = open_edits(similarity, self.threshold, self.nearest)
-        self.scopes = similarity.amax(1)
+        self.similarity = similarity
         self.opened = Opened.of(self.open[:, : self.frozen])
 
     def allowed(self) -> torch.Tensor | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -16,13 +16,15 @@ from unike.hparams import HyperParams
 from unike.knowledge.memory import KnowledgeMemory
 from unike.knowledge.patch import KeyValuePatch
 from unike.knowledge.scope import ScopeMeasure
+from unike.types import KnowledgeItem
 
 
 @dataclass(frozen=True)
 class LayerKnowledge:
     """One layer's bank, semantic encoder, zeta, and remembered feed-forward inputs ``(m, d)``; in the first
     edited layer the trained measure of scope, if one is used. ``origin`` is the checksum of the file that
-    bank and encoder come from, if they come from one."""
+    bank and encoder come from, if they come from one; ``items`` are the bank's as texts, where these are
+    known."""
 
     bank: KnowledgeMemory
     semantic: nn.Module
@@ -30,6 +32,7 @@ class LayerKnowledge:
     zeta: torch.Tensor | None = None
     scope: ScopeMeasure | None = None
     origin: str = ""
+    items: Sequence[KnowledgeItem] = ()
 
     @cached_property
     def checksum(self) -> str:

@@ -41,21 +41,22 @@ def attend(
     logit_bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``knowledge_attention`` over projected states, ``keys`` and ``values (B, H, K, h)``."""
-    logits = site.queries(x) @ keys.transpose(-1, -2)
+    return site.output(_weights(site.queries(x), keys, logit_bias) @ values)
+
+
+def _weights(queries: torch.Tensor, keys: torch.Tensor, logit_bias: torch.Tensor | None) -> torch.Tensor:
+    """``softmax(Q K^T + bias)``, for ``queries (B, ..., T, h)`` and ``keys (B, ..., K, h)``."""
+    logits = queries @ keys.transpose(-1, -2)
     if logit_bias is not None:
-        logits = logits + logit_bias[:, None, None, :]
-    weights = logits.float().softmax(-1).to(x.dtype)
-    return site.output(weights @ values)
+        logits = logits + logit_bias.reshape(len(logit_bias), *[1] * (logits.ndim - 2), -1)
+    return logits.float().softmax(-1).to(queries.dtype)
 
 
 def plain_attention(
     x: torch.Tensor, states: torch.Tensor, logit_bias: torch.Tensor | None = None
 ) -> torch.Tensor:
     """``softmax(x H^T) H``, unscaled as in the authors' release; shapes as ``knowledge_attention``."""
-    logits = x @ states.transpose(-1, -2)
-    if logit_bias is not None:
-        logits = logits + logit_bias[:, None, :]
-    return logits.float().softmax(-1).to(x.dtype) @ states
+    return _weights(x, states, logit_bias) @ states
 
 
 def shift(output: torch.Tensor, knowledge: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
@@ -80,6 +81,14 @@ class Shift:
     retrieved: Retrieved
     bias: torch.Tensor
     projected: tuple[torch.Tensor, torch.Tensor] | None = None
+
+
+def knowledge_weights(site: Projections, x: torch.Tensor, decision: Shift) -> torch.Tensor:
+    """Each retrieved item's share of the knowledge's attention, the mean over heads: for tokens
+    ``x (B, T, d)`` ``(B, T, K)``, which sums up to 1."""
+    if decision.projected is not None:
+        return _weights(site.queries(x), decision.projected[0], decision.bias).mean(1)
+    return _weights(x, decision.retrieved.states.to(x.dtype), decision.bias)
 
 
 class AdapterLayer:

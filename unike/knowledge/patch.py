@@ -76,13 +76,14 @@ class KeyValuePatch(nn.Module):
         scores = queries @ self.keys
         return scores if self.bias is None else scores + self.bias
 
+    def fired(self, queries: torch.Tensor) -> torch.Tensor:
+        """What each pair answers with, the weight of its value: ``(..., d) -> (..., n)``."""
+        fired = self.activation(self.scores(queries))
+        return fired if self.up is None else fired * (queries @ self.up)
+
     def forward(self, queries: torch.Tensor) -> torch.Tensor:
         """The branch's contribution, ``(..., d) -> (..., d)``, in the queries' own type."""
-        wide = queries.to(self.keys.dtype)
-        fired = self.activation(self.scores(wide))
-        if self.up is not None:
-            fired = fired * (wide @ self.up)
-        return (fired @ self.edited_values()).to(queries.dtype)
+        return (self.fired(queries.to(self.keys.dtype)) @ self.edited_values()).to(queries.dtype)
 
 
 def activation_loss(scores: torch.Tensor, at: torch.Tensor, top: int = 5) -> torch.Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -29,7 +30,7 @@ from unike.knowledge.encoders import Disentangler, FitReport, KnowledgeStates, f
 from unike.retrieval import open_memory
 from unike.sealed import check_tensors, checksum_in, read_index, write_index
 from unike.text import normalise_answer
-from unike.types import Query, UserError
+from unike.types import KnowledgeItem, Query, UserError
 
 T = TypeVar("T")
 Tick = Callable[[str, int], None]
@@ -45,10 +46,12 @@ def silent(what: str, count: int) -> None:
 
 @dataclass(frozen=True)
 class LayerStates:
-    """Knowledge states of one layer and the feed-forward inputs at the questions' ends ``(n, d)``."""
+    """Knowledge states of one layer, the feed-forward inputs at the questions' ends ``(n, d)``, and the
+    texts of the ``n`` items, none in folders that were written without them."""
 
     states: KnowledgeStates
     ffn: torch.Tensor
+    items: tuple[KnowledgeItem, ...] = ()
 
 
 def wrong_answers(
@@ -95,7 +98,8 @@ def extract(
     Several processes share the batches; each gets all states. Raises UserError where none is left.
     """
     wrongs = wrong_answers(backbone, triplets, batch, tick)
-    pairs = [(t.query, t.negative(w)) for t, w in zip(triplets, wrongs, strict=True) if w]
+    told = [(t, w) for t, w in zip(triplets, wrongs, strict=True) if w]
+    pairs = [(t.query, t.negative(w)) for t, w in told]
     if not pairs:
         raise UserError("knowledge triplets: none has a wrong answer (field `pred`); expected at least one")
     prefixes = prefixes or PrefixCache(backbone, min(layers), max_bytes=0)
@@ -110,13 +114,19 @@ def extract(
     parts = processes.spread(
         _batches(pairs, batch), read, lambda part: tick("extracting knowledge states", len(part))
     )
-    out = {}
+    out, items = {}, tuple(_item(t, w) for t, w in told)
     for i in layers:
         sem, pos, neg, ffn = (
             torch.cat([p[i][j] for p in parts]).to(backbone.device).float() for j in range(4)
         )
-        out[i] = LayerStates(KnowledgeStates(sem, pos, neg), ffn)
+        out[i] = LayerStates(KnowledgeStates(sem, pos, neg), ffn, items)
     return out
+
+
+def _item(triplet: Triplet, wrong: str) -> KnowledgeItem:
+    query = triplet.query
+    image = Path(query.image).name if isinstance(query.image, (str, Path)) else None
+    return KnowledgeItem(query.prompt, str(query.target), wrong, image)
 
 
 def _ends(
@@ -247,18 +257,39 @@ def save_knowledge(
     reports: dict[int, FitReport],
     meta: dict[str, Any],
 ) -> None:
-    """Writes the folder; states in half precision, encoders in full."""
+    """Writes the folder; states in half precision, encoders in full, the items' texts a line each."""
     tensors: dict[str, torch.Tensor] = {}
     for i, s in states.items():
         parts = {"sem": s.states.sem, "pos": s.states.pos, "neg": s.states.neg, "ffn": s.ffn}
         tensors |= {f"{i}.{name}": t.half().contiguous().cpu() for name, t in parts.items()}
         tensors |= {f"{i}.encoders.{k}": v.contiguous().cpu() for k, v in encoders[i].state_dict().items()}
     folder.mkdir(parents=True, exist_ok=True)
+    save_items(folder, next(iter(states.values())).items)
     fits = {str(i): {k: v for k, v in asdict(r).items() if k != "losses"} for i, r in reports.items()}
     # The index is written last: without it the folder counts as missing.
     path = folder / "knowledge.safetensors"
     save_file(tensors, path)
     write_index(folder / "knowledge.json", {**meta, "fit": fits}, path)
+
+
+def save_items(folder: Path, items: Sequence[KnowledgeItem]) -> None:
+    """``items.jsonl``, or none where nothing is known of the items."""
+    path = folder / "items.jsonl"
+    path.unlink(missing_ok=True)
+    if items:
+        lines = (json.dumps(asdict(item), ensure_ascii=False) + "\n" for item in items)
+        path.write_text("".join(lines), encoding="utf-8")
+
+
+def _items(folder: Path, count: int) -> tuple[KnowledgeItem, ...]:
+    path = folder / "items.jsonl"
+    if not path.is_file():
+        return ()
+    with path.open(encoding="utf-8") as lines:
+        items = tuple(KnowledgeItem(**json.loads(line)) for line in lines)
+    if len(items) != count:
+        raise ValueError(f"{path.name} has {len(items)} lines for {count} items")
+    return items
 
 
 Learnt = tuple[int, LayerStates, Disentangler]
@@ -272,7 +303,7 @@ def each_layer(folder: Path, device: torch.device) -> Iterator[Learnt]:
     try:
         check_tensors(folder / "knowledge.json", path)
         with safe_open(path, framework="pt", device=str(device)) as file:
-            names = list(file.keys())
+            names, items = list(file.keys()), None
             for i in sorted({int(name.split(".")[0]) for name in names}):
                 sem, pos, neg, ffn = (
                     file.get_tensor(f"{i}.{n}").float() for n in ("sem", "pos", "neg", "ffn")
@@ -282,7 +313,8 @@ def each_layer(folder: Path, device: torch.device) -> Iterator[Learnt]:
                 shapes = {tuple(t.shape) for t in (sem, pos, neg)}
                 if len(shapes) != 1 or sem.ndim != 2 or not sem.isfinite().all():
                     raise ValueError(f"layer {i}: states {sorted(shapes)} don't fit together")
-                yield i, LayerStates(KnowledgeStates(sem, pos, neg), ffn), encoders
+                items = _items(folder, len(sem)) if items is None else items
+                yield i, LayerStates(KnowledgeStates(sem, pos, neg), ffn, items), encoders
     except UserError:
         raise
     except Exception as error:
@@ -334,4 +366,4 @@ def _layer(
     zeta = encoders.zeta(s.states, hparams.zeta, hparams.seed)
     # The truthfulness encoder has said what it is asked for: an edit needs its zeta alone.
     ffn = s.ffn if hparams.memory_loss else s.ffn[:0]
-    return LayerKnowledge(bank, encoders.semantic, ffn, zeta, origin=checksum)
+    return LayerKnowledge(bank, encoders.semantic, ffn, zeta, origin=checksum, items=s.items)

@@ -108,8 +108,8 @@ class Remembered:
 
 @dataclass
 class SeracEdit(Edit):
-    """Edits in memory. ``scopes`` holds the last prompts' probabilities of being in the nearest one's
-    scope; above one half it answers."""
+    """Edits in memory. ``probabilities (B, E)`` are the last prompts' of being in each one's scope; the
+    most probable one answers (``chosen (B)``) where its own, ``scopes (B)``, is above one half."""
 
     kind = "memory"
     records: tuple[Remembered, ...]
@@ -117,6 +117,8 @@ class SeracEdit(Edit):
     first: int
     info: dict[str, Any] = field(default_factory=dict)
     scopes: torch.Tensor | None = field(default=None, repr=False)
+    chosen: torch.Tensor | None = field(default=None, repr=False)
+    probabilities: torch.Tensor | None = field(default=None, repr=False)
 
     @contextmanager
     def applied(self, backbone: Backbone) -> Iterator[None]:
@@ -219,7 +221,8 @@ class _Runtime:
             else:
                 logits, self.chosen = every.gather(1, self.owners[:, None])[:, 0], self.owners
             self.open = logits > 0
-            self.edit.scopes = logits.sigmoid().detach()
+            self.edit.scopes, self.edit.chosen = logits.sigmoid().detach(), self.chosen
+            self.edit.probabilities = every.sigmoid().detach()
         return output
 
     def answer(self, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
