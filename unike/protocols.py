@@ -98,7 +98,8 @@ class _Made:
 
 def sequential(
     backbone: Backbone, method: EditMethod, cases: Sequence[Case], reader: Reader, number: int = 0,
-    former: int | None = None, seed: int = 0, tolerated: tuple[type[Exception], ...] = (), keep: Keep = forget,
+    former: int | None = None, seed: int = 0, tolerated: tuple[type[Exception], ...] = (),
+    keep: Keep = forget,
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
     """Edits the cases in order, each on top of all before it, and gives two records for each of them.
 
