@@ -16,7 +16,7 @@ from test_run_edit import errors, start
 from unike.backbones import load_backbone
 from unike.backbones.base import encode_queries
 from unike.backbones.prefix import PrefixCache
-from unike.edits import compose
+from unike.edits import Edit, compose
 from unike.hparams import HyperParams
 from unike.methods import build
 from unike.protocols import draw_cross_task, draw_sequences, one_step, sequential
@@ -211,6 +211,21 @@ def test_a_failed_edit_is_rolled_back_and_the_sequence_goes_on(backbone) -> None
         assert [afters(r) for r in good] == [afters(r) for r in rest]
         assert [r.get("former") for r in good] == [r.get("former") for r in rest]
     assert all(torch.equal(v, backbone.model.state_dict()[k]) for k, v in weights.items())
+
+
+def test_an_edit_that_cannot_be_kept_leaves_no_trace(backbone) -> None:
+    cases, kept = [case(i) for i in range(3)], []
+
+    def keep(edit: Edit) -> None:
+        kept.append(edit)
+        if len(kept) == 2:
+            raise UserError("no room")
+
+    method, others = build(HyperParams.from_dict(FT)), {"tolerated": (UserError,)}
+    records = list(sequential(backbone, method, cases, reader_of(backbone, method), keep=keep, **others))
+    rest = list(sequential(backbone, method, cases[::2], reader_of(backbone, method), **others))
+    assert [r["status"] for r in records] == ["ok", "failed", "ok"] * 2
+    assert [afters(r) for r in records if r["status"] == "ok"] == [afters(r) for r in rest]
 
 
 def test_a_sequence_in_which_all_fails(backbone) -> None:

@@ -132,9 +132,10 @@ def sequential(
                 info = {"error": broken[position]}
             else:
                 edit = method.edit(backbone, case.request, reader.prefixes, whole)
+                # Before it is in force: an edit that cannot be kept counts as failed, and leaves no trace.
+                keep(edit)
                 whole = edit if whole is None else whole | edit
                 info = {**edit.info, "bytes": edit.nbytes}
-                keep(edit)
         except caught as error:
             full = out_of_memory(error)
             if not full and not isinstance(error, failures):
