@@ -55,7 +55,7 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
     directory = processes.first(lambda: runs.run_directory(hparams, args.task, args.output, args.resume))
     store = runs.edit_store(hparams, args.save_edits)
     if hparams.generate_data:
-        processes.first(lambda: runs.drawn(hparams, import_module("scripts.tiny.make_data").ensure))
+        processes.first(lambda: runs.drawn(hparams, launching.of_checkout("scripts.tiny.make_data").ensure))
     cases = processes.in_turn(lambda: runs.preflight(hparams, args.task, args.size, args.skip_broken))
     editor = MultimodalEditor(hparams, processes.each(lambda: load_backbone(hparams)))
     parts = editor.prepare(skip_broken=args.skip_broken)

@@ -7,11 +7,14 @@ import re
 import shlex
 import subprocess
 import sys
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
 
 from scripts import reference
+from unike import launching
+from unike.types import UserError
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(
@@ -159,3 +162,17 @@ def test_a_method_of_ones_own_appears_in_a_table(tmp_path: Path) -> None:
     assert lost.returncode == 2
     assert "UNIKE_METHODS: " in lost.stderr
     assert "(broken.py, line 3)" in lost.stderr
+
+
+# ---------------------------------------------------------------- the installed package
+
+
+def test_the_installed_command_is_the_script() -> None:
+    (point,) = (p for p in entry_points(group="console_scripts") if p.name == "unike-edit")
+    assert Path(sys.modules[point.load().__module__].__file__ or "") == ROOT / "run_edit.py"
+
+
+def test_what_a_checkout_alone_has_is_said_in_one_line() -> None:
+    assert launching.of_checkout("scripts.reference") is reference
+    with pytest.raises(UserError, match=r"scripts\.nothing, which is not installed"):
+        launching.of_checkout("scripts.nothing")

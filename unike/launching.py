@@ -11,6 +11,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 from unike.faults import told
@@ -173,3 +175,16 @@ def threads_each(number: int) -> Iterator[None]:
     finally:
         if former is None:
             del os.environ[name]
+
+
+def of_checkout(name: str) -> ModuleType:
+    """A module that the project's folder has and an installed package has not; UserError without it."""
+    try:
+        return import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not name.startswith(error.name):
+            raise
+        raise UserError(
+            f"generate_data: the embedded benchmark is drawn by {name}, which is not installed; "
+            "expected python run_edit.py in the project's folder"
+        ) from error
