@@ -35,6 +35,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--num_processes", type=int, metavar="N", help="processes that share the records")
     add("--save_edits", metavar="DIR", help="keep every edit in a store: python -m unike.edits list DIR")
     add("--no_generated", dest="generated", action="store_false", help="teacher-forced reading only: faster")
+    add("--report", action="store_true", help="also write report.html, a page to send, into the folder")
     add("overrides", nargs="*", metavar="key=value", help="changes to the YAML")
     return parser.parse_intermixed_args(argv)
 
@@ -45,7 +46,7 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
     if not args.check and launching.wants_launch(args.num_processes):
         return launching.launch(args.num_processes, main, argv)
     # Imported late: torch takes seconds, and a typing error in the YAML should not.
-    from unike import check, runs, tables
+    from unike import check, report, runs, tables
     from unike.backbones import load_backbone
     from unike.editor import MultimodalEditor
 
@@ -63,7 +64,7 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
         summary = runs.run_cases(parts, cases, writer, args.generated, args.skip_broken, store=store)
     if processes.is_main():
         print(tables.as_text(tables.summary_table(summary, directory.name)))
-        print(f"records: {directory}")
+        print(report.where(directory, args.report))
     return 130 if summary["interrupted"] else 0
 
 
