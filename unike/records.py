@@ -33,6 +33,7 @@ SHARDS = "records.[0-9]*.jsonl"
 # Goes the way of half-written files: what is left of it is removed when the run is resumed.
 _STOP = ".stop.tmp"
 _ABSENT = "absent"
+_ANSWER = {"prompt", "target", "before", "after"}
 _NUMBER, _PLAIN = (int, float), (str, int, float)
 # Of what tables and pages read of a record: how many objects deep its values lie, and their kinds.
 _SHAPES: dict[str, tuple[int, tuple[type, ...]]] = {
@@ -173,17 +174,40 @@ def read_records(directory: str | os.PathLike[str]) -> list[dict[str, Any]]:
 def read_measured(directory: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """As ``read_records``; UserError, too, for a record of another shape than ``unike.protocols`` writes."""
     records = read_records(directory)
+    in_sequences = any("sequence" in record for record in records)
     for record in records:
-        for key, (depth, kinds) in _SHAPES.items():
-            if key in record and not _shaped(record[key], depth, kinds):
-                at = f"{Path(directory) / RECORDS}: record {one_line(record['id'], 60)}: {key}"
-                what = f"objects, {depth} deep" if depth else "a text or a number"
-                raise UserError(f"{at}: is not as a run writes it; expected {what}")
+        wrong = [k for k, shape in _SHAPES.items() if k in record and not _shaped(record[k], *shape)]
+        if not wrong:
+            wrong = _incomplete(record)
+        if not wrong and in_sequences and not _placed(record):
+            wrong = ["its place in a sequence"]
+        if wrong:
+            at = f"{Path(directory) / RECORDS}: record {one_line(record['id'], 60)}"
+            raise UserError(f"{at}: {wrong[0]} is not as a run writes it")
     return records
 
 
+def _incomplete(record: Mapping[str, Any]) -> list[str]:
+    """Which of a well-shaped record's parts lack something that a run always writes."""
+    scores = [pair for by_probe in record.get("scores", {}).values() for pair in by_probe.values()]
+    complete = {
+        "scores": all("before" in pair and pair.get("after") is not None for pair in scores),
+        "answers": all(answer.keys() >= _ANSWER for answer in record.get("answers", {}).values()),
+        "former": None not in record.get("former", {}).values(),
+    }
+    return [key for key, held in complete.items() if not held]
+
+
+def _placed(record: Mapping[str, Any]) -> bool:
+    """Whether a record says where in a sequence it stands, and a step how the edits do there."""
+    known = all(type(record.get(key)) is int for key in ("sequence", "position"))
+    if record.get("kind") != "step" or record.get("status") != "ok":
+        return known and record.get("kind") in ("step", "final") and "status" in record
+    return known and "former" in record and "teacher_forced" in record.get("scores", {})
+
+
 def _shaped(value: Any, depth: int, kinds: tuple[type, ...]) -> bool:
-    """Whether a JSON value is objects within each other, ``depth`` deep, around values of ``kinds`` or null."""
+    """Whether a JSON value is objects within each other, ``depth`` deep, around ``kinds`` or null."""
     if depth == 0:
         return value is None or isinstance(value, kinds)
     return isinstance(value, dict) and all(_shaped(item, depth - 1, kinds) for item in value.values())

@@ -270,7 +270,8 @@ def _charts(records: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) ->
         groups: dict[str, list[float]] = {TARGET: [], UNCHANGED: []}
         for record in done:
             for name, value in record.get("decisions", {}).get(what, {}).items():
-                groups[UNCHANGED if name in KEPT else TARGET].append(value)
+                if _number(value):
+                    groups[UNCHANGED if name in KEPT else TARGET].append(value)
         yield from filter(None, [histogram(title[:1].upper() + title[1:], groups)])
     for key, title in (("seconds", "Seconds per edit"), ("steps", "Steps per edit")):
         values = [float(record[key]) for record in done if _number(record.get(key))]
