@@ -42,7 +42,7 @@ _SHAPES: dict[str, tuple[int, tuple[type, ...]]] = {
     **dict.fromkeys(("decisions", "presets", "base_right"), (2, _NUMBER)),
     "former": (1, _NUMBER),
     "scores": (3, _NUMBER),
-    "answers": (2, _PLAIN),
+    "answers": (2, (str,)),
 }
 
 
