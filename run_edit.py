@@ -2,8 +2,7 @@
 
     python run_edit.py --hparams_dir hparams/tiny_blip2.yaml --task vqa --size 20 k=10 alpha=0.5
 
-Exit code 0, 2 for input that the user can mend (one line per problem), 130 after Ctrl-C, 1 where one
-of several processes died.
+Exit code 0, 2 for input to mend (one line per problem), 130 after Ctrl-C, 1 where a process died.
 """
 
 from __future__ import annotations

@@ -61,7 +61,10 @@ LAYERS = (
     ("unike.sequences", f"{_PROTOCOL} unike.edits* unike.[hpst]* unike.methods.base unike.re[ac]*"),
     ("unike.tables", "unike.types unike.metrics unike.records unike.compare"),
     *((f"unike.{n}", "unike.types unike.[mtpc]*") for n in ("claims", "comparison")),
-    *((f"unike.{top}", "unike.*") for top in "editor runs inputs check compare report* ask* attached".split()),
+    *(
+        (f"unike.{top}", "unike.*")
+        for top in ["editor", "runs", "inputs", "check", "compare", "report*", "ask*", "attached"]
+    ),
 )
 THIRD_PARTY = (("unike.types", ""), ("unike.text", ""), ("unike.knowledge*", "torch torch.*"))
 
