@@ -61,10 +61,8 @@ LAYERS = (
     ("unike.sequences", f"{_PROTOCOL} unike.edits* unike.[hpst]* unike.methods.base unike.re[ac]*"),
     ("unike.tables", "unike.types unike.metrics unike.records unike.compare"),
     *((f"unike.{n}", "unike.types unike.[mtpc]*") for n in ("claims", "comparison")),
-    *(
-        (f"unike.{top}", "unike.*")
-        for top in ["editor", "runs", "inputs", "check", "compare", "report*", "ask*", "attached"]
-    ),
+    *((f"unike.{top}", "unike.*") for top in ("editor", "runs", "inputs", "check", "ask*", "attached")),
+    *((f"unike.{page}", "unike.*") for page in ("compare", "report*")),
 )
 THIRD_PARTY = (("unike.types", ""), ("unike.text", ""), ("unike.knowledge*", "torch torch.*"))
 
