@@ -2,8 +2,7 @@
 
     python run_edit.py --hparams_dir hparams/tiny_blip2.yaml --task vqa --size 20 k=10 alpha=0.5
 
-Exit code 0, 2 for input that the user can mend (one line per problem), 130 after Ctrl-C, 1 where one
-of several processes died.
+Exit code 0, 2 for input to mend (one line per problem), 130 after Ctrl-C, 1 where a process died.
 """
 
 from __future__ import annotations
@@ -35,6 +34,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--num_processes", type=int, metavar="N", help="processes that share the records")
     add("--save_edits", metavar="DIR", help="keep every edit in a store: python -m unike.edits list DIR")
     add("--no_generated", dest="generated", action="store_false", help="teacher-forced reading only: faster")
+    add("--report", action="store_true", help="also write report.html, a page to send, into the folder")
     add("overrides", nargs="*", metavar="key=value", help="changes to the YAML")
     return parser.parse_intermixed_args(argv)
 
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
     if not args.check and launching.wants_launch(args.num_processes):
         return launching.launch(args.num_processes, main, argv)
     # Imported late: torch takes seconds, and a typing error in the YAML should not.
-    from unike import check, runs, tables
+    from unike import check, report, runs, tables
     from unike.backbones import load_backbone
     from unike.editor import MultimodalEditor
 
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
         summary = runs.run_cases(parts, cases, writer, args.generated, args.skip_broken, store=store)
     if processes.is_main():
         print(tables.as_text(tables.summary_table(summary, directory.name)))
-        print(f"records: {directory}")
+        print(report.where(directory, args.report))
     return 130 if summary["interrupted"] else 0
 
 

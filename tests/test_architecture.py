@@ -41,7 +41,7 @@ LAYERS = (
     *((f"unike.{name}", "") for name in ("types", "text", "progress", "hooks")),
     ("unike.retrieval", "unike.types unike.pairs unike.knowledge.memory"),
     *((f"unike.{n}", "unike.types") for n in _ALONE.split()),
-    *((f"unike.{n}", "unike.types unike.processes unike.[frt]*") for n in ("launching", "sharing")),
+    *((f"unike.{n}", "unike.types unike.[hpfrt]*") for n in ("launching", "sharing", "tracking")),
     ("unike.hparams", "unike.types unike.options unike.legacy"),
     ("unike.knowledge*", "unike.knowledge*"),
     *((f"unike.{name}", _BOTTOM) for name in ("metrics", "records")),
@@ -59,9 +59,10 @@ LAYERS = (
     ("unike.reading", f"{_BOTTOM} unike.metrics unike.edits* {_PROTOCOL}"),
     ("unike.protocols", f"{_BOTTOM} unike.metrics unike.edits* unike.methods.base unike.reading {_PROTOCOL}"),
     ("unike.sequences", f"{_PROTOCOL} unike.edits* unike.[hpst]* unike.methods.base unike.re[ac]*"),
-    ("unike.tables", "unike.types unike.metrics unike.records"),
+    ("unike.tables", "unike.types unike.metrics unike.records unike.compare"),
     *((f"unike.{n}", "unike.types unike.[mtpc]*") for n in ("claims", "comparison")),
     *((f"unike.{top}", "unike.*") for top in ("editor", "runs", "inputs", "check", "ask*", "attached")),
+    *((f"unike.{page}", "unike.*") for page in ("compare", "report*")),
 )
 THIRD_PARTY = (("unike.types", ""), ("unike.text", ""), ("unike.knowledge*", "torch torch.*"))
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from unike.hparams import OPTIONS, HyperParams, UniKEHyperParams
 from unike.legacy import edited_layers
-from unike.types import BACKBONES, METRIC_PRESETS, BackboneSpec, UserError
+from unike.types import BACKBONES, METRIC_PRESETS, TRACKERS, BackboneSpec, UserError
 
 RELEASE = Path(__file__).parent / "fixtures" / "release_minigpt4.yaml"
 BASE = {"model_name": "blip2", "name": "./cache/blip2"}
@@ -28,6 +28,7 @@ def values_of(option):
         "alpha": st.just("adaptive") | st.floats(0, 1),
         "edit_batch_size": st.just("auto") | st.integers(1, 99),
         "device": st.sampled_from(["auto", "cpu", "cuda", "cuda:0", "cuda:12"]),
+        "log_to": st.sets(st.sampled_from(TRACKERS)).map(sorted).map(tuple),
         "metric_presets": st.sets(st.sampled_from(METRIC_PRESETS), min_size=1).map(sorted).map(tuple),
         "data": st.dictionaries(
             st.sampled_from(["vqa", "caption"]),

@@ -21,6 +21,7 @@ from unike.methods.base import check_method, needs_scope
 from unike.methods.scoping import kept_scope
 from unike.methods.trained import kept_editor, learns
 from unike.retrieval import check_faiss
+from unike.tracking import check_trackers
 from unike.types import Case
 
 CONSTRAINTS = Path(__file__).resolve().parents[1] / "constraints.txt"
@@ -42,6 +43,8 @@ def findings(hparams: HyperParams, task: str) -> list[Finding]:
         found.append(_tried(lambda: check_prefix_dir(hparams), f"prefix_dir: {hparams.prefix_dir}"))
     if hparams.retrieval == "faiss":
         found.append(_tried(lambda: check_faiss("faiss", hparams.source), "retrieval: faiss is installed"))
+    if hparams.log_to:
+        found.append(_tried(lambda: check_trackers(hparams), f"log_to: {', '.join(hparams.log_to)}"))
     if found[0].ok and needs_knowledge(hparams):
         found += _knowledge(hparams)
     if found[0].ok and needs_scope(hparams):

@@ -201,6 +201,7 @@ class HyperParams:
 
     seed: int = _option("run", "random seed", 42, low=0, high=2**32 - 1)
     results_dir: str = _option("run", "parent of the run folders", "./results")
+    log_to: tuple[str, ...] = _option("run", "where a run is followed: tensorboard, wandb", ())
     eval_batch: int = _option("run", "probes in one forward pass, without batch_invariant", 32, low=1)
     batch_invariant: bool = _option(
         "run", "a result depends on its record alone, not on what else is in a forward pass", True
@@ -231,8 +232,8 @@ class HyperParams:
 
     def decisive(self) -> dict[str, Any]:
         """Of ``to_dict`` what the results of a run depend on: all but what makes it fast, and where it
-        is written."""
-        without = {"results_dir", *(("eval_batch",) if self.batch_invariant else ())}
+        is written and followed."""
+        without = {"results_dir", "log_to", *(("eval_batch",) if self.batch_invariant else ())}
         return {
             name: value
             for name, value in self.to_dict().items()

@@ -20,6 +20,7 @@ from unike.methods.base import check_method, needs_scope
 from unike.methods.trained import learns, wants_cases
 from unike.retrieval import check_faiss
 from unike.sequences import sequences_of
+from unike.tracking import check_trackers
 from unike.types import Case, UserError
 
 logger = logging.getLogger("unike")
@@ -58,6 +59,7 @@ def require_backbone(hparams: HyperParams) -> None:
         lambda: require_files(hparams.backbone),
         lambda: check_prefix_dir(hparams),
         lambda: check_faiss(hparams.retrieval, hparams.source),
+        lambda: check_trackers(hparams),
     )
 
 
@@ -121,19 +123,10 @@ def open_datasets(
     """
     names = parts_of(task)
     require(*(lambda n=name: annotation_file(hparams, n, "eval") for name in names), lambda: _roots(hparams))
-    files = [annotation_file(hparams, name, "eval") for name in names]
-    common: dict[str, Any] = {
-        "image_root": hparams.image_root,
-        "rephrase_root": hparams.rephrase_root,
-        # Records without their pictures are found after reading, so that all must be read.
-        "size": None if skip_broken else size,
-        "clean": hparams.clean,
-        "skip_broken": skip_broken,
-        "allow_outside": hparams.allow_outside,
-    }
-    dataset = _opened(dict(zip(names, files, strict=True)), common)
+    # Records without their pictures are found after reading, so that all must be read.
+    dataset = eval_split(hparams, task, None if skip_broken else size, skip_broken)
+    where = ", ".join(annotation_file(hparams, name, "eval") for name in names)
     cases: Sequence[Case] = dataset
-    where = ", ".join(files)
     if skip_broken:
         cases, lacking = _with_pictures(dataset, size)
         if skipped := [*dataset.skipped, *lacking]:
@@ -143,6 +136,22 @@ def open_datasets(
     if not cases:
         raise UserError(f"{where}: no record is left to edit")
     return cases
+
+
+def eval_split(
+    hparams: HyperParams, task: str, size: int | None = None, skip_broken: bool = False
+) -> _Dataset:
+    """The eval records of a task, whether or not their pictures are there; errors as ``open_datasets``."""
+    files = {name: annotation_file(hparams, name, "eval") for name in parts_of(task)}
+    options: dict[str, Any] = {
+        "image_root": hparams.image_root,
+        "rephrase_root": hparams.rephrase_root,
+        "size": size,
+        "clean": hparams.clean,
+        "skip_broken": skip_broken,
+        "allow_outside": hparams.allow_outside,
+    }
+    return _opened(files, options)
 
 
 def _opened(files: Mapping[str, str], options: Mapping[str, Any]) -> _Dataset:

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from unike.types import METRIC_PRESETS, UserError
+from unike.types import METRIC_PRESETS, TRACKERS, UserError
 
 # YAML 1.1 reads 1e-4 as text: a float needs a dot and a signed exponent there.
 _NUMBER = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?")
@@ -257,10 +257,16 @@ def _plain(value: Any) -> bool:
 
 
 def _presets(value: Any) -> tuple[str, ...]:
+    names = _names(value, METRIC_PRESETS)
+    _require(bool(names))
+    return names
+
+
+def _names(value: Any, known: tuple[str, ...]) -> tuple[str, ...]:
     names = [value] if isinstance(value, str) else value
-    _require(isinstance(names, (list, tuple)) and bool(names))
+    _require(isinstance(names, (list, tuple)))
     names = tuple(_text(name).lower() for name in names)
-    _require(set(names) <= set(METRIC_PRESETS) and len(set(names)) == len(names))
+    _require(set(names) <= set(known) and len(set(names)) == len(names))
     return names
 
 
@@ -286,5 +292,6 @@ _KINDS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "alpha": ("adaptive or a number", _alpha),
     "device": ("auto, cpu, cuda, cuda:N, the number N, mps or xpu", _device),
     "metric_presets": (f"a list of different names out of {', '.join(METRIC_PRESETS)}", _presets),
+    "log_to": (f"a list of different names out of {', '.join(TRACKERS)}", lambda v: _names(v, TRACKERS)),
     "data": ("{vqa: {train: file, eval: file}, caption: {train: file, eval: file}}", _annotations),
 }

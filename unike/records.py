@@ -23,6 +23,7 @@ from types import TracebackType
 from typing import Any
 
 from unike.faults import writing
+from unike.text import one_line
 from unike.types import UserError
 
 logger = logging.getLogger("unike")
@@ -32,6 +33,17 @@ SHARDS = "records.[0-9]*.jsonl"
 # Goes the way of half-written files: what is left of it is removed when the run is resumed.
 _STOP = ".stop.tmp"
 _ABSENT = "absent"
+_ANSWER = {"prompt", "target", "before", "after"}
+_NUMBER, _PLAIN = (int, float), (str, int, float)
+# Of what tables and pages read of a record: how many objects deep its values lie, and their kinds.
+_SHAPES: dict[str, tuple[int, tuple[type, ...]]] = {
+    **dict.fromkeys(("id", "case", "sequence", "position", "kind", "task", "status", "error"), (0, _PLAIN)),
+    **dict.fromkeys(("seconds", "steps", "loss", "bytes"), (0, _NUMBER)),
+    **dict.fromkeys(("decisions", "presets", "base_right"), (2, _NUMBER)),
+    "former": (1, _NUMBER),
+    "scores": (3, _NUMBER),
+    "answers": (2, (str,)),
+}
 
 
 class RecordWriter:
@@ -159,6 +171,48 @@ def read_records(directory: str | os.PathLike[str]) -> list[dict[str, Any]]:
     return _scan(path)[0]
 
 
+def read_measured(directory: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """As ``read_records``; UserError, too, for a record of another shape than ``unike.protocols`` writes."""
+    records = read_records(directory)
+    in_sequences = any("sequence" in record for record in records)
+    for record in records:
+        wrong = [k for k, shape in _SHAPES.items() if k in record and not _shaped(record[k], *shape)]
+        if not wrong:
+            wrong = _incomplete(record)
+        if not wrong and in_sequences and not _placed(record):
+            wrong = ["its place in a sequence"]
+        if wrong:
+            at = f"{Path(directory) / RECORDS}: record {one_line(record['id'], 60)}"
+            raise UserError(f"{at}: {wrong[0]} is not as a run writes it")
+    return records
+
+
+def _incomplete(record: Mapping[str, Any]) -> list[str]:
+    """Which of a well-shaped record's parts lack something that a run always writes."""
+    scores = [pair for by_probe in record.get("scores", {}).values() for pair in by_probe.values()]
+    complete = {
+        "scores": all("before" in pair and pair.get("after") is not None for pair in scores),
+        "answers": all(answer.keys() >= _ANSWER for answer in record.get("answers", {}).values()),
+        "former": None not in record.get("former", {}).values(),
+    }
+    return [key for key, held in complete.items() if not held]
+
+
+def _placed(record: Mapping[str, Any]) -> bool:
+    """Whether a record says where in a sequence it stands, and a step how the edits do there."""
+    known = all(type(record.get(key)) is int for key in ("sequence", "position"))
+    if record.get("kind") != "step" or record.get("status") != "ok":
+        return known and record.get("kind") in ("step", "final") and "status" in record
+    return known and "former" in record and "teacher_forced" in record.get("scores", {})
+
+
+def _shaped(value: Any, depth: int, kinds: tuple[type, ...]) -> bool:
+    """Whether a JSON value is objects within each other, ``depth`` deep, around ``kinds`` or null."""
+    if depth == 0:
+        return value is None or isinstance(value, kinds)
+    return isinstance(value, dict) and all(_shaped(item, depth - 1, kinds) for item in value.values())
+
+
 def read_manifest(directory: str | os.PathLike[str]) -> dict[str, Any]:
     """What a run was made from."""
     path = Path(directory) / MANIFEST
@@ -186,17 +240,18 @@ def merge(directory: Path, order: Sequence[str] = ()) -> None:
     places = {name: place for place, name in enumerate(order)}
     wanted = sorted(found, key=lambda name: places.get(name, len(places)))
     if wanted != former or not (directory / RECORDS).exists():
-        _replace(directory / RECORDS, "".join(json.dumps(found[name]) + "\n" for name in wanted))
+        write_text(directory / RECORDS, "".join(json.dumps(found[name]) + "\n" for name in wanted))
     for shard in shards:
         shard.unlink()
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a JSON file so that a reader sees the old one or the new one, never a part."""
-    _replace(path, json.dumps(_plain(value), indent=2) + "\n")
+    """Write a JSON file, as ``write_text`` does."""
+    write_text(path, json.dumps(_plain(value), indent=2) + "\n")
 
 
-def _replace(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that a reader sees the old one or the new one, never a part."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "w", encoding="utf-8") as file:

@@ -49,6 +49,7 @@ from unike.sealed import sha256_of
 from unike.sequences import run_sequences
 from unike.sharing import SharedRun
 from unike.tables import RunningMeans
+from unike.tracking import track
 from unike.types import Case, UserError
 
 __all__ = [
@@ -267,6 +268,7 @@ def run_cases(
     mine -= sum(c.request.id in done for batch in left for c in batch)
     hidden = not (progress and processes.is_main())
     with (
+        track(hp, writer) as tracker,
         tqdm(total=already + mine, initial=already, desc="edits", disable=hidden) as bar,
         shared.kept(),
     ):
@@ -278,6 +280,7 @@ def run_cases(
                         store.add(made[record["id"]], replace=True)
                     writer.write(record)
                     means.add(record)
+                    tracker.add(record, means)
                     bar.set_postfix_str(str(means), refresh=False)
                     bar.update()
     return shared.sum_up(hp.seed, hp.metric_presets, order)

@@ -17,6 +17,7 @@ from unike.reading import Reader
 from unike.records import RecordWriter, read_records
 from unike.sharing import SharedRun
 from unike.tables import RunningMeans
+from unike.tracking import track
 from unike.types import Case, UserError
 
 
@@ -56,7 +57,11 @@ def run_sequences(
     already = len(whole) * length
     tolerated: tuple[type[Exception], ...] = (UserError,) if skip_broken else ()
     total, hidden = already + len(left) * length, not (progress and processes.is_main())
-    with tqdm(total=total, initial=already, desc="edits", disable=hidden) as bar, shared.kept():
+    with (
+        track(hparams, writer) as tracker,
+        tqdm(total=total, initial=already, desc="edits", disable=hidden) as bar,
+        shared.kept(),
+    ):
         for number in left:
             made: list[Edit] = []
             for record in shared.until_stopped(
@@ -74,6 +79,7 @@ def run_sequences(
                     writer.write(record)
                 if final and not known:
                     means.add(record)
+                    tracker.add(record, means)
                     bar.set_postfix_str(str(means), refresh=False)
                 bar.update(not final)
     order = [

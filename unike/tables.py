@@ -1,8 +1,12 @@
-"""Records summed up, and the summaries as tables for a plain terminal."""
+"""Records summed up, and the summaries as tables for a plain terminal.
+
+python -m unike.tables compare RUN_A RUN_B
+"""
 
 from __future__ import annotations
 
 import io
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import product
 from typing import Any
@@ -27,6 +31,8 @@ from unike.types import FIVE_METRICS, METRICS
 MODES = ("teacher_forced", "generated")
 WHEN = ("before", "after")
 LOCALITY = ("t_locality", "m_locality")
+# Probes of which a good edit changes nothing.
+KEPT = (*LOCALITY, "same_question", "same_image")
 HARMONIC = ("five", "all")
 HARMONIC_OF = dict(zip(HARMONIC, (FIVE_METRICS, METRICS), strict=True))
 MEANS_OF = {"generality": ("t_generality", "m_generality"), "locality": LOCALITY}
@@ -110,31 +116,50 @@ class RunningMeans:
             total, n = self.sums.get(metric, (0.0, 0))
             self.sums[metric] = total + value["after"], n + 1
 
+    def values(self) -> dict[str, float]:
+        """By metric, those that have been seen."""
+        return {m: 100 * self.sums[m][0] / self.sums[m][1] for m in FIVE_METRICS if m in self.sums}
+
     def __str__(self) -> str:
-        shown = [(m, *self.sums[m]) for m in FIVE_METRICS if m in self.sums]
-        return " ".join(f"{SHORT_TITLES[m]} {100 * total / n:.1f}" for m, total, n in shown)
+        return " ".join(f"{SHORT_TITLES[m]} {value:.1f}" for m, value in self.values().items())
+
+
+SUMMARY_HEADER = (
+    "metric",
+    "before\nforced / gen.",
+    "after, teacher-forced\n[95% interval]",
+    "after, generated\n[95% interval]",
+)
+
+
+def summary_rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """The texts of a summary's table below ``SUMMARY_HEADER``: a row per metric, preset and mean."""
+    rows = []
+    for metric, modes in summary["metrics"].items():
+        rows.append((TITLES.get(metric, metric), *_before_and_after(modes)))
+    for name, preset in summary.get("presets", {}).items():
+        for metric in LOCALITY if name != "paper" else ():
+            if entry := preset["metrics"].get(metric):
+                rows.append((f"{TITLES[metric]}, {name}", _NOTHING, _interval(entry), _NOTHING))
+    if any(HARMONIC[0] in values for values in summary.get("harmonic_mean", {}).values()):
+        means = {mode: values.get(HARMONIC[0], {}) for mode, values in summary["harmonic_mean"].items()}
+        rows.append(("harmonic mean", *_before_and_after(means)))
+    return rows
+
+
+def _before_and_after(modes: Mapping[str, Any]) -> tuple[str, ...]:
+    before = " / ".join(_percent(_entry(modes, mode, "before")) for mode in MODES)
+    return (before, *(_interval(_entry(modes, mode, "after")) for mode in MODES))
 
 
 def summary_table(summary: Mapping[str, Any], title: str) -> Table:
     """Rows are metrics; what the model said before and after the edit; costs in the last line."""
-    table = Table(title=Text(title), caption=Text(_costs(summary)), box=box.SIMPLE_HEAD)
+    table = Table(title=Text(title), caption=Text(costs(summary)), box=box.SIMPLE_HEAD)
     table.caption_justify = "left"
-    table.add_column("metric", no_wrap=True)
-    table.add_column("before\nforced / gen.", justify="right", no_wrap=True)
-    table.add_column("after, teacher-forced\n[95% interval]", justify="right", no_wrap=True)
-    table.add_column("after, generated\n[95% interval]", justify="right", no_wrap=True)
-    for metric, modes in summary["metrics"].items():
-        before = " / ".join(_percent(_entry(modes, mode, "before")) for mode in MODES)
-        after = (Text(_interval(_entry(modes, mode, "after"))) for mode in MODES)
-        table.add_row(Text(TITLES.get(metric, metric)), before, *after)
-    for name, preset in summary.get("presets", {}).items():
-        for metric in LOCALITY if name != "paper" else ():
-            if entry := preset["metrics"].get(metric):
-                table.add_row(Text(f"{TITLES[metric]}, {name}"), _NOTHING, Text(_interval(entry)), _NOTHING)
-    if any(HARMONIC[0] in values for values in summary.get("harmonic_mean", {}).values()):
-        means = {mode: values.get(HARMONIC[0], {}) for mode, values in summary["harmonic_mean"].items()}
-        before = " / ".join(_percent(_entry(means, mode, "before")) for mode in MODES)
-        table.add_row("harmonic mean", before, *(Text(_interval(_entry(means, m, "after"))) for m in MODES))
+    for i, heading in enumerate(SUMMARY_HEADER):
+        table.add_column(heading, justify="right" if i else "left", no_wrap=True)
+    for name, *cells in summary_rows(summary):
+        table.add_row(*map(Text, (name, *cells)))
     return table
 
 
@@ -157,6 +182,18 @@ def compare_table(
             values.append(harmonic_of(summary, mode, HARMONIC[0]))
         table.add_row(Text(name), *(_percent(value) for value in values))
     return table
+
+
+def leading_mode(records: Iterable[Mapping[str, Any]]) -> str:
+    """``generated`` where all records that have scores hold it, else ``teacher_forced``."""
+    found = [record["scores"] for record in records if record.get("scores")]
+    return MODES[1] if found and all(MODES[1] in scores for scores in found) else MODES[0]
+
+
+def held(record: Mapping[str, Any], mode: str) -> dict[str, bool]:
+    """By probe whether the edit did in full what a good edit does."""
+    scores = record.get("scores", {}).get(mode, {})
+    return {name: scores[name].get("after") == 1 for name in _ordered(set(scores))}
 
 
 def harmonic_of(summary: Mapping[str, Any], mode: str, name: str) -> Mapping[str, float] | None:
@@ -286,6 +323,9 @@ def _decisions(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, floa
     for record in records:
         for what, by_probe in record.get("decisions", {}).items():
             for probe, value in by_probe.items():
+                # Null stands for what was no number.
+                if value is None:
+                    continue
                 found.setdefault(what, {}).setdefault(probe, []).append(value)
     return {what: {probe: float(np.mean(v)) for probe, v in probes.items()} for what, probes in found.items()}
 
@@ -302,7 +342,8 @@ def _interval(entry: Mapping[str, float] | None) -> str:
     return f"{entry['mean']:.1f} [{entry['low']:.1f}, {entry['high']:.1f}]" if entry else _NOTHING
 
 
-def _costs(summary: Mapping[str, Any]) -> str:
+def costs(summary: Mapping[str, Any]) -> str:
+    """How many records, and what an edit cost, in a line."""
     parts = [f"{summary['n']} records"]
     if found := summary.get("sequences"):
         parts.append(f"{found['n']} sequence{'s' * (found['n'] != 1)} of {found['length']} edits")
@@ -315,3 +356,9 @@ def _costs(summary: Mapping[str, Any]) -> str:
     if most := max(filter(None, summary.get("peak_memory_bytes", {}).values()), default=0):
         parts.append(f"{most / 2**30:.2f} GiB at most")
     return ", ".join(parts)
+
+
+if __name__ == "__main__":
+    from unike.compare import main
+
+    sys.exit(main())

@@ -17,6 +17,7 @@ HARD_METRICS = ("same_question", "same_image", "joint")
 METRICS = FIVE_METRICS + HARD_METRICS
 METRIC_PRESETS = ("paper", "easyedit", "easyedit_icl", "release")
 BACKBONES = ("blip2", "minigpt4", "llava", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "instructblip")
+TRACKERS = ("tensorboard", "wandb")
 PROTOCOLS = ("one_step", "sequential", "cross_task")
 
 Expectation = Literal["target", "unchanged"]

@@ -1,0 +1,172 @@
+"""The pages in a real browser: they open fast, sort, filter, load nothing, and can be read by everybody."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from browser import PHONE, Browser, browser, lacking
+from finished_runs import ended, save_run
+from test_report import HOSTILE, hostile
+
+from unike.compare import main as compare_main
+from unike.report import write_report
+from unike.report.page import render
+from unike.report.pictures import MOST_BYTES
+from unike.report.run import run_page
+from unike.types import FIVE_METRICS
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.browser,
+    pytest.mark.skipif(bool(lacking()), reason=f"not installed: {lacking()}"),
+]
+SHOWN = "return [...document.querySelectorAll('.case:not([hidden]) .id')].map((e) => e.textContent)"
+LOADED = "return document.querySelectorAll('.case img[src]').length"
+
+
+@pytest.fixture(scope="module")
+def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    with browser(tmp_path_factory.mktemp("profile")) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six cases: M-Locality fails in the odd ones, all in the last."""
+    folder, odd = tmp_path_factory.mktemp("page"), [m for m in FIVE_METRICS if m != "m_locality"]
+    records = [ended(i, odd if i % 2 else FIVE_METRICS) for i in range(5)] + [ended(5, [])]
+    return write_report(save_run(folder / "run", records, folder / "data"))
+
+
+def choose(tab: Browser, name: str, value: str) -> None:
+    script = "const e = document.getElementById(arguments[0]); e.value = arguments[1];"
+    tab.run(
+        f"{script} e.dispatchEvent(new Event('input')); e.dispatchEvent(new Event('change'));", name, value
+    )
+
+
+def test_it_opens_quietly_and_shows_pictures_when_they_come_near(tab: Browser, page: Path) -> None:
+    tab.open(page)
+    tab.run("document.getElementById('found').scrollIntoView()")
+    tab.wait(f"{LOADED} === 6")
+    tab.run("document.querySelector('.case summary').click()")
+    tab.wait(f"{LOADED} > 6")
+    assert tab.run("return [...document.querySelectorAll('article img')].every((i) => i.naturalWidth > 0)")
+    assert tab.complaints() == []
+    assert tab.requested(page) == []
+
+
+def test_it_filters_and_sorts(tab: Browser, page: Path) -> None:
+    tab.open(page)
+    everything = [f"vqa-{i}" for i in range(6)]
+    assert tab.run(SHOWN) == everything
+    choose(tab, "filter", "lost m_locality")
+    assert tab.run(SHOWN) == ["vqa-1", "vqa-3", "vqa-5"]
+    assert tab.run("return document.getElementById('count').textContent") == "3 of 6 cases"
+    choose(tab, "search", "NUMBER 3?")
+    assert tab.run(SHOWN) == ["vqa-3"]
+    choose(tab, "search", "no such words")
+    assert tab.run(SHOWN) == []
+    choose(tab, "filter", "")
+    choose(tab, "search", "")
+    assert tab.run(SHOWN) == everything
+    choose(tab, "sort", "steps")
+    assert tab.run(SHOWN) == everything
+    tab.run("document.getElementById('down').click()")
+    assert tab.run(SHOWN) == everything[::-1]
+    choose(tab, "sort", "held")
+    assert tab.run(SHOWN) == [f"vqa-{i}" for i in (0, 2, 4, 1, 3, 5)]
+
+
+def test_the_keyboard_suffices(tab: Browser, page: Path) -> None:
+    from selenium.webdriver.common.keys import Keys
+
+    tab.open(page)
+    visited = []
+    for _ in range(12):
+        tab.driver.switch_to.active_element.send_keys(Keys.TAB)
+        visited.append(tab.run("const e = document.activeElement; return e.id || e.className || e.tagName"))
+    wanted = ["skip", "wide", "filter", "sort", "down", "search", "SUMMARY"]
+    assert [v for v in visited if v in wanted][: len(wanted)] == wanted
+    tab.run("document.querySelector('.case summary').focus()")
+    tab.driver.switch_to.active_element.send_keys(Keys.ENTER)
+    tab.wait("return document.querySelectorAll('.case article').length === 5")
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_nobody_is_left_out(tab: Browser, page: Path, dark: bool) -> None:
+    scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
+    tab.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": scheme})
+    tab.open(page)
+    tab.run("document.querySelectorAll('details').forEach((d) => { d.open = true; })")
+    tab.wait("return document.querySelectorAll('.case article').length === 30")
+    assert tab.violations() == []
+    tab.run("document.querySelector('h1').remove(); document.querySelector('label').replaceWith('x')")
+    tab.run("document.querySelectorAll('.prompt').forEach((p) => p.setAttribute('role', 'nonsense'))")
+    assert tab.violations() != [], "axe finds what is wrong"
+
+
+def test_a_phone_shows_all_without_scrolling_sideways(tab: Browser, page: Path) -> None:
+    tab.open(page, PHONE)
+    tab.run("document.querySelectorAll('details').forEach((d) => { d.open = true; })")
+    tab.wait("return document.querySelectorAll('.case article').length === 30")
+    assert tab.run("return document.documentElement.scrollWidth <= window.innerWidth")
+    assert tab.violations() == []
+
+
+def test_hostile_records_do_nothing(tab: Browser, tmp_path: Path) -> None:
+    page = write_report(save_run(tmp_path / "run", hostile()))
+    tab.open(page)
+    tab.run("document.querySelectorAll('details').forEach((d) => { d.open = true; })")
+    tab.wait("return document.querySelectorAll('.case article').length > 0")
+    assert HOSTILE in tab.run("return document.body.textContent")
+    assert tab.run("return document.images.length") == 0
+    assert tab.complaints() == []
+    assert tab.requested(page) == []
+
+
+def test_scripts_of_others_would_not_run(tab: Browser, tmp_path: Path, page: Path) -> None:
+    """Even if a text were not escaped, the page's policy would hold."""
+    open_page = tmp_path / "open.html"
+    text = page.read_text()
+    open_page.write_text(
+        text.replace("<main>", "<main><script>window.ran = 1</script><img src='http://localhost/x'>")
+    )
+    tab.open(open_page)
+    assert tab.run("return window.ran ?? null") is None
+    assert len(tab.complaints()) == 2
+    tab.requested(open_page)
+
+
+def test_a_comparison_opens(tab: Browser, tmp_path: Path) -> None:
+    one = save_run(tmp_path / "a", [ended(i) for i in range(3)], tmp_path / "data")
+    other = save_run(tmp_path / "b", [ended(i, ["reliability"] if i else FIVE_METRICS) for i in range(3)])
+    page = tmp_path / "page.html"
+    assert compare_main(["compare", str(one), str(other), "--html", str(page)]) == 0
+    tab.open(page)
+    assert tab.run(SHOWN) == ["vqa-1", "vqa-2"]
+    choose(tab, "filter", "held in B alone")
+    assert tab.run(SHOWN) == []
+    assert tab.violations() == []
+    assert tab.complaints() == []
+    assert tab.requested(page) == []
+
+
+def test_five_hundred_cases_open_in_under_two_seconds(tab: Browser, tmp_path: Path) -> None:
+    records = [ended(i % 9, id=f"vqa-{i}", case=f"vqa-{i % 9}") for i in range(500)]
+    view = run_page(save_run(tmp_path / "run", records, tmp_path / "data"))
+    # As many pictures as a page takes.
+    full = [*view.pictures, *["data:image/webp;base64," + "A" * 8000] * (MOST_BYTES // 8000)]
+    page = tmp_path / "page.html"
+    page.write_text(render(replace(view, pictures=full)))
+    times = []
+    # The first one is of a cold browser; a busy machine slows all of them.
+    for _ in range(3):
+        tab.open(page)
+        entry = "performance.getEntriesByType('navigation')[0]"
+        times.append(tab.run(f"return {entry}.loadEventEnd"))
+        assert len(tab.run(SHOWN)) == 500
+    assert min(times) < 2000, f"milliseconds: {times}"

@@ -1,0 +1,122 @@
+"""What a page shows, as plain values, and the page itself: one HTML file, its pictures within.
+
+Values are text of anybody's making: the templates escape all of it, and the page's own policy lets a
+browser run the page's own script alone and load nothing.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from unike.report.charts import Chart
+
+TEMPLATES = Path(__file__).with_name("templates")
+
+
+@dataclass(frozen=True)
+class Said:
+    """An answer: whose, and whether it is what a good edit gives; None where nothing is judged."""
+
+    who: str
+    text: str
+    held: bool | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class ProbeView:
+    """A question with its answers. ``picture`` is its place in the page's pictures, None without one;
+    ``name`` is that of its file, empty for a question without a picture."""
+
+    title: str
+    expected: str
+    prompt: str
+    target: str
+    said: tuple[Said, ...]
+    picture: int | None = None
+    name: str = ""
+    figures: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class CaseView:
+    """A case: a line to scan, and behind it its probes. ``good`` marks the ``outcome``, ``keys`` are what
+    the case is sorted by, ``tags`` what it is filtered by."""
+
+    id: str
+    title: str
+    outcome: str
+    good: bool | None
+    keys: Mapping[str, float]
+    tags: tuple[str, ...]
+    probes: tuple[ProbeView, ...] = ()
+    facts: tuple[tuple[str, str], ...] = ()
+    picture: int | None = None
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class TableView:
+    """A table; the first cell of a row names it."""
+
+    caption: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True)
+class Page:
+    """``sorts`` and ``filters`` are titles by the cases' keys and tags, in the order they are offered."""
+
+    title: str
+    lead: str
+    tables: tuple[TableView, ...]
+    cases: Sequence[CaseView]
+    sorts: Mapping[str, str]
+    filters: Mapping[str, str]
+    pictures: Sequence[str] = ()
+    charts: tuple[Chart, ...] = ()
+    notes: tuple[str, ...] = ()
+    about: tuple[tuple[str, str], ...] = field(default=())
+
+
+def render(page: Page) -> str:
+    """The page's HTML."""
+    script, style = (_asset(name) for name in ("page.js", "page.css"))
+    policy = (
+        f"default-src 'none'; img-src data:; style-src {_allowed(style)}; script-src {_allowed(script)}; "
+        "base-uri 'none'; form-action 'none'"
+    )
+    return _environment().get_template("page.html").render(
+        page=page, policy=policy, script=Markup(script), style=Markup(style)
+    )  # fmt: skip
+
+
+def _allowed(text: str) -> str:
+    """How a policy names the one text that it allows."""
+    digest = hashlib.sha256(text.encode()).digest()
+    return f"'sha256-{base64.b64encode(digest).decode()}'"
+
+
+@lru_cache
+def _asset(name: str) -> str:
+    return (TEMPLATES / name).read_text(encoding="utf-8")
+
+
+@lru_cache
+def _environment() -> Environment:
+    return Environment(
+        loader=PackageLoader("unike.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )

@@ -1,0 +1,96 @@
+"""A page's pictures: small copies, each once, as data URIs, and what a run's cases showed."""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from PIL import Image
+
+from unike.datasets.images import open_image
+from unike.hparams import OPTIONS, HyperParams
+from unike.inputs import annotation_file, eval_split, parts_of
+from unike.sealed import sha256_of
+from unike.types import UserError
+
+# The longer side of a picture, where a page has at most so many of them.
+SIDES = ((150, 320), (600, 224), (2000, 160))
+SMALLEST, QUALITY = 112, 78
+# Of all pictures together, as text: what a browser opens in a moment and mail takes.
+MOST_BYTES = 16 << 20
+
+Shown = Mapping[str, Mapping[str, str]]
+
+
+class Album:
+    """Small copies of at most ``count`` picture files, in the order in which they are first shown."""
+
+    def __init__(self, count: int) -> None:
+        self.side = next((side for most, side in SIDES if count <= most), SMALLEST)
+        self.uris: list[str] = []
+        self.missing = self.left_out = self._bytes = 0
+        self._places: dict[str, int | None] = {}
+
+    def place(self, path: str) -> int | None:
+        """Where the picture is in ``uris``; None where it can't be read or the page is full."""
+        if path not in self._places:
+            self._places[path] = self._added(path)
+        return self._places[path]
+
+    def notes(self) -> list[str]:
+        """What the page lacks, a sentence each."""
+        found = []
+        if self.missing:
+            found.append(
+                f"{self.missing} pictures could not be read. Make the report in the folder that the run was "
+                "started in."
+            )
+        if self.left_out:
+            found.append(
+                f"{self.left_out} pictures are left out: those before take {MOST_BYTES >> 20} MB already."
+            )
+        return found
+
+    def _added(self, path: str) -> int | None:
+        try:
+            image = open_image(path)
+        except UserError:
+            self.missing += 1
+            return None
+        image.thumbnail((self.side, self.side), Image.Resampling.LANCZOS)
+        file = io.BytesIO()
+        image.save(file, "WEBP", quality=QUALITY)
+        uri = "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()
+        if self._bytes + len(uri) > MOST_BYTES:
+            self.left_out += 1
+            return None
+        self._bytes += len(uri)
+        self.uris.append(uri)
+        return len(self.uris) - 1
+
+
+def shown_in(manifest: Mapping[str, Any]) -> tuple[Shown, str]:
+    """The picture file of each probe by case and probe, read from the annotations that the run names, and
+    a sentence where these are not to be had."""
+    try:
+        values, checksums = manifest.get("hparams"), manifest.get("data")
+        if not isinstance(values, dict) or not isinstance(checksums, dict):
+            raise UserError("the manifest holds no hyper-parameters or checksums")
+        hparams = HyperParams.from_dict({key: v for key, v in values.items() if key in OPTIONS})
+        task = str(values.get("task"))
+        for name in parts_of(task):
+            path = annotation_file(hparams, name, "eval")
+            if sha256_of(path) != checksums.get(f"data.{name}.eval"):
+                raise UserError(f"{path} has changed since the run")
+        cases = eval_split(hparams, task, skip_broken=True)
+    except UserError as error:
+        return {}, f"No pictures: {error.problems[0]}."
+    return {
+        case.request.id: {
+            probe.name: os.fspath(probe.query.image) for probe in case.probes if probe.query.image is not None
+        }
+        for case in cases
+    }, ""
