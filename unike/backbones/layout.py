@@ -109,10 +109,13 @@ class DecoderLayout:
     """
 
     def __init__(self, language_model: Any) -> None:
-        config = language_model.config.get_text_config()
+        config = language_model.config
+        # LAVIS's `transformers` knows no such thing; the configuration of its decoder is that of text.
+        if hasattr(config, "get_text_config"):
+            config = config.get_text_config()
         if config.model_type not in FAMILIES:
             raise ValueError(f"no layout for decoder family {config.model_type!r}; known: {sorted(FAMILIES)}")
-        self.family = FAMILIES[config.model_type]
+        self.config, self.family = config, FAMILIES[config.model_type]
         decoder = language_model.get_decoder()
         self.layers: nn.ModuleList = decoder.layers
         self.width: int = config.hidden_size
