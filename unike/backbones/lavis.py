@@ -1,0 +1,174 @@
+"""``backend: lavis``: BLIP2-OPT of ``salesforce-lavis`` itself, its modules and its picture processor.
+
+LAVIS runs with a ``transformers`` of its own time only: requirements-lavis.txt describes the environment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from importlib import metadata
+from typing import Any
+
+import torch
+from lavis.common.registry import registry
+from lavis.models import load_model
+from lavis.models.blip2_models.blip2 import LayerNorm
+from lavis.models.blip2_models.modeling_opt import OPTConfig, OPTForCausalLM
+from lavis.models.blip2_models.Qformer import BertConfig, BertLMHeadModel
+from lavis.models.eva_vit import VisionTransformer, interpolate_pos_embed
+from PIL import Image
+from torch import nn
+
+from unike.backbones.architecture import Architecture
+from unike.backbones.base import Batch
+from unike.backbones.checkpoint_files import DTYPES
+from unike.backbones.dialogue import Dialogue
+from unike.backbones.hf import VisionLanguageBackbone
+from unike.backbones.images import Parts
+from unike.backbones.original import Shape, State, names, read_shape, read_states
+from unike.backbones.vision import FixedVision
+from unike.types import BackboneSpec, UserError
+
+MODEL, PROCESSOR = "blip2_opt", "blip_image_eval"
+DIALOGUE = Dialogue()
+
+
+class LavisVision(FixedVision):
+    """LAVIS's vision tower and Q-Former, at the size that they were built for."""
+
+    def _processor(self, folder: str | None, size: int | None) -> Any:
+        return registry.get_processor_class(PROCESSOR)(image_size=self.tower.patch_embed.img_size[0])
+
+    @property
+    def tower(self) -> Any:
+        return self.model.visual_encoder
+
+    @property
+    def projection(self) -> nn.Module:
+        return self.model.opt_proj
+
+    @property
+    def settings(self) -> str:
+        return repr(self.processor.transform)
+
+    def read(self, picture: Image.Image) -> torch.Tensor:
+        pixels: torch.Tensor = self.processor(picture)
+        return pixels
+
+    @torch.no_grad()
+    def see(self, shown: Sequence[Parts]) -> list[Parts]:
+        """The Q-Former's output, in single precision."""
+        model = self.model
+        patches = model.ln_vision(self.tower(self.stacked(shown))).float()
+        queries = model.Qformer.bert(
+            query_embeds=model.query_tokens.expand(len(patches), -1, -1), encoder_hidden_states=patches,
+            encoder_attention_mask=torch.ones(patches.shape[:-1], dtype=torch.long, device=patches.device),
+        )  # fmt: skip
+        return [{"features": state} for state in queries.last_hidden_state]
+
+
+class LavisBackbone(VisionLanguageBackbone):
+    """A frozen BLIP2-OPT of LAVIS."""
+
+    @property
+    def _settings(self) -> Mapping[str, Any]:
+        return {
+            "lavis": metadata.version("salesforce-lavis"),
+            "heads": self.model.visual_encoder.blocks[0].attn.num_heads,
+            "qformer": self.model.Qformer.config.to_dict(),
+            "opt": self.decoder.config.to_dict(),
+        }
+
+    def _given(self, batch: Batch) -> dict[str, torch.Tensor]:
+        # LAVIS's OPT counts positions by the mask, as ours are counted.
+        return {"inputs_embeds": batch.inputs_embeds, "attention_mask": batch.attention_mask}
+
+    def _start(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """All but each prompt's last token as ``query_embeds``: embeddings alone are not taken here."""
+        last = [[self.tokens(prompt)[-1]] for prompt in batch.prompts]
+        return {
+            "input_ids": torch.tensor(last, device=self.device),
+            "query_embeds": batch.inputs_embeds[:, :-1],
+            "attention_mask": batch.attention_mask,
+        }
+
+
+def load_lavis(spec: BackboneSpec, device: torch.device, limit: int) -> LavisBackbone:
+    """BLIP2-OPT by the name of a LAVIS model type, or from the original files; ``limit``: the most new
+    tokens of an answer.
+
+    Raises UserError where LAVIS cannot load it, or the files do not fit each other.
+    """
+    try:
+        model = _from_files(spec) if spec.original_files else load_model(MODEL, spec.name)
+    except (OSError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{spec.source}: name: {spec.name} cannot be loaded by LAVIS: {reason}") from error
+    # As in LAVIS, what lies between tower and decoder stays in single precision.
+    for part in (model.visual_encoder, model.opt_model):
+        part.to(DTYPES[spec.dtype])
+    architecture = Architecture(type(model), LavisVision, decoder="opt_model", dialogue=DIALOGUE)
+    return LavisBackbone(model.to(device), model.opt_tokenizer, architecture, DIALOGUE, max_new_tokens=limit)
+
+
+def _from_files(spec: BackboneSpec) -> Any:
+    """LAVIS's model in the shape of the files, and with their weights."""
+    states = read_states(spec)
+    shape = read_shape(spec, states)
+    model = _built_from(spec, states["state_dict_file"], shape)(
+        img_size=shape.image_size, vit_precision="fp32", num_query_token=shape.queries, opt_model=spec.name
+    )
+    _fill(spec, model, states["qformer_checkpoint"], beside=("opt_model.", "visual_encoder."))
+    # LAVIS reads OPT in half precision, as it is published: a folder in another one would be rounded.
+    if OPTConfig.from_pretrained(spec.name).torch_dtype not in (torch.float16, "float16"):
+        model.opt_model = OPTForCausalLM.from_pretrained(spec.name, torch_dtype=DTYPES[spec.dtype])
+    return model
+
+
+def _built_from(spec: BackboneSpec, eva: State, shape: Shape) -> Any:
+    """LAVIS's class, with what is at hand where it would ask for a download and knows one shape alone."""
+    vision, qformer = shape.vision, shape.qformer
+
+    class FromFiles(registry.get_model_class(MODEL)):  # type: ignore[misc]
+        @classmethod
+        def init_tokenizer(cls) -> None:
+            """BERT's, which nobody asks here: the Q-Former reads no text."""
+
+        @classmethod
+        def init_vision_encoder(cls, *_: Any) -> tuple[nn.Module, nn.Module]:
+            width = vision["hidden_size"]
+            tower = VisionTransformer(
+                img_size=shape.image_size, patch_size=vision["patch_size"], use_mean_pooling=False,
+                embed_dim=width, depth=vision["num_hidden_layers"], num_heads=vision["num_attention_heads"],
+                # Rounded down when it is multiplied with the width again.
+                mlp_ratio=(vision["intermediate_size"] + 0.5) / width, qkv_bias=True,
+                norm_layer=partial(nn.LayerNorm, eps=vision["layer_norm_eps"]),
+            )  # fmt: skip
+            resized = dict(eva)
+            interpolate_pos_embed(tower, resized)
+            _fill(spec, tower, resized)
+            return tower, LayerNorm(width)
+
+        @classmethod
+        def init_Qformer(cls, queries: int, width: int) -> tuple[nn.Module, nn.Parameter]:  # noqa: N802
+            names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+            config = BertConfig(
+                **{name: qformer[name] for name in names}, layer_norm_eps=qformer["layer_norm_eps"],
+                add_cross_attention=True, cross_attention_freq=qformer["cross_attention_frequency"],
+                encoder_width=width, query_length=queries,
+            )  # fmt: skip
+            return BertLMHeadModel(config), nn.Parameter(torch.zeros(1, queries, config.hidden_size))
+
+    return FromFiles
+
+
+def _fill(spec: BackboneSpec, module: nn.Module, state: State, beside: tuple[str, ...] = ()) -> None:
+    """Every parameter gets its tensor, but those whose names begin as ``beside`` says."""
+    try:
+        lost = module.load_state_dict(state, strict=False).missing_keys
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise UserError(f"{spec.source}: the original files do not fit: {reason}") from error
+    if missing := [name for name in lost if not name.startswith(beside)]:
+        raise UserError(f"{spec.source}: the original files lack {names(missing)}")
