@@ -23,7 +23,9 @@ from unike.methods.trained import kept_editor, learns
 from unike.retrieval import check_faiss
 from unike.types import Case
 
-CONSTRAINTS = Path(__file__).resolve().parents[1] / "constraints.txt"
+CONSTRAINTS, LAVIS = (
+    Path(__file__).resolve().parents[1] / name for name in ("constraints.txt", "requirements-lavis.txt")
+)
 # What the numbers of a run depend on.
 TESTED = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "pillow")
 
@@ -49,7 +51,7 @@ def findings(hparams: HyperParams, task: str) -> list[Finding]:
     if found[0].ok and learns(hparams):
         found += _learnt(hparams, "editor_dir", "editor", kept_editor)
     # Two data sets may lack the same folder: once is enough.
-    return list(dict.fromkeys(found + versions()))
+    return list(dict.fromkeys(found + versions(hparams.backend)))
 
 
 def report(found: Sequence[Finding]) -> int:
@@ -166,9 +168,11 @@ def _learnt(
 # ---------------------------------------------------------------- versions
 
 
-def versions() -> list[Finding]:
+def versions(backend: str = "transformers") -> list[Finding]:
     """Each package that running needs: too old is wrong, other than tested is a note."""
-    tested = _tested()
+    if backend == "lavis":
+        return [_version(Requirement(name), tested) for name, tested in _tested(LAVIS).items()]
+    tested = _tested(CONSTRAINTS)
     found = []
     for line in metadata.requires("unike") or []:
         needed = Requirement(line)
@@ -191,12 +195,10 @@ def _version(needed: Requirement, tested: str | None) -> Finding:
     return Finding(True, f"{needed.name} {version}")
 
 
-def _tested() -> dict[str, str]:
+def _tested(pins: Path) -> dict[str, str]:
     """Pinned versions by package; empty where the package is installed without its repository."""
-    if not CONSTRAINTS.is_file():
+    if not pins.is_file():
         return {}
-    lines = (
-        line.partition(";")[0].partition("#")[0].strip() for line in CONSTRAINTS.read_text().splitlines()
-    )
+    lines = (line.partition(";")[0].partition("#")[0].strip() for line in pins.read_text().splitlines())
     pairs = (line.partition("==") for line in lines)
     return {name.lower(): version for name, equal, version in pairs if equal}

@@ -234,10 +234,12 @@ def _unfit_keys(spec: BackboneSpec) -> list[Finding]:
 
 
 def check_spec(spec: BackboneSpec) -> list[Finding]:
-    """Every weight file that the spec needs, looked at by its keys (only pre-1.6 pickles are read whole),
-    and whether the backend can be had here."""
-    if (wrong := _check_backend(spec)) and not wrong[0].ok:
-        return wrong
+    """Whether the backend can be had here, and every weight file that the spec needs, looked at by its keys
+    (only pre-1.6 pickles are read whole)."""
+    return [*_check_backend(spec), *_check_weights(spec)]
+
+
+def _check_weights(spec: BackboneSpec) -> list[Finding]:
     if spec.backend == "lavis" and not spec.original_files:
         return [_check_type(spec.name)]
     if not original_kinds(spec):
@@ -254,42 +256,33 @@ def _check_backend(spec: BackboneSpec) -> list[Finding]:
     at = f"backend: {spec.backend}"
     if spec.backend != "lavis":
         found = metadata.version("transformers")
-        if int(found.partition(".")[0]) >= 5:
-            return []
-        return [
-            Finding(False, f"{at}: transformers {found} is LAVIS's", "use the environment of pyproject.toml")
-        ]
-    problems = []
-    if find_spec("lavis") is None:
-        problems = [
-            Finding(
-                False,
-                f"{at}: salesforce-lavis is not installed",
-                "pip install -r requirements-lavis.txt in an environment of its own",
-            )
-        ]
+        what = f"{at}: finds transformers {found}, as LAVIS needs it"
+        recent = int(found.partition(".")[0]) >= 5
+        return [] if recent else [Finding(False, what, "pip install '.', in another environment")]
+    lost = find_spec("lavis") is None
+    remedy = "pip install -r requirements-lavis.txt, in an environment of its own"
+    problems = [Finding(False, f"{at}: salesforce-lavis is not installed", remedy)] if lost else []
     if spec.model_name != "blip2":
         problems.append(Finding(False, f"{at}: has no {spec.model_name}", "expected model_name: blip2"))
-    given = {"device_map": spec.device_map, "pretrained_ckpt": spec.pretrained_ckpt}
-    given["quantization"] = None if spec.quantization == "none" else spec.quantization
+    unfit = {"device_map": spec.device_map, "pretrained_ckpt": spec.pretrained_ckpt}
+    if spec.quantization != "none":
+        unfit["quantization"] = spec.quantization
     if not spec.original_files:
-        given["image_size"] = spec.image_size
-    problems += [
+        unfit["image_size"] = spec.image_size
+    return problems + [
         Finding(False, f"{key}: {value}: not with {at}", f"leave {key} out")
-        for key, value in given.items()
-        if value
+        for key, value in unfit.items()
+        if value is not None
     ]
-    return problems
 
 
 def _check_type(name: str) -> Finding:
     """A model that LAVIS knows by name."""
     if name in _LAVIS_TYPES:
-        return Finding(True, f"name: {name}: LAVIS looks for its files, and downloads what is not there", "")
-    expected = (
-        f"one of {', '.join(_LAVIS_TYPES)}, or an OPT folder with state_dict_file and qformer_checkpoint"
-    )
-    return Finding(False, f"name: {name}: is no model type of LAVIS", f"expected {expected}")
+        return Finding(True, f"name: {name}: a model type of LAVIS", "LAVIS downloads what it does not find")
+    or_folder = "or an OPT folder with state_dict_file and qformer_checkpoint"
+    expected = f"expected {', '.join(_LAVIS_TYPES)}, {or_folder}"
+    return Finding(False, f"name: {name}: is no model type of LAVIS", expected)
 
 
 def require_files(spec: BackboneSpec) -> None:
