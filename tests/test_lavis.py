@@ -159,6 +159,22 @@ def test_the_backbone_is_ours(backbone, ours: dict[str, torch.Tensor]) -> None:
 
 
 @here
+def test_a_new_token_reads_itself_alone(backbone, monkeypatch) -> None:
+    layer, lengths = backbone.layout.layer(0), []
+    forward = layer.forward
+
+    def watched(hidden: torch.Tensor, **given: Any) -> Any:
+        lengths.append(hidden.shape[1])
+        return forward(hidden, **given)
+
+    monkeypatch.setattr(layer, "forward", watched)
+    backbone.generate([pictures()[0]], [PROMPTS[0]], 3)
+    assert lengths[0] > len(backbone.tokens(PROMPTS[0]))
+    assert lengths[1:] == [1] * len(lengths[1:])
+    assert lengths[1:], "one token alone would show nothing"
+
+
+@here
 def test_pictures_go_through_lavis_processor(backbone, ours: dict[str, torch.Tensor]) -> None:
     from lavis.processors.blip_processors import BlipImageEvalProcessor
 

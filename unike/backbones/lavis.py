@@ -108,8 +108,21 @@ def load_lavis(spec: BackboneSpec, device: torch.device, limit: int) -> LavisBac
     # As in LAVIS, what lies between tower and decoder stays in single precision.
     for part in (model.visual_encoder, model.opt_model):
         part.to(DTYPES[spec.dtype])
+    _hand_on_cache(model.opt_model)
     architecture = Architecture(type(model), LavisVision, decoder="opt_model", dialogue=DIALOGUE)
     return LavisBackbone(model.to(device), model.opt_tokenizer, architecture, DIALOGUE, max_new_tokens=limit)
+
+
+def _hand_on_cache(decoder: Any) -> None:
+    """LAVIS's OPT waits for its cache as ``past``, a name that transformers 4.26 has given up: without this
+    each new token would read the whole row again."""
+    prepare = decoder.prepare_inputs_for_generation
+
+    # Transformers looks for a parameter of the name `kwargs`.
+    def prepare_cached(input_ids: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
+        return prepare(input_ids, past=past_key_values, **kwargs)
+
+    decoder.prepare_inputs_for_generation = prepare_cached
 
 
 def _from_files(spec: BackboneSpec) -> Any:
@@ -121,7 +134,7 @@ def _from_files(spec: BackboneSpec) -> Any:
     )
     _fill(spec, model, states["qformer_checkpoint"], beside=("opt_model.", "visual_encoder."))
     # LAVIS reads OPT in half precision, as it is published: a folder in another one would be rounded.
-    if OPTConfig.from_pretrained(spec.name).torch_dtype not in (torch.float16, "float16"):
+    if OPTConfig.from_pretrained(spec.name).torch_dtype != torch.float16:
         model.opt_model = OPTForCausalLM.from_pretrained(spec.name, torch_dtype=DTYPES[spec.dtype])
     return model
 
