@@ -264,7 +264,7 @@ def _check_backend(spec: BackboneSpec) -> list[Finding]:
     problems = [Finding(False, f"{at}: salesforce-lavis is not installed", remedy)] if lost else []
     if spec.model_name != "blip2":
         problems.append(Finding(False, f"{at}: has no {spec.model_name}", "expected model_name: blip2"))
-    unfit = {"device_map": spec.device_map, "pretrained_ckpt": spec.pretrained_ckpt}
+    unfit: dict[str, Any] = {"device_map": spec.device_map, "pretrained_ckpt": spec.pretrained_ckpt}
     if spec.quantization != "none":
         unfit["quantization"] = spec.quantization
     if not spec.original_files:
