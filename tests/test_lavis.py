@@ -6,6 +6,7 @@ methods there.
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -29,7 +30,11 @@ from unike.types import UserError
 
 ROOT = Path(__file__).parents[1]
 YAML = ROOT / "hparams" / "lavis" / "blip2.yaml"
-CLOSE = {"atol": 2e-5, "rtol": 0}
+CLOSE = {"atol": 5e-6, "rtol": 0}
+SPEC = {k: v for k, v in vars(make_spec("lavis")).items() if k != "source"} | {
+    "device": "cpu",
+    "max_new_tokens": 8,
+}
 here = pytest.mark.skipif(not LAVIS, reason="needs LAVIS: make test-lavis")
 
 
@@ -193,7 +198,7 @@ def test_a_model_type_is_loaded_by_lavis_name(backbone, monkeypatch) -> None:
 
     def load(*names: str) -> Any:
         asked.append(names)
-        return backbone.model
+        return lavis._from_files(make_spec("lavis"))
 
     monkeypatch.setattr(lavis, "load_model", load)
     spec = make_spec(
@@ -243,39 +248,38 @@ def test_files_that_do_not_fit_are_one_line(tmp_path) -> None:
 
 
 @here
-def test_a_run_edits_and_leaves_lavis_as_it_was(tmp_path) -> None:
-    """``run_edit.py`` as in any environment: knowledge is built, records are edited, targets are made."""
+def test_a_run_makes_the_targets(tmp_path) -> None:
+    """``run_edit.py`` as in any environment: knowledge is built, UniKE edits."""
     project = Project(tmp_path, "blip2")
     save_pictures(project.data)
     for split, numbers in (("train", range(5)), ("eval", range(5, 8))):
         project.write_records([record(i) for i in numbers], "vqa", split)
-    spec = {k: v for k, v in vars(make_spec("lavis")).items() if k != "source"}
-    project.write_yaml(**spec | {"device": "cpu", "data": {"vqa": project.options()["data"]["vqa"]}})
+    project.write_yaml(**OPTIONS | SPEC | {"data": {"vqa": project.options()["data"]["vqa"]}})
     ran = subprocess.run(
         [sys.executable, ROOT / "run_edit.py", "--hparams_dir", project.yaml, "--task", "vqa"],
         capture_output=True, text=True, cwd=ROOT, check=False,
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr
     (summary,) = project.root.glob("results/*/summary.json")
-    print(summary.read_text()[:2000])
-    assert "reliability" in ran.stdout
+    held = json.loads(summary.read_text())["metrics"]["reliability"]["teacher_forced"]
+    assert (held["before"]["mean"], held["after"]["mean"]) == (0, 100)
 
 
 @here
 def test_an_edit_makes_the_target_and_comes_off_bit_for_bit(tmp_path) -> None:
     from unike import MultimodalEditor
 
-    spec = {k: v for k, v in vars(make_spec("lavis")).items() if k != "source"}
-    hparams = HyperParams.from_dict(OPTIONS | spec | {"external": "none", "zeta": "none", "device": "cpu"})
+    hparams = HyperParams.from_dict(OPTIONS | SPEC | {"external": "none", "zeta": "none"})
     editor = MultimodalEditor.from_hparams(hparams)
     backbone = editor.backbone
     before, hooks = weights_of(backbone), hook_count(backbone.model)
     picture, prompt = pictures()[0], PROMPTS[0]
     base = backbone.generate([picture], [prompt])
     metrics, edited, _ = editor.edit(prompts=prompt, targets="a red fox", image=picture)
-    assert base != ["a red fox"]
+    assert not base[0].startswith("a red")
     assert metrics[0]["post"]["rewrite_acc"] == 1.0
-    assert edited.generate(picture, prompt) == "a red fox"
+    # Nobody taught it to end there.
+    assert edited.generate(picture, prompt).startswith("a red fox")
     edited.remove()
     assert backbone.generate([picture], [prompt]) == base
     assert_untouched(backbone, before, hooks)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import LayerNorm
 from torch.nn.functional import interpolate
 from transformers import (
     AutoConfig,
@@ -217,4 +218,6 @@ def load_original(spec: BackboneSpec, device: torch.device | None = None) -> Bli
     model.language_model = language_model
     model.config.text_config = language_model.config
     model.config.dtype = dtype
+    # Transformers has the tower's epsilon here, LAVIS and MiniGPT-4 that of torch.
+    model.vision_model.post_layernorm.eps = LayerNorm(1).eps
     return model.eval().requires_grad_(False)

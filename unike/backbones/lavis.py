@@ -178,10 +178,11 @@ def _built_from(spec: BackboneSpec, eva: State, shape: Shape) -> Any:
 
 def _fill(spec: BackboneSpec, module: nn.Module, state: State, beside: tuple[str, ...] = ()) -> None:
     """Every parameter gets its tensor, but those whose names begin as ``beside`` says."""
+    wanted = [name for name, _ in module.named_parameters() if not name.startswith(beside)]
     try:
-        lost = module.load_state_dict(state, strict=False).missing_keys
+        module.load_state_dict({name: state[name] for name in wanted if name in state}, strict=False)
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1].strip()
         raise UserError(f"{spec.source}: the original files do not fit: {reason}") from error
-    if missing := [name for name in lost if not name.startswith(beside)]:
+    if missing := [name for name in wanted if name not in state]:
         raise UserError(f"{spec.source}: the original files lack {names(missing)}")
