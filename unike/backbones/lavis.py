@@ -22,11 +22,11 @@ from torch import nn
 
 from unike.backbones.architecture import Architecture
 from unike.backbones.base import Batch
-from unike.backbones.checkpoint_files import DTYPES
+from unike.backbones.checkpoint_files import DTYPES, reading
 from unike.backbones.dialogue import Dialogue
 from unike.backbones.hf import VisionLanguageBackbone
 from unike.backbones.images import Parts
-from unike.backbones.original import Shape, State, names, read_shape, read_states
+from unike.backbones.original import Shape, State, names, read_shape, read_states, require_whole
 from unike.backbones.vision import FixedVision
 from unike.types import BackboneSpec, UserError
 
@@ -100,11 +100,8 @@ def load_lavis(spec: BackboneSpec, device: torch.device, limit: int) -> LavisBac
 
     Raises UserError where LAVIS cannot load it, or the files do not fit each other.
     """
-    try:
+    with reading(f"{spec.source}: name: {spec.name} cannot be loaded by LAVIS"):
         model = _from_files(spec) if spec.original_files else load_model(MODEL, spec.name)
-    except (OSError, ValueError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{spec.source}: name: {spec.name} cannot be loaded by LAVIS: {reason}") from error
     # As in LAVIS, what lies between tower and decoder stays in single precision.
     for part in (model.visual_encoder, model.opt_model):
         part.to(DTYPES[spec.dtype])
@@ -135,7 +132,11 @@ def _from_files(spec: BackboneSpec) -> Any:
     _fill(spec, model, states["qformer_checkpoint"], beside=("opt_model.", "visual_encoder."))
     # LAVIS reads OPT in half precision, as it is published: a folder in another one would be rounded.
     if OPTConfig.from_pretrained(spec.name).torch_dtype != torch.float16:
-        model.opt_model = OPTForCausalLM.from_pretrained(spec.name, torch_dtype=DTYPES[spec.dtype])
+        dtype = DTYPES[spec.dtype]
+        model.opt_model, info = OPTForCausalLM.from_pretrained(
+            spec.name, torch_dtype=dtype, output_loading_info=True
+        )
+        require_whole(spec, info)
     return model
 
 
@@ -179,10 +180,7 @@ def _built_from(spec: BackboneSpec, eva: State, shape: Shape) -> Any:
 def _fill(spec: BackboneSpec, module: nn.Module, state: State, beside: tuple[str, ...] = ()) -> None:
     """Every parameter gets its tensor, but those whose names begin as ``beside`` says."""
     wanted = [name for name, _ in module.named_parameters() if not name.startswith(beside)]
-    try:
+    with reading(f"{spec.source}: the original files do not fit"):
         module.load_state_dict({name: state[name] for name in wanted if name in state}, strict=False)
-    except RuntimeError as error:
-        reason = str(error).strip().splitlines()[-1].strip()
-        raise UserError(f"{spec.source}: the original files do not fit: {reason}") from error
     if missing := [name for name in wanted if name not in state]:
         raise UserError(f"{spec.source}: the original files lack {names(missing)}")
