@@ -58,7 +58,7 @@ $(LAVIS):
 	$(PYTHON) -m venv .venv-lavis
 
 $(LAVIS_READY): requirements-lavis.txt | $(LAVIS)
-	$(LAVIS) -m pip install --disable-pip-version-check -q $(PIP_FLAGS) -r requirements-lavis.txt
+	$(LAVIS) -m pip install --disable-pip-version-check -q $(PIP_FLAGS) -r requirements-lavis.txt $(shell grep ^pytest constraints.txt)
 	$(LAVIS) -m pip install --disable-pip-version-check -q --no-deps -e .
 	@touch $@
 

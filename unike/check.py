@@ -169,9 +169,10 @@ def _learnt(
 
 
 def versions(backend: str = "transformers") -> list[Finding]:
-    """Each package that running needs: too old is wrong, other than tested is a note."""
+    """Each package that running needs: too old is wrong, other than tested is a note. Of LAVIS, where it is."""
     if backend == "lavis":
-        return [_version(Requirement(name), tested) for name, tested in _tested(LAVIS).items()]
+        pins = _tested(LAVIS) if importlib.util.find_spec("lavis") else {}
+        return [_version(Requirement(name), tested) for name, tested in pins.items()]
     tested = _tested(CONSTRAINTS)
     found = []
     for line in metadata.requires("unike") or []:

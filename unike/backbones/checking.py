@@ -268,11 +268,11 @@ def _check_backend(spec: BackboneSpec) -> list[Finding]:
     if spec.quantization != "none":
         unfit["quantization"] = spec.quantization
     if not spec.original_files:
-        unfit["image_size"] = spec.image_size
+        unfit |= {key: getattr(spec, key) for key in ("image_size", "vision_config", "qformer_config")}
     return problems + [
         Finding(False, f"{key}: {value}: not with {at}", f"leave {key} out")
         for key, value in unfit.items()
-        if value is not None
+        if value
     ]
 
 

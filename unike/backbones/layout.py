@@ -125,7 +125,7 @@ class DecoderLayout:
             getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         )
         after = [getattr(decoder, name, None) for name in self.family.after_layers]
-        # From token ids to states of the decoder's width, and from these to the vocabulary.
+        # The vocabulary on both ends: what token ids become, and what a state is compared with.
         self.embeddings: nn.Module = language_model.get_input_embeddings()
         self.unembeddings: nn.Linear = language_model.get_output_embeddings()
         self._after = [m for m in (*after, self.unembeddings) if m is not None]
