@@ -169,7 +169,7 @@ def _learnt(
 
 
 def versions(backend: str = "transformers") -> list[Finding]:
-    """Each package that running needs: too old is wrong, other than tested is a note. Of LAVIS, where it is."""
+    """Each package that running needs, of LAVIS where it is: too old is wrong, other than tested a note."""
     if backend == "lavis":
         pins = _tested(LAVIS) if importlib.util.find_spec("lavis") else {}
         return [_version(Requirement(name), tested) for name, tested in pins.items()]
