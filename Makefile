@@ -42,7 +42,7 @@ test: $(DEV_READY)  ## runs the tests
 	$(BIN)/python -m pytest $(FAST_ONLY) $(PYTEST_FLAGS)
 
 test-lavis: $(LAVIS_READY) $(DEV_READY)  ## tests `backend: lavis` in an environment of its own, .venv-lavis (6 GB); not in CI
-	$(LAVIS) -m pytest -m "not slow" $(PYTEST_FLAGS) tests/test_lavis.py tests/test_backbones.py tests/test_methods.py
+	OMP_NUM_THREADS=1 $(LAVIS) -m pytest -m "not slow" $(PYTEST_FLAGS) tests/test_lavis.py tests/test_backbones.py tests/test_methods.py
 
 lint: $(DEV_READY)  ## checks style and types
 	$(BIN)/ruff check .
