@@ -10,16 +10,18 @@ BIN := .venv/bin
 DEMO_READY := .venv/.ready-demo
 DEV_READY := .venv/.ready-dev
 INSTALL = $(BIN)/python -m pip install --disable-pip-version-check -q $(PIP_FLAGS) -c constraints.txt -e
+LAVIS := .venv-lavis/bin/python
+LAVIS_READY := .venv-lavis/.ready
 # Slow tests run where CI=true.
 FAST_ONLY = $(if $(filter true,$(CI)),,-m "not slow")
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint
+.PHONY: help demo test lint test-lavis
 # Two installations into one environment at a time would break it.
 .NOTPARALLEL:
 
 help:  ## shows this list
-	@sed -n 's/^\([a-z]*\):.*## /  make \1    /p' $(firstword $(MAKEFILE_LIST))
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1    /p' $(firstword $(MAKEFILE_LIST))
 	@echo
 	@echo '  DEMO_SIZE=20        records per run of the demo'
 	@echo '  PYTHON=python3      the Python that .venv is made with'
@@ -39,6 +41,9 @@ demo: $(DEMO_READY)  ## edits both tiny backbones, on E-VQA and E-IC; results in
 test: $(DEV_READY)  ## runs the tests
 	$(BIN)/python -m pytest $(FAST_ONLY) $(PYTEST_FLAGS)
 
+test-lavis: $(LAVIS_READY) $(DEV_READY)  ## tests `backend: lavis` in an environment of its own, .venv-lavis (6 GB); not in CI
+	OMP_NUM_THREADS=1 $(LAVIS) -m pytest -m "not slow" $(PYTEST_FLAGS) tests/test_lavis.py tests/test_backbones.py tests/test_methods.py
+
 lint: $(DEV_READY)  ## checks style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -47,6 +52,15 @@ lint: $(DEV_READY)  ## checks style and types
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "needs Python 3.10 or newer; name one: make PYTHON=...")'
 	$(PYTHON) -m venv .venv
+
+$(LAVIS):
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 12) and "LAVIS needs Python 3.10 or 3.11; name one: make PYTHON=...")'
+	$(PYTHON) -m venv .venv-lavis
+
+$(LAVIS_READY): requirements-lavis.txt | $(LAVIS)
+	$(LAVIS) -m pip install --disable-pip-version-check -q $(PIP_FLAGS) -r requirements-lavis.txt $(shell grep ^pytest constraints.txt)
+	$(LAVIS) -m pip install --disable-pip-version-check -q --no-deps -e .
+	@touch $@
 
 $(DEMO_READY): pyproject.toml constraints.txt | $(BIN)/python
 	$(INSTALL) '.[demo]'

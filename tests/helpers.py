@@ -14,7 +14,6 @@ import yaml
 from original_files import FILES
 from PIL import Image
 from todays import TODAY, save_folder
-from transformers import AutoTokenizer, Blip2Config, Blip2ForConditionalGeneration
 
 SIZE = 28
 OPTIONS: dict[str, Any] = {
@@ -28,6 +27,8 @@ def save_model(folder: Path, family: str) -> Path:
     """A random model of the family, in Hugging Face's layout."""
     if family in TODAY:
         return save_folder(folder, family)
+    from transformers import AutoTokenizer, Blip2Config, Blip2ForConditionalGeneration
+
     tokenizer = AutoTokenizer.from_pretrained(FILES / ("opt" if family == "blip2" else "llama"))
     text: dict[str, Any] = {
         "model_type": "opt" if family == "blip2" else "llama", "vocab_size": len(tokenizer),

@@ -320,7 +320,7 @@ RULES = (
         caught=("model.cuda()", "x.to('cuda:0')", "nn.Linear(2560, n)"),
         passed=("x.to(device)", "f'cuda:{number}'", "nn.Linear(width, n)"),
         # EVA ViT-g is known by its width: the published file has a block more than LAVIS builds.
-        but=("unike/backbones/checkpoints.py",),
+        but=("unike/backbones/original.py",),
     ),
     Rule(
         copied_models, SHIPPED, METHOD,

@@ -116,7 +116,7 @@ def test_prefix_cache_forgets_the_oldest_over_its_budget(backbone) -> None:
 def test_generation_is_the_argmax_of_teacher_forcing(backbone) -> None:
     query = queries(backbone)[0]
     batch = backbone.encode([query.image], [query.prompt])
-    embed = backbone.model.language_model.get_input_embeddings()
+    embed = backbone.decoder.get_input_embeddings()
     hidden, written = batch.inputs_embeds, []
     for _ in range(5):
         mask = torch.ones(hidden.shape[:2], dtype=torch.long)
@@ -143,7 +143,7 @@ def test_images_may_be_paths_pictures_or_tensors(backbone, tmp_path) -> None:
     by_path = backbone.encode([str(path), path], ["what?"] * 2).inputs_embeds
     by_picture = backbone.encode([picture], ["what?"]).inputs_embeds
     torch.testing.assert_close(by_path[0], by_picture[0], atol=1e-6, rtol=0)
-    pixels = backbone.vision.processor(picture, return_tensors="pt")["pixel_values"][0]
+    pixels = backbone.vision.read(picture)
     by_tensor = backbone.encode([pixels], ["what?"]).inputs_embeds
     torch.testing.assert_close(by_tensor[0], by_picture[0], atol=1e-6, rtol=0)
 

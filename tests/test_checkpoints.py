@@ -19,7 +19,7 @@ from unike.types import BackboneSpec, UserError
 
 EXPECTED = load_file(FILES / "expected.safetensors")
 TEXTS = json.loads((FILES / "expected.json").read_text())
-TOLERANCE = 1e-4
+TOLERANCE = 1e-5
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -15,7 +15,7 @@ from PIL import Image
 from transformers import Blip2ForConditionalGeneration
 
 from unike import check, processes
-from unike.backbones import loading, placement
+from unike.backbones import huggingface, loading, placement
 from unike.backbones.base import encode_queries
 from unike.backbones.loading import load_backbone
 from unike.backbones.placement import check_placement, device_map, pick_device, quantization_config
@@ -131,7 +131,7 @@ def test_a_folder_and_original_files_load_with_a_device_map(blip2_project: Proje
         return device_map(model, dtype, last, limits)
 
     monkeypatch.setattr("accelerate.utils.get_max_memory", lambda: {"cpu": 1 << 40})
-    monkeypatch.setattr(loading, "device_map", mapped)
+    monkeypatch.setattr(huggingface, "device_map", mapped)
     hparams = HyperParams.from_hparams(blip2_project.yaml)
     plain = load_backbone(hparams)
     changes = {"device": "auto", "device_map": "auto"}
@@ -141,7 +141,7 @@ def test_a_folder_and_original_files_load_with_a_device_map(blip2_project: Proje
     originals = [load_backbone(make_spec("blip2", device_map=placed)) for placed in (None, "auto")]
     assert originals[0].fingerprint == originals[1].fingerprint
     assert seen == [2, 4]
-    assert [loading._last(layers, 32) for layers in (4, (20, 31))] == [4, 12]
+    assert [huggingface._last(layers, 32) for layers in (4, (20, 31))] == [4, 12]
 
 
 def test_layers_that_were_not_meant_to_be_edited_may_lie_elsewhere(monkeypatch) -> None:

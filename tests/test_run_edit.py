@@ -368,7 +368,7 @@ def test_check_compares_versions(monkeypatch: pytest.MonkeyPatch) -> None:
     found = {"torch": "1.13.0", "transformers": "5.21.0", "numpy": "2.4.6"}
     real = check.metadata.version
     monkeypatch.setattr(check.metadata, "version", lambda name: found.get(name) or real(name))
-    monkeypatch.setattr(check, "_tested", lambda: {"transformers": "5.24.0", "numpy": "2.4.6"})
+    monkeypatch.setattr(check, "_tested", lambda _: {"transformers": "5.24.0", "numpy": "2.4.6"})
     by_name = {finding.what.split()[0]: finding for finding in check.versions()}
     assert not by_name["torch"].ok
     assert by_name["transformers"].ok

@@ -24,7 +24,9 @@ from unike.retrieval import check_faiss
 from unike.tracking import check_trackers
 from unike.types import Case
 
-CONSTRAINTS = Path(__file__).resolve().parents[1] / "constraints.txt"
+CONSTRAINTS, LAVIS = (
+    Path(__file__).resolve().parents[1] / name for name in ("constraints.txt", "requirements-lavis.txt")
+)
 # What the numbers of a run depend on.
 TESTED = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "pillow")
 
@@ -52,7 +54,7 @@ def findings(hparams: HyperParams, task: str) -> list[Finding]:
     if found[0].ok and learns(hparams):
         found += _learnt(hparams, "editor_dir", "editor", kept_editor)
     # Two data sets may lack the same folder: once is enough.
-    return list(dict.fromkeys(found + versions()))
+    return list(dict.fromkeys(found + versions(hparams.backend)))
 
 
 def report(found: Sequence[Finding]) -> int:
@@ -169,9 +171,12 @@ def _learnt(
 # ---------------------------------------------------------------- versions
 
 
-def versions() -> list[Finding]:
-    """Each package that running needs: too old is wrong, other than tested is a note."""
-    tested = _tested()
+def versions(backend: str = "transformers") -> list[Finding]:
+    """Each package that running needs, of LAVIS where it is: too old is wrong, other than tested a note."""
+    if backend == "lavis":
+        pins = _tested(LAVIS) if importlib.util.find_spec("lavis") else {}
+        return [_version(Requirement(name), tested) for name, tested in pins.items()]
+    tested = _tested(CONSTRAINTS)
     found = []
     for line in metadata.requires("unike") or []:
         needed = Requirement(line)
@@ -194,12 +199,10 @@ def _version(needed: Requirement, tested: str | None) -> Finding:
     return Finding(True, f"{needed.name} {version}")
 
 
-def _tested() -> dict[str, str]:
+def _tested(pins: Path) -> dict[str, str]:
     """Pinned versions by package; empty where the package is installed without its repository."""
-    if not CONSTRAINTS.is_file():
+    if not pins.is_file():
         return {}
-    lines = (
-        line.partition(";")[0].partition("#")[0].strip() for line in CONSTRAINTS.read_text().splitlines()
-    )
+    lines = (line.partition(";")[0].partition("#")[0].strip() for line in pins.read_text().splitlines())
     pairs = (line.partition("==") for line in lines)
     return {name.lower(): version for name, equal, version in pairs if equal}

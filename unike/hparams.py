@@ -16,7 +16,7 @@ from typing import Any
 
 from unike import legacy as release
 from unike.options import Option, expected, parse_yaml, read_yaml, short, shown, typed_value
-from unike.types import BACKBONES, PROTOCOLS, BackboneSpec, UserError
+from unike.types import BACKBONES, BACKENDS, PROTOCOLS, BackboneSpec, UserError
 
 logger = logging.getLogger("unike")
 
@@ -35,6 +35,7 @@ class HyperParams:
 
     model_name: str = _option("backbone", "family of the backbone", choices=BACKBONES)
     name: str = _option("backbone", "Hugging Face folder or hub name of the model or its language model")
+    backend: str = _option("backbone", "whose classes carry the model", "transformers", choices=BACKENDS)
     state_dict_file: str | None = _option("backbone", "EVA-CLIP ViT-g weights (eva_vit_g.pth)", None)
     qformer_checkpoint: str | None = _option("backbone", "LAVIS's BLIP-2 Q-Former weights", None)
     pretrained_ckpt: str | None = _option("backbone", "MiniGPT-4's projection weights", None)

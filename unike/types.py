@@ -15,6 +15,7 @@ ImageLike = Any
 FIVE_METRICS = ("reliability", "t_generality", "m_generality", "t_locality", "m_locality")
 HARD_METRICS = ("same_question", "same_image", "joint")
 METRICS = FIVE_METRICS + HARD_METRICS
+BACKENDS = ("transformers", "lavis")
 METRIC_PRESETS = ("paper", "easyedit", "easyedit_icl", "release")
 BACKBONES = ("blip2", "minigpt4", "llava", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "instructblip")
 TRACKERS = ("tensorboard", "wandb")
@@ -90,7 +91,8 @@ class BackboneSpec:
     """What it takes to load a backbone; the keys are those of the YAML.
 
     ``name`` is a Hugging Face folder or hub name: of the whole model, or of the language model
-    alone where ``state_dict_file`` and ``qformer_checkpoint`` name the original files.
+    alone where ``state_dict_file`` and ``qformer_checkpoint`` name the original files. With the
+    ``backend`` LAVIS it may be one of its model types instead (``pretrain_opt2.7b``).
     """
 
     model_name: str
@@ -103,6 +105,7 @@ class BackboneSpec:
     device: str = "auto"
     device_map: str | None = None
     quantization: str = "none"
+    backend: str = "transformers"
     vision_config: Mapping[str, Any] = field(default_factory=dict)
     qformer_config: Mapping[str, Any] = field(default_factory=dict)
     source: str = "hparams"

@@ -7,6 +7,8 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +87,10 @@ _WHOLE = {
 }  # fmt: skip
 # Far above any real model.
 LAYERS = 1024
+# Of LAVIS's `blip2_opt`; it looks for their files itself.
+_LAVIS_TYPES = ("pretrain_opt2.7b", "pretrain_opt6.7b", "caption_coco_opt2.7b", "caption_coco_opt6.7b")
+# The tokeniser that LAVIS asks for is not the fast one.
+_LAVIS_TOKENIZER: Parts = {"vocabulary": ("vocab.json",), "merges": ("merges.txt",)}
 _FOLDER_HAS = ("state_dict_file", "qformer_checkpoint", "pretrained_ckpt", "image_size")
 
 
@@ -211,7 +217,8 @@ def _check_folder(spec: BackboneSpec, whole: bool) -> list[Finding]:
 
 def _lost_parts(spec: BackboneSpec, whole: bool) -> list[Finding]:
     """What a folder lacks beside its weights."""
-    parts = _TOKENIZER | (_WHOLE[spec.model_name].parts if whole else {})
+    tokenizer = _LAVIS_TOKENIZER if spec.backend == "lavis" else _TOKENIZER
+    parts = tokenizer | (_WHOLE[spec.model_name].parts if whole else {})
     return [
         Finding(False, f"name: {spec.name}: holds no {what}", f"expected one of {', '.join(names)}")
         for what, names in parts.items()
@@ -227,7 +234,14 @@ def _unfit_keys(spec: BackboneSpec) -> list[Finding]:
 
 
 def check_spec(spec: BackboneSpec) -> list[Finding]:
-    """Every weight file that the spec needs, looked at by its keys (only pre-1.6 pickles are read whole)."""
+    """Whether the backend can be had here, and every weight file that the spec needs, looked at by its keys
+    (only pre-1.6 pickles are read whole)."""
+    return [*_check_backend(spec), *_check_weights(spec)]
+
+
+def _check_weights(spec: BackboneSpec) -> list[Finding]:
+    if spec.backend == "lavis" and not spec.original_files:
+        return [_check_type(spec.name)]
     if not original_kinds(spec):
         return [*_unfit_keys(spec), *_check_folder(spec, whole=True)]
     original = spec.original_files or spec.pretrained_ckpt is not None
@@ -235,6 +249,40 @@ def check_spec(spec: BackboneSpec) -> list[Finding]:
     if original:
         findings = [_check_file(key, getattr(spec, key), kind) for key, kind in original_kinds(spec).items()]
     return findings + _check_folder(spec, whole=not original)
+
+
+def _check_backend(spec: BackboneSpec) -> list[Finding]:
+    """Whether this environment is the backend's, and what the YAML asks of LAVIS that it has not."""
+    at = f"backend: {spec.backend}"
+    if spec.backend != "lavis":
+        found = metadata.version("transformers")
+        what = f"{at}: finds transformers {found}, as LAVIS needs it"
+        recent = int(found.partition(".")[0]) >= 5
+        return [] if recent else [Finding(False, what, "pip install '.', in another environment")]
+    lost = find_spec("lavis") is None
+    remedy = "pip install -r requirements-lavis.txt, in an environment of its own"
+    problems = [Finding(False, f"{at}: salesforce-lavis is not installed", remedy)] if lost else []
+    if spec.model_name != "blip2":
+        problems.append(Finding(False, f"{at}: has no {spec.model_name}", "expected model_name: blip2"))
+    unfit: dict[str, Any] = {"device_map": spec.device_map, "pretrained_ckpt": spec.pretrained_ckpt}
+    if spec.quantization != "none":
+        unfit["quantization"] = spec.quantization
+    if not spec.original_files:
+        unfit |= {key: getattr(spec, key) for key in ("image_size", "vision_config", "qformer_config")}
+    return problems + [
+        Finding(False, f"{key}: {value}: not with {at}", f"leave {key} out")
+        for key, value in unfit.items()
+        if value
+    ]
+
+
+def _check_type(name: str) -> Finding:
+    """A model that LAVIS knows by name."""
+    if name in _LAVIS_TYPES:
+        return Finding(True, f"name: {name}: a model type of LAVIS", "LAVIS downloads what it does not find")
+    or_folder = "or an OPT folder with state_dict_file and qformer_checkpoint"
+    expected = f"expected {', '.join(_LAVIS_TYPES)}, {or_folder}"
+    return Finding(False, f"name: {name}: is no model type of LAVIS", expected)
 
 
 def require_files(spec: BackboneSpec) -> None:

@@ -6,13 +6,13 @@
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import LayerNorm
 from torch.nn.functional import interpolate
 from transformers import (
     AutoConfig,
@@ -25,8 +25,9 @@ from transformers import (
     PreTrainedModel,
 )
 
-from unike.backbones.checking import check_spec, memory_finding, original_kinds, require_files
+from unike.backbones.checking import check_spec, memory_finding, require_files
 from unike.backbones.checkpoint_files import DTYPES, Finding, load_state, reading
+from unike.backbones.original import State, names, read_shape, read_states, require_whole
 from unike.backbones.placement import quantization_config
 from unike.types import BackboneSpec, UserError
 
@@ -42,21 +43,6 @@ __all__ = [
     "memory_finding",
     "require_files",
 ]
-
-State = Mapping[str, Tensor]
-
-DEFAULT_IMAGE_SIZE = 364
-
-
-def _read_states(spec: BackboneSpec) -> dict[str, dict[str, Tensor]]:
-    """The original files by YAML key."""
-    kinds = original_kinds(spec)
-    states = {key: load_state(getattr(spec, key), kind.title) for key, kind in kinds.items()}
-    # A fine-tuned BLIP-2 file carries its own visual encoder; as in LAVIS, it wins over EVA's file.
-    prefix = "visual_encoder."
-    tuned = {k[len(prefix) :]: v for k, v in states["qformer_checkpoint"].items() if k.startswith(prefix)}
-    states["state_dict_file"] |= tuned
-    return states
 
 
 # ---------------------------------------------------------------- converting names
@@ -142,97 +128,20 @@ def convert_qformer(state: State, projection: State | None = None) -> dict[str, 
 # ---------------------------------------------------------------- configurations
 
 
-def _with_overrides(
-    spec: BackboneSpec,
-    key: str,
-    config_class: type[PreTrainedConfig],
-    read: dict[str, Any],
-    default: dict[str, Any],
-) -> dict[str, Any]:
-    """What was ``read`` from the tensors and the ``default`` rest, under the spec's own values."""
-    given = dict(getattr(spec, key))
-    known = [name for name in config_class.__annotations__ if name != "image_size"]
-    for name, value in given.items():
-        if name == "image_size":
-            raise UserError(
-                f"{spec.source}: {key}.image_size: `image_size` is a key of its own beside `name`"
-            )
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean `{near[0]}`?" if near else f"expected one of {', '.join(known)}"
-            raise UserError(f"{spec.source}: {key}: unknown key `{name}`; {hint}")
-        if name in read and value != read[name]:
-            raise UserError(f"{spec.source}: {key}.{name} is {value}, but the original file has {read[name]}")
-    merged = read | default | given
-    heads = merged["num_attention_heads"]
-    if isinstance(heads, int) and (heads < 1 or merged["hidden_size"] % heads):
-        raise UserError(
-            f"{spec.source}: {key}.num_attention_heads {heads} does not divide "
-            f"the width {merged['hidden_size']}"
-        )
-    return merged
-
-
-def _count(state: State, pattern: str) -> int:
-    """How many layers a state has: one more than the highest number that ``pattern`` finds."""
-    return 1 + max((int(m[1]) for key in state if (m := re.match(pattern, key))), default=-1)
-
-
 def build_configs(
     spec: BackboneSpec, text_config: PreTrainedConfig, states: Mapping[str, State]
 ) -> Blip2Config:
-    """The configuration that fits the files (``states``, by YAML key).
-
-    Widths, depths and patches come from the tensors; head counts and the spacing of the Q-Former's
-    cross-attention can't be seen there, and are the originals' unless the spec overrides them.
-    """
-    eva, qformer = states["state_dict_file"], states["qformer_checkpoint"]
-    first = "Qformer.bert.encoder.layer.0."
-    width, _, patch, _ = eva["patch_embed.proj.weight"].shape
-    blocks = _count(eva, r"blocks\.(\d+)\.")
-    vision = _with_overrides(
-        spec,
-        "vision_config",
-        Blip2VisionConfig,
-        read={
-            "hidden_size": width,
-            "intermediate_size": eva["blocks.0.mlp.fc1.weight"].shape[0],
-            "patch_size": patch,
-        },
-        default={
-            # The published ViT-g has 40 blocks, of which LAVIS builds 39.
-            "num_hidden_layers": 39 if (blocks, width) == (40, 1408) else blocks,
-            "num_attention_heads": 16,
-            "layer_norm_eps": 1e-6,
-        },
-    )
-    queries = _with_overrides(
-        spec,
-        "qformer_config",
-        Blip2QFormerConfig,
-        read={
-            "hidden_size": qformer["query_tokens"].shape[-1],
-            "intermediate_size": qformer[f"{first}intermediate_query.dense.weight"].shape[0],
-            "num_hidden_layers": _count(qformer, r"Qformer\.bert\.encoder\.layer\.(\d+)\."),
-            "encoder_hidden_size": qformer[f"{first}crossattention.self.key.weight"].shape[1],
-        },
-        default={"num_attention_heads": 12, "cross_attention_frequency": 2, "layer_norm_eps": 1e-12},
-    )
-    image_size, problems = spec.image_size or DEFAULT_IMAGE_SIZE, []
-    if image_size % patch:
-        problems.append(f"{spec.source}: image_size {image_size} is not a multiple of the patch size {patch}")
-    if queries["encoder_hidden_size"] != width:
-        problems.append(
-            f"{spec.qformer_checkpoint}: reads a vision width of {queries['encoder_hidden_size']}, "
-            f"but {spec.state_dict_file} has {width}"
-        )
-    if problems:
-        raise UserError(*problems)
+    """The configuration that fits the files (``states``, by YAML key)."""
+    known = {
+        "vision_config": Blip2VisionConfig.__annotations__,
+        "qformer_config": Blip2QFormerConfig.__annotations__,
+    }
+    shape = read_shape(spec, states, known)
     return Blip2Config(
-        vision_config=Blip2VisionConfig(**vision, image_size=image_size),
-        qformer_config=Blip2QFormerConfig(**queries),
+        vision_config=Blip2VisionConfig(**shape.vision, image_size=shape.image_size),
+        qformer_config=Blip2QFormerConfig(**shape.qformer),
         text_config=text_config,
-        num_query_tokens=qformer["query_tokens"].shape[1],
+        num_query_tokens=shape.queries,
     )
 
 
@@ -247,19 +156,14 @@ def convert_states(config: Blip2Config, states: Mapping[str, State]) -> dict[str
     return weights | convert_qformer(states["qformer_checkpoint"], states.get("pretrained_ckpt"))
 
 
-def _names(keys: Iterable[str], most: int = 4) -> str:
-    keys = sorted(keys)
-    return ", ".join(keys[:most]) + (f" and {len(keys) - most} more" if len(keys) > most else "")
-
-
 def _check_fit(spec: BackboneSpec, model: Blip2ForConditionalGeneration, weights: State) -> None:
     """Every parameter outside the language model has its tensor, of its shape, and none is left over."""
     wanted = {k: v for k, v in model.state_dict().items() if not k.startswith("language_model.")}
     problems = []
     if missing := wanted.keys() - weights.keys():
-        problems.append(f"{spec.source}: the original files lack {_names(missing)}")
+        problems.append(f"{spec.source}: the original files lack {names(missing)}")
     if unexpected := weights.keys() - wanted.keys():
-        problems.append(f"{spec.source}: the original files have unexpected {_names(unexpected)}")
+        problems.append(f"{spec.source}: the original files have unexpected {names(unexpected)}")
     for key in sorted(wanted.keys() & weights.keys()):
         if wanted[key].shape != weights[key].shape:
             problems.append(
@@ -281,12 +185,6 @@ def _language_model(spec: BackboneSpec, dtype: torch.dtype, device: torch.device
     return model
 
 
-def require_whole(spec: BackboneSpec, info: Mapping[str, Any]) -> None:
-    """UserError where a folder lacks weights: transformers only warns of it, and draws them at random."""
-    if info["missing_keys"]:
-        raise UserError(f"{spec.source}: name: {spec.name}: lacks the weights {_names(info['missing_keys'])}")
-
-
 def _kept_dtype(model: Blip2ForConditionalGeneration, key: str, dtype: torch.dtype) -> torch.dtype:
     """In fp16, transformers keeps the Q-Former in fp32 and casts on its borders; so do we."""
     kept = model._keep_in_fp32_modules or ()
@@ -302,7 +200,7 @@ def load_original(spec: BackboneSpec, device: torch.device | None = None) -> Bli
     if spec.dtype not in DTYPES:
         raise UserError(f"{spec.source}: dtype `{spec.dtype}`; expected one of {', '.join(DTYPES)}")
     require_files(spec)
-    dtype, states = DTYPES[spec.dtype], _read_states(spec)
+    dtype, states = DTYPES[spec.dtype], read_states(spec)
     with reading(f"{spec.source}: the configuration does not fit"):
         text_config = AutoConfig.from_pretrained(spec.name)
         config = build_configs(spec, text_config, states)
@@ -320,4 +218,6 @@ def load_original(spec: BackboneSpec, device: torch.device | None = None) -> Bli
     model.language_model = language_model
     model.config.text_config = language_model.config
     model.config.dtype = dtype
+    # Transformers has the tower's epsilon here, LAVIS and MiniGPT-4 that of torch.
+    model.vision_model.post_layernorm.eps = LayerNorm(1).eps
     return model.eval().requires_grad_(False)

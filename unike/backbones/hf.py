@@ -84,7 +84,7 @@ class VisionLanguageBackbone:
     @property
     def fingerprint(self) -> str:
         if self._fingerprint is None:
-            digest = hashlib.sha256(self.model.config.get_text_config().model_type.encode())
+            digest = hashlib.sha256(self.layout.config.model_type.encode())
             for name, tensor in sorted(self.model.state_dict().items()):
                 digest.update(name.encode())
                 # A few numbers of every tensor tell weights apart without reading gigabytes.
@@ -97,20 +97,25 @@ class VisionLanguageBackbone:
     def identity(self) -> str:
         """Weights, configuration, precision, device, picture processing, tokeniser, dialogue, versions."""
         if self._identity is None:
-            config = self.model.config.to_dict()
             where = {"_name_or_path", "transformers_version"}
-            settings = {k: v for k, v in _flat(config) if k.rpartition(".")[2] not in where}
+            settings = {k: v for k, v in _flat(self._settings) if k.rpartition(".")[2] not in where}
             backend = getattr(self.tokenizer, "backend_tokenizer", None)
             parts = (
                 self.fingerprint, sorted(settings.items()), self.vision.settings,
                 repr(self.dialogue), sorted(self.tokenizer.get_vocab().items()),
                 None if backend is None else backend.to_str(), self.device.type,
-                self.model.config.get_text_config()._attn_implementation,
+                getattr(self.layout.config, "_attn_implementation", None),
                 [(n, str(p.dtype)) for n, p in self.model.named_parameters()],
                 torch.__version__, transformers.__version__,
             )  # fmt: skip
             self._identity = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
         return self._identity
+
+    @property
+    def _settings(self) -> Mapping[str, Any]:
+        """The model's configuration."""
+        settings: dict[str, Any] = self.model.config.to_dict()
+        return settings
 
     def keep_features(self, store: RowStore | None, alone: bool = True) -> None:
         if alone != self.cache.alone:
@@ -199,11 +204,19 @@ class VisionLanguageBackbone:
         return Batch(embeds, mask, labels, torch.tensor(ends, device=device), prompts, positions)
 
     def _decode_whole(self, batch: Batch) -> torch.Tensor:
-        logits: torch.Tensor = self.decoder(
-            inputs_embeds=batch.inputs_embeds, attention_mask=batch.attention_mask,
-            position_ids=_positions(batch), use_cache=False,
-        ).logits  # fmt: skip
+        logits: torch.Tensor = self.decoder(**self._given(batch), use_cache=False).logits
         return logits
+
+    def _given(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """A batch by the names of the decoder's arguments."""
+        return {
+            "inputs_embeds": batch.inputs_embeds, "attention_mask": batch.attention_mask,
+            "position_ids": _positions(batch),
+        }  # fmt: skip
+
+    def _start(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """What the decoder's ``generate`` goes on from; the batch is padded on the left."""
+        return self._given(batch)
 
     def __call__(self, batch: Batch) -> Output:
         """The whole decoder over a batch."""
@@ -279,13 +292,13 @@ class VisionLanguageBackbone:
         if room < 1:
             raise UserError(f"prompt: leaves no room for an answer in a context of {self.context} tokens")
         with self.prompt.asking(batch):
+            start = self._start(batch)
             ids = self.decoder.generate(
-                inputs_embeds=batch.inputs_embeds, attention_mask=batch.attention_mask,
-                position_ids=_positions(batch), **GREEDY,
-                max_new_tokens=min(room, max_new_tokens or self.max_new_tokens),
-                eos_token_id=list(self.eos_ids),
-                pad_token_id=self.tokenizer.pad_token_id or self.eos_ids[0],
+                **start, **GREEDY, max_new_tokens=min(room, max_new_tokens or self.max_new_tokens),
+                eos_token_id=list(self.eos_ids), pad_token_id=self.tokenizer.pad_token_id or self.eos_ids[0],
             )  # fmt: skip
+        # Ids that generation starts from come back before the new ones.
+        ids = ids[:, start["input_ids"].shape[1] if "input_ids" in start else 0 :]
         return [self.cut(text) for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
     def ends_answer(self, token: int) -> bool:

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import BlipImageProcessorPil
 
 from unike.backbones.checkpoint_files import reading
 from unike.backbones.store import RowStore, row_key
@@ -25,8 +24,11 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-def image_processor(folder: str | None, size: int) -> BlipImageProcessorPil:
+def image_processor(folder: str | None, size: int) -> Any:
     """The folder's own image processor at ``size`` pixels, or CLIP's normalisation without one."""
+    # Here, because LAVIS needs a `transformers` that has no such class yet.
+    from transformers import BlipImageProcessorPil
+
     square = {"height": size, "width": size}
     if folder is not None and (Path(folder) / "preprocessor_config.json").is_file():
         with reading(f"{folder}: preprocessor_config.json cannot be read"):
@@ -34,8 +36,8 @@ def image_processor(folder: str | None, size: int) -> BlipImageProcessorPil:
     return BlipImageProcessorPil(size=square, image_mean=CLIP_MEAN, image_std=CLIP_STD)
 
 
-def normalised(image: ImageLike, processor: Any) -> torch.Tensor:
-    """``(3, H, W)`` normalised; a float tensor is taken as it is.
+def normalised(image: ImageLike, read: Callable[[Image.Image], torch.Tensor]) -> torch.Tensor:
+    """``(3, H, W)`` as ``read`` makes it of a picture; a float tensor is taken as it is.
 
     Raises UserError for a tensor of another shape and for a picture that cannot be read.
     """
@@ -45,7 +47,7 @@ def normalised(image: ImageLike, processor: Any) -> torch.Tensor:
                 f"image tensor: expected normalised floats (3, H, W), got {tuple(image.shape)} {image.dtype}"
             )
         return image
-    return processor(open_image(image), return_tensors="pt")["pixel_values"][0]
+    return read(open_image(image))
 
 
 class FeatureCache:

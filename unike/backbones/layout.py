@@ -109,10 +109,13 @@ class DecoderLayout:
     """
 
     def __init__(self, language_model: Any) -> None:
-        config = language_model.config.get_text_config()
+        config = language_model.config
+        # LAVIS's `transformers` knows no such thing; the configuration of its decoder is that of text.
+        if hasattr(config, "get_text_config"):
+            config = config.get_text_config()
         if config.model_type not in FAMILIES:
             raise ValueError(f"no layout for decoder family {config.model_type!r}; known: {sorted(FAMILIES)}")
-        self.family = FAMILIES[config.model_type]
+        self.config, self.family = config, FAMILIES[config.model_type]
         decoder = language_model.get_decoder()
         self.layers: nn.ModuleList = decoder.layers
         self.width: int = config.hidden_size
@@ -122,7 +125,10 @@ class DecoderLayout:
             getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         )
         after = [getattr(decoder, name, None) for name in self.family.after_layers]
-        self._after = [m for m in (*after, language_model.get_output_embeddings()) if m is not None]
+        # The vocabulary on both ends: what token ids become, and what a state is compared with.
+        self.embeddings: nn.Module = language_model.get_input_embeddings()
+        self.unembeddings: nn.Linear = language_model.get_output_embeddings()
+        self._after = [m for m in (*after, self.unembeddings) if m is not None]
 
     def __len__(self) -> int:
         return len(self.layers)

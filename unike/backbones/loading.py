@@ -3,48 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
 
-import torch
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
-from transformers.utils import logging
-
-from unike.backbones.architecture import Architecture
-from unike.backbones.blip2_opt import BLIP2_OPT
-from unike.backbones.checking import decoders, require_files
-from unike.backbones.checkpoint_files import DTYPES, reading
-from unike.backbones.checkpoints import load_original, require_whole
-from unike.backbones.dialogue import Chat
+from unike.backbones.checking import require_files
 from unike.backbones.hf import VisionLanguageBackbone
-from unike.backbones.instructblip import INSTRUCTBLIP
-from unike.backbones.llava import LLAVA, LLAVA_ONEVISION
-from unike.backbones.minigpt4 import MINIGPT4
-from unike.backbones.placement import (
-    check_placement,
-    device_map,
-    dispatched,
-    pick_device,
-    quantization_config,
-)
-from unike.backbones.qwen_vl import QWEN2_5_VL, QWEN2_VL
+from unike.backbones.placement import check_placement, pick_device
 from unike.hparams import HyperParams
-from unike.types import BackboneSpec, UserError
+from unike.types import BackboneSpec
 
 __all__ = ["load_backbone", "pick_device"]
-
-SMALL_BYTES = 100 << 20
-ARCHITECTURES = {
-    "blip2": BLIP2_OPT,
-    "minigpt4": MINIGPT4,
-    "llava": LLAVA,
-    "llava_onevision": LLAVA_ONEVISION,
-    "qwen2_vl": QWEN2_VL,
-    "qwen2_5_vl": QWEN2_5_VL,
-    "instructblip": INSTRUCTBLIP,
-}
 
 
 def load_backbone(source: str | os.PathLike[str] | HyperParams | BackboneSpec) -> VisionLanguageBackbone:
@@ -60,83 +26,13 @@ def load_backbone(source: str | os.PathLike[str] | HyperParams | BackboneSpec) -
     device = pick_device(spec.device)
     check_placement(spec)
     require_files(spec)
+    # Each backend needs a `transformers` in which the other's classes are missing.
+    if spec.backend == "lavis":
+        from unike.backbones.lavis import load_lavis
+
+        return load_lavis(spec, device, limit)
+    from unike.backbones.huggingface import load_huggingface
+
     # With `device_map`, the edited layers lie together; four are edited unless a YAML says otherwise.
     layers = source.layers if isinstance(source, HyperParams) else 4
-    architecture = ARCHITECTURES[spec.model_name]
-    model: Any
-    if spec.original_files:
-        model, folder = load_original(spec, device), None
-        if spec.device_map is not None:
-            depth = model.language_model.config.num_hidden_layers
-            placed = device_map(model, DTYPES[spec.dtype], _last(layers, depth))
-            model = dispatched(model, placed)
-    else:
-        model, folder = _load_folder(spec, architecture, device, layers), spec.name
-    decoder = model.config.get_text_config().model_type
-    if decoder not in decoders(spec):
-        expected = " or ".join(decoders(spec))
-        raise UserError(
-            f"{spec.source}: name: {spec.name} holds a {decoder} decoder; "
-            f"model_name {spec.model_name} expects {expected}"
-        )
-    with reading(f"{spec.source}: name: {spec.name}: the tokenizer does not load"):
-        tokenizer = AutoTokenizer.from_pretrained(spec.name)
-    if spec.device_map is None and not getattr(model, "is_quantized", False):
-        model.to(device)
-    size = None if spec.original_files else spec.image_size
-    with reading(f"{spec.source}: name: {spec.name}: what stands beside the weights does not load"):
-        dialogue = architecture.dialogue or _chat(spec, architecture, tokenizer)
-        return VisionLanguageBackbone(model, tokenizer, architecture, dialogue, folder, size, limit)
-
-
-def _chat(spec: BackboneSpec, architecture: Architecture, tokenizer: PreTrainedTokenizerBase) -> Chat:
-    """The conversation that the checkpoint was trained on: its processor's template, or its tokeniser's."""
-    template = ProcessorMixin.get_processor_dict(spec.name)[0].get("chat_template") or tokenizer.chat_template
-    if isinstance(template, dict):
-        template = template.get("default")
-    if not isinstance(template, str):
-        raise UserError(f"{spec.source}: name: {spec.name} has no chat template")
-    return Chat(template, architecture.image)
-
-
-def _last(layers: int | tuple[int, ...], depth: int) -> int:
-    """How many of the decoder's layers are edited or lie above one that is."""
-    return layers if isinstance(layers, int) else depth - min(layers)
-
-
-def _load_folder(
-    spec: BackboneSpec, architecture: Architecture, device: torch.device, layers: int | tuple[int, ...]
-) -> PreTrainedModel:
-    dtype, more = DTYPES[spec.dtype], {}
-    kind = "folder" if Path(spec.name).exists() else "hub name"
-    with reading(f"{spec.source}: name: {kind} {spec.name} cannot be loaded"):
-        if (config := quantization_config(spec, dtype)) is not None:
-            more = {"quantization_config": config, "device_map": {"": device}}
-        elif spec.device_map is not None:
-            with torch.device("meta"):
-                skeleton: Any = architecture.model(AutoConfig.from_pretrained(spec.name))
-            depth = skeleton.config.get_text_config().num_hidden_layers
-            more = {"device_map": device_map(skeleton, dtype, _last(layers, depth))}
-        with _quiet(Path(spec.name)):
-            loader: Any = architecture.model
-            model, info = loader.from_pretrained(spec.name, dtype=dtype, output_loading_info=True, **more)
-    require_whole(spec, info)
-    return model
-
-
-@contextmanager
-def _quiet(folder: Path) -> Iterator[None]:
-    """A progress bar for weights that load in a moment is noise, and so is transformers' report of what
-    is wrong with them beside our line."""
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    size = sum(p.stat().st_size for p in folder.glob("*.safetensors"))
-    shown = logging.is_progress_bar_enabled()
-    if folder.is_dir() and size < SMALL_BYTES:
-        logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if shown:
-            logging.enable_progress_bar()
+    return load_huggingface(spec, device, layers, limit)

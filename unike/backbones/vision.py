@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import nn
 from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedModel
 
@@ -35,7 +36,7 @@ class Vision(ABC):
 
     @property
     @abstractmethod
-    def tower(self) -> PreTrainedModel:
+    def tower(self) -> nn.Module:
         """What reads the pixels."""
 
     @property
@@ -69,13 +70,17 @@ class Vision(ABC):
 class FixedVision(Vision):
     """A vision side that takes all pictures at one size."""
 
+    def read(self, picture: Image.Image) -> torch.Tensor:
+        """``(3, H, W)`` as the processor makes it."""
+        pixels: torch.Tensor = self.processor(picture, return_tensors="pt")["pixel_values"][0]
+        return pixels
+
     def pixels(self, image: ImageLike) -> Parts:
-        return {"pixel_values": normalised(image, self.processor)}
+        return {"pixel_values": normalised(image, self.read)}
 
     def stacked(self, shown: Sequence[Parts]) -> torch.Tensor:
-        """The pictures ``(b, 3, H, W)``, where the tower is."""
-        pictures = torch.stack([parts["pixel_values"] for parts in shown])
-        return pictures.to(self.tower.device, self.tower.dtype)
+        """The pictures ``(b, 3, H, W)``, where the tower is and as it computes."""
+        return torch.stack([parts["pixel_values"] for parts in shown]).to(next(self.tower.parameters()))
 
 
 class Blip2Vision(FixedVision):

@@ -235,9 +235,9 @@ class _Runtime:
 
 def _words(backbone: Backbone, text: str) -> torch.Tensor:
     """Embeddings ``(t, d)`` of a text's tokens."""
-    model: Any = backbone.model
     ids = torch.tensor(backbone.tokens(text), device=backbone.device)
-    return model.get_input_embeddings()(ids).float()
+    words: torch.Tensor = backbone.layout.embeddings(ids)
+    return words.float()
 
 
 @register("serac")
@@ -302,8 +302,7 @@ class SERAC(TrainableMethod):
             backbone.suffix(state)
         end, stop = int(state.question_end[0]), int(state.attention_mask[0].sum())
         states = seen["last"][0, end:stop].float()
-        model: Any = backbone.model
-        words = model.get_output_embeddings().weight[state.labels[0, end + 1 : stop]].float()
+        words = backbone.layout.unembeddings.weight[state.labels[0, end + 1 : stop]].float()
         network = self._network.counterfactual
         values = F.pad(network.values(states[:-1], words), (0, 0, 0, 1))
         return Remembered(request.id, self._questions(backbone, state)[0], network.keys(states), values)
