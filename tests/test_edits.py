@@ -69,8 +69,8 @@ class World:
             self.backbone, self.triplets, [4, 5], hparams
         )
 
-    def method(self, setting: str):
-        hparams = HyperParams.from_dict({**BASE, **SETTINGS[setting]})
+    def method(self, setting: str, **changes):
+        hparams = HyperParams.from_dict({**BASE, **SETTINGS[setting], **changes})
         known = as_knowledge(self.states, self.encoders, hparams)
         torch.manual_seed(0)
         # Untrained: what the gate measures with is another matter than what it does.
@@ -78,8 +78,8 @@ class World:
         known[4] = replace(known[4], scope=ScopeMeasure(encoder, {1: 0.9}))
         return build(hparams, known)
 
-    def edit(self, setting: str, i: int = 0, history=None):
-        method = self.method(setting)
+    def edit(self, setting: str, i: int = 0, history=None, **changes):
+        method = self.method(setting, **changes)
         prefixes = PrefixCache(self.backbone, method.layers(self.backbone)[0])
         return method.edit(self.backbone, EditRequest(f"e{i}", query(i)), prefixes, history)
 
@@ -155,9 +155,22 @@ def test_training_lowers_the_edits_loss(world: World, setting: str) -> None:
     assert again == pytest.approx(edit.info["loss"], rel=1e-3, abs=1e-5)
 
 
+def test_an_edit_tells_what_it_retrieved(world: World) -> None:
+    edit = world.edit("paper", k=len(COLORS) + 1)
+    with edit.applied(world.backbone):
+        world.logits(encode_queries(world.backbone, [query(0), replace(query(3), image=None)]))
+    about, elsewhere = edit.explain()["retrieved"]
+    assert about["own item"] == pytest.approx(1, abs=1e-5)
+    assert elsewhere.get("own item", 0) < 0.999
+    for told in (about, elsewhere):
+        assert len(told) == 3
+        assert list(told.values()) == sorted(told.values(), reverse=True)
+
+
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_padding_and_batch_size_change_nothing_under_an_edit(world: World, setting: str) -> None:
-    backbone, edit = world.backbone, world.edit(setting)
+    # All items are retrieved: which of two that are equally near is among the k is chance.
+    backbone, edit = world.backbone, world.edit(setting, k=len(COLORS) + 1)
     asked = [edit.rewrite(q) for q in (query(0), query(1, "two dogs there"), replace(query(2), image=None))]
     images, prompts, targets = zip(*((q.image, q.prompt, q.target) for q in asked), strict=True)
     right = backbone.encode(images, prompts, targets)

@@ -23,8 +23,8 @@ from worlds import World, case, query, snapshot, world_of
 from unike.backbones import load_backbone
 from unike.backbones.base import encode_queries
 from unike.backbones.checking import check_spec
+from unike.backbones.huggingface import ARCHITECTURES
 from unike.backbones.layout import DecoderLayout
-from unike.backbones.loading import ARCHITECTURES
 from unike.backbones.placement import device_map
 from unike.hparams import HyperParams
 from unike.records import read_records

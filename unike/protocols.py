@@ -301,6 +301,12 @@ def _measured(backbone: Backbone, case: Case, asked: Asked, reader: Reader) -> d
         "decisions": {
             what: {name: round(v, 4) for name, v in zip(names, values, strict=True)}
             for what, values in asked.decisions.items()
+            if what != "retrieved"
+        },
+        "retrieved": {
+            name: {item: round(v, 4) for item, v in items.items()}
+            for name, items in zip(names, asked.decisions.get("retrieved", [{}] * len(names)), strict=True)
+            if items
         },
         "answers": {
             probe.name: {

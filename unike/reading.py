@@ -26,7 +26,7 @@ class Asked:
     """A case's readings under an edit, with what the edit decided for each probe, see ``Edit.explain``."""
 
     readings: tuple[Reading, ...]
-    decisions: Mapping[str, list[float]]
+    decisions: Mapping[str, list[Any]]
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Reader:
         self.presets = tuple(presets)
         self.decoded = 0
         # What the last edit decided for each probe, see ``Edit.explain``.
-        self.explained: Mapping[str, list[float]] = {}
+        self.explained: Mapping[str, list[Any]] = {}
         self._ranks = needs_ranks(self.presets)
         self._base: dict[str, tuple[Reading, ...]] = {}
 
@@ -195,7 +195,7 @@ class Reader:
         generated: bool,
         whole: bool = False,
         under: Callable[[Sequence[int]], AbstractContextManager[None]] = lambda rows: nullcontext(),
-    ) -> tuple[tuple[Reading, ...], dict[str, list[float]]]:
+    ) -> tuple[tuple[Reading, ...], dict[str, list[Any]]]:
         """``whole`` runs the whole model, where the prefix states that are kept don't hold; ``under``
         applies the edits of the given queries for a forward pass over them."""
         extra = _drafted(queries, drafts) if generated else []
@@ -258,7 +258,7 @@ def _shared_out(cases: Sequence[Case], values: Sequence[V]) -> list[Sequence[V]]
 
 
 def _asked(
-    cases: Sequence[Case], readings: Sequence[Reading], explained: Mapping[str, list[float]]
+    cases: Sequence[Case], readings: Sequence[Reading], explained: Mapping[str, list[Any]]
 ) -> list[Asked]:
     decisions = {what: _shared_out(cases, values[: len(readings)]) for what, values in explained.items()}
     return [

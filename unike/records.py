@@ -39,7 +39,7 @@ _NUMBER, _PLAIN = (int, float), (str, int, float)
 _SHAPES: dict[str, tuple[int, tuple[type, ...]]] = {
     **dict.fromkeys(("id", "case", "sequence", "position", "kind", "task", "status", "error"), (0, _PLAIN)),
     **dict.fromkeys(("seconds", "steps", "loss", "bytes"), (0, _NUMBER)),
-    **dict.fromkeys(("decisions", "presets", "base_right"), (2, _NUMBER)),
+    **dict.fromkeys(("decisions", "presets", "base_right", "retrieved"), (2, _NUMBER)),
     "former": (1, _NUMBER),
     "scores": (3, _NUMBER),
     "answers": (2, (str,)),

@@ -124,9 +124,10 @@ class Edit(ABC):
         """
         return False
 
-    def explain(self) -> dict[str, list[float]]:
+    def explain(self) -> dict[str, list[Any]]:
         """What the edit decided for each prompt of the last forward pass: the mean over its layers of
-        ``alpha`` and of the best ``similarity`` in memory; empty where it decides nothing."""
+        ``alpha`` and of the best ``similarity`` in memory, and the nearest items that its first layer
+        ``retrieved``, ``{name: similarity}``, best first; empty where it decides nothing."""
         return {}
 
     def together(self, edits: Sequence[Edit]) -> Together | None:
@@ -206,7 +207,7 @@ class Mixed(Edit):
                 )
         return out
 
-    def explain(self) -> dict[str, list[float]]:
+    def explain(self) -> dict[str, list[Any]]:
         """Where several parts decide the same, the last one's."""
         return {key: value for part in self._parts for key, value in part.explain().items()}
 
@@ -219,7 +220,7 @@ class Together(ABC):
         """Inside the block every batch has as many rows as ``owners (R)``, which says by number whose
         each row is."""
 
-    def explain(self) -> dict[str, list[float]]:
+    def explain(self) -> dict[str, list[Any]]:
         """As ``Edit.explain``, by row."""
         return {}
 

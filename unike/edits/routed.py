@@ -15,7 +15,7 @@ from unike.backbones.base import Backbone
 from unike.edits.base import Edit, Together, same_weights
 from unike.edits.content import Content, Shared
 from unike.edits.packing import needs_of, packed_records, unpacked_records
-from unike.edits.runtime import LayerRuntime, ScopeGate, adapter_of, explained, running
+from unike.edits.runtime import OWN, LayerRuntime, ScopeGate, adapter_of, explained, item_names, running
 from unike.edits.shares import EditRecord, LayerKnowledge, Routing, measure_of
 from unike.knowledge.adapter import Shift
 from unike.knowledge.memory import KnowledgeMemory
@@ -154,8 +154,10 @@ class RoutedEdit(Edit):
         # Else it would retrieve from knowledge that it was made without.
         return out if out.needs() else replace(out, knowledge={})
 
-    def explain(self) -> dict[str, list[float]]:
-        return explained(self.trace, self.scopes)
+    def explain(self) -> dict[str, list[Any]]:
+        own = [OWN] if len(self.records) == 1 else [f"edit {r.id}" for r in self.records]
+        names = item_names(self.routing, self.knowledge.get(self.layers[0]), own)
+        return explained(self.trace, self.scopes, names)
 
     def rewrite(self, query: Query) -> Query:
         shown = [r.demonstration for r in self.records if r.demonstration is not None]
@@ -302,5 +304,6 @@ class RoutedTogether(Together):
         spoken = owned.unfold(spoken)
         return spoken if self.gate is None else spoken * self.gate.open[:, :, None]
 
-    def explain(self) -> dict[str, list[float]]:
-        return explained(self.trace, None if self.gate is None else self.gate.scopes)
+    def explain(self) -> dict[str, list[Any]]:
+        names = item_names(self.routing, self.knowledge.get(self.layers[0]), [OWN])
+        return explained(self.trace, None if self.gate is None else self.gate.scopes, names)

@@ -156,7 +156,7 @@ class SeracEdit(Edit):
             raise ValueError("records: expected one or more")
         return cls(tuple(records), network, first)
 
-    def explain(self) -> dict[str, list[float]]:
+    def explain(self) -> dict[str, list[Any]]:
         return {} if self.scopes is None else {"scope": self.scopes.tolist()}
 
     def together(self, edits: Sequence[Edit]) -> Together | None:
@@ -184,7 +184,7 @@ class _SeracTogether(Together):
         with _installed(self.edit, backbone, _Runtime(self.edit, backbone, owners)):
             yield
 
-    def explain(self) -> dict[str, list[float]]:
+    def explain(self) -> dict[str, list[Any]]:
         return self.edit.explain()
 
 

@@ -122,8 +122,10 @@ def case_view(record: Mapping[str, Any], mode: str, shown: Shown, album: Album, 
             Said("after", clipped(answers[name].get("after")), good.get(name), _share(record, name)),
         )
         decided = ((what, v.get(name)) for what, v in record.get("decisions", {}).items())
-        figures = tuple((what, f"{value:.2f}") for what, value in decided if _number(value))
-        probes.append(probe_view(record, name, shown, album, said, figures))
+        figures = [(what, f"{value:.2f}") for what, value in decided if _number(value)]
+        near = record.get("retrieved", {}).get(name, {})
+        figures += [("retrieved", f"{clipped(text)} ({value:.2f})") for text, value in near.items()]
+        probes.append(probe_view(record, name, shown, album, said, tuple(figures)))
     broken, lost = record.get("status", "ok") != "ok", [name for name in good if not good[name]]
     outcome = "failed" if broken else f"{len(good) - len(lost)} of {len(good)} probes held"
     keys = {"order": float(order), "held": float(len(good) - len(lost))}
