@@ -54,5 +54,5 @@ $(DEMO_READY): pyproject.toml constraints.txt | $(BIN)/python
 
 # The development tools come with all that the demo and the figures need.
 $(DEV_READY): pyproject.toml constraints.txt | $(BIN)/python
-	$(INSTALL) '.[demo,figures,scale,dev]'
+	$(INSTALL) '.[demo,figures,notebooks,scale,dev]'
 	@touch $@ $(DEMO_READY)
