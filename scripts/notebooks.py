@@ -39,7 +39,7 @@ def executed(path: Path, folder: Path) -> nbformat.NotebookNode:
     known = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     resources = {"metadata": {"path": str(folder)}}
     client = NotebookClient(
-        notebook, timeout=1200, record_timing=False, coalesce_streams=True, resources=resources
+        notebook, timeout=600, record_timing=False, coalesce_streams=True, resources=resources
     )
     client.execute(env=os.environ | {"PYTHONPATH": known, "TQDM_DISABLE": "1"})
     notebook.metadata = nbformat.from_dict(METADATA)
