@@ -68,5 +68,5 @@ $(DEMO_READY): pyproject.toml constraints.txt | $(BIN)/python
 
 # The development tools come with all that the demo and the figures need.
 $(DEV_READY): pyproject.toml constraints.txt | $(BIN)/python
-	$(INSTALL) '.[demo,figures,scale,logging,browser,dev]'
+	$(INSTALL) '.[demo,figures,notebooks,scale,logging,browser,docs,dev]'
 	@touch $@ $(DEMO_READY)
