@@ -21,7 +21,6 @@ from torch import nn
 
 from unike.backbones.base import IGNORED, Batch
 from unike.backbones.hf import VisionLanguageBackbone
-from unike.backbones.images import normalised
 from unike.edits import EditRecord, LayerShare, RoutedEdit
 from unike.hooks import capture
 from unike.knowledge.patch import KeyValuePatch
@@ -54,7 +53,7 @@ class WholeModel:
     def open(self, queries: Sequence[Query]) -> None:
         """Normalises the pictures of a record, and forgets those of the one before."""
         shown = [q.image for q in queries if q.image is not None]
-        self._opened = {id(image): normalised(image, self.backbone.vision.processor) for image in shown}
+        self._opened = {id(image): self.backbone.vision.pixels(image)["pixel_values"] for image in shown}
 
     def __call__(self, query: Query) -> tuple[torch.Tensor, Batch]:
         """Logits ``(1, s, v)`` of a query with its target, and the batch that was asked."""
