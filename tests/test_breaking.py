@@ -89,7 +89,7 @@ def test_the_kill_test_sees_what_a_killed_run_left(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_damaged_inputs_are_taken_or_refused() -> None:
     said = started("benchmarks.fuzz", "--mutants", "600", "--shell", "1", "--seed", "7")
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in said.splitlines()[2:]]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in said.strip().splitlines()[2:]]
     assert [row[0] for row in rows] == [*fuzz.TARGETS, "shell"]
     for _, count, taken, refused, failed, _ in rows:
         assert int(taken) + int(refused) == int(count) > 0

@@ -13,6 +13,7 @@ sys.path.insert(0, str(ROOT))
 
 import run_edit  # noqa: E402
 from unike.backbones.hf import VisionLanguageBackbone  # noqa: E402
+from unike.backbones.vision import Blip2Vision  # noqa: E402
 from unike.hparams import HyperParams  # noqa: E402
 from unike.records import read_records  # noqa: E402
 
@@ -27,15 +28,15 @@ def run(project: Project, name: str, *overrides: str) -> list[dict]:
 @pytest.fixture
 def counted(monkeypatch) -> dict[str, int]:
     """How many queries' prefixes and pictures are computed."""
-    counts = {"prefix": 0, "_see": 0}
-    for name in counts:
-        straight = getattr(VisionLanguageBackbone, name)
+    counts = {"prefix": 0, "see": 0}
+    for name, kind in (("prefix", VisionLanguageBackbone), ("see", Blip2Vision)):
+        straight = getattr(kind, name)
 
         def count(self, first, *rest, name=name, straight=straight):
             counts[name] += len(first)
             return straight(self, first, *rest)
 
-        monkeypatch.setattr(VisionLanguageBackbone, name, count)
+        monkeypatch.setattr(kind, name, count)
     return counts
 
 
@@ -45,7 +46,7 @@ def test_a_second_run_and_another_method_start_warm(copied, counted):
     plain = dict(counted)
     cold = run(copied, "cold", folder)
     assert min(plain.values()) > 0
-    assert counted["_see"] > plain["_see"]
+    assert counted["see"] > plain["see"]
     before = dict(counted)
     warm = run(copied, "warm", folder)
     # Answers of the base that no target explains are decoded, and that sees pictures; here from disk.
@@ -53,7 +54,7 @@ def test_a_second_run_and_another_method_start_warm(copied, counted):
     assert cold == warm == without
     # The base's queries are known; those with an answer of the edited model as their draft may be new.
     run(copied, "other", folder, "method=tpatcher", "activation_loss=0.1")
-    assert counted["_see"] == before["_see"]
+    assert counted["see"] == before["see"]
     assert counted["prefix"] - before["prefix"] < plain["prefix"]
 
 
