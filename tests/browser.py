@@ -57,7 +57,7 @@ class Browser:
         self.driver = driver
 
     def open(self, page: Path | str, screen: tuple[int, int, int, bool] = DESKTOP) -> None:
-        """Loads a file or an address as a screen of that width, height, pixel ratio and kind, phone or not."""
+        """Loads a file or address as a screen of that width, height, pixel ratio and kind, phone or not."""
         width, height, ratio, mobile = screen
         size = {"width": width, "height": height, "deviceScaleFactor": ratio, "mobile": mobile}
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)

@@ -9,7 +9,6 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from importlib import import_module
 from importlib.util import find_spec
 
 from unike import launching
@@ -31,10 +30,10 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> int:
     """Checks everything that can be checked without a model, then serves; the exit code."""
-    if find_spec("gradio") is None:
-        raise UserError("gradio: not installed; the page needs it: make demo-page")
     if args.port is not None and not 0 < args.port < 65536:
         raise UserError(f"port: {args.port}; expected 1 to 65535")
+    if find_spec("gradio") is None:
+        raise UserError("gradio: not installed; the page needs it: make demo-page")
     hparams = HyperParams.from_hparams(args.hparams_dir, args.overrides)
     # Gradio looks at it wherever it would call home.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
@@ -45,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     from unike.editor import MultimodalEditor
 
     if hparams.generate_data:
-        runs.drawn(hparams, import_module("scripts.tiny.make_data").ensure)
+        runs.drawn(hparams, launching.of_checkout("scripts.tiny.make_data").ensure)
     cases = runs.preflight(hparams, "vqa", EXAMPLES)
     editor = MultimodalEditor.from_hparams(hparams)
     editor.prepare()

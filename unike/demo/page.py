@@ -30,14 +30,21 @@ and leave the rest alone?
 CSS = """
 .gradio-container table {border-collapse: collapse; font-size: .85rem; margin: .5rem 0; width: 100%}
 .gradio-container th, .gradio-container td {text-align: left; padding: .2rem .6rem; vertical-align: top;
-  border-bottom: 1px solid var(--border-color-primary)}
+  border-bottom: 1px solid var(--border-color-primary); white-space: pre-line}
 .gradio-container caption {text-align: left; font-weight: 600}
 .said {min-height: 1.5em; margin: 0}
 .said.bad {color: #b91c1c; font-weight: 600}
 .dark .said.bad {color: #fca5a5}
+#picture img {width: 100%; height: 100%; object-fit: contain}
+#picture .or {color: inherit}
 """
-# The system's own fonts: Gradio's themes ask another host for theirs.
-FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
+# The system's own fonts: Gradio's themes ask another host for theirs. A blue on which white can be read.
+THEME = gr.themes.Default(
+    primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
+).set(
+    button_primary_background_fill="*primary_600", button_primary_background_fill_dark="*primary_700",
+    button_primary_background_fill_hover="*primary_700",
+)  # fmt: skip
 
 
 class Page:
@@ -52,17 +59,17 @@ class Page:
                     self._build_question()
                 with gr.Column():
                     self._build_answers()
-            with gr.Accordion("What was active", open=False):
-                self.active = gr.HTML()
+            with gr.Accordion("What was active", open=False, elem_id="active"):
+                self.active = gr.HTML(apply_default_css=False)
             # The example that is open, by its place; each tab has its own.
             self.example = gr.State()
         with self.blocks:
             self._connect()
 
     def _build_question(self) -> None:
-        examples = [(e.question.image, e.question.text) for e in self.desk.examples]
+        examples = [example.question.image for example in self.desk.examples]
         self.gallery = gr.Gallery(
-            examples, label="Examples: questions that the model gets wrong", columns=4, height=230,
+            examples, label="Examples: questions that the model gets wrong", columns=4, height=280,
             allow_preview=False, interactive=False, visible=bool(examples), buttons=[], elem_id="examples",
         )  # fmt: skip
         self.picture = gr.Image(
@@ -90,19 +97,35 @@ class Page:
     def _connect(self) -> None:
         asked = [self.picture, self.question]
         shown = [self.said, self.before, self.after, self.active, self.edits, self.undo, self.undo_all]
-        opened = [self.picture, self.question, self.right, self.follow_ups, self.example]
+        put = [*asked, self.right]
         on: list[tuple[Any, Callable[..., Any], list[Any], list[Any]]] = [
-            (self.blocks.load, lambda: self._in_force(), [], shown),
-            (self.gallery.select, self._open, [], [*opened, *shown]),
-            (self.follow_ups.select, self._follow, [self.example, self.follow_ups], [*asked, *shown]),
+            (self.blocks.load, self._in_force, [], shown),
+            (self.gallery.select, self._open, [], [*put, self.follow_ups, self.example, *shown]),
+            (self.follow_ups.select, self._follow, [self.example, self.follow_ups], [*put, *shown]),
             (self.ask.click, self._ask, asked, shown),
             (self.question.submit, self._ask, asked, shown),
-            (self.edit.click, self._edit, [*asked, self.right], shown),
+            (self.edit.click, self._edit, put, shown),
             (self.undo.click, self._undo, [self.edits, *asked], shown),
             (self.undo_all.click, self._undo_all, asked, shown),
         ]
         for event, work, inputs, outputs in on:
-            event(_in_one_line(work, self.said), inputs, outputs, api_visibility="private")
+            event(self._in_one_line(work), inputs, outputs, api_visibility="private")
+
+    def _in_one_line(self, work: Callable[..., dict[Any, Any]]) -> Callable[..., dict[Any, Any]]:
+        """``work``, with an error as one line on the page in place of the answers."""
+
+        @wraps(work)
+        def safely(*given: Any) -> dict[Any, Any]:
+            try:
+                return work(*given)
+            except UserError as error:
+                line = "; ".join(error.problems)
+            except Exception as error:
+                line = told(error) or f"internal error: {type(error).__name__}; the terminal says more"
+                logger.exception("the demo page failed")
+            return {self.said: _said(line, bad=True), self.before: "", self.after: "", self.active: ""}
+
+        return safely
 
     # ------------------------------------------------------------ events
 
@@ -111,7 +134,6 @@ class Page:
         labels = [_label(q) for q in example.follow_ups]
         return {
             **self._put(example.question),
-            self.right: example.question.right,
             self.follow_ups: gr.Radio(labels, value=None, visible=bool(labels)),
             self.example: chosen.index,
             **self._answered(example.question.image, example.question.text),
@@ -124,7 +146,7 @@ class Page:
         return self._put(question) | self._answered(question.image, question.text, said)
 
     def _put(self, question: Question) -> dict[Any, Any]:
-        return {self.picture: question.image, self.question: question.text}
+        return {self.picture: question.image, self.question: question.text, self.right: question.right}
 
     def _ask(self, image: str | None, question: str) -> dict[Any, Any]:
         return self._answered(image, question)
@@ -157,7 +179,7 @@ class Page:
         }  # fmt: skip
 
     def _in_force(self) -> dict[Any, Any]:
-        choices = [(f"{edit.question} {edit.answer}", edit.id) for edit in self.desk.edits]
+        choices = [(f"{edit.question} → {edit.answer}", edit.id) for edit in self.desk.edits]
         last = choices[-1][1] if choices else None
         return {
             self.edits: gr.Radio(choices, value=last, visible=bool(choices)),
@@ -175,25 +197,6 @@ def _said(text: str, bad: bool = False) -> str:
     return f"<p {kind}>{escape(text)}</p>"
 
 
-def _in_one_line(work: Callable[..., dict[Any, Any]], said: Any) -> Callable[..., dict[Any, Any]]:
-    """``work``, with errors as a line in ``said``."""
-
-    @wraps(work)
-    def safely(*given: Any) -> dict[Any, Any]:
-        try:
-            return work(*given)
-        except UserError as error:
-            line = "; ".join(error.problems)
-        except Exception as error:
-            # What is no fault of the machine is a bug: its traceback is for the terminal.
-            if (line := told(error) or "") == "":
-                logger.exception("the demo page failed")
-                line = f"internal error: {type(error).__name__}; the terminal says more"
-        return {said: _said(line, bad=True)}
-
-    return safely
-
-
 def serve(desk: Desk, port: int | None, open_browser: bool, wait: bool = True) -> tuple[gr.Blocks, str]:
     """Serves the page to this computer alone, until Ctrl-C unless ``wait`` is off; the page and its address.
 
@@ -209,7 +212,7 @@ def serve(desk: Desk, port: int | None, open_browser: bool, wait: bool = True) -
         _, address, _ = blocks.launch(
             server_name="127.0.0.1", server_port=port, inbrowser=open_browser, share=False, quiet=True,
             prevent_thread_lock=True, footer_links=[], run_history=False, ssr_mode=False, pwa=False,
-            enable_monitoring=False, max_file_size=LARGEST_UPLOAD, theme=gr.themes.Default(**FONTS), css=CSS,
+            enable_monitoring=False, max_file_size=LARGEST_UPLOAD, theme=THEME, css=CSS,
             allowed_paths=[str(Path(path).resolve()) for path in pictures if path is not None],
         )  # fmt: skip
     except OSError as error:
