@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -190,3 +191,7 @@ def test_files_beside_the_pictures_are_not_served(page: Browser, served: tuple[D
 def test_nobody_else_was_called(called: list[str]) -> None:
     """The last of this file: what the server did while the others ran."""
     assert called == []
+    # An address that belongs to nobody, to see that calls are seen.
+    with contextlib.suppress(OSError):
+        socket.create_connection(("192.0.2.1", 9), timeout=0.01)
+    assert called == ["192.0.2.1"]

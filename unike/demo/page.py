@@ -35,10 +35,11 @@ CSS = """
 .said {min-height: 1.5em; margin: 0}
 .said.bad {color: #b91c1c; font-weight: 600}
 .dark .said.bad {color: #fca5a5}
+#examples .grid-container {padding-top: 2rem}
 #picture img {width: 100%; height: 100%; object-fit: contain}
 #picture .or {color: inherit}
 """
-# The system's own fonts: Gradio's themes ask another host for theirs. A blue on which white can be read.
+# The system's fonts, and blues on which white can be read.
 THEME = gr.themes.Default(
     primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
 ).set(
@@ -69,7 +70,7 @@ class Page:
     def _build_question(self) -> None:
         examples = [example.question.image for example in self.desk.examples]
         self.gallery = gr.Gallery(
-            examples, label="Examples: questions that the model gets wrong", columns=4, height=280,
+            examples, label="Examples", columns=4, height=265,
             allow_preview=False, interactive=False, visible=bool(examples), buttons=[], elem_id="examples",
         )  # fmt: skip
         self.picture = gr.Image(
