@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -221,6 +222,15 @@ def test_bad_input_of_the_command_is_one_line(
     assert error.startswith("error: ")
     assert line in error
     assert error.count("\n") == 1
+
+
+def test_a_port_that_is_taken_is_said_before_anything_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as other:
+        other.bind((command.HOST, 0))
+        other.listen()
+        port = other.getsockname()[1]
+        assert command.main(["--port", str(port)]) == 2
+    assert capsys.readouterr().err.startswith(f"error: port: {port}: cannot be had: ")
 
 
 def test_a_missing_gradio_is_said_in_one_line(

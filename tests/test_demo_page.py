@@ -14,6 +14,7 @@ from helpers import Project
 
 pytest.importorskip("gradio", reason="not installed: gradio (make test-page)")
 
+from unike.demo.__main__ import HOST
 from unike.demo.desk import Desk
 from unike.demo.page import serve
 from unike.editor import MultimodalEditor
@@ -51,7 +52,7 @@ def called() -> Iterator[list[str]]:
 def served(blip2_project: Project, called: list[str]) -> Iterator[tuple[Desk, str]]:
     editor = MultimodalEditor.from_hparams(blip2_project.yaml, progress=False)
     desk = Desk(editor, open_datasets(editor.hparams, "vqa", 3))
-    blocks, url = serve(desk, None, open_browser=False, wait=False)
+    blocks, url = serve(desk, HOST, None, open_browser=False, wait=False)
     yield desk, url
     blocks.close()
 

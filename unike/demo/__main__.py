@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import socket
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -15,7 +16,7 @@ from unike import launching
 from unike.hparams import HyperParams
 from unike.types import UserError
 
-EXAMPLES = 8
+HOST, EXAMPLES = "127.0.0.1", 8
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -30,8 +31,8 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> int:
     """Checks everything that can be checked without a model, then serves; the exit code."""
-    if args.port is not None and not 0 < args.port < 65536:
-        raise UserError(f"port: {args.port}; expected 1 to 65535")
+    if args.port is not None:
+        _require_free(args.port)
     if find_spec("gradio") is None:
         raise UserError("gradio: not installed; the page needs it: make demo-page")
     hparams = HyperParams.from_hparams(args.hparams_dir, args.overrides)
@@ -48,8 +49,20 @@ def run(args: argparse.Namespace) -> int:
     cases = runs.preflight(hparams, "vqa", EXAMPLES)
     editor = MultimodalEditor.from_hparams(hparams)
     editor.prepare()
-    serve(Desk(editor, cases), args.port, not args.no_browser)
+    serve(Desk(editor, cases), HOST, args.port, not args.no_browser)
     return 0
+
+
+def _require_free(port: int) -> None:
+    if not 0 < port < 65536:
+        raise UserError(f"port: {port}; expected 1 to 65535")
+    with socket.socket() as probe:
+        # As servers do: a port that was left a moment ago is free.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError as error:
+            raise UserError(f"port: {port}: cannot be had: {error.strerror}; name another --port") from error
 
 
 def main(argv: Sequence[str] | None = None) -> int:

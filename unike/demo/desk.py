@@ -83,7 +83,7 @@ class Desk:
             raise UserError("picture: missing; choose one or upload one")
         _check(image, question=question, **{"right answer": answer})
         with self._turn:
-            # Kept: where the edit fails, the editor leaves the former ones attached.
+            # An edit that fails leaves the former ones attached.
             metrics, _, _ = self.editor.edit(
                 question.strip(), answer, image, template=VQA_TEMPLATE, keep_original_weight=False
             )

@@ -14,7 +14,6 @@ import gradio as gr
 from unike.asking import Asked
 from unike.demo.active import active_html
 from unike.demo.desk import Desk, Question
-from unike.faults import told
 from unike.types import UserError
 
 logger = logging.getLogger("unike")
@@ -103,8 +102,8 @@ class Page:
             (self.blocks.load, self._in_force, [], shown),
             (self.gallery.select, self._open, [], [*put, self.follow_ups, self.example, *shown]),
             (self.follow_ups.select, self._follow, [self.example, self.follow_ups], [*put, *shown]),
-            (self.ask.click, self._ask, asked, shown),
-            (self.question.submit, self._ask, asked, shown),
+            (self.ask.click, self._answered, asked, shown),
+            (self.question.submit, self._answered, asked, shown),
             (self.edit.click, self._edit, put, shown),
             (self.undo.click, self._undo, [self.edits, *asked], shown),
             (self.undo_all.click, self._undo_all, asked, shown),
@@ -122,9 +121,9 @@ class Page:
             except UserError as error:
                 line = "; ".join(error.problems)
             except Exception as error:
-                line = told(error) or f"internal error: {type(error).__name__}; the terminal says more"
+                line = f"internal error: {type(error).__name__}; the terminal says more"
                 logger.exception("the demo page failed")
-            return {self.said: _said(line, bad=True), self.before: "", self.after: "", self.active: ""}
+            return self._in_force() | self._nothing(_said(line, bad=True))
 
         return safely
 
@@ -132,7 +131,7 @@ class Page:
 
     def _open(self, chosen: gr.SelectData) -> dict[Any, Any]:
         example = self.desk.examples[chosen.index]
-        labels = [_label(q) for q in example.follow_ups]
+        labels = [f"{question.about}: {question.text}" for question in example.follow_ups]
         return {
             **self._put(example.question),
             self.follow_ups: gr.Radio(labels, value=None, visible=bool(labels)),
@@ -148,9 +147,6 @@ class Page:
 
     def _put(self, question: Question) -> dict[Any, Any]:
         return {self.picture: question.image, self.question: question.text, self.right: question.right}
-
-    def _ask(self, image: str | None, question: str) -> dict[Any, Any]:
-        return self._answered(image, question)
 
     def _edit(self, image: str | None, question: str, right: str) -> dict[Any, Any]:
         asked = self.desk.edit(image, question, right)
@@ -168,7 +164,7 @@ class Page:
         """After an undo: what is asked now is asked again, if anything is."""
         if question.strip():
             return self._answered(image, question, "Undone.")
-        return {**self._in_force(), self.said: _said("Undone."), self.before: "", self.after: ""}
+        return self._in_force() | self._nothing(_said("Undone."))
 
     def _answered(self, image: str | None, question: str, said: str = "") -> dict[Any, Any]:
         return self._in_force() | self._answers(self.desk.ask(image, question), said)
@@ -178,6 +174,9 @@ class Page:
             self.said: _said(said), self.before: asked.before, self.after: asked.after,
             self.active: active_html(asked),
         }  # fmt: skip
+
+    def _nothing(self, said: str) -> dict[Any, Any]:
+        return {self.said: said, self.before: "", self.after: "", self.active: ""}
 
     def _in_force(self) -> dict[Any, Any]:
         choices = [(f"{edit.question} → {edit.answer}", edit.id) for edit in self.desk.edits]
@@ -189,29 +188,25 @@ class Page:
         }
 
 
-def _label(question: Question) -> str:
-    return f"{question.about}: {question.text}"
-
-
 def _said(text: str, bad: bool = False) -> str:
     kind = 'class="said bad" role="alert"' if bad else 'class="said" role="status"'
     return f"<p {kind}>{escape(text)}</p>"
 
 
-def serve(desk: Desk, port: int | None, open_browser: bool, wait: bool = True) -> tuple[gr.Blocks, str]:
-    """Serves the page to this computer alone, until Ctrl-C unless ``wait`` is off; the page and its address.
+def serve(
+    desk: Desk, host: str, port: int | None, open_browser: bool, wait: bool = True
+) -> tuple[gr.Blocks, str]:
+    """Serves the page, until Ctrl-C unless ``wait`` is off; the page and its address.
 
-    ``port``: None for the first free one from 7860 on. UserError where it is taken.
+    ``port``: None for the first free one from 7860 on. UserError where none can be had.
     """
     blocks = Page(desk).blocks
     # One at a time: they share a model.
     blocks.queue(default_concurrency_limit=1, api_open=False)
-    pictures = {e.question.image for e in desk.examples} | {
-        q.image for e in desk.examples for q in e.follow_ups
-    }
+    pictures = {q.image for e in desk.examples for q in (e.question, *e.follow_ups)}
     try:
         _, address, _ = blocks.launch(
-            server_name="127.0.0.1", server_port=port, inbrowser=open_browser, share=False, quiet=True,
+            server_name=host, server_port=port, inbrowser=open_browser, share=False, quiet=True,
             prevent_thread_lock=True, footer_links=[], run_history=False, ssr_mode=False, pwa=False,
             enable_monitoring=False, max_file_size=LARGEST_UPLOAD, theme=THEME, css=CSS,
             allowed_paths=[str(Path(path).resolve()) for path in pictures if path is not None],
