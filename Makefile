@@ -73,7 +73,7 @@ $(LAVIS_READY): requirements-lavis.txt | $(LAVIS)
 # An environment of its own: Gradio does not take the Pillow that all else is tested with.
 $(PAGE_READY): pyproject.toml constraints.txt | $(PAGE)
 	sed 's/^pillow==[0-9.]*/pillow==12.3.0/' constraints.txt > .venv-page/constraints.txt
-	$(PAGE) -m pip install --disable-pip-version-check -q $(PIP_FLAGS) -c .venv-page/constraints.txt -e '.[demo,demo_page,browser,dev]'
+	$(PAGE) -m pip install --disable-pip-version-check -q $(PIP_FLAGS) -c .venv-page/constraints.txt -e '.[demo,page,browser,dev]'
 	@touch $@
 
 $(DEMO_READY): pyproject.toml constraints.txt | $(BIN)/python

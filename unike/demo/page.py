@@ -67,7 +67,7 @@ class Page:
             self._connect()
 
     def _build_question(self) -> None:
-        examples = [example.question.image for example in self.desk.examples]
+        examples = [str(example.question.image) for example in self.desk.examples]
         self.gallery = gr.Gallery(
             examples, label="Examples", columns=4, height=265,
             allow_preview=False, interactive=False, visible=bool(examples), buttons=[], elem_id="examples",
