@@ -12,11 +12,13 @@ DEV_READY := .venv/.ready-dev
 INSTALL = $(BIN)/python -m pip install --disable-pip-version-check -q $(PIP_FLAGS) -c constraints.txt -e
 LAVIS := .venv-lavis/bin/python
 LAVIS_READY := .venv-lavis/.ready
+PAGE := .venv-page/bin/python
+PAGE_READY := .venv-page/.ready
 # Slow tests run where CI=true.
 FAST_ONLY = $(if $(filter true,$(CI)),,-m "not slow")
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint test-lavis
+.PHONY: help demo demo-page test lint test-lavis test-page
 # Two installations into one environment at a time would break it.
 .NOTPARALLEL:
 
@@ -38,20 +40,26 @@ demo: $(DEMO_READY)  ## edits both tiny backbones, on E-VQA and E-IC; results in
 		{ set +x; } 2>/dev/null; \
 	done; done
 
+demo-page: $(PAGE_READY)  ## serves a page to try editing on, to this computer alone
+	$(PAGE) -m unike.demo
+
 test: $(DEV_READY)  ## runs the tests
 	$(BIN)/python -m pytest $(FAST_ONLY) $(PYTEST_FLAGS)
 
 test-lavis: $(LAVIS_READY) $(DEV_READY)  ## tests `backend: lavis` in an environment of its own, .venv-lavis (6 GB); not in CI
 	OMP_NUM_THREADS=1 $(LAVIS) -m pytest -m "not slow" $(PYTEST_FLAGS) tests/test_lavis.py tests/test_backbones.py tests/test_methods.py
 
+test-page: $(PAGE_READY)  ## tests that page, in a browser where there is one; not in CI
+	$(PAGE) -m pytest $(PYTEST_FLAGS) tests/test_demo.py tests/test_demo_page.py
+
 lint: $(DEV_READY)  ## checks style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-$(BIN)/python:
+$(BIN)/python $(PAGE):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "needs Python 3.10 or newer; name one: make PYTHON=...")'
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv $(@:/bin/python=)
 
 $(LAVIS):
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 12) and "LAVIS needs Python 3.10 or 3.11; name one: make PYTHON=...")'
@@ -60,6 +68,12 @@ $(LAVIS):
 $(LAVIS_READY): requirements-lavis.txt | $(LAVIS)
 	$(LAVIS) -m pip install --disable-pip-version-check -q $(PIP_FLAGS) -r requirements-lavis.txt $(shell grep ^pytest constraints.txt)
 	$(LAVIS) -m pip install --disable-pip-version-check -q --no-deps -e .
+	@touch $@
+
+# An environment of its own: Gradio does not take the Pillow that all else is tested with.
+$(PAGE_READY): pyproject.toml constraints.txt | $(PAGE)
+	sed 's/^pillow==[0-9.]*/pillow==12.3.0/' constraints.txt > .venv-page/constraints.txt
+	$(PAGE) -m pip install --disable-pip-version-check -q $(PIP_FLAGS) -c .venv-page/constraints.txt -e '.[demo,page,browser,dev]'
 	@touch $@
 
 $(DEMO_READY): pyproject.toml constraints.txt | $(BIN)/python

@@ -46,18 +46,22 @@ def lacking() -> str:
     return ", ".join(name for name, found in wanted.items() if not found)
 
 
+def address(page: Path | str) -> str:
+    return page if isinstance(page, str) else page.as_uri()
+
+
 class Browser:
     """One tab."""
 
     def __init__(self, driver: Any) -> None:
         self.driver = driver
 
-    def open(self, page: Path, screen: tuple[int, int, int, bool] = DESKTOP) -> None:
-        """Loads a file as a screen of that width, height, pixel ratio and kind, phone or not."""
+    def open(self, page: Path | str, screen: tuple[int, int, int, bool] = DESKTOP) -> None:
+        """Loads a file or address as a screen of that width, height, pixel ratio and kind, phone or not."""
         width, height, ratio, mobile = screen
         size = {"width": width, "height": height, "deviceScaleFactor": ratio, "mobile": mobile}
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-        self.driver.get(page.as_uri())
+        self.driver.get(address(page))
 
     def run(self, script: str, *arguments: Any) -> Any:
         """What the script returns."""
@@ -67,11 +71,11 @@ class Browser:
         """What the console has said since it was asked last."""
         return [entry["message"] for entry in self.driver.get_log("browser")]
 
-    def requested(self, page: Path) -> list[str]:
+    def requested(self, page: Path | str) -> list[str]:
         """Addresses that were asked for since the page was, apart from the page and what it holds itself."""
         messages = [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]
         urls = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
-        since = urls.index(page.as_uri())
+        since = urls.index(address(page))
         return [url for url in urls[since + 1 :] if not url.startswith("data:")]
 
     def violations(self) -> list[str]:

@@ -62,7 +62,7 @@ LAYERS = (
     ("unike.tables", "unike.types unike.metrics unike.records unike.compare"),
     *((f"unike.{n}", "unike.types unike.[mtpc]*") for n in ("claims", "comparison")),
     *((f"unike.{top}", "unike.*") for top in ("editor", "runs", "inputs", "check", "ask*", "attached")),
-    *((f"unike.{page}", "unike.*") for page in ("compare", "report*")),
+    *((f"unike.{page}", "unike.*") for page in ("compare", "report*", "demo*")),
 )
 THIRD_PARTY = (("unike.types", ""), ("unike.text", ""), ("unike.knowledge*", "torch torch.*"))
 

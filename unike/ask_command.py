@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from unike.asking import Active, Asked
+from unike.asking import Active, Asked, Item
 from unike.datasets.images import open_image
 from unike.datasets.mmedit import VQA_TEMPLATE
 from unike.editor import MultimodalEditor
@@ -95,7 +95,7 @@ def show(asked: Asked, top: int, console: Console | None = None) -> None:
     if not asked.edits:
         out.print("no edit is attached")
         return
-    active = sorted((e for e in asked.edits if e.active), key=_strength, reverse=True)
+    active = sorted((e for e in asked.edits if e.active), key=strength, reverse=True)
     gates = "".join(f"; {name} gate opens at {at:.3f}" for name, at in asked.gates.items())
     out.print(Text(f"\n{len(active)} of {len(asked.edits)} edits could speak{gates}"))
     out.print(_edits(active[:top] or asked.edits[:top]))
@@ -103,7 +103,8 @@ def show(asked: Asked, top: int, console: Console | None = None) -> None:
         out.print(_items(asked))
 
 
-def _strength(edit: Active) -> float:
+def strength(edit: Active) -> float:
+    """What edits are sorted by: roughly, how much they had to say."""
     return sum(n.share for n in edit.neurons) + (edit.scope or 0) + sum(moved.norm for moved in edit.weights)
 
 
@@ -113,12 +114,13 @@ def _edits(edits: Sequence[Active]) -> Table:
         table.add_column(name, justify="right" if name == "scope" else "left", overflow="fold")
     for edit in edits:
         scope = "-" if edit.scope is None else f"{edit.scope:.3f}"
-        texts = (edit.id, edit.method or "-", edit.prompt or "-", edit.target or "-", scope, _deeds(edit))
+        texts = (edit.id, edit.method or "-", edit.prompt or "-", edit.target or "-", scope, deeds(edit))
         table.add_row(*map(Text, texts))
     return table
 
 
-def _deeds(edit: Active) -> str:
+def deeds(edit: Active) -> str:
+    """What an edit did to this prompt, a line for each layer, weight and text."""
     lines = [] if edit.active else ["silent"]
     lines += [
         f"layer {n.layer}: {n.firing} of {n.count} pairs fire, strongest {n.strongest:.3g}, "
@@ -142,8 +144,12 @@ def _items(asked: Asked) -> Table:
     for layer in asked.layers:
         for n, item in enumerate(layer.items):
             first = (str(layer.layer), f"{layer.alpha:.3f}") if n == 0 else ("", "")
-            whose = f"item {item.place} of the bank" if item.edit is None else f"edit {item.edit}"
-            about = "" if item.prompt is None else f": {item.prompt} {item.answer}"
-            texts = (*first, f"{item.weight:.3f}", f"{item.similarity:.3f}", whose + about)
+            texts = (*first, f"{item.weight:.3f}", f"{item.similarity:.3f}", whose(item))
             table.add_row(*map(Text, texts), end_section=n == len(layer.items) - 1)
     return table
+
+
+def whose(item: Item) -> str:
+    """Where a retrieved item comes from, and its question and answer where they are known."""
+    owner = f"item {item.place} of the bank" if item.edit is None else f"edit {item.edit}"
+    return owner if item.prompt is None else f"{owner}: {item.prompt} {item.answer}"
