@@ -304,8 +304,9 @@ def _records(
             raise
         reason = "out of memory" if full else str(error)
     # Out here the error is gone, and with it what its frames held in memory.
-    if full and parts.backbone.device.type == "cuda":
-        torch.cuda.empty_cache()
+    free = getattr(torch.get_device_module(parts.backbone.device), "empty_cache", None)
+    if full and free is not None:
+        free()
     if len(cases) == 1:
         (case,) = cases
         yield {"id": case.request.id, "task": case.task, "status": "failed", "error": reason}
@@ -334,6 +335,5 @@ def edits_at_once(hparams: HyperParams, backbone: Backbone) -> int:
 
 def whole_memory(device: torch.device) -> int:
     """Bytes of a device's memory."""
-    if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory)
-    return int(psutil.virtual_memory().total)
+    about = getattr(torch.get_device_module(device), "get_device_properties", None)
+    return int(psutil.virtual_memory().total if about is None else about(device).total_memory)

@@ -40,9 +40,11 @@ def pick_device(wanted: str) -> torch.device:
 
 
 def _found(kind: str) -> int:
-    if kind == "mps":
-        return int(torch.backends.mps.is_available())
-    return torch.cuda.device_count() if kind == "cuda" else torch.xpu.device_count() if kind == "xpu" else 0
+    """Devices of a kind; 0 of one that this torch does not know."""
+    try:
+        return int(torch.get_device_module(kind).device_count())
+    except RuntimeError:
+        return 0
 
 
 def check_placement(spec: BackboneSpec) -> None:
