@@ -23,12 +23,12 @@ def load_own_methods() -> None:
     """Imports what ``UNIKE_METHODS`` and the entry points of ``unike.methods`` name, each once; what is
     imported registers itself. UserError where that fails."""
     for name in filter(None, os.environ.get(VARIABLE, "").split(os.pathsep)):
-        _load(name)
+        _load(name, VARIABLE)
     for point in entry_points(group=GROUP):
-        _load(point.value)
+        _load(point.value, f"entry point {point.name} of {GROUP}")
 
 
-def _load(name: str) -> None:
+def _load(name: str, source: str) -> None:
     if name in _LOADED:
         return
     try:
@@ -37,15 +37,19 @@ def _load(name: str) -> None:
         else:
             importlib.import_module(name.partition(":")[0])
     except Exception as error:
-        at = traceback.extract_tb(error.__traceback__)[-1]
+        frames = traceback.extract_tb(error.__traceback__)
+        ours = (__file__, importlib.__file__)
+        theirs = [f for f in frames if f.filename not in ours and not f.filename.startswith("<frozen")]
+        at = f" ({Path(theirs[-1].filename).name}, line {theirs[-1].lineno})" if theirs else ""
         raise UserError(
-            f"{VARIABLE}: {name} cannot be imported: {type(error).__name__}: {error} "
-            f"({Path(at.filename).name}, line {at.lineno})"
+            f"{source}: {name} cannot be imported: {type(error).__name__}: {error}{at}"
         ) from error
     _LOADED.add(name)
 
 
 def _load_file(path: Path) -> None:
+    if not path.is_file():
+        raise FileNotFoundError("no such file")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None, "a file that ends in .py has a loader"
     assert spec.loader is not None
