@@ -69,6 +69,7 @@ def test_the_command_says_what_the_editor_says(blip2_project: Project, kept: tup
 
 BAD: list[tuple[list[str], str]] = [
     (["--edits", "nowhere"], "nowhere: no such folder; expected a store of edits"),
+    (["--edits", "n" * 300], "no such folder; expected a store of edits"),
     (["--edits", "{edits}", "--image", "lost.png"], "lost.png"),
     (["--edits", "{edits}", "--only", "fox"], "no edit fox; there are"),
     (["--edits", "{edits}", "--template", "none"], "expected exactly one {} for the question"),

@@ -16,6 +16,7 @@ from test_run_edit import ROOT, errors, start
 
 from unike.edits import EditStore, Fact, Origin, PromptEdit, Shown
 from unike.edits.__main__ import applied, arguments, main
+from unike.edits.files import read_edit
 from unike.records import read_records
 from unike.text import one_line
 from unike.types import UserError
@@ -110,6 +111,26 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "a.txt"):
         with pytest.raises(UserError, match="expected a store of edits"):
             EditStore(path)
+
+
+def test_a_name_that_no_disk_takes_is_one_line(tmp_path: Path, capsys) -> None:
+    name = str(tmp_path / ("n" * 300))
+    assert main(["list", name]) == 2
+    (line,) = errors(capsys)
+    assert "cannot be read: File name too long" in line
+    with pytest.raises(UserError, match="cannot be written: File name too long$"):
+        made("a").save(name)
+    with pytest.raises(UserError, match="no such folder"):
+        read_edit(name)
+
+
+def test_what_a_method_reports_must_be_json(tmp_path: Path) -> None:
+    for info in ({"loss": float("inf")}, {("layer", 1): 2}):
+        edit = made("a")
+        edit.info = info
+        with pytest.raises(UserError, match="edit a: cannot be written as JSON"):
+            edit.save(tmp_path / "a")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_writers_at_once_lose_nothing(tmp_path: Path) -> None:

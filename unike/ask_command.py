@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -74,7 +75,7 @@ def _question(args: argparse.Namespace) -> None:
 
 def _chosen(folder: str, only: Sequence[str] | None) -> list[Path]:
     """The folders of the store's edits that are attached, in its order."""
-    if not Path(folder).is_dir():
+    if not os.path.isdir(folder):
         raise UserError(f"{one_line(folder)}: no such folder; expected a store of edits")
     store = EditStore(folder)
     store.require(*(only or ()))

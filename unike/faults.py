@@ -32,13 +32,13 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 @contextmanager
-def writing(what: object) -> Iterator[None]:
-    """An OSError inside the block becomes a UserError that names ``what``."""
+def writing(what: object, then: str = f"; {GO_ON}") -> Iterator[None]:
+    """An OSError inside the block becomes a UserError that names ``what``, and says what to do ``then``."""
     try:
         yield
     except OSError as error:
         reason = error.strerror or type(error).__name__
-        raise UserError(f"{what}: cannot be written: {reason}; {GO_ON}") from error
+        raise UserError(f"{what}: cannot be written: {reason}{then}") from error
 
 
 def told(error: BaseException) -> str | None:

@@ -25,6 +25,7 @@ from unike.backbones.base import Backbone
 from unike.edits.base import Edit, kind_of
 from unike.edits.content import Content, Shared
 from unike.edits.origin import Origin
+from unike.faults import writing
 from unike.records import versions
 from unike.text import one_line
 from unike.types import UserError
@@ -86,18 +87,17 @@ class SavedEdit:
 def save(edit: Edit, folder: str | os.PathLike[str]) -> None:
     """See ``Edit.save``."""
     folder = Path(folder)
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        raise UserError(f"{folder}: is not empty; expected a new folder for the edit")
     part = folder.parent / f".{folder.name[:100]}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        write(edit, part)
-        os.replace(part, folder)
-        synced(folder.parent)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+    with writing(folder, ""):
+        if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+            raise UserError(f"{folder}: is not empty; expected a new folder for the edit")
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            write(edit, part)
+            os.replace(part, folder)
+            synced(folder.parent)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
 
 
 def write(edit: Edit, folder: Path) -> str:
@@ -129,7 +129,7 @@ def write(edit: Edit, folder: Path) -> str:
     }
     try:
         index = signed(json.loads(json.dumps(index, allow_nan=False, default=str)))
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise UserError(f"edit {one_line(edit.id)}: cannot be written as JSON: {one_line(error)}") from error
     (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
     (folder / CARD).write_text(card(edit), encoding="utf-8")
@@ -224,7 +224,7 @@ def read_edit(folder: str | os.PathLike[str]) -> SavedEdit:
     folder = Path(folder)
     path = folder / INDEX
     at = one_line(path)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise UserError(f"{one_line(folder)}: no such folder; expected a saved edit")
     data = _read(path, _LARGEST_INDEX)
     try:

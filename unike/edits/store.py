@@ -24,6 +24,7 @@ from unike.backbones.base import Backbone
 from unike.edits.base import Edit
 from unike.edits.content import Shared
 from unike.edits.files import SavedEdit, load_edit, read_edit, synced, write
+from unike.faults import writing
 from unike.text import one_line
 from unike.types import UserError
 
@@ -43,7 +44,8 @@ class EditStore:
         self._read = 0
         self._model: dict[str, str] = {}
         self._folders: dict[str, str] = {}
-        if self.folder.exists() and not self._index.is_file():
+        # Not ``Path.exists``, which raises where a name is too long or a folder is locked.
+        if os.path.exists(self.folder) and not os.path.isfile(self._index):
             # What another process is about to add lies in folders whose names begin with a dot.
             plain = self.folder.is_dir() and all(p.name[0] == "." for p in self.folder.iterdir())
             if not plain:
@@ -74,12 +76,11 @@ class EditStore:
         """
         part = self.folder / f".{os.getpid()}.{secrets.token_hex(4)}.tmp"
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            checksum = write(edit, part)
-            with self._locked():
-                self._take(edit, part, f"{_plain(edit.id)}-{checksum[:12]}", replace)
-        except OSError as error:
-            raise UserError(f"{self.folder}: cannot be written: {error.strerror or error}") from error
+            with writing(self.folder, ""):
+                self.folder.mkdir(parents=True, exist_ok=True)
+                checksum = write(edit, part)
+                with self._locked():
+                    self._take(edit, part, f"{_plain(edit.id)}-{checksum[:12]}", replace)
         finally:
             shutil.rmtree(part, ignore_errors=True)
 
@@ -107,13 +108,10 @@ class EditStore:
 
     def remove(self, name: str) -> None:
         """Takes an edit out; UserError where there is none of that id."""
-        try:
-            with self._locked():
-                folder = self._folder_of(name)
-                self._append({"id": name, "removed": True})
-                shutil.rmtree(folder, ignore_errors=True)
-        except OSError as error:
-            raise UserError(f"{self.folder}: cannot be written: {error.strerror or error}") from error
+        with writing(self.folder, ""), self._locked():
+            folder = self._folder_of(name)
+            self._append({"id": name, "removed": True})
+            shutil.rmtree(folder, ignore_errors=True)
 
     def read(self, name: str) -> SavedEdit:
         """What the edit's folder says, without a model."""
