@@ -93,8 +93,9 @@ class EditStore:
                 f"{self.folder}: holds edits of another model, fingerprint {one_line(self.backbone, 40)}; "
                 f"edit {one_line(edit.id)} is of {origin.backbone}"
             )
-        # The name has the checksum of what is in it: where it is known, this very edit is there.
-        if former == name:
+        # The name has the checksum of what is in it: where it is known, this very edit is there, unless
+        # somebody has deleted the folder.
+        if former == name and (self.folder / name).is_dir():
             return
         if self.backbone is None:
             self._append({"format": FORMAT, "backbone": origin.backbone, "model": origin.model})
@@ -103,8 +104,8 @@ class EditStore:
         os.replace(part, self.folder / name)
         synced(self.folder)
         self._append({"id": edit.id, "folder": name})
-        if former is not None:
-            shutil.rmtree(self.folder / former, ignore_errors=True)
+        if former not in (None, name):
+            shutil.rmtree(self.folder / str(former), ignore_errors=True)
 
     def remove(self, name: str) -> None:
         """Takes an edit out; UserError where there is none of that id."""
