@@ -42,7 +42,8 @@ def nothing_loads(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(*_: Any) -> None:
         raise AssertionError("a backbone is loaded")
 
-    monkeypatch.setattr("unike.backbones.load_backbone", load)
+    for place in ("unike.backbones", "unike.editor"):
+        monkeypatch.setattr(f"{place}.load_backbone", load)
 
 
 @pytest.fixture(scope="session")

@@ -75,6 +75,18 @@ def test_an_id_is_taken_once(tmp_path: Path) -> None:
     assert sorted(p.name[0] for p in tmp_path.iterdir()) == [".", "a", "b", "i"]
 
 
+def test_a_folder_that_somebody_deleted_can_be_added_again(tmp_path: Path) -> None:
+    store = EditStore(tmp_path)
+    store.add(made("a"))
+    store.add(made("b"))
+    shutil.rmtree(store.read("a").folder)
+    with pytest.raises(UserError, match="no such folder"):
+        store.read("a")
+    store.add(made("a"), replace=True)
+    assert store.read("a").origins == made("a").origins
+    assert store.ids() == ["a", "b"]
+
+
 def test_a_killed_writer_leaves_nothing_that_counts(tmp_path: Path) -> None:
     """A half-written line, and a folder that no line names."""
     store = EditStore(tmp_path)
@@ -118,7 +130,7 @@ def test_a_name_that_no_disk_takes_is_one_line(tmp_path: Path, capsys) -> None:
     assert main(["list", name]) == 2
     (line,) = errors(capsys)
     assert "cannot be read: File name too long" in line
-    with pytest.raises(UserError, match="cannot be written: File name too long$"):
+    with pytest.raises(UserError, match=r"cannot be written: File name too long$"):
         made("a").save(name)
     with pytest.raises(UserError, match="no such folder"):
         read_edit(name)
@@ -180,7 +192,7 @@ def test_list_show_diff_and_remove(tmp_path: Path, capsys) -> None:
     assert "method" not in out
     assert main(["remove", str(tmp_path), "a", "c"]) == 2
     assert "no edit c" in errors(capsys)[0]
-    assert main(["remove", str(tmp_path), "a"]) == 0
+    assert main(["remove", str(tmp_path), "a", "a"]) == 0
     assert store.ids() == ["[red]b"]
     assert main(["list", str(tmp_path / "nowhere")]) == 2
     assert not (tmp_path / "nowhere").exists()
@@ -203,6 +215,11 @@ def test_a_run_keeps_its_edits_and_they_apply(copied: Project, capsys) -> None:
     assert tuple(str(next(column.cells)) for column in table.columns) == tuple(map(one_line, row))
     assert answers["before"] != answers["after"]
     assert words.startswith("1 edits in force; ")
+    assert words.endswith("of 1 questions get their target")
+    Path(store.read(told["id"]).origins[0].image or "").rename(copied.root / "moved.png")
+    table, words = applied(store, arguments(command))
+    assert str(next(table.columns[3].cells)) == "(its picture is gone)"
+    assert words == "1 edits in force; 0 of 0 questions get their target; 1 left out"
     other = [*options[:3], str(copied.root / "other"), *options[4:]]
     assert start(copied, *other, "protocol=sequential", "sequence_length=2", "sequences=2") == 2
     assert "expected sequences: 1" in errors(capsys)[0]
@@ -219,6 +236,7 @@ def test_bad_input_ends_before_a_model_is_loaded(copied: Project, capsys) -> Non
     for more, words in (
         (["--edits", "b"], "no edit b"),
         (["--image", "x.png"], "expected --prompt"),
+        (["--prompt", " "], "--prompt: is empty"),
         (["--prompt", "what?", "--image", "x.png"], "no such picture"),
     ):
         assert main([*apply, *more]) == 2

@@ -141,6 +141,8 @@ def applied(store: EditStore, args: argparse.Namespace) -> tuple[Table, str]:
         raise UserError(f"{store.folder}: holds no edit")
     if args.prompt is None and args.image is not None:
         raise UserError("--image: expected --prompt with it")
+    if args.prompt is not None and not args.prompt.strip():
+        raise UserError("--prompt: is empty; expected a text")
     if args.prompt is None:
         origins = [origin for edit in saved for origin in edit.origins]
     else:
@@ -164,7 +166,11 @@ def applied(store: EditStore, args: argparse.Namespace) -> tuple[Table, str]:
         row(table, origin.id, origin.prompt, origin.target, before, after)
         held, there = held + (normalise_answer(after) == normalise_answer(origin.target)), there + 1
     told = f"{len(saved)} edits in force"
-    return table, told if args.prompt else f"{told}; {held} of {there} questions get their target"
+    if args.prompt is not None:
+        return table, told
+    left = len(origins) - there
+    more = f"; {left} left out" if left else ""
+    return table, f"{told}; {held} of {there} questions get their target{more}"
 
 
 def _origin(prompt: str, image: str | None, like: Origin) -> Origin:
@@ -198,7 +204,7 @@ def run(args: argparse.Namespace) -> int:
         console.print(differences(*(store.read(name) for name in args.id)))
     elif args.command == "remove":
         store.require(*args.id)
-        for name in args.id:
+        for name in dict.fromkeys(args.id):
             store.remove(name)
     else:
         table, told = applied(store, args)
