@@ -13,7 +13,7 @@ from worlds import BASE, COLORS, World, query
 from unike.asking import Active, Asked
 from unike.editor import MultimodalEditor
 from unike.edits import Edit
-from unike.hooks import tape
+from unike.hooks import capture, tape
 from unike.hparams import HyperParams
 from unike.methods.preparation import load_states, save_items, save_knowledge
 from unike.types import UserError
@@ -94,11 +94,19 @@ def test_extra_pairs_are_told_by_what_they_add(world: World, editor: MultimodalE
 
     edited = left()
     editor.detach("e0")
+    with capture({0: backbone.layout.ffn(first).keys[0]}) as entered, torch.no_grad():
+        backbone(batch)
+    patch = edit.records[0].layers[first].patch
+    state = entered[0].reshape(-1, entered[0].shape[-1])[int(batch.question_end[0])]
+    scores = state @ patch.keys + (0 if patch.bias is None else patch.bias)
+    fired = patch.activation(scores) * (1 if patch.up is None else state @ patch.up)
     added = (edited - left()).norm() / edited.norm()
     neurons = only(asked).neurons
     assert [n.layer for n in neurons] == edit.layers
     assert neurons[0].share == pytest.approx(added.item(), rel=1e-3)
     assert neurons[0].share > 0
+    assert neurons[0].firing == int((scores > 0).sum())
+    assert neurons[0].strongest == pytest.approx(fired.abs().max().item(), rel=1e-4)
     assert all(0 <= n.firing <= n.count == BASE["n_keys"] for n in neurons)
     assert asked.layers == (), "T-Patcher retrieves nothing"
 

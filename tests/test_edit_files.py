@@ -249,13 +249,16 @@ TENSOR_CHANGES = {
 INDEX_CHANGES: dict[str, tuple[Any, str]] = {
     "format": (lambda i: i | {"format": 2}, "format 2; expected 1"),
     "kind": (lambda i: i | {"kind": "pickle"}, "'pickle' is unknown"),
-    "id": (lambda i: i | {"id": 7}, "id"),
-    "layers": (lambda i: i | {"values": i["values"] | {"layers": [4, 99]}}, "layers"),
-    "routing": (lambda i: i | {"values": i["values"] | {"routing": {}}}, "routing"),
-    "k": (lambda i: i | {"values": i["values"] | {"routing": i["values"]["routing"] | {"k": -1}}}, "k"),
-    "no needs": (lambda i: i | {"needs": {}}, "knowledge"),
-    "no origins": (lambda i: i | {"origins": []}, "origins"),
-    "values": (lambda i: i | {"values": []}, "values"),
+    "id": (lambda i: i | {"id": 7}, "id: expected str"),
+    "layers": (lambda i: i | {"values": i["values"] | {"layers": [4, 99]}}, "layers: expected ascending"),
+    "routing": (lambda i: i | {"values": i["values"] | {"routing": {}}}, "routing: expected external"),
+    "k": (
+        lambda i: i | {"values": i["values"] | {"routing": i["values"]["routing"] | {"k": -1}}},
+        "k: expected a whole number at least 1",
+    ),
+    "no needs": (lambda i: i | {"needs": {}}, "was made with knowledge of its own"),
+    "no origins": (lambda i: i | {"origins": []}, "origins: expected one or more"),
+    "values": (lambda i: i | {"values": []}, "values: expected dict"),
     "bytes": (lambda i: i | {"bytes": True}, "checksum"),
 }
 
