@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -143,6 +144,15 @@ def test_absent_weights_never_become_random_ones(tmp_path) -> None:
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"lacks the weights .*layers\.2\.mlp\.up_proj\.weight"):
         load_backbone(todays_spec("llava", folder))
+
+
+def test_a_vision_tower_without_end_is_not_built(tmp_path, folders, nothing_loads) -> None:
+    shutil.copytree(folders("qwen2_vl"), tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    config["vision_config"]["depth"] = 10**9
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"config\.json has depth 1000000000; expected at most"):
+        load_backbone(todays_spec("qwen2_vl", tmp_path / "model"))
 
 
 @pytest.mark.parametrize("family", TODAY)

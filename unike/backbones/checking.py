@@ -164,11 +164,13 @@ def _wrong_model(spec: BackboneSpec, config: Mapping[str, Any], whole: bool) -> 
 def _require_buildable(folder: Path, config: Mapping[str, Any]) -> None:
     """Transformers would build as many layers as a configuration claims, for hours."""
     for part in (config, *(value for value in config.values() if isinstance(value, Mapping))):
-        layers = part.get("num_hidden_layers", 0)
-        if not isinstance(layers, int) or layers > LAYERS:
-            raise UserError(
-                f"{folder}: config.json has num_hidden_layers {short(layers)}; expected at most {LAYERS}"
-            )
+        # Qwen's vision towers have a depth.
+        for name in ("num_hidden_layers", "depth"):
+            layers = part.get(name, 0)
+            if not isinstance(layers, int) or layers > LAYERS:
+                raise UserError(
+                    f"{folder}: config.json has {name} {short(layers)}; expected at most {LAYERS}"
+                )
 
 
 def _there(folder: Path, part: str) -> bool:
