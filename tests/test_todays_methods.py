@@ -155,6 +155,34 @@ def test_a_vision_tower_without_end_is_not_built(tmp_path, folders, nothing_load
         load_backbone(todays_spec("qwen2_vl", tmp_path / "model"))
 
 
+@pytest.mark.parametrize(
+    ("template", "image", "reason"),
+    [
+        ("{{ broken", "<image>", "its chat template does not work: unexpected end of template"),
+        ("{{ raise_exception('no such role') }}", "<image>", "its chat template does not work: no such role"),
+        (
+            "{{ messages[0].content[-1].text }}",
+            "<image>",
+            "its chat template writes 0 <image> for 1 pictures",
+        ),
+        (CHATS["llava"] + "<image>", "<image>", "its chat template writes 1 <image> for 0 pictures"),
+        (CHATS["llava"], "<picture>", "its tokenizer has no token <image>"),
+    ],
+)
+def test_a_chat_that_cannot_be_held_is_said_on_loading(
+    tmp_path, folders, template: str, image: str, reason: str
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(folders("llava"), folder)
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_text((folder / name).read_text().replace("<image>", image))
+    with pytest.raises(UserError) as caught:
+        load_backbone(todays_spec("llava", folder))
+    (line,) = caught.value.problems
+    assert line.startswith(f"small.yaml: name: {folder}: {reason}")
+
+
 @pytest.mark.parametrize("family", TODAY)
 def test_an_hparams_file_names_its_folder(family: str) -> None:
     hparams = HyperParams.from_hparams(ROOT / "hparams" / f"{family}.yaml")
