@@ -183,6 +183,26 @@ def test_a_chat_that_cannot_be_held_is_said_on_loading(
     assert line.startswith(f"small.yaml: name: {folder}: {reason}")
 
 
+@pytest.mark.parametrize(
+    ("family", "name", "change"),
+    [
+        ("llava", "preprocessor_config.json", {"image_mean": [0.1, 0.2, 0.3]}),
+        ("llava", "chat_template.json", {"chat_template": CHATS["llava"] + " "}),
+        ("instructblip", "qformer_tokenizer/tokenizer.json", {"normalizer": {"type": "Lowercase"}}),
+    ],
+)
+def test_states_are_kept_apart_by_all_that_is_read_beside_the_weights(
+    tmp_path, folders, family: str, name: str, change: dict[str, Any]
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(folders(family), folder)
+    same = load_backbone(todays_spec(family, folder)).identity
+    assert same == load_backbone(todays_spec(family, folders(family))).identity
+    values = json.loads((folder / name).read_text())
+    (folder / name).write_text(json.dumps(values | change))
+    assert load_backbone(todays_spec(family, folder)).identity != same
+
+
 @pytest.mark.parametrize("family", TODAY)
 def test_an_hparams_file_names_its_folder(family: str) -> None:
     hparams = HyperParams.from_hparams(ROOT / "hparams" / f"{family}.yaml")
