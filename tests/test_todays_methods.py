@@ -130,8 +130,9 @@ def test_a_decoder_that_does_not_fit_is_named(tmp_path, folders) -> None:
     for change, reason in (
         ({"model_type": "t5"}, "`t5` language model, which does not fit instructblip"),
         ({"use_sliding_window": True}, "sliding window"),
+        (None, "has a config.json without text_config"),
     ):
-        changed = config | {"text_config": config["text_config"] | change}
+        changed = config | {"text_config": change and config["text_config"] | change}
         (tmp_path / "config.json").write_text(json.dumps(changed))
         assert any(reason in f.what for f in check_spec(todays_spec("instructblip", tmp_path)))
 

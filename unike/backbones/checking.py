@@ -150,6 +150,9 @@ def _wrong_model(spec: BackboneSpec, config: Mapping[str, Any], whole: bool) -> 
             hint = "with a language model alone, state_dict_file and qformer_checkpoint name the vision side"
             return f"holds a `{kind}` model" + (f"; {hint}" if original_kinds(spec) else "")
         text = config.get("text_config") or config
+        # Transformers would build its default, of 7B parameters. Qwen2-VL's lies flat.
+        if text is config and "hidden_size" not in config:
+            return "has a config.json without text_config"
         if text is not config and text.get("model_type", wanted.decoders[0]) not in wanted.decoders:
             return f"has a `{text['model_type']}` language model, which does not fit {spec.model_name}"
         if text.get("use_sliding_window"):
