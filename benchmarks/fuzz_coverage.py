@@ -1,7 +1,7 @@
 """Coverage-guided fuzzing of what parses a user's files: ``pip install atheris`` (Linux), then
 
-python -m benchmarks.fuzz_coverage yaml -max_total_time=60
-python -m benchmarks.fuzz_coverage annotations -max_total_time=60 CORPUS
+    python -m benchmarks.fuzz_coverage yaml -max_total_time=60
+    python -m benchmarks.fuzz_coverage annotations -max_total_time=60 CORPUS
 
 What stands behind the target is libFuzzer's. Bytes are taken with the right meaning or refused as UserError,
 one printable line per problem; anything else ends the run with the input that did it. ``benchmarks.fuzz``

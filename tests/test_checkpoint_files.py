@@ -167,7 +167,9 @@ def test_the_folder_must_hold_the_right_model(copied: Path) -> None:
     assert "facebook/opt-2.7b" in (llama.remedy or "")
     alone = BackboneSpec("blip2", str(copied / "opt"))
     assert "state_dict_file" in check_spec(alone)[-1].what
-    (copied / "opt" / "config.json").write_text('{"model_type": "blip-2"}')
+    (copied / "opt" / "config.json").write_text(
+        '{"model_type": "blip-2", "text_config": {"model_type": "opt"}}'
+    )
     assert check_spec(alone) == [check_spec(alone)[0]]
     assert check_spec(alone)[0].ok
     assert "whole BLIP-2 model" in check_spec(make_spec("blip2", copied))[-1].what

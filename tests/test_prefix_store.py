@@ -332,6 +332,12 @@ def test_a_disk_that_refuses_ends_writing_not_the_run(plain, tmp_path, caplog):
     assert cache.loaded == 0
 
 
+def test_a_tensor_that_lies_across_its_memory_is_kept(tmp_path):
+    store, across = RowStore(tmp_path, "model/layer-1", 10**9), torch.arange(6.0).reshape(2, 3).T
+    store.put({"a": {"hidden": across}})
+    assert torch.equal(store.get(["a"])["a"]["hidden"], across)
+
+
 def test_what_a_killed_process_left_is_cleared_away(tmp_path):
     store = RowStore(tmp_path, "model/layer-1", 10**9)
     store.put({"a": row(1)})

@@ -12,6 +12,7 @@ from test_hostile import refused
 from test_run_edit import ROOT, start
 
 from unike import sealed
+from unike.check import findings
 from unike.hparams import HyperParams
 from unike.knowledge.encoders import Disentangler, KnowledgeStates
 from unike.methods.preparation import LayerStates, load_states, save_knowledge
@@ -85,6 +86,22 @@ def test_damaged_knowledge_in_a_run(copied: Project, capsys, suffix: str) -> Non
     (folder,) = (copied.root / "knowledge").iterdir()
     flipped(folder / f"knowledge{suffix}", 60)
     assert f"knowledge{suffix}: is damaged" in refused(copied, capsys, "max_steps=1")
+
+
+def test_a_damaged_index_is_found_by_the_check(copied: Project, knowledge: Path) -> None:
+    hparams = HyperParams.from_dict(copied.options(knowledge_dir=str(knowledge)))
+    index, tensors = knowledge / "knowledge.json", knowledge / "knowledge.safetensors"
+
+    def found() -> tuple[bool, str]:
+        (one,) = (f for f in findings(hparams, "vqa") if f.what.startswith("knowledge_dir"))
+        return one.ok, one.what
+
+    assert found() == (False, f"knowledge_dir: {index}: is damaged: it has no options")
+    sealed.write_index(index, {"layers": [1], "options": {"seed": hparams.seed}}, tensors)
+    assert found() == (True, f"knowledge_dir: {knowledge}: memory and encoders are there")
+    index.write_text(index.read_text().replace('"seed": ', '"seed": 1'))
+    assert found()[0] is False
+    assert "knowledge.json: is damaged: its checksum" in found()[1]
 
 
 @pytest.mark.parametrize("suffix", [".json", ".safetensors"])

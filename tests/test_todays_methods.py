@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -129,8 +130,9 @@ def test_a_decoder_that_does_not_fit_is_named(tmp_path, folders) -> None:
     for change, reason in (
         ({"model_type": "t5"}, "`t5` language model, which does not fit instructblip"),
         ({"use_sliding_window": True}, "sliding window"),
+        (None, "has a config.json without text_config"),
     ):
-        changed = config | {"text_config": config["text_config"] | change}
+        changed = config | {"text_config": change and config["text_config"] | change}
         (tmp_path / "config.json").write_text(json.dumps(changed))
         assert any(reason in f.what for f in check_spec(todays_spec("instructblip", tmp_path)))
 
@@ -143,6 +145,63 @@ def test_absent_weights_never_become_random_ones(tmp_path) -> None:
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"lacks the weights .*layers\.2\.mlp\.up_proj\.weight"):
         load_backbone(todays_spec("llava", folder))
+
+
+def test_a_vision_tower_without_end_is_not_built(tmp_path, folders, nothing_loads) -> None:
+    shutil.copytree(folders("qwen2_vl"), tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    config["vision_config"]["depth"] = 10**9
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"config\.json has depth 1000000000; expected at most"):
+        load_backbone(todays_spec("qwen2_vl", tmp_path / "model"))
+
+
+@pytest.mark.parametrize(
+    ("template", "image", "reason"),
+    [
+        ("{{ broken", "<image>", "its chat template does not work: unexpected end of template"),
+        ("{{ raise_exception('no such role') }}", "<image>", "its chat template does not work: no such role"),
+        (
+            "{{ messages[0].content[-1].text }}",
+            "<image>",
+            "its chat template writes 0 <image> for 1 pictures",
+        ),
+        (CHATS["llava"] + "<image>", "<image>", "its chat template writes 1 <image> for 0 pictures"),
+        (CHATS["llava"], "<picture>", "its tokenizer has no token <image>"),
+    ],
+)
+def test_a_chat_that_cannot_be_held_is_said_on_loading(
+    tmp_path, folders, template: str, image: str, reason: str
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(folders("llava"), folder)
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_text((folder / name).read_text().replace("<image>", image))
+    with pytest.raises(UserError) as caught:
+        load_backbone(todays_spec("llava", folder))
+    (line,) = caught.value.problems
+    assert line.startswith(f"small.yaml: name: {folder}: {reason}")
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "change"),
+    [
+        ("llava", "preprocessor_config.json", {"image_mean": [0.1, 0.2, 0.3]}),
+        ("llava", "chat_template.json", {"chat_template": CHATS["llava"] + " "}),
+        ("instructblip", "qformer_tokenizer/tokenizer.json", {"normalizer": {"type": "Lowercase"}}),
+    ],
+)
+def test_states_are_kept_apart_by_all_that_is_read_beside_the_weights(
+    tmp_path, folders, family: str, name: str, change: dict[str, Any]
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(folders(family), folder)
+    same = load_backbone(todays_spec(family, folder)).identity
+    assert same == load_backbone(todays_spec(family, folders(family))).identity
+    values = json.loads((folder / name).read_text())
+    (folder / name).write_text(json.dumps(values | change))
+    assert load_backbone(todays_spec(family, folder)).identity != same
 
 
 @pytest.mark.parametrize("family", TODAY)

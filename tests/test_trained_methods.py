@@ -317,8 +317,9 @@ def test_an_editor_is_kept_under_its_weights_and_options(worlds, name: str, tmp_
     assert len(asked) == 1
     assert all(torch.equal(v, weights(one)[k]) for k, v in weights(two).items())
     assert kept_editor(hparams(name, editor_dir=str(tmp_path), editor_steps=3)) is None
-    (folder / "editor.safetensors").write_bytes(b"nothing")
-    with pytest.raises(UserError, match=r"editor\.safetensors"):
+    content = (folder / "editor.safetensors").read_bytes()
+    (folder / "editor.safetensors").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(UserError, match=r"editor\.safetensors: is damaged: its checksum"):
         load_editor(two, backbone, folder)
     with pytest.raises(UserError, match="editor_dir: missing"):
         kept_editor(hparams(name))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -21,8 +20,9 @@ from unike.methods.base import check_method, needs_scope
 from unike.methods.scoping import kept_scope
 from unike.methods.trained import kept_editor, learns
 from unike.retrieval import check_faiss
+from unike.sealed import read_index
 from unike.tracking import check_trackers
-from unike.types import Case
+from unike.types import Case, UserError
 
 CONSTRAINTS, LAVIS = (
     Path(__file__).resolve().parents[1] / name for name in ("constraints.txt", "requirements-lavis.txt")
@@ -142,9 +142,11 @@ def _shipped(hparams: HyperParams, folder: Path) -> Finding:
     """Whether the options that a shipped folder was made with are the YAML's; weights tell on loading."""
     index = folder / "knowledge.json"
     try:
-        options = json.loads(index.read_text(encoding="utf-8"))["options"]
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        return Finding(False, f"knowledge_dir: {index}: is damaged: {error}", "delete the folder")
+        options = read_index(index)["options"]
+    except UserError as error:
+        return Finding(False, f"knowledge_dir: {error}")
+    except KeyError:
+        return Finding(False, f"knowledge_dir: {index}: is damaged: it has no options", "delete the folder")
     changed = [name for name, value in options.items() if getattr(hparams, name, None) != value]
     if changed:
         what = f"knowledge_dir: {folder}: made with other values of {', '.join(changed)}"

@@ -150,6 +150,9 @@ def _wrong_model(spec: BackboneSpec, config: Mapping[str, Any], whole: bool) -> 
             hint = "with a language model alone, state_dict_file and qformer_checkpoint name the vision side"
             return f"holds a `{kind}` model" + (f"; {hint}" if original_kinds(spec) else "")
         text = config.get("text_config") or config
+        # Transformers would build its default, of 7B parameters. Qwen2-VL's lies flat.
+        if text is config and "hidden_size" not in config:
+            return "has a config.json without text_config"
         if text is not config and text.get("model_type", wanted.decoders[0]) not in wanted.decoders:
             return f"has a `{text['model_type']}` language model, which does not fit {spec.model_name}"
         if text.get("use_sliding_window"):
@@ -164,11 +167,13 @@ def _wrong_model(spec: BackboneSpec, config: Mapping[str, Any], whole: bool) -> 
 def _require_buildable(folder: Path, config: Mapping[str, Any]) -> None:
     """Transformers would build as many layers as a configuration claims, for hours."""
     for part in (config, *(value for value in config.values() if isinstance(value, Mapping))):
-        layers = part.get("num_hidden_layers", 0)
-        if not isinstance(layers, int) or layers > LAYERS:
-            raise UserError(
-                f"{folder}: config.json has num_hidden_layers {short(layers)}; expected at most {LAYERS}"
-            )
+        # Qwen's vision towers have a depth.
+        for name in ("num_hidden_layers", "depth"):
+            layers = part.get(name, 0)
+            if not isinstance(layers, int) or layers > LAYERS:
+                raise UserError(
+                    f"{folder}: config.json has {name} {short(layers)}; expected at most {LAYERS}"
+                )
 
 
 def _there(folder: Path, part: str) -> bool:

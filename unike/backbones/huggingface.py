@@ -79,7 +79,18 @@ def _chat(spec: BackboneSpec, architecture: Architecture, tokenizer: PreTrainedT
         template = template.get("default")
     if not isinstance(template, str):
         raise UserError(f"{spec.source}: name: {spec.name} has no chat template")
-    return Chat(template, architecture.image)
+    chat, at = Chat(template, architecture.image), f"{spec.source}: name: {spec.name}"
+    if len(tokenizer(chat.image, add_special_tokens=False).input_ids) != 1:
+        raise UserError(f"{at}: its tokenizer has no token {chat.image}")
+    # A template that does not work would end a run at its first question.
+    for shown in (False, True):
+        with reading(f"{at}: its chat template does not work"):
+            written = chat.text(tokenizer, "a", shown).count(chat.image)
+        if written != shown:
+            raise UserError(
+                f"{at}: its chat template writes {written} {chat.image} for {int(shown)} pictures"
+            )
+    return chat
 
 
 def _last(layers: int | tuple[int, ...], depth: int) -> int:

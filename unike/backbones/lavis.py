@@ -37,16 +37,11 @@ DIALOGUE = Dialogue()
 class LavisVision(FixedVision):
     """LAVIS's vision tower and Q-Former, at the size that they were built for."""
 
+    tower_path = "visual_encoder"
+    projection_path = "opt_proj"
+
     def _processor(self, folder: str | None, size: int | None) -> Any:
         return registry.get_processor_class(PROCESSOR)(image_size=self.tower.patch_embed.img_size[0])
-
-    @property
-    def tower(self) -> Any:
-        return self.model.visual_encoder
-
-    @property
-    def projection(self) -> nn.Module:
-        return self.model.opt_proj
 
     @property
     def settings(self) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from PIL import Image
@@ -23,7 +23,14 @@ from unike.types import ImageLike, UserError
 
 
 class Vision(ABC):
-    """What every vision side offers; ``processor`` is the image processor of ``transformers``."""
+    """What every vision side offers; ``processor`` is the image processor of ``transformers``.
+
+    ``tower_path`` and ``projection_path`` say where in the model what reads the pixels lies, and what carries
+    the vision side's states into the decoder.
+    """
+
+    tower_path: ClassVar[str]
+    projection_path: ClassVar[str]
 
     def __init__(self, model: PreTrainedModel, folder: str | None, image_size: int | None = None) -> None:
         self.model: Any = model
@@ -35,14 +42,15 @@ class Vision(ABC):
         return AutoImageProcessor.from_pretrained(folder, backend="pil")
 
     @property
-    @abstractmethod
-    def tower(self) -> nn.Module:
+    def tower(self) -> Any:
         """What reads the pixels."""
+        return self.model.get_submodule(self.tower_path)
 
     @property
-    @abstractmethod
     def projection(self) -> nn.Module:
         """What carries the vision side's states into the decoder."""
+        module: nn.Module = self.model.get_submodule(self.projection_path)
+        return module
 
     @property
     def settings(self) -> str:
@@ -86,20 +94,15 @@ class FixedVision(Vision):
 class Blip2Vision(FixedVision):
     """Vision tower and Q-Former, at any size: positions are resized to it."""
 
+    tower_path = "vision_model"
+    projection_path = "language_projection"
+
     def __init__(self, model: PreTrainedModel, folder: str | None, image_size: int | None = None) -> None:
         self._trained: int = model.config.vision_config.image_size
         super().__init__(model, folder, image_size or self._trained)
 
     def _processor(self, folder: str | None, size: int | None) -> Any:
         return image_processor(folder, size or self._trained)
-
-    @property
-    def tower(self) -> PreTrainedModel:
-        return self.model.vision_model
-
-    @property
-    def projection(self) -> nn.Module:
-        return self.model.language_projection
 
     @torch.no_grad()
     def see(self, shown: Sequence[Parts]) -> list[Parts]:
@@ -112,13 +115,8 @@ class Blip2Vision(FixedVision):
 class ProjectorVision(FixedVision):
     """Vision tower and projector of the LLaVA models."""
 
-    @property
-    def tower(self) -> PreTrainedModel:
-        return self.model.model.vision_tower
-
-    @property
-    def projection(self) -> nn.Module:
-        return self.model.model.multi_modal_projector
+    tower_path = "model.vision_tower"
+    projection_path = "model.multi_modal_projector"
 
     @torch.no_grad()
     def see(self, shown: Sequence[Parts]) -> list[Parts]:
@@ -158,13 +156,8 @@ class SplitVision(ProjectorVision):
 class GridVision(Vision):
     """Qwen's vision tower: as many patches as the picture has, merged by four, placed in a grid."""
 
-    @property
-    def tower(self) -> PreTrainedModel:
-        return self.model.model.visual
-
-    @property
-    def projection(self) -> nn.Module:
-        return self.model.model.visual.merger
+    tower_path = "model.visual"
+    projection_path = "model.visual.merger"
 
     def pixels(self, image: ImageLike) -> Parts:
         return _cut(image, self.processor)
@@ -201,19 +194,14 @@ class GridVision(Vision):
 class InstructVision(FixedVision):
     """InstructBLIP: the Q-Former reads the prompt, so that only the tower's output is the picture's own."""
 
+    tower_path = "vision_model"
+    projection_path = "language_projection"
+
     def __init__(self, model: PreTrainedModel, folder: str | None, image_size: int | None = None) -> None:
         super().__init__(model, folder, image_size)
         self.reader = AutoTokenizer.from_pretrained(
             folder, subfolder="qformer_tokenizer", truncation_side="left"
         )
-
-    @property
-    def tower(self) -> PreTrainedModel:
-        return self.model.vision_model
-
-    @property
-    def projection(self) -> nn.Module:
-        return self.model.language_projection
 
     @property
     def settings(self) -> str:
