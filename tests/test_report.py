@@ -320,6 +320,9 @@ def test_records_of_another_shape_are_refused(tmp_path: Path) -> None:
         {"scores": {"generated": 1}},
         {"decisions": {"alpha": 3}},
         {"answers": {"a": 1}},
+        {"seconds": float("nan")},
+        {"decisions": {"alpha": {"reliability": float("inf")}}},
+        {"steps": 10**400},
     ):
         with pytest.raises(UserError, match=r"records.jsonl: record vqa-0: \w+ is not as a run writes it"):
             run_page(save_run(tmp_path / "run", [ended(0, **wrong)]))
