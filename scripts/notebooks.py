@@ -20,6 +20,9 @@ import nbformat
 from nbclient import NotebookClient
 from PIL import Image
 
+from unike import launching
+from unike.types import UserError
+
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 # What an editor or a kernel adds to a notebook says nothing about it.
@@ -50,6 +53,15 @@ def executed(path: Path, folder: Path) -> nbformat.NotebookNode:
     return notebook
 
 
+def is_notebook(path: Path) -> bool:
+    """Whether the file is there and holds a notebook."""
+    try:
+        nbformat.validate(nbformat.read(path, as_version=4))
+    except (OSError, ValueError, AttributeError, nbformat.ValidationError):
+        return False
+    return True
+
+
 def slim(output: nbformat.NotebookNode) -> nbformat.NotebookNode:
     """The output with its picture, if it has one, in few colours: a third of the bytes, and the same to
     the eye."""
@@ -63,11 +75,18 @@ def slim(output: nbformat.NotebookNode) -> nbformat.NotebookNode:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("notebooks", nargs="*", type=Path, default=NOTEBOOKS, metavar="FILE")
-    for path in parser.parse_args(argv).notebooks:
-        notebook = executed(path, path.parent)
-        nbformat.write(notebook, path)
-        print(f"{path.name}: {path.stat().st_size / 1000:.0f} KB")
-    return 0
+    paths = parser.parse_args(argv).notebooks
+
+    def run() -> int:
+        if wrong := [path for path in paths if not is_notebook(path)]:
+            raise UserError(*(f"{path}: cannot be read as a notebook" for path in wrong))
+        for path in paths:
+            notebook = executed(path, path.parent)
+            nbformat.write(notebook, path)
+            print(f"{path.name}: {path.stat().st_size / 1000:.0f} KB")
+        return 0
+
+    return launching.guarded(run)
 
 
 if __name__ == "__main__":

@@ -32,9 +32,7 @@ def page() -> str:
     parts = [HEAD]
     groups = dict.fromkeys(option.group for option in OPTIONS.values())
     for group in groups:
-        parts.append(
-            f"\n## {group.capitalize()}\n\n| key | what | expected | default |\n| --- | --- | --- | --- |\n"
-        )
+        parts.append(f"\n## {group.capitalize()}\n\n{COLUMNS}")
         parts += [_row(option) for option in OPTIONS.values() if option.group == group]
     return "".join(parts)
 

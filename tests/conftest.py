@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from helpers import Project, make_project
 from original_files import FAMILIES
 from worlds import World, world_of
@@ -44,6 +46,15 @@ def nothing_loads(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for place in ("unike.backbones", "unike.editor"):
         monkeypatch.setattr(f"{place}.load_backbone", load)
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """One thread for torch, then the former number: another one gives other last bits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

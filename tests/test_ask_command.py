@@ -6,12 +6,10 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from helpers import Project
 
 from unike.asking import Asked
@@ -23,14 +21,8 @@ sys.path.insert(0, str(ROOT))
 
 import run_edit  # noqa: E402
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """As in the command that is started: another number of threads gives other last bits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+# As in the command that is started.
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def command(project: Project, *arguments: str) -> subprocess.CompletedProcess[str]:

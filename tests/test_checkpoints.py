@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +16,10 @@ from transformers import AutoTokenizer, Blip2ForConditionalGeneration, LlamaConf
 from unike.backbones.checkpoints import build_configs, convert_states, load_original, load_state
 from unike.types import BackboneSpec, UserError
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 EXPECTED = load_file(FILES / "expected.safetensors")
 TEXTS = json.loads((FILES / "expected.json").read_text())
 TOLERANCE = 1e-5
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

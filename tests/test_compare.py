@@ -138,6 +138,17 @@ def test_the_page_has_the_flips_with_their_pictures(runs: tuple[Path, Path], tmp
     assert [(GAINED in t, LOST in t) for t in tags] == [(False, True), (True, False), (True, False)]
 
 
+def test_bad_options_are_one_line_each(
+    runs: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["compare", *map(str, runs), "--most", "-1", "--seed", "-2"]) == 2
+    said = capsys.readouterr()
+    assert said.err == "error: most: -1; expected 0 or more\nerror: seed: -2; expected 0 or more\n"
+    assert said.out == ""
+    assert main(["compare", *map(str, runs), "--html", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == f"error: {tmp_path}: cannot be written: Is a directory\n"
+
+
 def test_hostile_answers_are_inert(tmp_path: Path) -> None:
     records: list[list[dict[str, Any]]] = [[ended(0)], [ended(0, WITHOUT["reliability"])]]
     for (record,) in records:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from helpers import Project
 from hypothesis import given
 from hypothesis import strategies as st
@@ -26,17 +25,15 @@ from unike.editor import MultimodalEditor
 from unike.inputs import open_datasets
 from unike.types import UserError
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).parents[1]
 QUESTION, TARGET = "what is it?", "a red fox"
 
 
 @pytest.fixture(scope="module")
-def opened(blip2_project: Project) -> Iterator[Desk]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+def opened(blip2_project: Project) -> Desk:
     editor = MultimodalEditor.from_hparams(blip2_project.yaml, progress=False)
-    yield Desk(editor, open_datasets(editor.hparams, "vqa", 2))
-    torch.set_num_threads(before)
+    return Desk(editor, open_datasets(editor.hparams, "vqa", 2))
 
 
 @pytest.fixture

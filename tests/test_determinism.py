@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from helpers import Project
 
 from benchmarks.kill import comparable
@@ -19,13 +18,12 @@ from unike.backbones.hf import VisionLanguageBackbone
 from unike.hparams import HyperParams
 from unike.records import RECORDS
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 PROTOCOLS = {"one_step": {}, "sequential": {"sequence_length": 4, "sequences": 1}}
 
 
 @pytest.fixture(scope="module")
 def backbone(blip2_project: Project) -> VisionLanguageBackbone:
-    torch.set_num_threads(1)
     return load_backbone(HyperParams.from_dict(blip2_project.options()))
 
 

@@ -18,16 +18,9 @@ from unike.hooks import hook_count
 from unike.hparams import HyperParams
 from unike.types import Query, UserError
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 TEMPLATE = "Question: {} Short answer:"
 PROMPT, TARGET = "Question: what is it? Short answer:", "a red fox"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -25,12 +25,12 @@ from unike.methods import training
 from unike.records import RECORDS, SUMMARY, RecordWriter, read_records
 from unike.types import Case, UserError
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 ONE_BY_ONE = {"edit_batch_size": 1, "max_steps": 3}
 
 
 @pytest.fixture(scope="module")
 def parts(blip2_project: Project) -> runs.Parts:
-    torch.set_num_threads(1)
     hparams = HyperParams.from_dict(blip2_project.options(**ONE_BY_ONE))
     return runs.assemble(hparams, load_backbone(hparams), progress=False)
 

@@ -6,12 +6,15 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-import nbformat
 import pytest
+
+pytest.importorskip("nbclient", reason="not installed: nbclient (pip install '.[notebooks]')")
+
+import nbformat
 from nbclient.exceptions import CellExecutionError
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 
-from scripts.notebooks import NOTEBOOKS, ROOT, executed
+from scripts.notebooks import NOTEBOOKS, ROOT, executed, main
 
 BYTES = 400_000
 # Of any machine: a folder below the root, not the end of a longer or relative path.
@@ -73,6 +76,20 @@ def test_what_spoils_a_notebook_is_seen() -> None:
         "an absolute path: /srv/me",
     ]
     assert problems(new_notebook()) == ["shows nothing"]
+
+
+def test_what_is_no_notebook_is_said_before_any_is_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = {"a.ipynb": "{}", "b.ipynb": "[]", "c.ipynb": "no JSON"}
+    for name, text in given.items():
+        (tmp_path / name).write_text(text)
+    wrong = [str(tmp_path / name) for name in (*given, "lost.ipynb")]
+    good = tmp_path / "good.ipynb"
+    nbformat.write(new_notebook(cells=[new_code_cell("1 / 0")]), good)
+    assert main([str(good), *wrong]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [f"error: {path}: cannot be read as a notebook" for path in wrong]
 
 
 @pytest.fixture

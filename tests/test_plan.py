@@ -7,30 +7,21 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 from helpers import Project, record
 
 from scripts import plan, tables, workers
 from unike.records import RECORDS, read_records
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).parents[1]
 FT = {"name": "FT", "yaml": "{backbone}.yaml", "set": {"method": "ft", "layers": 1}}
 INTRIN = {"name": "only Intrin", "yaml": "{backbone}.yaml", "set": {"external": "none", "zeta": "none"}}
 UNIKE = {"name": "UniKE", "yaml": "{backbone}.yaml"}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def write_plan(project: Project, rows: list[dict[str, Any]], second: list[dict] | None = None) -> Path:

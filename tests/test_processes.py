@@ -26,14 +26,12 @@ from unike import launching, processes  # noqa: E402
 from unike.records import SHARDS, read_manifest, read_records  # noqa: E402
 from unike.types import UserError  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.fixture(autouse=True)
-def one_thread(monkeypatch: pytest.MonkeyPatch) -> Any:
+def one_thread_in_children(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def shell(project: Project, *arguments: str, script: str = "run_edit.py") -> subprocess.Popen[str]:

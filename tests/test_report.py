@@ -299,7 +299,15 @@ def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
         assert error.count("\n") == 1
         assert str(folder) in error
         assert not (folder / "report.html").exists()
-    assert main([str(run), "--output", str(file / "x.html")]) == 2
+    for options, line in (
+        (["--output", f"{file}/x.html"], f"error: {file}/x.html: cannot be written: Not a directory\n"),
+        (["--output", str(tmp_path)], f"error: {tmp_path}: cannot be written: Is a directory\n"),
+        (["--cases", "-1"], "error: cases: -1; expected 0 or more\n"),
+    ):
+        assert main([str(run), *options]) == 2
+        assert capsys.readouterr().err == line
+    assert main([str(run), "--output", ""]) == 2
+    assert capsys.readouterr().err.startswith("error: .: cannot be written: ")
     assert main([str(run), "--output", str(tmp_path / "here.html"), "--cases", "0"]) == 0
     assert "There is no case" in (tmp_path / "here.html").read_text()
 
@@ -320,6 +328,9 @@ def test_records_of_another_shape_are_refused(tmp_path: Path) -> None:
         {"scores": {"generated": 1}},
         {"decisions": {"alpha": 3}},
         {"answers": {"a": 1}},
+        {"seconds": float("nan")},
+        {"decisions": {"alpha": {"reliability": float("inf")}}},
+        {"steps": 10**400},
     ):
         with pytest.raises(UserError, match=r"records.jsonl: record vqa-0: \w+ is not as a run writes it"):
             run_page(save_run(tmp_path / "run", [ended(0, **wrong)]))

@@ -6,12 +6,11 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from helpers import Project, record
 
 ROOT = Path(__file__).parents[1]
@@ -24,13 +23,7 @@ from unike.hparams import HyperParams  # noqa: E402
 from unike.records import RecordWriter, read_manifest, read_records  # noqa: E402
 from unike.types import FIVE_METRICS, UserError  # noqa: E402
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def start(project: Project, *arguments: str) -> int:

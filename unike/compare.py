@@ -215,10 +215,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     def run() -> int:
+        numbers = {"most": args.most, "seed": args.seed}
+        if wrong := [f"{k}: {n}; expected 0 or more" for k, n in numbers.items() if n is not None and n < 0]:
+            raise UserError(*wrong)
         found = compare(args.a, args.b, args.seed)
         print(f"A: {found.names[0]}\nB: {found.names[1]}")
         print(as_text(table_of(found)))
-        if found.flips and args.most > 0:
+        if found.flips and args.most:
             print(as_text(flip_table(found, args.most)))
         if args.html is not None:
             # Imported late: pictures want the data sets, and with them torch.

@@ -32,13 +32,14 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 @contextmanager
-def writing(what: object, then: str = f"; {GO_ON}") -> Iterator[None]:
-    """An OSError inside the block becomes a UserError that names ``what``, and says what to do ``then``."""
+def writing(what: object, resumable: bool = True) -> Iterator[None]:
+    """An OSError inside the block becomes a UserError that names ``what`` and, where a run is
+    ``resumable``, how to go on."""
     try:
         yield
     except OSError as error:
         reason = error.strerror or type(error).__name__
-        raise UserError(f"{what}: cannot be written: {reason}{then}") from error
+        raise UserError(f"{what}: cannot be written: {reason}" + f"; {GO_ON}" * resumable) from error
 
 
 def told(error: BaseException) -> str | None:

@@ -35,6 +35,8 @@ _STOP = ".stop.tmp"
 _ABSENT = "absent"
 _ANSWER = {"prompt", "target", "before", "after"}
 _NUMBER, _PLAIN = (int, float), (str, int, float)
+# Beyond any that is measured, and low enough to be summed up.
+_LARGEST = 1e100
 # Of what tables and pages read of a record: how many objects deep its values lie, and their kinds.
 _SHAPES: dict[str, tuple[int, tuple[type, ...]]] = {
     **dict.fromkeys(("id", "case", "sequence", "position", "kind", "task", "status", "error"), (0, _PLAIN)),
@@ -207,8 +209,13 @@ def _placed(record: Mapping[str, Any]) -> bool:
 
 
 def _shaped(value: Any, depth: int, kinds: tuple[type, ...]) -> bool:
-    """Whether a JSON value is objects within each other, ``depth`` deep, around ``kinds`` or null."""
+    """Whether a JSON value is objects within each other, ``depth`` deep, around ``kinds`` or null.
+
+    Infinities and NaN, which Python reads and a browser does not, are no numbers.
+    """
     if depth == 0:
+        if isinstance(value, (int, float)) and not abs(value) < _LARGEST:
+            return False
         return value is None or isinstance(value, kinds)
     return isinstance(value, dict) and all(_shaped(item, depth - 1, kinds) for item in value.values())
 
@@ -252,7 +259,8 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file so that a reader sees the old one or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # ``with_name`` raises for a path without a name, where replacing says that it is a folder.
+    temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
     try:
         with open(temporary, "w", encoding="utf-8") as file:
             file.write(text)

@@ -88,7 +88,7 @@ def save(edit: Edit, folder: str | os.PathLike[str]) -> None:
     """See ``Edit.save``."""
     folder = Path(folder)
     part = folder.parent / f".{folder.name[:100]}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
-    with writing(folder, ""):
+    with writing(folder, resumable=False):
         if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
             raise UserError(f"{folder}: is not empty; expected a new folder for the edit")
         try:

@@ -76,7 +76,7 @@ class EditStore:
         """
         part = self.folder / f".{os.getpid()}.{secrets.token_hex(4)}.tmp"
         try:
-            with writing(self.folder, ""):
+            with writing(self.folder, resumable=False):
                 self.folder.mkdir(parents=True, exist_ok=True)
                 checksum = write(edit, part)
                 with self._locked():
@@ -109,7 +109,7 @@ class EditStore:
 
     def remove(self, name: str) -> None:
         """Takes an edit out; UserError where there is none of that id."""
-        with writing(self.folder, ""), self._locked():
+        with writing(self.folder, resumable=False), self._locked():
             folder = self._folder_of(name)
             self._append({"id": name, "removed": True})
             shutil.rmtree(folder, ignore_errors=True)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from unike import launching
 from unike.report.run import MOST_CASES, write_report
+from unike.types import UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -21,7 +22,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     def write() -> int:
-        print(write_report(args.run, args.output, max(0, args.cases)))
+        if args.cases < 0:
+            raise UserError(f"cases: {args.cases}; expected 0 or more")
+        print(write_report(args.run, args.output, args.cases))
         return 0
 
     return launching.guarded(write)

@@ -7,9 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from unike.compare import HEADER, Comparison, rows_of, summed_up
-from unike.faults import writing
-from unike.records import read_manifest, write_text
-from unike.report.page import CaseView, Page, Said, TableView, render
+from unike.records import read_manifest
+from unike.report.page import CaseView, Page, Said, TableView, write_page
 from unike.report.pictures import Album, Shown, shown_in
 from unike.report.run import (
     MOST_CASES,
@@ -30,11 +29,7 @@ GAINED, LOST = "held in B alone", "held in A alone"
 
 def write_comparison(found: Comparison, run_a: str | os.PathLike[str], path: str | os.PathLike[str]) -> Path:
     """Writes the page to ``path`` and gives it; pictures are those that the run ``run_a`` names."""
-    out = Path(path)
-    text = render(compared_page(found, *shown_in(read_manifest(run_a))))
-    with writing(out):
-        write_text(out, text)
-    return out
+    return write_page(compared_page(found, *shown_in(read_manifest(run_a))), path)
 
 
 def compared_page(found: Comparison, shown: Shown, note: str = "", most: int = MOST_CASES) -> Page:

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from unike.faults import writing
+from unike.records import write_text
 from unike.report.charts import Chart
 
 TEMPLATES = Path(__file__).with_name("templates")
@@ -85,7 +88,7 @@ class Page:
     pictures: Sequence[str] = ()
     charts: tuple[Chart, ...] = ()
     notes: tuple[str, ...] = ()
-    about: tuple[tuple[str, str], ...] = field(default=())
+    about: tuple[tuple[str, str], ...] = ()
 
 
 def render(page: Page) -> str:
@@ -98,6 +101,14 @@ def render(page: Page) -> str:
     return _environment().get_template("page.html").render(
         page=page, policy=policy, script=Markup(script), style=Markup(style)
     )  # fmt: skip
+
+
+def write_page(page: Page, path: str | os.PathLike[str]) -> Path:
+    """Writes the page to ``path`` and gives it. UserError where it cannot be written."""
+    out, text = Path(path), render(page)
+    with writing(out, resumable=False):
+        write_text(out, text)
+    return out
 
 
 def _allowed(text: str) -> str:

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from unike.compare import seed_of
-from unike.faults import writing
-from unike.records import read_manifest, read_measured, write_text
+from unike.records import read_manifest, read_measured
 from unike.report.charts import Chart, curve, histogram, shares
-from unike.report.page import CaseView, Page, ProbeView, Said, TableView, render
+from unike.report.page import CaseView, Page, ProbeView, Said, TableView, write_page
 from unike.report.pictures import Album, Shown, shown_in
 from unike.tables import (
     KEPT,
@@ -58,11 +57,7 @@ def write_report(
     """Writes the page of a run's folder, by default ``report.html`` in it, and gives its path; at most
     ``most`` cases are shown one by one. UserError where the folder holds no run."""
     folder = Path(directory)
-    out = folder / REPORT if path is None else Path(path)
-    text = render(run_page(folder, most))
-    with writing(out):
-        write_text(out, text)
-    return out
+    return write_page(run_page(folder, most), folder / REPORT if path is None else path)
 
 
 def where(directory: Path, page: bool) -> str:
