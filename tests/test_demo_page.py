@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browser import PHONE, Browser, browser, lacking
 from helpers import Project
 
 pytest.importorskip("gradio", reason="not installed: gradio (make test-page)")
 
+from benchmarks.browser import PHONE, Browser, browser, lacking
 from unike.demo.__main__ import HOST
 from unike.demo.desk import Desk
 from unike.demo.page import serve

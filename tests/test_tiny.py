@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from scripts.tiny import make_data
+from scripts.tiny import make_data, scenes
 from scripts.tiny.questions import HELD_OUT, TRAINED, facts_of
 from scripts.tiny.scenes import Painter, disturb, redraw, sample_scene
 from unike import runs
@@ -138,6 +141,38 @@ def test_drawing_is_deterministic_by_seed(world: World, tmp_path: Path, textures
     other = tmp_path / "other"
     make_data.make(world.backbone, other, "eval", 2, seed=8, textures=textures)
     assert (other / "vqa_eval.json").read_text()[:500] != (world.out / "vqa_eval.json").read_text()[:500]
+
+
+def test_two_runs_started_at_once_draw_once(world: World, tmp_path: Path, monkeypatch) -> None:
+    drawn: list[str] = []
+
+    def draw(_backbone: object, out: Path, split: str, *_: object) -> None:
+        drawn.append(split)
+        time.sleep(0.2)
+        for task in make_data.TASKS:
+            (out / f"{task}_{split}.json").write_text("[]")
+
+    monkeypatch.setattr(make_data, "make", draw)
+    (out := tmp_path / "drawn" / "here").mkdir(parents=True)
+    hparams = HyperParams.from_dict({**world.hparams.to_dict(), "image_root": str(out)})
+    with ThreadPoolExecutor(2) as pool:
+        both = [pool.submit(make_data.ensure, hparams, ("train", "eval"), world.backbone) for _ in range(2)]
+        assert [done.result() for done in both] == [None, None]
+    assert drawn == ["train", "eval"]
+
+
+def test_textures_that_were_cut_off_are_drawn_again(textures: Path, tmp_path: Path, monkeypatch) -> None:
+    def full(tensors: object, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    cache = tmp_path / "openmoji.safetensors"
+    with monkeypatch.context() as patch:
+        patch.setattr(scenes, "save_file", full)
+        with pytest.raises(OSError, match="No space left"):
+            Painter(cache)
+    again = Painter(cache).textures
+    assert all(torch.equal(again[size], drawn) for size, drawn in Painter(textures).textures.items())
 
 
 def test_splits_share_no_picture(world: World, tmp_path: Path, textures: Path) -> None:

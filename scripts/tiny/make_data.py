@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -242,13 +243,19 @@ def ensure(
         kept = True
     kept = kept and not wants_cases(hparams)
     wanted = splits or (("eval",) if kept else ("train", "eval"))
-    missing = [s for s in wanted if not all((out / f"{t}_{s}.json").is_file() for t in TASKS)]
-    if not missing:
+    if not _missing(out, wanted):
         return
-    backbone = backbone or load_backbone(hparams)
-    for split in missing:
-        print(f"drawing the embedded benchmark's {split} split into {out}", file=sys.stderr)
-        make(backbone, out, split, SIZES[split], hparams.seed)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    # Of two runs that are started at once, each would draw over what the other one reads.
+    with FileLock(out.parent / ".drawing.lock"):
+        for split in _missing(out, wanted):
+            backbone = backbone or load_backbone(hparams)
+            print(f"drawing the embedded benchmark's {split} split into {out}", file=sys.stderr)
+            make(backbone, out, split, SIZES[split], hparams.seed)
+
+
+def _missing(out: Path, splits: tuple[str, ...]) -> list[str]:
+    return [s for s in splits if not all((out / f"{t}_{s}.json").is_file() for t in TASKS)]
 
 
 def main() -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -178,7 +179,9 @@ def textures(cache: Path | None = None) -> dict[int, torch.Tensor]:
         drawn[size] = (drawn[size] * 255).round() / 255
     if cache is not None:
         cache.parent.mkdir(parents=True, exist_ok=True)
-        save_file({str(k): (v * 255).round().to(torch.uint8) for k, v in drawn.items()}, cache)
+        part = cache.with_suffix(f".{os.getpid()}.partial")
+        save_file({str(k): (v * 255).round().to(torch.uint8) for k, v in drawn.items()}, part)
+        os.replace(part, cache)
     return drawn
 
 

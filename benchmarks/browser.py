@@ -1,6 +1,6 @@
-"""A headless Chromium for tests of pages, and axe-core, where both are installed.
+"""A headless Chromium for pages, and axe-core, where both are installed.
 
-python tests/browser.py results/run/report.html docs/figures   # takes the documentation's screenshots
+python -m benchmarks.browser results/run/report.html docs/figures   # the documentation's screenshots
 """
 
 from __future__ import annotations
@@ -35,14 +35,15 @@ def axe_file() -> Path | None:
     return path if path.is_file() else None
 
 
-def lacking() -> str:
-    """What the tests want and is not installed, empty where all is there."""
-    wanted = {
+def lacking(axe: bool = True) -> str:
+    """What pages are tested with and is not installed, empty where all is there."""
+    wanted: dict[str, Any] = {
         "selenium (pip install '.[browser]')": find_spec("selenium"),
         "chromium": shutil.which("chromium"),
         "chromedriver": shutil.which("chromedriver"),
-        "axe-core (npm install --no-save axe-core, or AXE_JS=axe.min.js)": axe_file(),
     }
+    if axe:
+        wanted["axe-core (npm install --no-save axe-core, or AXE_JS=axe.min.js)"] = axe_file()
     return ", ".join(name for name, found in wanted.items() if not found)
 
 

@@ -1,0 +1,112 @@
+"""How soon a run's report, and a comparison of two runs, open in headless Chromium.
+
+    python -m benchmarks.pages results/tables/tiny_blip2-vqa-one_step/FIRST .../SECOND --json FILE
+
+Cases are repeated until there are ``--cases`` of them, with as many pictures as a page takes. Each opening is
+a new browser's. Needs Chromium with its driver, and selenium.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import cycle, islice
+from pathlib import Path
+
+from benchmarks.browser import browser, lacking
+from benchmarks.measuring import Rows, timed
+from unike import launching
+from unike.compare import compare
+from unike.records import MANIFEST, RECORDS, read_manifest, read_records, write_text
+from unike.report.compared import compared_page
+from unike.report.page import Page, render
+from unike.report.pictures import MOST_BYTES, shown_in
+from unike.report.run import run_page
+from unike.types import UserError
+
+TARGET = "<= 2"
+PICTURE = "data:image/webp;base64," + "A" * 8000
+LOADED = "return performance.getEntriesByType('navigation')[0].loadEventEnd / 1000"
+PAINTED = "return performance.getEntriesByName('first-contentful-paint')[0]?.startTime / 1000"
+CASES = "return document.querySelectorAll('.case').length"
+
+
+def repeated(run: Path, folder: Path, cases: int) -> Path:
+    """A copy of the run in ``folder`` with ``cases`` records, its own over and over under new ids."""
+    found = read_records(run)
+    if not found:
+        raise UserError(f"{run}: has no records")
+    folder.mkdir()
+    shutil.copy(run / MANIFEST, folder / MANIFEST)
+    records = [
+        {"case": r["id"], **r, "id": f"{r['id']}-{i}"} for i, r in enumerate(islice(cycle(found), cases))
+    ]
+    write_text(folder / RECORDS, "".join(json.dumps(r) + "\n" for r in records))
+    return folder
+
+
+def opened(page: Page, file: Path, cases: int, times: int) -> tuple[list[float], list[float]]:
+    """Seconds to the load event and to the first paint, of ``times`` browsers."""
+    missing = MOST_BYTES // len(PICTURE) - len(page.pictures)
+    file.write_text(render(replace(page, pictures=[*page.pictures, *[PICTURE] * missing])), encoding="utf-8")
+    loaded, painted = [], []
+    for _ in range(times):
+        folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+        with folder as profile, browser(Path(profile)) as tab:
+            tab.open(file)
+            tab.wait(PAINTED)
+            if (there := tab.run(CASES)) != cases:
+                raise SystemExit(f"{file.name}: {there} cases are there; expected {cases}")
+            loaded.append(tab.run(LOADED))
+            painted.append(tab.run(PAINTED))
+    return loaded, painted
+
+
+def measure(given: argparse.Namespace, rows: Rows) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        runs = [repeated(run, folder / str(i), given.cases) for i, run in enumerate(given.runs)]
+        page, seconds = timed(lambda: run_page(runs[0]))
+        rows.add(f"report, {given.cases} cases", "made", [seconds], "s")
+        pages = {"report": (page, given.cases)}
+        if len(runs) > 1:
+            found = compare(*runs)
+            shown = compared_page(found, *shown_in(read_manifest(runs[0])))
+            pages["comparison"] = (shown, len(shown.cases))
+        for kind, (view, cases) in pages.items():
+            file = folder / f"{kind}.html"
+            loaded, painted = opened(view, file, cases, given.times)
+            title = f"{kind}, {cases} cases"
+            rows.add(title, "size", [file.stat().st_size / 1e6], "MB")
+            rows.add(title, "loaded", loaded, "s", TARGET)
+            rows.add(title, "first paint", painted, "s", TARGET)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("runs", type=Path, nargs="+", help="a run's folder; with a second one, both compared")
+    parser.add_argument("--cases", type=int, default=500)
+    parser.add_argument("--times", type=int, default=5, help="openings of each page")
+    parser.add_argument("--json", type=Path, help="where the rows are written to")
+    given = parser.parse_args(arguments)
+    if missing := lacking(axe=False):
+        parser.error(f"not installed: {missing}")
+    if min(given.cases, given.times) < 1 or len(given.runs) > 2:
+        parser.error("expected one run or two, and at least 1 of --cases and --times")
+    rows = Rows("pages")
+
+    def run() -> int:
+        measure(given, rows)
+        rows.write(given.json)
+        return 0
+
+    return launching.guarded(run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
