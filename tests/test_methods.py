@@ -158,7 +158,7 @@ def test_an_unknown_method_is_named_with_its_neighbour() -> None:
 
 
 @pytest.mark.parametrize("name", [n for n in SETTINGS if n != "unike"])
-@pytest.mark.parametrize("backbone", ["blip2", "minigpt4", "tiny_blip2", "tiny_minigpt4"])
+@pytest.mark.parametrize("backbone", ["blip2", "minigpt4", "tiny_blip2", "tiny_minigpt4", *TODAY])
 def test_each_method_has_a_yaml_for_each_backbone(name: str, backbone: str) -> None:
     path = ROOT / "hparams" / name / f"{backbone}.yaml"
     hparams = HyperParams.from_hparams(path)

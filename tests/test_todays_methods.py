@@ -21,6 +21,7 @@ from transformers import AutoConfig
 from untouched import assert_untouched
 from worlds import World, case, query, snapshot, world_of
 
+from scripts.plan import read_plan
 from unike.backbones import load_backbone
 from unike.backbones.base import encode_queries
 from unike.backbones.checking import check_spec
@@ -210,6 +211,16 @@ def test_an_hparams_file_names_its_folder(family: str) -> None:
     assert hparams.model_name == family
     folder = hparams.name.removeprefix("./")
     assert f"`{folder}/`" in (ROOT / "hugging_cache/README.md").read_text("utf-8")
+
+
+@pytest.mark.parametrize("family", TODAY)
+def test_every_row_of_the_tables_has_its_yaml(family: str, monkeypatch) -> None:
+    monkeypatch.chdir(ROOT)
+    rows, tiny = (read_plan(tables=["all"], backbones=[name]) for name in (family, "tiny_blip2"))
+    assert {row.hparams.model_name for row in rows} == {family}
+    assert [(r.table, r.row.name, r.hparams.method) for r in rows] == [
+        (r.table, r.row.name, r.hparams.method) for r in tiny
+    ]
 
 
 # ---------------------------------------------------------------- the published sizes
