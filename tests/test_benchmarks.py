@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from worlds import World, case
 
 from benchmarks import edit_speed, full_size, models, report
+from benchmarks.kinks import kink
 from benchmarks.measuring import Row, Rows
 from benchmarks.reference import Reference, WholeModel, concatenated
 from benchmarks.step_profile import Steps, profile
@@ -221,3 +223,36 @@ def test_a_report_of_something_else_is_one_line_and_changes_nothing(tmp_path, ca
     assert str(wrong) in line
     wrong.write_text(json.dumps({"machine": {}, "rows": []}))
     assert page.read_text() == "untouched"
+
+
+def test_a_neuron_that_fires_on_one_side_alone_is_found(world, monkeypatch):
+    """At the second training step one pre-activation is moved across zero, by as little as rounding does."""
+    backbone, method, asked = world.backbone, method_of(world), case(1)
+    site, layers = backbone.layout.ffn(4), method.layers(backbone)
+    run = partial(method.edit, backbone, asked.request, world.prefixes(method))
+    assert kink(backbone, layers, run, run, 1e-5) is None
+    forward = site.keys[0].forward
+
+    def nudged(by: float):
+        calls = []
+
+        def changed(x):
+            out = forward(x)
+            if torch.is_grad_enabled():
+                calls.append(1)
+                if len(calls) == 2:
+                    out[..., -1, 0] += by - out[..., -1, 0].detach()
+            return out
+
+        def edited():
+            calls.clear()
+            with monkeypatch.context() as patch:
+                patch.setattr(site.keys[0], "forward", changed)
+                run()
+
+        return edited
+
+    found = kink(backbone, layers, nudged(2e-7), nudged(-1e-7), 1e-5)
+    assert found == (pytest.approx(2e-7, rel=0.1) if isinstance(site.activation, torch.nn.ReLU) else None)
+    assert kink(backbone, layers, nudged(2e-7), nudged(1e-7), 1e-5) is None, "on the same side"
+    assert kink(backbone, layers, nudged(2e-3), nudged(-1e-7), 1e-5) is None, "more than rounding"

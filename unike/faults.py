@@ -5,7 +5,9 @@ Nothing of torch is imported here: a command line that fails early should not wa
 
 from __future__ import annotations
 
+import ctypes
 import errno
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -29,6 +31,14 @@ def out_of_memory(error: BaseException) -> bool:
         return True
     # torch.OutOfMemoryError is a RuntimeError; its CPU allocator raises a plain one.
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _FULL_MEMORY)
+
+
+def give_back() -> None:
+    """Hands freed memory back to the system, as glibc does by itself only at the end of its heap."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from PIL import Image
 from unike.backbones.checkpoint_files import reading
 from unike.backbones.store import RowStore, row_key
 from unike.datasets.images import open_image
+from unike.faults import give_back
 from unike.types import ImageLike, UserError
 
 # A picture, or what was seen of it: tensors by name.
@@ -95,6 +96,8 @@ class FeatureCache:
             found.update(made)
             if self.store is not None:
                 self.store.put({row_key(k): state for k, state in made.items()})
+        if waiting:
+            give_back()
         for key in keys:
             self._keep(key, found[key])
         return [found[k] for k in keys]

@@ -6,10 +6,8 @@ depends on: ``knowledge.safetensors`` and ``knowledge.json``.
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import json
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +22,7 @@ from unike.backbones.base import Backbone
 from unike.backbones.prefix import PrefixCache, open_prefixes
 from unike.datasets.triplets import Triplet
 from unike.edits import LayerKnowledge
+from unike.faults import give_back
 from unike.hooks import capture
 from unike.hparams import HyperParams
 from unike.knowledge.encoders import Disentangler, FitReport, KnowledgeStates, fit
@@ -191,16 +190,8 @@ def ensure_knowledge(
 def read_knowledge(folder: Path, hparams: HyperParams, device: torch.device) -> dict[int, LayerKnowledge]:
     """What ``save_knowledge`` wrote, as the YAML wants it, by layer. UserError as ``each_layer``."""
     known = {i: _layer(i, s, e, hparams, folder) for i, s, e in each_layer(folder, device)}
-    _give_back()
+    give_back()
     return known
-
-
-def _give_back() -> None:
-    """Hands what was freed back to the system, as glibc does by itself only at the end of its heap."""
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)
 
 
 def _facts(backbone: Backbone, layers: Sequence[int], hparams: HyperParams) -> dict[str, Any]:
