@@ -1,4 +1,4 @@
-"""Where two computations of an edit part for good: a ReLU neuron that rounding lets fire on one side alone."""
+"""Where two computations of an edit part: a ReLU neuron that rounding lets fire on one side alone."""
 
 from __future__ import annotations
 
