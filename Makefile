@@ -43,6 +43,7 @@ demo: $(DEMO_READY)  ## edits both tiny backbones, on E-VQA and E-IC; results in
 			--size $(DEMO_SIZE) --output results/demo/$$backbone-$$task; \
 		{ set +x; } 2>/dev/null; \
 	done; done
+	@echo 'All of it is installed in .venv; to go on: source .venv/bin/activate'
 
 demo-page: $(PAGE_READY)  ## serves a page to try editing on, to this computer alone
 	$(PAGE) -m unike.demo
