@@ -172,6 +172,14 @@ def test_the_installed_command_is_the_script() -> None:
     assert Path(sys.modules[point.load().__module__].__file__ or "") == ROOT / "run_edit.py"
 
 
+def test_a_clone_does_not_hide_the_package_from_its_parent_folder(tmp_path: Path) -> None:
+    (tmp_path / "unike").mkdir()
+    line = [sys.executable, "-c", "import unike; print(unike.__file__)"]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() == str(ROOT / "unike" / "__init__.py"), done.stderr
+
+
 def test_what_a_checkout_alone_has_is_said_in_one_line() -> None:
     assert launching.of_checkout("scripts.reference") is reference
     with pytest.raises(UserError, match=r"scripts\.nothing, which is not installed"):
