@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,10 +22,8 @@ from unike.types import Query, UserError
 ROOT = Path(__file__).parents[1]
 ROWS = [(name, row) for name, rows in SETTINGS.items() for row in rows]
 IDS = [f"{name}-{'-'.join(map(str, row.values()))}".strip("-") for name, row in ROWS]
-# Today's backbones keep the contract too; what is quick of it is in test_todays_methods.py. All methods on
-# all of them take many minutes: by default those with a projector, and with positions in three dimensions.
-SHOWN = TODAY if os.environ.get("UNIKE_EVERY_BACKBONE") == "1" else ("llava", "qwen2_5_vl")
-EVERY = (*FAMILIES, *(pytest.param(family, marks=pytest.mark.slow) for family in SHOWN))
+# Today's backbones keep the contract too; what is quick of it is in test_todays_methods.py.
+EVERY = (*FAMILIES, *(pytest.param(family, marks=pytest.mark.slow) for family in TODAY))
 each_row = pytest.mark.parametrize("row", ROWS, ids=IDS)
 # Methods that lower an edit's own loss step by step; the others learnt to edit before, or show it.
 TRAINED = {i: row for i, row in zip(IDS, ROWS, strict=True) if row[0] in ("ft", "tpatcher", "unike")}
