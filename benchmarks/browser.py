@@ -5,10 +5,10 @@ python -m benchmarks.browser results/run/report.html docs/figures   # the docume
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -130,5 +130,17 @@ def screenshots(page: Path, folder: Path) -> None:
             )
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(description="takes the documentation's screenshots of a report")
+    parser.add_argument("page", type=Path, help="report.html of a run")
+    parser.add_argument("folder", type=Path, help="where report-desktop.png and report-phone.png go")
+    given = parser.parse_args()
+    if missing := lacking(axe=False):
+        parser.error(f"not installed: {missing}")
+    if not given.page.is_file() or not given.folder.is_dir():
+        parser.error(f"{given.page}, {given.folder}: expected a file and a folder")
+    screenshots(given.page.resolve(), given.folder)
+
+
 if __name__ == "__main__":
-    screenshots(Path(sys.argv[1]).resolve(), Path(sys.argv[2]))
+    main()

@@ -41,6 +41,7 @@ def repeated(run: Path, folder: Path, cases: int) -> Path:
     found = read_records(run)
     if not found:
         raise UserError(f"{run}: has no records")
+    read_manifest(run)
     folder.mkdir()
     shutil.copy(run / MANIFEST, folder / MANIFEST)
     records = [
