@@ -25,13 +25,15 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from scripts.plan import Run, is_complete
+from scripts.plan import Run, is_complete, placed
 from unike import runs
 from unike.backbones import load_backbone
+from unike.backbones.prefix import PrefixCache
 from unike.hparams import OPTIONS
 from unike.launching import cores, deaf, die_with_parent, threads_each
 from unike.reading import Reader
 from unike.records import read_manifest
+from unike.runs import Parts
 from unike.types import UserError
 
 PATIENCE = 60.0
@@ -62,8 +64,9 @@ def ensure(planned: Sequence[Run], jobs: int | None = None) -> Outcome:
     if not todo:
         return Outcome()
     check(todo)
-    groups = grouped(todo)
-    jobs = min(jobs or default_jobs(), len(groups))
+    jobs = jobs or default_jobs()
+    groups = grouped(todo, jobs)
+    jobs = min(jobs, len(groups))
     with tqdm(total=len(todo), desc="rows", unit="row", dynamic_ncols=True) as bar:
         watch = _Watch(bar)
         try:
@@ -125,21 +128,52 @@ def _unchanged(run: Run) -> None:
         raise UserError(f"{run.folder}: {what}: changed since; delete the folder or name another --output")
 
 
-def grouped(todo: Sequence[Run]) -> list[list[Run]]:
-    """Runs that share a backbone and its answers, most edits first."""
+def grouped(todo: Sequence[Run], jobs: int = 1) -> list[list[Run]]:
+    """Runs that share a backbone and its answers, the most work first: all on the same cases, or by
+    protocol and length as well where there would be fewer groups than ``jobs``."""
+    whole, parts = _groups(todo, _cases), _groups(todo, lambda run: (_cases(run), placed(run.hparams)))
+    return sorted(whole if len(whole) >= jobs else parts, key=lambda group: -sum(map(_work, group)))
+
+
+def _groups(todo: Sequence[Run], what: Callable[[Run], Any]) -> list[list[Run]]:
     found: dict[str, list[Run]] = {}
     for run in todo:
-        hp = run.hparams
-        cases = (hp.data, hp.image_root, hp.rephrase_root, hp.clean, run.size)
-        block = (run.task, hp.protocol, hp.sequence_length, hp.sequences)
-        backbone = replace(hp.backbone, source="")
-        found.setdefault(repr((run.backbone, backbone, cases, block)), []).append(run)
-    return sorted(found.values(), key=lambda group: -sum(map(_edits, group)))
+        found.setdefault(repr(what(run)), []).append(run)
+    return list(found.values())
 
 
-def _edits(run: Run) -> int:
+def _cases(run: Run) -> tuple[Any, ...]:
     hp = run.hparams
-    return (run.size or 200) if hp.protocol == "one_step" else 3 * hp.sequences * hp.sequence_length
+    data = (hp.data, hp.image_root, hp.rephrase_root, hp.clean, run.size)
+    return run.backbone, replace(hp.backbone, source=""), data, run.task
+
+
+def _work(run: Run) -> float:
+    """Roughly: edits, three times as dear in a sequence; a caption has more tokens than an answer."""
+    hp = run.hparams
+    edits = (run.size or 200) if hp.protocol == "one_step" else 3 * hp.sequences * hp.sequence_length
+    return edits * (1.5 if run.task == "caption" else 1.0)
+
+
+class _Readers:
+    """The readers of a process: states of the prompts are kept by layer, answers of the base model for
+    all rows."""
+
+    def __init__(self) -> None:
+        self._prefixes: dict[Any, PrefixCache] = {}
+        self._readers: list[Reader] = []
+
+    def of(self, parts: Parts) -> Reader:
+        """A row's reader, with what the others know."""
+        own = parts.prefixes
+        parts.prefixes = self._prefixes.setdefault((own.first, own.batch, own.alone), own)
+        reader = parts.reader()
+        for other in self._readers:
+            if reader.learn_from(other):
+                break
+        else:
+            self._readers.append(reader)
+        return reader
 
 
 def work(group: Sequence[Run], lock: Any, report: Report, stopped: Callable[[], bool]) -> None:
@@ -151,7 +185,7 @@ def work(group: Sequence[Run], lock: Any, report: Report, stopped: Callable[[], 
     except UserError as error:
         report("failed", (first.name, "; ".join(error.problems), len(group)))
         return
-    readers: dict[Any, Reader] = {}
+    readers = _Readers()
     for run in group:
         if stopped():
             return
@@ -160,9 +194,7 @@ def work(group: Sequence[Run], lock: Any, report: Report, stopped: Callable[[], 
             # Editors and knowledge are made on first use: by one process, not by all.
             with lock:
                 parts = runs.assemble(run.hparams, backbone, progress=False)
-            kept = parts.prefixes
-            key = (kept.first, kept.batch, kept.alone, run.hparams.metric_presets)
-            reader = readers.setdefault(key, parts.reader())
+            reader = readers.of(parts)
             with runs.open_run(parts, run.task, run.folder, resume=run.folder.exists()) as writer:
                 found = runs.run_cases(parts, cases, writer, progress=False, reader=reader)
         except UserError as error:

@@ -115,12 +115,7 @@ def sequential(
     """
     failures: tuple[type[Exception], ...] = (FloatingPointError, *tolerated)
     caught: tuple[type[Exception], ...] = (*failures, RuntimeError, MemoryError)
-    broken: dict[int, str] = {}
-    for position, case in enumerate(cases, 1):
-        try:
-            reader.base(case)
-        except tolerated as error:
-            broken[position] = str(error)
+    broken = _learn_base(reader, cases, tolerated)
     whole: Edit | None = None
     all_made: list[_Made] = []
     chooser = random.Random(f"{seed}/{number}")
@@ -151,6 +146,23 @@ def sequential(
         yield about
         all_made.append(made)
     yield from _finals(backbone, all_made, whole, reader, number, tolerated)
+
+
+def _learn_base(
+    reader: Reader, cases: Sequence[Case], tolerated: tuple[type[Exception], ...]
+) -> dict[int, str]:
+    """Reads the untouched model; by position why a case cannot be asked, where that is ``tolerated``."""
+    try:
+        reader.learn_base(cases)
+        return {}
+    except tolerated:
+        broken: dict[int, str] = {}
+    for position, case in enumerate(cases, 1):
+        try:
+            reader.base(case)
+        except tolerated as error:
+            broken[position] = str(error)
+    return broken
 
 
 _Readings = Iterator[tuple[Case, Asked | str]]

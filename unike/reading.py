@@ -85,6 +85,17 @@ class Reader:
             for case, own in zip(some, _shared_out(some, readings), strict=True):
                 self._base[_name(case)] = tuple(own)
 
+    def learn_from(self, other: Reader) -> bool:
+        """From now on both know what either reads of the untouched model. False, and nothing is shared,
+        where the other one reads less, or where last bits would tell them apart that must not differ."""
+        mine, theirs = self.prefixes, other.prefixes
+        alike = mine.alone == theirs.alone and (mine.first == theirs.first or not mine.alone)
+        enough = other._ranks >= self._ranks and other.generated == self.generated
+        if other.backbone is not self.backbone or not (alike and enough):
+            return False
+        self._base = other._base
+        return True
+
     def edited(self, case: Case, edit: Edit, base: Sequence[Reading]) -> tuple[Reading, ...]:
         """Readings with ``edit`` applied."""
         (asked,) = self._ask([case], edit, [r.generated or None for r in base], self.generated)
