@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from helpers import Project
 from original_files import make_spec
-from test_plan import FT, INTRIN, UNIKE, measured, read, write_plan
+from test_plan import FT, INTRIN, ROOT, UNIKE, measured, read, write_plan
 from test_sequences import case
 
 from scripts import plan, workers
@@ -41,7 +41,8 @@ def test_rows_on_the_same_cases_are_one_group(copied: Project) -> None:
     assert len(workers.grouped([*planned, *fewer], 1)) == 2
 
 
-def test_the_most_work_comes_first() -> None:
+def test_the_most_work_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
     planned = [r for r in plan.read_plan(tables=["2", "3"]) if r.row.name == "UniKE"]
     groups = workers.grouped(planned, 2)
     assert [group[0].task for group in groups] == ["caption", "caption", "vqa", "vqa", "cross", "cross"]
@@ -59,6 +60,32 @@ def test_rows_together_give_what_each_gives_alone(copied: Project) -> None:
     assert not workers.ensure(planned, jobs=1).failures
     assert measured(copied.root / "together") == alone
     assert len(alone) == 5
+
+
+def test_the_base_model_is_asked_once_for_all_rows(copied: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    whole = Reader._read
+
+    def counted(self: Reader, queries: Any, drafts: Any, edit: Any, *args: Any, **kwargs: Any) -> Any:
+        asked.extend(queries if edit is None else [])
+        return whole(self, queries, drafts, edit, *args, **kwargs)
+
+    monkeypatch.setattr(Reader, "_read", counted)
+    path = write_plan(copied, [FT, UNIKE], [FT, UNIKE])
+    found = []
+    for output, rows, more in (
+        ("one", [0], ["batch_invariant=false"]),
+        ("all", range(6), ["batch_invariant=false"]),
+        ("alone", range(6), []),
+    ):
+        where = {"backbones": ["small"], "output": copied.root / output, "overrides": more}
+        planned = [plan.read_plan(path, **where)[i] for i in rows]
+        asked.clear()
+        assert not workers.ensure(planned, jobs=1).failures
+        found.append(len(asked))
+    one, together, alone = found
+    assert together == one > 0
+    assert alone == 2 * one, "once for each first layer, where last bits must not differ"
 
 
 def test_what_one_reader_knows_the_other_does_not_ask(backbone, monkeypatch: pytest.MonkeyPatch) -> None:
