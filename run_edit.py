@@ -13,8 +13,8 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from unike import launching, processes
-from unike.hparams import HyperParams
+from unike.config.hparams import HyperParams
+from unike.system import launching, processes
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -45,9 +45,10 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
     if not args.check and launching.wants_launch(args.num_processes):
         return launching.launch(args.num_processes, main, argv)
     # Imported late: torch takes seconds, and a typing error in the YAML should not.
-    from unike import check, report, runs, tables
+    from unike import report, runs
     from unike.backbones import load_backbone
     from unike.editor import MultimodalEditor
+    from unike.runs import check
 
     if args.check:
         return check.report(check.findings(hparams, args.task))
@@ -62,15 +63,14 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
     with runs.open_run(parts, args.task, directory, args.resume, args.generated) as writer:
         summary = runs.run_cases(parts, cases, writer, args.generated, args.skip_broken, store=store)
     if processes.is_main():
-        print(tables.as_text(tables.summary_table(summary, directory.name)))
-        print(report.where(directory, args.report))
+        report.show(summary, directory, args.report)
     return 130 if summary["interrupted"] else 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] == ["ask"]:
-        return launching.guarded(lambda: import_module("unike.ask_command").run(argv[1:]))
+        return launching.guarded(lambda: import_module("unike.ask").run(argv[1:]))
     return launching.guarded(lambda: run(arguments(argv), argv))
 
 

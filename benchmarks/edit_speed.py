@@ -29,16 +29,16 @@ from benchmarks.reference import Done, Reference, at_answers
 from benchmarks.step_profile import profile
 from unike import runs
 from unike.backbones import load_backbone
-from unike.backbones.hf import VisionLanguageBackbone
 from unike.backbones.images import FeatureCache
 from unike.backbones.prefix import PrefixCache
+from unike.backbones.vlm import VisionLanguageBackbone
+from unike.config.hparams import HyperParams
 from unike.edits import Edit
-from unike.hparams import HyperParams
+from unike.evaluation.protocols import one_step, one_step_many
+from unike.evaluation.reader import Reader
 from unike.methods import build
 from unike.methods.base import edit_many, edited_layers
 from unike.methods.unike import UniKE
-from unike.protocols import one_step, one_step_many
-from unike.reading import Reader
 from unike.types import FIVE_METRICS, Case, UserError
 
 TOLERANCE = 1e-5

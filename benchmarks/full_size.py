@@ -19,15 +19,15 @@ import torch
 from benchmarks.measuring import Rows, resident, timed
 from benchmarks.models import full_hparams, knowledge_folder, load_full, random_cases
 from benchmarks.reference import Reference
-from unike.backbones.hf import VisionLanguageBackbone
 from unike.backbones.images import FeatureCache
 from unike.backbones.prefix import open_prefixes
+from unike.backbones.vlm import VisionLanguageBackbone
+from unike.config.hparams import HyperParams
 from unike.edits import LayerKnowledge
-from unike.hparams import HyperParams
+from unike.evaluation.reader import Reader
 from unike.methods import build
-from unike.methods.preparation import read_knowledge
+from unike.methods.preparation.knowledge import read_knowledge
 from unike.methods.unike import UniKE
-from unike.reading import Reader
 from unike.types import Case
 
 TITLES = {"blip2": "BLIP2-OPT-2.7B", "minigpt4": "MiniGPT-4-7B"}

@@ -36,13 +36,13 @@ from benchmarks import mutant_edits as edits
 from benchmarks import mutants
 from benchmarks.mutants import require
 from unike.backbones.checkpoint_files import load_state
+from unike.config.hparams import OPTIONS, HyperParams
 from unike.datasets.images import lies_outside, open_image
 from unike.datasets.mmedit import load_records
 from unike.edits import LayerKnowledge
-from unike.hparams import OPTIONS, HyperParams
-from unike.inputs import open_datasets
 from unike.knowledge.encoders import Disentangler, KnowledgeStates
-from unike.methods.preparation import LayerStates, as_knowledge, load_states, save_knowledge
+from unike.methods.preparation.knowledge import LayerStates, as_knowledge, load_states, save_knowledge
+from unike.runs.inputs import open_datasets
 from unike.types import UserError
 
 ROOT = Path(__file__).resolve().parents[1]

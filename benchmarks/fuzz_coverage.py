@@ -18,8 +18,8 @@ from pathlib import Path
 import atheris
 
 with atheris.instrument_imports(include=["unike"]):
+    from unike.config.hparams import HyperParams
     from unike.datasets.mmedit import VQADataset
-    from unike.hparams import HyperParams
     from unike.types import UserError
 
 SEED = b"model_name: blip2\nname: x\nmethod: ft\nlayers: [1, 2]\nlr: 1e-3\ndata: {vqa: {eval: a.json}}\n"

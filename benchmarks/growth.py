@@ -25,12 +25,15 @@ from tqdm import tqdm
 
 from benchmarks.measuring import Rows
 from scripts.tiny import make_data
-from unike import launching, published, runs
+from unike import runs
 from unike.backbones import load_backbone
+from unike.config.hparams import HyperParams
 from unike.edits import Edit
-from unike.hparams import HyperParams
-from unike.metrics import score
-from unike.reading import Reader
+from unike.evaluation.metrics import score
+from unike.evaluation.reader import Reader
+from unike.report.paper import published
+from unike.runs import inputs
+from unike.system import launching
 from unike.types import FIVE_METRICS, METRICS, Case, UserError
 
 # Records that K = 1 and 10 are measured on; tokens and paired runs of a token's time.
@@ -156,7 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     hparams = drawn(read, args.data, max(1000, *args.edits), args.seed)
     backbone = load_backbone(hparams)
     parts = runs.assemble(replace(hparams, eval_batch=64), backbone)
-    cases = runs.open_datasets(hparams, "vqa", max(args.edits))
+    cases = inputs.open_datasets(hparams, "vqa", max(args.edits))
     rows = Rows("growth")
     Growth(parts, cases, rows, args.hparams.removeprefix("hparams/")).run(args.edits)
     beside(rows, hparams.model_name)

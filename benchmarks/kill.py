@@ -30,10 +30,11 @@ from typing import Any
 
 import torch
 
-from unike import launching, runs
+from unike import runs
 from unike.backbones import load_backbone
-from unike.hparams import HyperParams
-from unike.records import MANIFEST, RECORDS, SUMMARY
+from unike.config.hparams import HyperParams
+from unike.runs.records import MANIFEST, RECORDS, SUMMARY
+from unike.system import launching
 from unike.types import PROTOCOLS, Case
 
 # What no two runs share: how long they took, what they held, when and how they were started.

@@ -9,8 +9,8 @@ from functools import partial
 import torch
 from torch import nn
 
-from unike.backbones.hf import VisionLanguageBackbone
-from unike.hooks import transform
+from unike.backbones.hooks import transform
+from unike.backbones.vlm import VisionLanguageBackbone
 
 # By layer, the pre-activations (s, f) of every pass with gradients, in order.
 Seen = dict[int, list[torch.Tensor]]

@@ -21,13 +21,13 @@ from transformers import AutoTokenizer, Blip2Config, Blip2ForConditionalGenerati
 
 from unike.backbones import load_backbone
 from unike.backbones.base import Backbone
-from unike.backbones.blip2_opt import BLIP2_OPT
-from unike.backbones.hf import VisionLanguageBackbone
+from unike.backbones.huggingface import BLIP2_OPT
+from unike.backbones.vlm import VisionLanguageBackbone
+from unike.config.hparams import HyperParams
 from unike.edits import LayerKnowledge
-from unike.hparams import HyperParams
 from unike.knowledge.encoders import Disentangler, KnowledgeStates
 from unike.methods.base import Knowledge
-from unike.methods.preparation import LayerStates, as_knowledge, save_knowledge
+from unike.methods.preparation.knowledge import LayerStates, as_knowledge, save_knowledge
 from unike.types import BackboneSpec, Case, EditRequest, Expectation, Probe, Query
 
 ROOT = Path(__file__).parents[1]

@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 from benchmarks import models, mutants
 from benchmarks.mutants import require
 from unike.backbones.base import encode_queries
-from unike.backbones.hf import VisionLanguageBackbone
-from unike.edits import (
+from unike.backbones.vlm import VisionLanguageBackbone
+from unike.config.hparams import HyperParams
+from unike.edits import (  # fmt: skip
     Edit,
     EditRecord,
     Fact,
@@ -29,10 +30,9 @@ from unike.edits import (
     Routing,
     Shown,
     WeightDelta,
-)  # fmt: skip
+)
 from unike.edits.deltas import ffn_sites
 from unike.edits.files import INDEX, TENSORS, read_edit, signed
-from unike.hparams import HyperParams
 from unike.knowledge.patch import KeyValuePatch
 from unike.types import Query
 

@@ -20,13 +20,14 @@ from pathlib import Path
 
 from benchmarks.browser import browser, lacking
 from benchmarks.measuring import Rows, timed
-from unike import launching
-from unike.compare import compare
-from unike.records import MANIFEST, RECORDS, read_manifest, read_records, write_text
-from unike.report.compared import compared_page
+from unike.report.compare import compare
+from unike.report.compare_page import compared_page
 from unike.report.page import Page, render
 from unike.report.pictures import MOST_BYTES, shown_in
-from unike.report.run import run_page
+from unike.report.run_page import run_page
+from unike.runs.records import MANIFEST, RECORDS, read_manifest, read_records
+from unike.system import launching
+from unike.system.files import write_text
 from unike.types import UserError
 
 TARGET = "<= 2"

@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from unike.backbones.base import IGNORED, Batch
-from unike.backbones.hf import VisionLanguageBackbone
+from unike.backbones.hooks import capture
+from unike.backbones.vlm import VisionLanguageBackbone
 from unike.edits import EditRecord, LayerShare, RoutedEdit
-from unike.hooks import capture
 from unike.knowledge.patch import KeyValuePatch
 from unike.methods.patching import OwnStates, fresh_patches
 from unike.methods.unike import UniKE

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measuring import Row
-from unike.comparison import rewritten
+from unike.report.paper.tables import rewritten
 from unike.types import UserError
 
 HEAD = (

@@ -28,11 +28,11 @@ from safetensors import safe_open
 from transformers import AutoConfig
 
 from benchmarks.measuring import Rows
-from unike import launching
-from unike.hparams import HyperParams
+from unike.config.hparams import HyperParams
+from unike.knowledge.disk import DiskPairs
+from unike.knowledge.index import TAIL, IndexedMemory, check_faiss
 from unike.knowledge.memory import KnowledgeMemory
-from unike.pairs import DiskPairs
-from unike.retrieval import TAIL, IndexedMemory, check_faiss
+from unike.system import launching
 
 K, RUNS, PER_CLUSTER, QUERIES, APPENDED = 40, 7, 200, 320, 100
 CHUNK = 50_000

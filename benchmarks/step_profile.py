@@ -14,9 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.measuring import Rows, timed
 from benchmarks.models import PRESET, opt_config, random_backbone, random_cases, random_knowledge
-from unike.backbones.hf import VisionLanguageBackbone
 from unike.backbones.prefix import PrefixCache
-from unike.hparams import HyperParams
+from unike.backbones.vlm import VisionLanguageBackbone
+from unike.config.hparams import HyperParams
 from unike.methods import build
 from unike.methods.base import Knowledge, edit_many, edited_layers
 from unike.types import EditRequest

@@ -1,4 +1,4 @@
-"""From runs and knowledge states to what ``unike.figures`` draws."""
+"""From runs and knowledge states to what ``unike.report.paper.figures`` draws."""
 
 from __future__ import annotations
 
@@ -12,15 +12,17 @@ import torch
 import torch.nn.functional as F
 
 from scripts.plan import Run, records
-from unike import published, runs
+from unike import runs
 from unike.backbones import load_backbone
+from unike.config.hparams import HyperParams
 from unike.datasets.mmedit import VQA_TEMPLATE
 from unike.datasets.triplets import Triplet, triplets_of
-from unike.figures import Answer, Cell, Example, Interval, Point, Space, Sweep, require
-from unike.hparams import HyperParams
+from unike.evaluation.metrics import bootstrap_interval
 from unike.methods import build
-from unike.methods.preparation import extract, knowledge_folder, load_states
-from unike.metrics import bootstrap_interval
+from unike.methods.preparation.knowledge import extract, knowledge_folder, load_states
+from unike.report.paper import published
+from unike.report.paper.figures import Answer, Cell, Example, Interval, Point, Space, Sweep, require
+from unike.runs import inputs
 from unike.types import Case, UserError
 
 GENERALITY, LOCALITY = ("t_generality", "m_generality"), ("t_locality", "m_locality")
@@ -130,7 +132,7 @@ def held_out(hparams: HyperParams) -> HyperParams:
         root = Path(hparams.image_root or "")
         found = {task: str(root / f"{task}_val.json") for task in hparams.data}
     else:
-        found = {task: runs.annotation_file(hparams, task, "eval") for task in hparams.data}
+        found = {task: inputs.annotation_file(hparams, task, "eval") for task in hparams.data}
     return replace(hparams, data={task: {"eval": path} for task, path in found.items()})
 
 
@@ -138,21 +140,21 @@ def held_out_triplets(hparams: HyperParams, size: int | None = None) -> list[Tri
     """The first ``size`` triplets of ``held_out`` data, the tasks in turn, all pictures in place."""
     found = held_out(hparams)
     task = "cross" if len(found.data) > 1 else next(iter(found.data), "vqa")
-    return triplets_of(runs.open_datasets(found, task, size))
+    return triplets_of(inputs.open_datasets(found, task, size))
 
 
 def check_spaces(hparams: HyperParams, layer: int | None, size: int | None) -> None:
     """UserError with everything that ``spaces`` lacks; the embedded benchmark is drawn where it is
     missing."""
-    runs.require_backbone(hparams)
+    inputs.require_backbone(hparams)
     if hparams.generate_data:
         from scripts.tiny import make_data
 
         make_data.ensure(hparams)
         make_data.ensure(hparams, ("val",))
-    runs.require(
+    inputs.require(
         lambda: held_out_triplets(hparams, size),
-        lambda: runs.wants_triplets(hparams) and runs.knowledge_triplets(hparams),
+        lambda: inputs.wants_triplets(hparams) and inputs.knowledge_triplets(hparams),
     )
 
 
@@ -165,7 +167,7 @@ def spaces(hparams: HyperParams, layer: int | None, size: int | None) -> tuple[d
         raise UserError(f"--layer: {layer}; {hparams.source} edits {', '.join(map(str, layers))}")
     at = layers[-1] if layer is None else layer
     runs.prepare(hparams, backbone, layers)
-    triplets = runs.knowledge_triplets(hparams) if runs.wants_triplets(hparams) else ()
+    triplets = inputs.knowledge_triplets(hparams) if inputs.wants_triplets(hparams) else ()
     folder = knowledge_folder(hparams, backbone, triplets)
     encoders = load_states(folder, backbone.device)[1][at]
     states = extract(backbone, held_out_triplets(hparams, size), [at], hparams.eval_batch)[at].states
@@ -223,7 +225,7 @@ def examples(planned: Sequence[Run], variants: Mapping[str, str], count: int) ->
         own = {run.row.name: run for run in planned if run.task == task}
         found = {short: {r["id"]: r for r in records(own[name])} for name, short in variants.items()}
         first = own[next(iter(variants))]
-        for case in chosen(runs.open_datasets(first.hparams, task, first.size), count):
+        for case in chosen(inputs.open_datasets(first.hparams, task, first.size), count):
             out.append(example(case, {short: rows[case.request.id] for short, rows in found.items()}))
     return out
 

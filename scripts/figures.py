@@ -22,9 +22,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from scripts import figure_data as data
 from scripts.plan import BACKBONES, OUTPUT, PLAN, Run, is_complete, read_plan, records
 from scripts.workers import ensure
-from unike import figures, runs
-from unike.comparison import rewritten
-from unike.hparams import HyperParams
+from unike.config.hparams import HyperParams
+from unike.report.paper import figures
+from unike.report.paper.tables import rewritten
+from unike.runs import inputs
 from unike.types import UserError
 
 # Where in the plan a figure's runs stand.
@@ -160,7 +161,7 @@ def check(args: argparse.Namespace) -> tuple[dict[str, list[Run]], list[HyperPar
     planned: dict[str, list[Run]] = {}
     own: list[HyperParams] = []
     spaces = "5a" in args.figures
-    runs.require(
+    inputs.require(
         lambda: figures.require("matplotlib"),
         lambda: spaces and figures.require("sklearn"),
         lambda: args.write and with_blocks(args.write, dict.fromkeys(args.figures, "")),
@@ -170,7 +171,7 @@ def check(args: argparse.Namespace) -> tuple[dict[str, list[Run]], list[HyperPar
             for b in (args.backbones if spaces else ())
         ),
     )
-    runs.require(*(lambda h=h: data.check_spaces(h, args.layer, args.size) for h in own))
+    inputs.require(*(lambda h=h: data.check_spaces(h, args.layer, args.size) for h in own))
     return planned, own
 
 

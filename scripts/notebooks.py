@@ -20,7 +20,7 @@ import nbformat
 from nbclient import NotebookClient
 from PIL import Image
 
-from unike import launching
+from unike.system import launching
 from unike.types import UserError
 
 ROOT = Path(__file__).resolve().parents[1]

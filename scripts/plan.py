@@ -19,13 +19,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from unike import published
-from unike.comparison import EXTRAS
-from unike.hparams import OPTIONS, HyperParams
-from unike.options import read_yaml
-from unike.records import SUMMARY, read_records
-from unike.runs import TASKS, problems_of
-from unike.tables import summarise
+from unike.config.hparams import OPTIONS, HyperParams
+from unike.config.schema import read_yaml
+from unike.evaluation.summary import summarise
+from unike.report.paper import published
+from unike.report.paper.tables import EXTRAS
+from unike.runs.records import SUMMARY, read_records
+from unike.runs.run import TASKS, problems_of
 from unike.types import PROTOCOLS, UserError
 
 PLAN = Path("hparams/tables.yaml")
@@ -60,7 +60,7 @@ class TablePlan:
     """A table: its rows on each of the tasks, at each of the lengths; of length 1 is one-step editing.
 
     ``paper`` names the published figures, ``reference`` the row whose order they state, ``extras`` what is
-    shown and told beside them, see ``unike.comparison.Block``.
+    shown and told beside them, see ``unike.report.paper.tables.Block``.
     """
 
     title: str
@@ -195,8 +195,7 @@ def records(run: Run) -> list[dict[str, Any]]:
 
 
 def summary(run: Run) -> dict[str, Any]:
-    """The run's records summed up, as ``unike.tables.summarise`` gives it; ``interrupted`` where some
-    are missing."""
+    """The run's records summed up, as ``summarise`` gives it; ``interrupted`` where some are missing."""
     kept, hp = _kept(run), run.hparams
     # Summing up takes a second; a summary of an earlier version may lack parts.
     if kept.get("interrupted") is False and "means" in kept:

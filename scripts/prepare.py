@@ -18,15 +18,17 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from unike import launching, processes, runs
+from unike import runs
 from unike.backbones import Backbone, load_backbone
-from unike.hparams import HyperParams
+from unike.config.hparams import HyperParams
 from unike.methods import build, needs_knowledge
 from unike.methods.base import needs_scope
-from unike.methods.preparation import knowledge_folder
-from unike.methods.scoping import kept_scope
-from unike.methods.trained import kept_editor, learns, wants_cases
-from unike.tables import as_text
+from unike.methods.preparation.editors import kept_editor, learns, wants_cases
+from unike.methods.preparation.knowledge import knowledge_folder
+from unike.methods.preparation.scope import kept_scope
+from unike.report.terminal import as_text
+from unike.runs import inputs
+from unike.system import launching, processes
 from unike.types import UserError
 
 
@@ -58,7 +60,7 @@ def train(hparams: HyperParams, skip_broken: bool) -> int:
             print(f"editor: {kept_editor(hparams)}")
         return 0
     backbone = loaded(hparams)
-    cases = processes.in_turn(lambda: runs.training_cases(hparams, skip_broken))
+    cases = processes.in_turn(lambda: inputs.training_cases(hparams, skip_broken))
     runs.assemble(hparams, backbone, cases=lambda: cases)
     if not processes.is_main():
         return 0
@@ -74,13 +76,13 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
     if launching.wants_launch(args.num_processes):
         return launching.launch(args.num_processes, main, argv)
     processes.join(hparams.device)
-    processes.in_turn(lambda: runs.require_backbone(hparams))
+    processes.in_turn(lambda: inputs.require_backbone(hparams))
     if learns(hparams):
         return train(hparams, args.skip_broken)
     if not needs_knowledge(hparams):
         raise UserError(f"{hparams.source}: method: {hparams.method} with these options needs no knowledge")
     backbone = loaded(hparams)
-    triplets = processes.in_turn(lambda: runs.knowledge_triplets(hparams, skip_broken=args.skip_broken))
+    triplets = processes.in_turn(lambda: inputs.knowledge_triplets(hparams, skip_broken=args.skip_broken))
     layers = build(hparams).layers(backbone)
     runs.prepare(hparams, backbone, layers, triplets=lambda: triplets)
     if not processes.is_main():

@@ -12,13 +12,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from unike.hparams import OPTIONS
-from unike.options import Option, expected
+from unike.config.hparams import OPTIONS
+from unike.config.schema import Option, expected
 
 PAGE = Path(__file__).parents[1] / "docs" / "hparams.md"
 HEAD = """# Hyper-parameters
 
-<!-- Written by `python -m scripts.reference` from unike/hparams.py: change it there. -->
+<!-- Written by `python -m scripts.reference` from unike/config/hparams.py: change it there. -->
 
 One flat YAML per run; `key=value` on the command line changes it, `data.vqa.eval=...` an entry of a
 mapping. Unknown, repeated or ill-typed keys end with one line each, with the nearest known name, before

@@ -21,9 +21,9 @@ from scripts.plan import BACKBONES, OUTPUT, PLAN, Run, TablePlan, is_complete, r
 from scripts.plan import records as records_of
 from scripts.plan import summary as summary_of
 from scripts.workers import Outcome, ensure
-from unike import published
-from unike.claims import Row
-from unike.comparison import FORMATS, LEGEND, Block, csv_rows, latex, markdown, rewritten
+from unike.report.measures import Row
+from unike.report.paper import published
+from unike.report.paper.tables import FORMATS, LEGEND, Block, csv_rows, latex, markdown, rewritten
 from unike.types import UserError
 
 TASK_TITLES = {"vqa": "E-VQA", "caption": "E-IC", "cross": "E-VQA and E-IC in turn"}

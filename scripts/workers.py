@@ -29,11 +29,12 @@ from scripts.plan import Run, is_complete, placed
 from unike import runs
 from unike.backbones import load_backbone
 from unike.backbones.prefix import PrefixCache
-from unike.hparams import OPTIONS
-from unike.launching import cores, deaf, die_with_parent, threads_each
-from unike.reading import Reader
-from unike.records import read_manifest
-from unike.runs import Parts
+from unike.config.hparams import OPTIONS
+from unike.evaluation.reader import Reader
+from unike.runs import inputs
+from unike.runs.parts import Parts
+from unike.runs.records import read_manifest
+from unike.system.launching import cores, deaf, die_with_parent, threads_each
 from unike.types import UserError
 
 PATIENCE = 60.0
@@ -60,7 +61,7 @@ def ensure(planned: Sequence[Run], jobs: int | None = None) -> Outcome:
     for run in planned:
         by_folder.setdefault(run.folder, run)
     todo = [run for run in by_folder.values() if not is_complete(run)]
-    runs.require(*(partial(_unchanged, run) for run in by_folder.values() if is_complete(run)))
+    inputs.require(*(partial(_unchanged, run) for run in by_folder.values() if is_complete(run)))
     if not todo:
         return Outcome()
     check(todo)
@@ -88,9 +89,9 @@ def default_jobs() -> int:
 def check(todo: Sequence[Run]) -> None:
     """Everything that the runs read, before a model is loaded; UserError with every problem. The
     embedded backbones' benchmark is drawn where it is missing."""
-    runs.require(*(partial(runs.require_backbone, run.hparams) for run in _distinct(todo, by_yaml=True)))
-    runs.require(*(partial(_draw, run) for run in _distinct(todo) if run.hparams.generate_data))
-    runs.require(*(partial(runs.preflight, r.hparams, r.task, r.size) for r in _distinct(todo)))
+    inputs.require(*(partial(inputs.require_backbone, run.hparams) for run in _distinct(todo, by_yaml=True)))
+    inputs.require(*(partial(_draw, run) for run in _distinct(todo) if run.hparams.generate_data))
+    inputs.require(*(partial(runs.preflight, r.hparams, r.task, r.size) for r in _distinct(todo)))
 
 
 def _draw(run: Run) -> None:
@@ -181,7 +182,7 @@ def work(group: Sequence[Run], lock: Any, report: Report, stopped: Callable[[], 
     first = group[0]
     try:
         backbone = load_backbone(first.hparams)
-        cases = runs.open_datasets(first.hparams, first.task, first.size)
+        cases = inputs.open_datasets(first.hparams, first.task, first.size)
     except UserError as error:
         report("failed", (first.name, "; ".join(error.problems), len(group)))
         return

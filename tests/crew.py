@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from unike import launching, processes
+from unike.system import launching, processes
 from unike.types import UserError
 
 

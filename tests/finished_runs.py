@@ -9,10 +9,10 @@ from typing import Any
 
 from helpers import OPTIONS, record, save_pictures
 
-from unike.hparams import HyperParams
-from unike.records import MANIFEST, RECORDS
-from unike.sealed import sha256_of
-from unike.tables import KEPT
+from unike.config.hparams import HyperParams
+from unike.evaluation.summary import KEPT
+from unike.runs.records import MANIFEST, RECORDS
+from unike.system.files import sha256_of
 from unike.types import FIVE_METRICS
 
 PER_CASE = {

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from helpers import Project
 
-from unike.asking import Asked
 from unike.editor import MultimodalEditor
+from unike.edits.explain import Asked
 from unike.edits.store import EditStore
 
 ROOT = Path(__file__).parents[1]

@@ -10,12 +10,12 @@ import pytest
 import torch
 from worlds import BASE, COLORS, World, query
 
-from unike.asking import Active, Asked
+from unike.backbones.hooks import capture, tape
+from unike.config.hparams import HyperParams
 from unike.editor import MultimodalEditor
 from unike.edits import Edit
-from unike.hooks import capture, tape
-from unike.hparams import HyperParams
-from unike.methods.preparation import load_states, save_items, save_knowledge
+from unike.edits.explain import Active, Asked
+from unike.methods.preparation.knowledge import load_states, save_items, save_knowledge
 from unike.types import UserError
 
 PROMPT = query(0).prompt

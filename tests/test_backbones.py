@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 
 from unike.backbones import load_backbone
 from unike.backbones.base import IGNORED, answer_loss, encode_queries
-from unike.backbones.hf import VisionLanguageBackbone
 from unike.backbones.prefix import PrefixCache
+from unike.backbones.vlm import VisionLanguageBackbone
 from unike.types import Query, UserError
 
 EXPECTED = load_file(FILES / "expected.safetensors")

@@ -10,9 +10,9 @@ from untouched import assert_untouched
 from worlds import BASE, SETTINGS, World, case, query, snapshot
 
 from unike.backbones.prefix import PrefixCache
+from unike.config.hparams import HyperParams
 from unike.edits import Fact, PromptEdit, RoutedEdit, Shown
 from unike.edits.deltas import WeightDelta
-from unike.hparams import HyperParams
 from unike.methods import build, ike, needs_cases
 from unike.types import Case, EditRequest, Query, UserError
 

@@ -16,8 +16,8 @@ from benchmarks.kinks import kink
 from benchmarks.measuring import Row, Rows
 from benchmarks.reference import Reference, WholeModel, concatenated
 from benchmarks.step_profile import Steps, profile
-from unike.hooks import hook_count
-from unike.hparams import HyperParams
+from unike.backbones.hooks import hook_count
+from unike.config.hparams import HyperParams
 from unike.methods import build
 from unike.methods.unike import UniKE
 

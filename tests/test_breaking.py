@@ -16,7 +16,7 @@ import pytest
 from helpers import Project
 
 from benchmarks import fuzz, kill, mutants
-from unike.records import MANIFEST, RECORDS, SUMMARY
+from unike.runs.records import MANIFEST, RECORDS, SUMMARY
 from unike.types import UserError
 
 ROOT = Path(__file__).parents[1]

@@ -12,8 +12,8 @@ from test_report import HOSTILE, hostile
 from benchmarks import pages
 from benchmarks.browser import PHONE, Browser, browser, lacking
 from benchmarks.report import read
-from unike.compare import main as compare_main
 from unike.report import write_report
+from unike.tables import main as compare_main
 from unike.types import FIVE_METRICS
 
 pytestmark = [

@@ -12,10 +12,10 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 import run_edit  # noqa: E402
-from unike.backbones.hf import VisionLanguageBackbone  # noqa: E402
 from unike.backbones.vision import Blip2Vision  # noqa: E402
-from unike.hparams import HyperParams  # noqa: E402
-from unike.records import read_records  # noqa: E402
+from unike.backbones.vlm import VisionLanguageBackbone  # noqa: E402
+from unike.config.hparams import HyperParams  # noqa: E402
+from unike.runs.records import read_records  # noqa: E402
 
 
 def run(project: Project, name: str, *overrides: str) -> list[dict]:

@@ -15,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_report import HOSTILE, assert_self_contained, shown_text
 
-from unike.compare import compare, main, summed_up
-from unike.report.compared import GAINED, LOST, compared_page
+from unike.report.compare import compare, summed_up
+from unike.report.compare_page import GAINED, LOST, compared_page
+from unike.tables import main
 from unike.types import FIVE_METRICS, UserError
 
 ROOT = Path(__file__).parents[1]

@@ -9,11 +9,12 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 
-from unike import published
-from unike.claims import FAILS, HOLDS, UNCLEAR, Row, baselines, best_of_ours, difference, order
-from unike.comparison import Block, Cell, csv_rows, latex, markdown, marked, rewritten
-from unike.metrics import harmonic_mean, mean_of, paired_difference
-from unike.tables import summarise
+from unike.evaluation.metrics import harmonic_mean, mean_of, paired_difference
+from unike.evaluation.summary import summarise
+from unike.report.measures import Row, difference
+from unike.report.paper import published
+from unike.report.paper.claims import FAILS, HOLDS, UNCLEAR, baselines, best_of_ours, order
+from unike.report.paper.tables import Block, Cell, csv_rows, latex, markdown, marked, rewritten
 from unike.types import FIVE_METRICS, METRICS, UserError
 
 

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from unike.datasets.answers import normalise_answer
 from unike.datasets.mmedit import (
     REQUIRED_FIELDS,
     CaptionDataset,
@@ -21,7 +22,7 @@ from unike.datasets.mmedit import (
     nothing_to_edit,
     record_problems,
 )
-from unike.text import normalise_answer, one_line
+from unike.system.text import one_line
 from unike.types import FIVE_METRICS, METRICS, Case, Query, UserError
 
 quick = settings(max_examples=60, deadline=None)

@@ -17,12 +17,12 @@ from helpers import Project
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unike.asking import Active, Asked, Item, Layer
 from unike.demo import __main__ as command
 from unike.demo.active import active_html
 from unike.demo.desk import FOLLOW_UPS, MOST_CHARACTERS, Desk
 from unike.editor import MultimodalEditor
-from unike.inputs import open_datasets
+from unike.edits.explain import Active, Asked, Item, Layer
+from unike.runs.inputs import open_datasets
 from unike.types import UserError
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -18,7 +18,7 @@ from unike.demo.__main__ import HOST
 from unike.demo.desk import Desk
 from unike.demo.page import serve
 from unike.editor import MultimodalEditor
-from unike.inputs import open_datasets
+from unike.runs.inputs import open_datasets
 
 pytestmark = [
     pytest.mark.slow,

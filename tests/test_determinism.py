@@ -14,9 +14,10 @@ from helpers import Project
 from benchmarks.kill import comparable
 from unike import runs
 from unike.backbones import load_backbone
-from unike.backbones.hf import VisionLanguageBackbone
-from unike.hparams import HyperParams
-from unike.records import RECORDS
+from unike.backbones.vlm import VisionLanguageBackbone
+from unike.config.hparams import HyperParams
+from unike.runs import inputs
+from unike.runs.records import RECORDS
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 PROTOCOLS = {"one_step": {}, "sequential": {"sequence_length": 4, "sequences": 1}}
@@ -39,7 +40,7 @@ def records(blip2_project: Project, backbone: VisionLanguageBackbone, tmp_path: 
         hparams = HyperParams.from_dict(values)
         backbone.cache.forget()
         parts = runs.assemble(hparams, backbone, progress=False)
-        cases = runs.open_datasets(hparams, "vqa", size)
+        cases = inputs.open_datasets(hparams, "vqa", size)
         with runs.open_run(parts, "vqa", folder, resume=False) as writer:
             runs.run_cases(parts, cases, writer, progress=False)
         return comparable(folder / RECORDS).splitlines()

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from scripts import reference
-from unike import launching
+from unike.system import launching
 from unike.types import UserError
 
 ROOT = Path(__file__).parents[1]

@@ -23,11 +23,11 @@ from untouched import assert_untouched
 from worlds import COLORS, World, case, query, snapshot
 
 from unike.backbones.base import encode_queries
+from unike.config.hparams import HyperParams
 from unike.editor import MultimodalEditor
 from unike.edits import Edit, PromptEdit, RoutedEdit, files
 from unike.edits.content import digest
 from unike.edits.files import CARD, INDEX, TENSORS, read_edit
-from unike.hparams import HyperParams
 from unike.methods.base import edit_many, shared_parts
 from unike.types import Query, UserError
 

@@ -17,8 +17,8 @@ from test_run_edit import ROOT, errors, start
 from unike.edits import EditStore, Fact, Origin, PromptEdit, Shown
 from unike.edits.__main__ import applied, arguments, main
 from unike.edits.files import read_edit
-from unike.records import read_records
-from unike.text import one_line
+from unike.runs.records import read_records
+from unike.system.text import one_line
 from unike.types import UserError
 
 

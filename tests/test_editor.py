@@ -11,11 +11,11 @@ from helpers import Project
 from PIL import Image
 
 from unike.backbones.base import encode_queries
+from unike.backbones.hooks import hook_count
+from unike.config.hparams import HyperParams
 from unike.datasets.mmedit import CaptionDataset, CapVQADataset, VQADataset
 from unike.editor import METRIC_KEYS, MultimodalEditor, _Given
 from unike.edits import RoutedEdit
-from unike.hooks import hook_count
-from unike.hparams import HyperParams
 from unike.types import Query, UserError
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -13,16 +13,16 @@ from untouched import assert_untouched, weights_of
 
 from unike.backbones import load_backbone
 from unike.backbones.base import Batch, answer_loss, encode_queries
-from unike.backbones.hf import VisionLanguageBackbone
+from unike.backbones.hooks import hook_count
 from unike.backbones.prefix import PrefixCache
+from unike.backbones.vlm import VisionLanguageBackbone
+from unike.config.hparams import HyperParams
 from unike.datasets.triplets import Triplet
 from unike.edits import RoutedEdit, compose
 from unike.edits.deltas import WeightDelta
-from unike.hooks import hook_count
-from unike.hparams import HyperParams
 from unike.knowledge.scope import ScopeEncoder, ScopeMeasure
 from unike.methods.base import build
-from unike.methods.preparation import as_knowledge, build_knowledge
+from unike.methods.preparation.knowledge import as_knowledge, build_knowledge
 from unike.types import EditRequest, Query
 
 COLORS = ("teal", "navy", "olive", "maroon", "gold", "gray")

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
+from unike.backbones.hooks import transform
 from unike.backbones.layout import AttentionSite
-from unike.hooks import transform
 from unike.knowledge.adapter import knowledge_attention, plain_attention, shift
 from unike.knowledge.encoders import (
     Disentangler,

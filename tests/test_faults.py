@@ -17,12 +17,14 @@ from test_run_edit import errors, start
 from untouched import assert_untouched, weights_of
 
 from benchmarks.kill import comparable
-from unike import protocols, runs
+from unike import runs
 from unike.backbones import load_backbone
-from unike.hooks import hook_count
-from unike.hparams import HyperParams
+from unike.backbones.hooks import hook_count
+from unike.config.hparams import HyperParams
+from unike.evaluation import protocols
 from unike.methods import training
-from unike.records import RECORDS, SUMMARY, RecordWriter, read_records
+from unike.runs import inputs
+from unike.runs.records import RECORDS, SUMMARY, RecordWriter, read_records
 from unike.types import Case, UserError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -42,7 +44,7 @@ def changed(parts: runs.Parts, **options: Any) -> runs.Parts:
 
 
 def cases_of(project: Project) -> Sequence[Case]:
-    return list(runs.open_datasets(HyperParams.from_dict(project.options()), "vqa"))
+    return list(inputs.open_datasets(HyperParams.from_dict(project.options()), "vqa"))
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from helpers import Project, record
 from test_faults import lines, same_end, summary_of
 from test_run_edit import ROOT
 
-from unike.records import RECORDS, read_records
+from unike.runs.records import RECORDS, read_records
 
 pytestmark = pytest.mark.slow
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from unike import figures
-from unike.figures import Answer, Cell, Example, Interval, Point, Space, Sweep
+from unike.report.paper import figures
+from unike.report.paper.figures import Answer, Cell, Example, Interval, Point, Space, Sweep
 from unike.types import UserError
 
 

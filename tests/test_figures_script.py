@@ -15,9 +15,10 @@ from helpers import Project, record
 from scripts import figure_data as data
 from scripts import figures as script
 from scripts.plan import RowPlan, Run, read_plan
-from unike import published, runs
-from unike.hparams import HyperParams
-from unike.records import RecordWriter
+from unike.config.hparams import HyperParams
+from unike.report.paper import published
+from unike.runs import inputs
+from unike.runs.records import RecordWriter
 from unike.types import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -130,7 +131,7 @@ def test_an_embedding_is_the_same_for_a_seed_and_keeps_clusters_apart() -> None:
 def test_the_spaces_are_of_questions_that_the_encoders_were_not_trained_on(blip2_project: Project) -> None:
     hparams = HyperParams.from_hparams(blip2_project.yaml)
     held = {(t.query.image, t.query.prompt) for t in data.held_out_triplets(hparams)}
-    trained = {(t.query.image, t.query.prompt) for t in runs.knowledge_triplets(hparams)}
+    trained = {(t.query.image, t.query.prompt) for t in inputs.knowledge_triplets(hparams)}
     assert held
     assert not held & trained
 
@@ -147,7 +148,7 @@ def test_the_embedded_benchmark_has_a_val_split_for_the_spaces(copied: Project) 
 
 
 def test_examples_are_the_first_of_the_file_and_told_as_recorded(blip2_project: Project) -> None:
-    cases = runs.open_datasets(HyperParams.from_hparams(blip2_project.yaml), "vqa")
+    cases = inputs.open_datasets(HyperParams.from_hparams(blip2_project.yaml), "vqa")
     assert [c.request.id for c in data.chosen(cases, 2)] == ["vqa-0", "vqa-1"]
     scores = {p.name: {"after": float(p.name != "m_locality")} for p in cases[0].probes}
     answers = {p.name: {"before": "old", "after": f"new {p.name}"} for p in cases[0].probes}

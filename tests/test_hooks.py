@@ -6,8 +6,8 @@ from reference import tiny_model
 from torch import nn
 from torch.testing import assert_close
 
+from unike.backbones.hooks import capture, first_tensor, hook_count, inputs_of, replace_first, transform
 from unike.backbones.layout import DecoderLayout
-from unike.hooks import capture, first_tensor, hook_count, inputs_of, replace_first, transform
 from unike.knowledge.patch import KeyValuePatch, Opened, PatchStack
 
 X = torch.arange(12.0).reshape(2, 6) / 12

@@ -23,11 +23,11 @@ from test_run_edit import errors, start
 
 from benchmarks.mutants import LONG
 from unike.backbones.checkpoint_files import load_state
+from unike.config.hparams import HyperParams
 from unike.datasets.images import open_image
 from unike.datasets.mmedit import IMAGE_FIELDS, load_records
-from unike.hparams import HyperParams
-from unike.records import read_records
-from unike.runs import open_datasets
+from unike.runs.records import read_records
+from unike.runs.run import open_datasets
 from unike.types import UserError
 
 SECONDS = 5

@@ -10,8 +10,8 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from unike.hparams import OPTIONS, HyperParams, UniKEHyperParams
-from unike.legacy import edited_layers
+from unike.config.hparams import OPTIONS, HyperParams, UniKEHyperParams
+from unike.config.release import edited_layers
 from unike.types import BACKBONES, METRIC_PRESETS, TRACKERS, BackboneSpec, UserError
 
 RELEASE = Path(__file__).parent / "fixtures" / "release_minigpt4.yaml"

@@ -23,9 +23,9 @@ from untouched import assert_untouched, weights_of
 
 from unike.backbones import load_backbone
 from unike.backbones.checking import check_spec, require_files
-from unike.check import versions
-from unike.hooks import hook_count
-from unike.hparams import HyperParams
+from unike.backbones.hooks import hook_count
+from unike.config.hparams import HyperParams
+from unike.runs.check import versions
 from unike.types import BackboneSpec, UserError
 
 ROOT = Path(__file__).parents[1]
@@ -110,7 +110,7 @@ def test_the_environment_is_checked_by_its_own_versions(monkeypatch) -> None:
     if not LAVIS:
         # One line says all: that LAVIS is not here.
         assert versions("lavis") == []
-        monkeypatch.setattr("unike.check.importlib.util.find_spec", lambda _: object())
+        monkeypatch.setattr("unike.runs.check.importlib.util.find_spec", lambda _: object())
     found = versions("lavis")
     named = {finding.what.split()[0].rstrip(":") for finding in found}
     assert {"salesforce-lavis", "transformers", "torch", "torchvision", "accelerate"} <= named

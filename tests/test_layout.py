@@ -8,8 +8,8 @@ from torch import nn
 from torch.testing import assert_close
 from transformers import PreTrainedConfig
 
+from unike.backbones.hooks import capture, transform
 from unike.backbones.layout import FAMILIES, DecoderLayout
-from unike.hooks import capture, transform
 from unike.knowledge.adapter import knowledge_attention
 
 # The models' own softmax and norms run in float32.

@@ -11,8 +11,8 @@ from torch.testing import assert_close
 
 from unike.backbones.layout import AttentionSite
 from unike.knowledge.adapter import AdapterLayer, shift
+from unike.knowledge.batching import OwnedMemory
 from unike.knowledge.memory import JoinedMemory, KnowledgeMemory
-from unike.knowledge.rows import OwnedMemory
 
 SINGLE = {"rtol": 1e-5, "atol": 1e-6}
 WIDTH = 8

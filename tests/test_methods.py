@@ -13,10 +13,10 @@ from untouched import assert_untouched
 from worlds import BASE, COLORS, SETTINGS, World, case, query, snapshot, world_of
 
 from unike.backbones.base import answer_loss, encode_queries
-from unike.hparams import HyperParams
+from unike.config.hparams import HyperParams
+from unike.evaluation.protocols import one_step
+from unike.evaluation.reader import Reader
 from unike.methods import base, build, methods
-from unike.protocols import one_step
-from unike.reading import Reader
 from unike.types import Query, UserError
 
 ROOT = Path(__file__).parents[1]

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unike.metrics import (
+from unike.datasets.answers import normalise_answer
+from unike.evaluation.metrics import (
     Reading,
     agreement,
     base_score,
@@ -19,7 +20,6 @@ from unike.metrics import (
     score_generated,
     token_accuracy,
 )
-from unike.text import normalise_answer
 from unike.types import Probe, Query
 
 TARGET = Probe("reliability", Query("i.png", "what?", "two cats"), "target")
@@ -107,7 +107,7 @@ def test_readings_take_arrays_and_hold_plain_integers():
 
 @pytest.mark.parametrize("block", [7, 1_000_000])
 def test_bootstrap_matches_a_loop(monkeypatch, block):
-    monkeypatch.setattr("unike.metrics._BLOCK", block)
+    monkeypatch.setattr("unike.evaluation.metrics._BLOCK", block)
     values = [0.0, 1.0, 1.0, 0.5, 0.25]
     mean, low, high = bootstrap_interval(values, seed=3, samples=500)
     generator = np.random.default_rng(3)

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from unike import own
-from unike.hparams import HyperParams
+from unike.config.hparams import HyperParams
 from unike.methods import base, methods
+from unike.methods import plugins as own
 from unike.types import UserError
 
 METHOD = """

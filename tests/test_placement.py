@@ -14,17 +14,18 @@ from original_files import FAMILIES, make_spec
 from PIL import Image
 from transformers import Blip2ForConditionalGeneration
 
-from unike import check, processes
 from unike.backbones import huggingface, loading, placement
 from unike.backbones.base import encode_queries
+from unike.backbones.hooks import hook_count
 from unike.backbones.loading import load_backbone
 from unike.backbones.placement import check_placement, device_map, pick_device, quantization_config
 from unike.backbones.prefix import PrefixCache
-from unike.hooks import hook_count
-from unike.hparams import HyperParams
-from unike.inputs import require_backbone
+from unike.config.hparams import HyperParams
 from unike.methods import build
 from unike.methods.base import check_method, edited_layers
+from unike.runs import check
+from unike.runs.inputs import require_backbone
+from unike.system import processes
 from unike.types import BackboneSpec, EditRequest, Query, UserError
 
 ROOT = Path(__file__).parents[1]
@@ -302,7 +303,7 @@ def test_patches_and_adam_are_fp32_whatever_the_weights(
 
 def test_the_manifest_states_precision_and_device(copied: Project, monkeypatch, tmp_path: Path) -> None:
     import run_edit
-    from unike.records import read_manifest
+    from unike.runs.records import read_manifest
 
     out = tmp_path / "run"
     arguments = ["--hparams_dir", str(copied.yaml), "--size", "1", "--output", str(out), "--no_generated"]

@@ -15,7 +15,8 @@ import yaml
 from helpers import Project, record
 
 from scripts import plan, tables, workers
-from unike.records import RECORDS, read_records
+from unike.runs import run as loop
+from unike.runs.records import RECORDS, read_records
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).parents[1]
@@ -207,7 +208,7 @@ def test_a_row_that_fails_leaves_the_others(copied: Project, capsys, monkeypatch
 
 def test_ctrl_c_keeps_what_is_there(copied: Project, capsys, monkeypatch) -> None:
     path = write_plan(copied, [FT, INTRIN])
-    one_step, asked = workers.runs.one_step_many, []
+    one_step, asked = loop.one_step_many, []
 
     def stopped(*arguments: Any) -> Any:
         asked.append(arguments)
@@ -216,7 +217,7 @@ def test_ctrl_c_keeps_what_is_there(copied: Project, capsys, monkeypatch) -> Non
         return one_step(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(workers.runs, "one_step_many", stopped)
+        patch.setattr(loop, "one_step_many", stopped)
         assert tables.main(command(copied, path, "--size", "2", "--jobs", "1", "edit_batch_size=1")) == 130
     assert [len(r) for r in measured(copied.root / "out").values()] == [2, 1]
     assert "the same command goes on" in capsys.readouterr().err

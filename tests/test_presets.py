@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unike.metrics import PRESETS, Reading, needs_ranks, ngram_entropy, preset_score, score
-from unike.reading import leaders
+from unike.evaluation.metrics import PRESETS, Reading, needs_ranks, ngram_entropy, preset_score, score
+from unike.evaluation.reader import leaders
 from unike.types import METRIC_PRESETS, Probe, Query
 
 TEXT = Probe("t_locality", Query(None, "who?", "a dog"), "unchanged")

@@ -22,8 +22,8 @@ sys.path.insert(0, str(ROOT))
 
 import run_edit  # noqa: E402
 from scripts import prepare  # noqa: E402
-from unike import launching, processes  # noqa: E402
-from unike.records import SHARDS, read_manifest, read_records  # noqa: E402
+from unike.runs.records import SHARDS, read_manifest, read_records  # noqa: E402
+from unike.system import launching, processes  # noqa: E402
 from unike.types import UserError  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")

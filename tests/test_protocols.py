@@ -13,10 +13,10 @@ from PIL import Image
 from unike.backbones import load_backbone
 from unike.backbones.base import encode_queries
 from unike.backbones.prefix import PrefixCache
-from unike.hparams import HyperParams
+from unike.config.hparams import HyperParams
+from unike.evaluation.protocols import one_step
+from unike.evaluation.reader import Reader
 from unike.methods import build
-from unike.protocols import one_step
-from unike.reading import Reader
 from unike.types import METRIC_PRESETS, METRICS, Case, EditRequest, Probe, Query
 
 COLORS = ("teal", "navy", "olive", "maroon")

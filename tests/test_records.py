@@ -11,7 +11,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from unike.records import RECORDS, SHARDS, RecordWriter, merge, read_manifest, read_records, write_json
+from unike.runs.records import RECORDS, SHARDS, RecordWriter, merge, read_manifest, read_records
+from unike.system.files import write_json
 from unike.types import UserError
 
 HPARAMS = {"k": 40, "layers": [1, 2], "data": {"vqa": {"train": "a.json"}}, "tau": None}

@@ -20,12 +20,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from unike.records import MANIFEST, RECORDS, read_manifest
 from unike.report import pictures, write_report
 from unike.report.__main__ import main
 from unike.report.charts import curve, histogram, shares
 from unike.report.page import CaseView, Page, ProbeView, Said, TableView, render
-from unike.report.run import run_page
+from unike.report.run_page import run_page
+from unike.runs.records import MANIFEST, RECORDS, read_manifest
 from unike.types import FIVE_METRICS, UserError
 
 ROOT = Path(__file__).parents[1]

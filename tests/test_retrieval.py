@@ -13,10 +13,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from unike import retrieval
+from unike.knowledge import index as retrieval
+from unike.knowledge.disk import DiskPairs
+from unike.knowledge.index import IndexedMemory, RamPairs, check_faiss, open_memory
 from unike.knowledge.memory import GrowingMemory, JoinedMemory, KnowledgeMemory
-from unike.pairs import DiskPairs
-from unike.retrieval import IndexedMemory, RamPairs, check_faiss, open_memory
 from unike.types import UserError
 
 pytest.importorskip("faiss")
@@ -265,7 +265,7 @@ def test_a_crash_while_appending_leaves_the_items_from_before(tmp_path, monkeypa
     def crash(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("unike.pairs._write", crash)
+    monkeypatch.setattr("unike.knowledge.disk._write", crash)
     with pytest.raises(KeyboardInterrupt):
         kept.append(keys[10:20], values[10:20])
     monkeypatch.undo()
@@ -328,8 +328,8 @@ def test_a_folder_that_is_not_pairs_is_one_line(tmp_path, name, content):
 OPENING = """
 import resource, sys, time
 import torch
-from unike.pairs import DiskPairs
-from unike.retrieval import IndexedMemory
+from unike.knowledge.disk import DiskPairs
+from unike.knowledge.index import IndexedMemory
 import faiss
 
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -13,11 +13,11 @@ from untouched import assert_untouched
 from worlds import BASE, COLORS, World, case, load_small, query, snapshot
 
 from unike.backbones.base import encode_queries
-from unike.backbones.hf import VisionLanguageBackbone
+from unike.backbones.vlm import VisionLanguageBackbone
+from unike.config.hparams import HyperParams
 from unike.editor import MultimodalEditor
 from unike.edits import Edit, EditRecord, LayerShare, RoutedEdit, compose
 from unike.edits.routed import Stacks
-from unike.hparams import HyperParams
 from unike.knowledge.patch import KeyValuePatch
 from unike.types import Query, UserError
 

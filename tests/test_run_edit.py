@@ -18,9 +18,11 @@ sys.path.insert(0, str(ROOT))
 
 import run_edit  # noqa: E402
 from scripts import prepare  # noqa: E402
-from unike import check, runs  # noqa: E402
-from unike.hparams import HyperParams  # noqa: E402
-from unike.records import RecordWriter, read_manifest, read_records  # noqa: E402
+from unike import runs  # noqa: E402
+from unike.config.hparams import HyperParams  # noqa: E402
+from unike.runs import check, inputs  # noqa: E402
+from unike.runs import run as loop  # noqa: E402
+from unike.runs.records import RecordWriter, read_manifest, read_records  # noqa: E402
 from unike.types import FIVE_METRICS, UserError  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -64,7 +66,7 @@ def test_a_run_from_the_shell(copied: Project) -> None:
     assert {"torch", "transformers", "python"} <= set(manifest["versions"])
 
 
-@pytest.mark.parametrize("task", runs.TASKS)
+@pytest.mark.parametrize("task", inputs.TASKS)
 def test_each_task_on_each_backbone(project: Project, task: str, tmp_path: Path) -> None:
     assert start(project, "--task", task, "--output", str(tmp_path / "run"), "--size", "2") == 0
     records = read_records(tmp_path / "run")
@@ -115,8 +117,8 @@ def test_an_interrupted_run_sums_up_and_resumes(copied: Project, monkeypatch: py
             raise KeyboardInterrupt
         return unpatched(*args)
 
-    unpatched = runs.one_step_many
-    monkeypatch.setattr(runs, "one_step_many", one_step_many)
+    unpatched = loop.one_step_many
+    monkeypatch.setattr(loop, "one_step_many", one_step_many)
     assert start(copied, *output) == 130
     summary = json.loads((copied.root / "run" / "summary.json").read_text())
     assert summary["interrupted"]
@@ -174,7 +176,7 @@ def test_knowledge_is_built_once(copied: Project, monkeypatch: pytest.MonkeyPatc
 
 
 def test_triplets_come_from_all_tasks_in_turn(copied: Project) -> None:
-    triplets = runs.knowledge_triplets(HyperParams.from_hparams(copied.yaml))
+    triplets = inputs.knowledge_triplets(HyperParams.from_hparams(copied.yaml))
     assert len(triplets) == 6
     assert ["photo" in t.query.prompt for t in triplets] == [False, True] * 3
 

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from worlds import World
 from worlds import case as short_case
 
-from unike.hparams import HyperParams
+from unike.config.hparams import HyperParams
 from unike.knowledge.scope import (
     ScopeEncoder,
     ScopeMeasure,
@@ -29,7 +29,14 @@ from unike.knowledge.scope import (
     similarities,
 )
 from unike.methods.base import check_method
-from unike.methods.scoping import INSIDE, OUTSIDE, ensure_scope, kept_scope, scope_queries, scope_samples
+from unike.methods.preparation.scope import (
+    INSIDE,
+    OUTSIDE,
+    ensure_scope,
+    kept_scope,
+    scope_queries,
+    scope_samples,
+)
 from unike.types import Case, Probe, UserError
 
 WIDTH = 8

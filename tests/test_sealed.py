@@ -11,14 +11,14 @@ from helpers import Project
 from test_hostile import refused
 from test_run_edit import ROOT, start
 
-from unike import sealed
-from unike.check import findings
-from unike.hparams import HyperParams
+from unike.config.hparams import HyperParams
 from unike.knowledge.encoders import Disentangler, KnowledgeStates
-from unike.methods.preparation import LayerStates, load_states, save_knowledge
-from unike.methods.scoping import kept_scope
-from unike.methods.trained import kept_editor
-from unike.records import RecordWriter, read_manifest, read_records
+from unike.methods.preparation.editors import kept_editor
+from unike.methods.preparation.knowledge import LayerStates, load_states, save_knowledge
+from unike.methods.preparation.scope import kept_scope
+from unike.runs.check import findings
+from unike.runs.records import RecordWriter, read_manifest, read_records
+from unike.system import files as sealed
 from unike.types import UserError
 
 

@@ -16,13 +16,15 @@ from test_run_edit import errors, start
 from unike.backbones import load_backbone
 from unike.backbones.base import encode_queries
 from unike.backbones.prefix import PrefixCache
+from unike.config.hparams import HyperParams
 from unike.edits import Edit, compose
-from unike.hparams import HyperParams
+from unike.evaluation.protocols import one_step, sequential
+from unike.evaluation.reader import Reader
+from unike.evaluation.sequences import draw_cross_task, draw_sequences
+from unike.evaluation.summary import summarise
 from unike.methods import build
-from unike.protocols import draw_cross_task, draw_sequences, one_step, sequential
-from unike.reading import Reader
-from unike.records import read_records
-from unike.tables import as_text, summarise, summary_table
+from unike.report.terminal import as_text, summary_table
+from unike.runs.records import read_records
 from unike.types import METRIC_PRESETS, METRICS, Case, EditRequest, Probe, Query, UserError
 
 COLORS = ("teal", "navy", "olive", "maroon", "gold", "gray")
@@ -318,7 +320,7 @@ def test_a_run_of_sequences(copied: Project, capsys: pytest.CaptureFixture[str])
 
 
 def test_a_run_of_sequences_resumes(copied: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    from unike import sequences
+    from unike.runs import sequences
 
     whole, part = copied.root / "whole", copied.root / "part"
     tuned = (*SEQUENCE, "method=ft", "layers=1")

@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from unike.metrics import bootstrap_interval, ngram_entropy
-from unike.tables import as_text, compare_table, summarise, summary_table
+from unike.evaluation.metrics import bootstrap_interval, ngram_entropy
+from unike.evaluation.summary import summarise
+from unike.report.terminal import as_text, compare_table, summary_table
 from unike.types import FIVE_METRICS, METRICS
 
 

@@ -16,9 +16,10 @@ from scripts.tiny.questions import HELD_OUT, TRAINED, facts_of
 from scripts.tiny.scenes import Painter, disturb, redraw, sample_scene
 from unike import runs
 from unike.backbones import load_backbone
-from unike.hparams import HyperParams
-from unike.protocols import one_step
-from unike.text import normalise_answer
+from unike.config.hparams import HyperParams
+from unike.datasets.answers import normalise_answer
+from unike.evaluation.protocols import one_step
+from unike.runs import inputs
 
 ROOT = Path(__file__).parents[1]
 TINY = ("tiny_blip2", "tiny_minigpt4")
@@ -46,7 +47,7 @@ class World:
         self.hparams = HyperParams.from_dict({**plain.to_dict(), **changes})
         self.backbone = load_backbone(self.hparams)
         make_data.make(self.backbone, out, "eval", RECORDS, seed=7, textures=textures)
-        self.cases = {t: runs.open_datasets(self.hparams, t) for t in make_data.TASKS}
+        self.cases = {t: inputs.open_datasets(self.hparams, t) for t in make_data.TASKS}
 
 
 @pytest.fixture(scope="module", params=TINY)
@@ -123,7 +124,7 @@ def test_unike_corrects_the_tiny_backbone(world: World, task: str) -> None:
 def test_knowledge_is_shipped_for_the_shipped_weights(world: World) -> None:
     folder = Path(str(world.hparams.knowledge_dir))
     assert json.loads((folder / "knowledge.json").read_text())["backbone"] == world.backbone.fingerprint
-    assert not runs.wants_triplets(world.hparams)
+    assert not inputs.wants_triplets(world.hparams)
     root = Path(world.hparams.name)
     sizes = {p.relative_to(root): p.stat().st_size for p in root.rglob("*") if p.is_file()}
     learnt = sum(size for path, size in sizes.items() if path.parts[0] == "editors")

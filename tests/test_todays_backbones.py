@@ -22,9 +22,9 @@ from transformers import AutoTokenizer, ProcessorMixin
 
 from unike.backbones import load_backbone
 from unike.backbones.base import IGNORED, encode_queries, narrowed
-from unike.backbones.hf import VisionLanguageBackbone
 from unike.backbones.prefix import PrefixCache
 from unike.backbones.store import RowStore
+from unike.backbones.vlm import VisionLanguageBackbone
 from unike.types import Query, UserError
 
 CLOSE = {"atol": 2e-5, "rtol": 0}

@@ -28,8 +28,8 @@ from unike.backbones.checking import check_spec
 from unike.backbones.huggingface import ARCHITECTURES
 from unike.backbones.layout import DecoderLayout
 from unike.backbones.placement import device_map
-from unike.hparams import HyperParams
-from unike.records import read_records
+from unike.config.hparams import HyperParams
+from unike.runs.records import read_records
 from unike.types import BACKBONES, Query, UserError
 
 ROOT = Path(__file__).parents[1]

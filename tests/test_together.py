@@ -10,13 +10,13 @@ from test_methods import IDS, ROWS
 from worlds import BASE, World, case, query
 
 from unike.backbones.base import encode_queries
-from unike.hparams import HyperParams
-from unike.knowledge.memory import KnowledgeMemory
-from unike.knowledge.rows import Growing, OwnedMemory, Owners
+from unike.config.hparams import HyperParams
+from unike.evaluation.protocols import one_step, one_step_many
+from unike.evaluation.reader import Reader
+from unike.knowledge.batching import OwnedMemory, Owners
+from unike.knowledge.memory import Growing, KnowledgeMemory
 from unike.knowledge.scope import ScopeEncoder, ScopeMeasure
 from unike.methods import base, build
-from unike.protocols import one_step, one_step_many
-from unike.reading import Reader
 from unike.types import Case, Query
 
 # Adam makes steps of the rounding of gradients that are nearly nothing; a step is 2e-2 here.

@@ -11,11 +11,11 @@ import pytest
 from finished_runs import ended
 from helpers import OPTIONS
 
-from unike import inputs, tracking
-from unike.hparams import HyperParams
-from unike.records import RecordWriter
-from unike.tables import RunningMeans
-from unike.tracking import Tracker, run_id, track
+from unike.config.hparams import HyperParams
+from unike.evaluation.summary import RunningMeans
+from unike.runs import inputs, tracking
+from unike.runs.records import RecordWriter
+from unike.runs.tracking import Tracker, run_id, track
 from unike.types import FIVE_METRICS, UserError
 
 

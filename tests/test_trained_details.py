@@ -15,8 +15,8 @@ from test_trained_methods import BASE, CASES, World, hparams, query
 import run_edit
 from scripts import prepare
 from unike.backbones.base import encode_queries
+from unike.backbones.hooks import hook_count, tape
 from unike.backbones.prefix import PrefixCache
-from unike.hooks import hook_count, tape
 from unike.methods.base import build
 from unike.methods.training import answer_gradients
 from unike.types import EditRequest

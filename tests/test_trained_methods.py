@@ -16,14 +16,14 @@ from untouched import assert_untouched, weights_of
 
 from unike.backbones import load_backbone
 from unike.backbones.base import Batch, encode_queries
-from unike.backbones.hf import VisionLanguageBackbone
+from unike.backbones.hooks import hook_count
 from unike.backbones.prefix import PrefixCache
+from unike.backbones.vlm import VisionLanguageBackbone
+from unike.config.hparams import HyperParams
 from unike.edits.deltas import LowRankDelta
-from unike.hooks import hook_count
-from unike.hparams import HyperParams
 from unike.methods.base import build
 from unike.methods.meta_training import Lessons, TrainableMethod, edit_losses, meta_train
-from unike.methods.trained import ensure_editor, kept_editor, load_editor
+from unike.methods.preparation.editors import ensure_editor, kept_editor, load_editor
 from unike.types import Case, EditRequest, Probe, Query, UserError
 
 METHODS = ("mend", "serac", "ke")
@@ -249,7 +249,7 @@ def test_a_kill_while_the_checkpoint_is_written_leaves_the_former_one(worlds, mo
 
     method = build(hparams(name))
     with monkeypatch.context() as patch:
-        patch.setattr("unike.sealed.os.replace", fail_second)
+        patch.setattr("unike.system.files.os.replace", fail_second)
         with pytest.raises(KilledError):
             meta_train(method, backbone, CASES, CASES[:2], method.hparams, tmp_path / "killed")
     assert json.loads((tmp_path / "killed/checkpoint.json").read_text())["progress"]["step"] == 2

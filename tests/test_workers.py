@@ -13,7 +13,7 @@ from test_sequences import case
 from scripts import plan, workers
 from unike.backbones import load_backbone
 from unike.backbones.prefix import PrefixCache
-from unike.reading import Reader
+from unike.evaluation.reader import Reader
 from unike.types import METRIC_PRESETS
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from unike.backbones.hf import VisionLanguageBackbone
-from unike.hooks import hook_count
+from unike.backbones.hooks import hook_count
+from unike.backbones.vlm import VisionLanguageBackbone
 
 
 def weights_of(backbone: VisionLanguageBackbone) -> dict[str, torch.Tensor]:

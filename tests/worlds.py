@@ -16,15 +16,15 @@ from untouched import weights_of
 
 from unike.backbones import load_backbone
 from unike.backbones.base import encode_queries
-from unike.backbones.hf import VisionLanguageBackbone
+from unike.backbones.hooks import hook_count
 from unike.backbones.prefix import PrefixCache
+from unike.backbones.vlm import VisionLanguageBackbone
+from unike.config.hparams import HyperParams
 from unike.datasets.triplets import triplets_of
 from unike.edits import Edit
-from unike.hooks import hook_count
-from unike.hparams import HyperParams
 from unike.methods import base, build, ike, needs_knowledge
 from unike.methods.meta_training import TrainableMethod, meta_train
-from unike.methods.preparation import as_knowledge, build_knowledge
+from unike.methods.preparation.knowledge import as_knowledge, build_knowledge
 from unike.types import METRICS, Case, EditRequest, Probe, Query
 
 COLORS = ("teal", "navy", "olive", "maroon", "gold", "gray")

@@ -2,26 +2,27 @@
 
 from typing import TYPE_CHECKING, Any
 
+from unike.system.lazy import load_attribute
+from unike.system.moved import forward_moved_modules
+
 __version__ = "0.1.0"
 __all__ = ["HyperParams", "MultimodalEditor", "UniKEHyperParams", "__version__", "load_backbone"]
 
 if TYPE_CHECKING:
     from unike.backbones import load_backbone
+    from unike.config import HyperParams, UniKEHyperParams
     from unike.editor import MultimodalEditor
-    from unike.hparams import HyperParams, UniKEHyperParams
 
 _HOMES = {
-    "HyperParams": "unike.hparams",
+    "HyperParams": "unike.config",
     "MultimodalEditor": "unike.editor",
-    "UniKEHyperParams": "unike.hparams",
+    "UniKEHyperParams": "unike.config",
     "load_backbone": "unike.backbones",
 }
 
+forward_moved_modules()
+
 
 def __getattr__(name: str) -> Any:
-    """Imports the public names on first use: torch takes seconds, and a YAML error should not."""
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    import importlib
-
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    # On first use: torch takes seconds, and a YAML error should not.
+    return load_attribute(__name__, name, _HOMES)

@@ -12,22 +12,24 @@ from typing import Any
 from tqdm import tqdm
 
 from unike import runs
-from unike.asking import Asked, ask
-from unike.attached import EditedModel, Slot
 from unike.backbones.base import Backbone
 from unike.backbones.images import content_key
 from unike.backbones.loading import load_backbone
 from unike.backbones.prefix import PrefixCache
 from unike.backbones.store import row_key
+from unike.config.hparams import HyperParams
 from unike.datasets.mmedit import CapVQADataset
 from unike.datasets.triplets import Triplet, triplets_of
 from unike.edits import Edit, compose
+from unike.edits.attached import EditedModel, Slot
+from unike.edits.base import load_edit
 from unike.edits.content import Shared
-from unike.edits.files import load_edit, read_edit
-from unike.hparams import HyperParams
+from unike.edits.explain import Asked, ask
+from unike.edits.files import read_edit
+from unike.evaluation.protocols import one_step
+from unike.evaluation.summary import summarise
 from unike.methods.base import EditMethod, shared_parts
-from unike.protocols import one_step
-from unike.tables import summarise
+from unike.runs import inputs
 from unike.types import Case, EditRequest, Expectation, ImageLike, Probe, Query, UserError
 
 METRIC_KEYS = {
@@ -78,7 +80,7 @@ class MultimodalEditor:
         """Loads the backbone; UserError with all problems of method, device and weights before that."""
         if not isinstance(hparams, HyperParams):
             hparams = HyperParams.from_hparams(hparams)
-        runs.require_backbone(hparams)
+        inputs.require_backbone(hparams)
         return cls(hparams, load_backbone(hparams), progress)
 
     def prepare(self, train_ds: Iterable[Case] | None = None, skip_broken: bool = False) -> runs.Parts:
@@ -87,10 +89,10 @@ class MultimodalEditor:
         def triplets() -> list[Triplet]:
             if train_ds is not None:
                 return triplets_of(train_ds, self.hparams.triplets)
-            return runs.knowledge_triplets(self.hparams, skip_broken)
+            return inputs.knowledge_triplets(self.hparams, skip_broken)
 
         def cases() -> Sequence[Case]:
-            return runs.train_cases(self.hparams, skip_broken, train_ds)
+            return inputs.train_cases(self.hparams, skip_broken, train_ds)
 
         if self._parts is None or train_ds is not None:
             with self._slot.only(()):

@@ -40,9 +40,9 @@ from scripts.tiny.scenes import (
     sample_scene,
 )
 from unike.backbones import Backbone, load_backbone
-from unike.hparams import HyperParams
-from unike.methods.trained import learns, wants_cases
-from unike.text import normalise_answer
+from unike.config.hparams import HyperParams
+from unike.datasets.answers import normalise_answer
+from unike.methods.preparation.editors import learns, wants_cases
 from unike.types import UserError
 
 VERSION = 1

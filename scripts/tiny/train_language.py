@@ -30,8 +30,8 @@ from scripts.tiny.curriculum import Curriculum, Example, LatentPair
 from scripts.tiny.scenes import SIZE, Painter, disturb, sample_scene
 from scripts.tiny.tokenizer import WRAP, build
 from scripts.tiny.train_vision import QUERY_TOKENS, qformer_config, rate, vision_config
+from unike.backbones.hooks import capture, transform
 from unike.backbones.layout import DecoderLayout
-from unike.hooks import capture, transform
 from unike.knowledge.adapter import knowledge_attention, shift
 
 EDITED_LAYERS = 4

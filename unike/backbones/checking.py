@@ -26,7 +26,7 @@ from unike.backbones.checkpoint_files import (
     peek,
     reading,
 )
-from unike.options import short
+from unike.config.schema import short
 from unike.types import BackboneSpec, UserError
 
 Parts = dict[str, tuple[str, ...]]

@@ -15,9 +15,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from unike.faults import out_of_memory
-from unike.options import short
-from unike.text import one_line
+from unike.config.schema import short
+from unike.system.faults import out_of_memory
+from unike.system.text import one_line
 from unike.types import UserError
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

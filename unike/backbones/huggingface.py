@@ -4,38 +4,60 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    Blip2ForConditionalGeneration,
+    InstructBlipForConditionalGeneration,
+    LlavaForConditionalGeneration,
+    LlavaOnevisionForConditionalGeneration,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLForConditionalGeneration,
+)
 from transformers.utils import logging
 
 from unike.backbones.architecture import Architecture
-from unike.backbones.blip2_opt import BLIP2_OPT
 from unike.backbones.checking import decoders
 from unike.backbones.checkpoint_files import DTYPES, reading
 from unike.backbones.checkpoints import load_original
-from unike.backbones.dialogue import Chat
-from unike.backbones.hf import VisionLanguageBackbone
-from unike.backbones.instructblip import INSTRUCTBLIP
-from unike.backbones.llava import LLAVA, LLAVA_ONEVISION
-from unike.backbones.minigpt4 import MINIGPT4
+from unike.backbones.dialogue import Chat, Dialogue
 from unike.backbones.original import require_whole
 from unike.backbones.placement import device_map, dispatched, quantization_config
-from unike.backbones.qwen_vl import QWEN2_5_VL, QWEN2_VL
+from unike.backbones.vision import Blip2Vision, GridVision, InstructVision, ProjectorVision, SplitVision
+from unike.backbones.vlm import VisionLanguageBackbone
 from unike.types import BackboneSpec, UserError
 
 SMALL_BYTES = 100 << 20
+# BLIP2-OPT: the image's tokens stand alone before the prompt.
+BLIP2_OPT = Architecture(
+    Blip2ForConditionalGeneration, Blip2Vision, decoder="language_model", dialogue=Dialogue()
+)
+_QWEN_IMAGE = "<|image_pad|>"
 ARCHITECTURES = {
     "blip2": BLIP2_OPT,
-    "minigpt4": MINIGPT4,
-    "llava": LLAVA,
-    "llava_onevision": LLAVA_ONEVISION,
-    "qwen2_vl": QWEN2_VL,
-    "qwen2_5_vl": QWEN2_5_VL,
-    "instructblip": INSTRUCTBLIP,
-}
+    # The same vision side with one projection; the image stands in a dialogue.
+    "minigpt4": replace(
+        BLIP2_OPT,
+        dialogue=Dialogue(before_image="###Human: <Img>", after_image="</Img> ", stops=("###", "\n")),
+    ),
+    "llava": Architecture(LlavaForConditionalGeneration, ProjectorVision),
+    "llava_onevision": Architecture(LlavaOnevisionForConditionalGeneration, SplitVision),
+    "qwen2_vl": Architecture(Qwen2VLForConditionalGeneration, GridVision, image=_QWEN_IMAGE),
+    "qwen2_5_vl": Architecture(Qwen2_5_VLForConditionalGeneration, GridVision, image=_QWEN_IMAGE),
+    # The image's tokens, BOS, the prompt, which the Q-Former reads too.
+    "instructblip": Architecture(
+        InstructBlipForConditionalGeneration, InstructVision, decoder="language_model",
+        dialogue=Dialogue(bos=True),
+    ),
+}  # fmt: skip
 
 
 def load_huggingface(

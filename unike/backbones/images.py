@@ -15,7 +15,7 @@ from PIL import Image
 from unike.backbones.checkpoint_files import reading
 from unike.backbones.store import RowStore, row_key
 from unike.datasets.images import open_image
-from unike.faults import give_back
+from unike.system.faults import give_back
 from unike.types import ImageLike, UserError
 
 # A picture, or what was seen of it: tensors by name.

@@ -24,10 +24,10 @@ from unike.backbones.architecture import Architecture
 from unike.backbones.base import Batch
 from unike.backbones.checkpoint_files import DTYPES, reading
 from unike.backbones.dialogue import Dialogue
-from unike.backbones.hf import VisionLanguageBackbone
 from unike.backbones.images import Parts
 from unike.backbones.original import Shape, State, names, read_shape, read_states, require_whole
 from unike.backbones.vision import FixedVision
+from unike.backbones.vlm import VisionLanguageBackbone
 from unike.types import BackboneSpec, UserError
 
 MODEL, PROCESSOR = "blip2_opt", "blip_image_eval"

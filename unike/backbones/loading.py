@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 
 from unike.backbones.checking import require_files
-from unike.backbones.hf import VisionLanguageBackbone
 from unike.backbones.placement import check_placement, pick_device
-from unike.hparams import HyperParams
+from unike.backbones.vlm import VisionLanguageBackbone
+from unike.config.hparams import HyperParams
 from unike.types import BackboneSpec
 
 __all__ = ["load_backbone", "pick_device"]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from unike import processes
+from unike.system import processes
 from unike.types import BackboneSpec, UserError
 
 DeviceMap = dict[str, Any]

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from unike.backbones.base import IGNORED, Backbone, PrefixState, encode_queries
+from unike.backbones.hooks import marks
 from unike.backbones.images import content_key
 from unike.backbones.store import RowStore, row_key
-from unike.hooks import marks
-from unike.hparams import HyperParams
+from unike.config.hparams import HyperParams
 from unike.types import Query, UserError
 
 GB = 10**9

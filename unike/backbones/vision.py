@@ -16,9 +16,9 @@ from PIL import Image
 from torch import nn
 from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedModel
 
+from unike.backbones.hooks import inputs_of, transform
 from unike.backbones.images import Parts, image_processor, normalised
 from unike.datasets.images import open_image
-from unike.hooks import inputs_of, transform
 from unike.types import ImageLike, UserError
 
 

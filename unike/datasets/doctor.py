@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from unike.datasets.answers import NUMBER_WORDS, normalise_answer
 from unike.datasets.images import PathLike, image_path, lies_outside, open_image
 from unike.datasets.mmedit import (
     IMAGE_FIELDS,
@@ -25,7 +26,7 @@ from unike.datasets.mmedit import (
     record_problems,
     unknown_fields,
 )
-from unike.text import NUMBER_WORDS, normalise_answer, one_line
+from unike.system.text import one_line
 from unike.types import UserError
 
 WH_WORDS = frozenset({"what", "which", "who", "whom", "whose", "where", "when", "why", "how"})

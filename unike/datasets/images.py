@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from unike.text import one_line
+from unike.system.text import one_line
 from unike.types import UserError
 
 PathLike = str | os.PathLike[str]

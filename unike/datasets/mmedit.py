@@ -12,8 +12,9 @@ from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any, ClassVar, overload
 
+from unike.datasets.answers import normalise_answer
 from unike.datasets.images import PathLike, image_path, lies_outside
-from unike.text import normalise_answer, one_line
+from unike.system.text import one_line
 from unike.types import Case, EditRequest, Probe, Query, UserError
 
 VQA_TEMPLATE = "Question: {} Short answer:"

@@ -12,8 +12,8 @@ import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 
-from unike import launching
-from unike.hparams import HyperParams
+from unike.config.hparams import HyperParams
+from unike.system import launching
 from unike.types import UserError
 
 HOST, EXAMPLES = "127.0.0.1", 8

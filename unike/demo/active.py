@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from html import escape
 
-from unike.ask_command import deeds, strength, whose
-from unike.asking import Asked
+from unike.edits.explain import Asked, deeds, strength, whose
 
 MOST_EDITS = 10
 

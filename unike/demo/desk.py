@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 
-from unike.asking import Asked
 from unike.datasets.images import open_image
 from unike.datasets.mmedit import VQA_TEMPLATE
 from unike.editor import MultimodalEditor
-from unike.text import one_line
+from unike.edits.explain import Asked
+from unike.system.text import one_line
 from unike.types import Case, Expectation, Query, UserError
 
 MOST_CHARACTERS = 500

@@ -11,9 +11,9 @@ from typing import Any
 
 import gradio as gr
 
-from unike.asking import Asked
 from unike.demo.active import active_html
 from unike.demo.desk import Desk, Question
+from unike.edits.explain import Asked
 from unike.types import UserError
 
 logger = logging.getLogger("unike")

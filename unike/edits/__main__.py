@@ -25,12 +25,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from unike import launching
 from unike.backbones.images import content_key
+from unike.config.hparams import HyperParams
+from unike.datasets.answers import normalise_answer
 from unike.edits import EditStore, Origin, compose
 from unike.edits.files import SavedEdit
-from unike.hparams import HyperParams
-from unike.text import normalise_answer, one_line
+from unike.system import launching
+from unike.system.text import one_line
 from unike.types import Query, UserError
 
 

@@ -16,7 +16,9 @@ from torch import nn
 
 from unike.backbones.base import Backbone
 from unike.edits.content import Content, Shared, beside
+from unike.edits.files import PLACES, SavedEdit, UnsavedEdit, read_edit, save
 from unike.edits.origin import Origin
+from unike.system.text import one_line
 from unike.types import Query, UserError
 
 
@@ -73,9 +75,11 @@ class Edit(ABC):
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes the edit as a folder that appears whole or not at all: ``edit.safetensors``,
         ``edit.json`` and a card. UserError where something is there already, or can't be written."""
-        from unike.edits import files
+        save(self.unsaved(), folder)
 
-        files.save(self, folder)
+    def unsaved(self) -> UnsavedEdit:
+        """What a folder of the edit holds, as plain values."""
+        return UnsavedEdit(self.id, self.kind, self.packed(), self.origins, self.needs(), self.info)
 
     @staticmethod
     def load(
@@ -91,9 +95,7 @@ class Edit(ABC):
         ``MultimodalEditor.load`` finds them. UserError, in one line and with nothing changed, for an
         edit of another backbone, other knowledge than it was made with, or a folder that is damaged.
         """
-        from unike.edits import files
-
-        return files.load(folder, backbone, Shared(knowledge or {}, network))
+        return load_edit(read_edit(folder), backbone, Shared(knowledge or {}, network))
 
     @property
     def parts(self) -> tuple[Edit, ...]:
@@ -247,3 +249,29 @@ def same_weights(one: nn.Module, other: nn.Module) -> bool:
         return True
     mine, theirs = one.state_dict(), other.state_dict()
     return mine.keys() == theirs.keys() and all(torch.equal(t, theirs[name]) for name, t in mine.items())
+
+
+def load_edit(saved: SavedEdit, backbone: Backbone, shared: Shared) -> Edit:
+    """The edit of a folder that was read. UserError as ``Edit.load``."""
+    at = one_line(saved.folder)
+    saved.require(backbone)
+    whole = sum(t.nbytes for t in backbone.model.state_dict().values())
+    if saved.bytes > len(saved.origins) * whole:
+        raise UserError(f"{at}: {saved.bytes} bytes of tensors; expected no more than the model has")
+    tensors = {name: t.to(backbone.device) for name, t in saved.tensors().items()}
+    content = Content(dict(saved.values), tensors)
+    try:
+        edit = kind_of(saved.kind).unpacked(content, backbone, shared)
+        content.empty()
+    except (ValueError, TypeError, LookupError, UserError) as error:
+        raise UserError(f"{at}: {one_line(error)}") from error
+    found = edit.needs()
+    for name in sorted({*found, *saved.needs}):
+        if found.get(name) != saved.needs.get(name):
+            had = saved.places.get(name)
+            where = "" if had is None else f" ({PLACES.get(name)}: {one_line(had)})"
+            given = "another one" if found.get(name) else "none"
+            wanted = (saved.needs.get(name) or "of its own")[:12]
+            raise UserError(f"{at}: was made with {name} {wanted}{where}; {given} is given")
+    edit.origins, edit.info, edit.id = saved.origins, dict(saved.info), saved.id
+    return edit

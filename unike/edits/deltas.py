@@ -11,10 +11,10 @@ from torch import nn
 from torch.func import functional_call
 
 from unike.backbones.base import Backbone
+from unike.backbones.hooks import After, transform, unhooked
 from unike.edits.base import Edit, Together
 from unike.edits.content import Content, Shared
-from unike.hooks import After, transform, unhooked
-from unike.knowledge.rows import Owners
+from unike.knowledge.batching import Owners
 
 
 class WeightDelta(Edit):

@@ -22,20 +22,31 @@ import yaml
 from safetensors import torch as safetensors
 
 from unike.backbones.base import Backbone
-from unike.edits.base import Edit, kind_of
-from unike.edits.content import Content, Shared
+from unike.edits.content import Content
 from unike.edits.origin import Origin
-from unike.faults import writing
-from unike.records import versions
-from unike.text import one_line
+from unike.system.faults import writing
+from unike.system.text import one_line
+from unike.system.versions import versions
 from unike.types import UserError
 
 FORMAT = 1
 INDEX, TENSORS, CARD = "edit.json", "edit.safetensors", "README.md"
 LICENCE = "derived from the named model and from the request: their licences hold for it"
 # By what an edit needs: where its method found it.
-_PLACES = {"knowledge": "knowledge_dir", "scope": "scope_dir", "network": "editor_dir"}
+PLACES = {"knowledge": "knowledge_dir", "scope": "scope_dir", "network": "editor_dir"}
 _LARGEST_INDEX = 64 << 20
+
+
+@dataclass(frozen=True)
+class UnsavedEdit:
+    """All of an edit that its folder will hold, as plain values and tensors."""
+
+    id: str
+    kind: str
+    content: Content
+    origins: tuple[Origin, ...]
+    needs: Mapping[str, str]
+    info: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -84,7 +95,7 @@ class SavedEdit:
 # ---------------------------------------------------------------- writing
 
 
-def save(edit: Edit, folder: str | os.PathLike[str]) -> None:
+def save(edit: UnsavedEdit, folder: str | os.PathLike[str]) -> None:
     """See ``Edit.save``."""
     folder = Path(folder)
     part = folder.parent / f".{folder.name[:100]}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
@@ -100,17 +111,17 @@ def save(edit: Edit, folder: str | os.PathLike[str]) -> None:
             shutil.rmtree(part, ignore_errors=True)
 
 
-def write(edit: Edit, folder: Path) -> str:
+def write(edit: UnsavedEdit, folder: Path) -> str:
     """Writes a new folder, every file of it on the disk on return; gives the checksum of ``edit.json``.
     UserError for an edit that no registered method has made: nobody could say what it belongs to."""
-    content, origins = edit.packed(), edit.origins
+    content, origins = edit.content, edit.origins
     if not origins or len({origin.backbone for origin in origins}) > 1:
         raise UserError(f"edit {edit.id or 'without origins'}: expected the origins of one backbone's edits")
     folder.mkdir()
     tensors = {name: t.detach().cpu().contiguous().clone() for name, t in content.tensors.items()}
     data = safetensors.save(tensors)
     (folder / TENSORS).write_bytes(data)
-    needs, last = edit.needs(), origins[-1].hparams
+    needs, last = edit.needs, origins[-1].hparams
     index = {
         "format": FORMAT,
         "id": edit.id,
@@ -119,7 +130,7 @@ def write(edit: Edit, folder: Path) -> str:
         "model": origins[0].model,
         "origins": [asdict(origin) for origin in origins],
         "needs": needs,
-        "places": {name: last.get(_PLACES[name]) for name in needs},
+        "places": {name: last.get(PLACES[name]) for name in needs},
         "values": content.values,
         "info": edit.info,
         "versions": versions(),
@@ -149,7 +160,7 @@ def synced(path: Path) -> None:
         os.close(handle)
 
 
-def card(edit: Edit) -> str:
+def card(edit: UnsavedEdit) -> str:
     """The folder's README: front matter as model hubs read it, what was asked, how to load it."""
     methods = sorted({origin.method for origin in edit.origins})
     model = edit.origins[0].model
@@ -164,7 +175,7 @@ def card(edit: Edit) -> str:
     rows = [f"| {_cell(o.prompt)} | {_cell(o.target)} | {o.method} |" for o in edit.origins[:20]]
     more = [f"\n... and {len(edit.origins) - 20} more"] if len(edit.origins) > 20 else []
     needs = "".join(f" It needs the {name} that its method had: pass it on, or load it by its editor."
-                    for name in edit.needs())  # fmt: skip
+                    for name in edit.needs)  # fmt: skip
     return "\n".join(
         [
             "---", yaml.safe_dump(about, sort_keys=False).strip(), "---", "",
@@ -186,37 +197,6 @@ def _cell(text: str) -> str:
 
 
 # ---------------------------------------------------------------- reading
-
-
-def load_edit(saved: SavedEdit, backbone: Backbone, shared: Shared) -> Edit:
-    """The edit of a folder that was read. UserError as ``Edit.load``."""
-    at = one_line(saved.folder)
-    saved.require(backbone)
-    whole = sum(t.nbytes for t in backbone.model.state_dict().values())
-    if saved.bytes > len(saved.origins) * whole:
-        raise UserError(f"{at}: {saved.bytes} bytes of tensors; expected no more than the model has")
-    tensors = {name: t.to(backbone.device) for name, t in saved.tensors().items()}
-    content = Content(dict(saved.values), tensors)
-    try:
-        edit = kind_of(saved.kind).unpacked(content, backbone, shared)
-        content.empty()
-    except (ValueError, TypeError, LookupError, UserError) as error:
-        raise UserError(f"{at}: {one_line(error)}") from error
-    found = edit.needs()
-    for name in sorted({*found, *saved.needs}):
-        if found.get(name) != saved.needs.get(name):
-            had = saved.places.get(name)
-            where = "" if had is None else f" ({_PLACES.get(name)}: {one_line(had)})"
-            given = "another one" if found.get(name) else "none"
-            wanted = (saved.needs.get(name) or "of its own")[:12]
-            raise UserError(f"{at}: was made with {name} {wanted}{where}; {given} is given")
-    edit.origins, edit.info, edit.id = saved.origins, dict(saved.info), saved.id
-    return edit
-
-
-def load(folder: str | os.PathLike[str], backbone: Backbone, shared: Shared) -> Edit:
-    """See ``Edit.load``."""
-    return load_edit(read_edit(folder), backbone, shared)
 
 
 def read_edit(folder: str | os.PathLike[str]) -> SavedEdit:

@@ -18,9 +18,9 @@ from unike.edits.packing import needs_of, packed_records, unpacked_records
 from unike.edits.runtime import OWN, LayerRuntime, ScopeGate, adapter_of, explained, item_names, running
 from unike.edits.shares import EditRecord, LayerKnowledge, Routing, measure_of
 from unike.knowledge.adapter import Shift
-from unike.knowledge.memory import KnowledgeMemory
+from unike.knowledge.batching import OwnedMemory, Owners
+from unike.knowledge.memory import Growing, KnowledgeMemory
 from unike.knowledge.patch import KeyValuePatch, PatchBatch, PatchStack
-from unike.knowledge.rows import Growing, OwnedMemory, Owners
 from unike.types import Query
 
 

@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from unike.backbones.base import Backbone, Prompt
-from unike.hooks import After, transform
+from unike.backbones.hooks import After, transform
 from unike.knowledge.adapter import AdapterLayer, Shift
+from unike.knowledge.batching import Owners
 from unike.knowledge.memory import KnowledgeMemory, Retrieved
 from unike.knowledge.patch import Opened
-from unike.knowledge.rows import Owners
 from unike.knowledge.scope import ScopeMeasure, open_edits
 
 # Of what was retrieved, how many items are told, and the name of an edit's own item.

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from unike.config.hparams import HyperParams
 from unike.edits.content import digest
-from unike.hparams import HyperParams
 from unike.knowledge.memory import KnowledgeMemory
 from unike.knowledge.patch import KeyValuePatch
 from unike.knowledge.scope import ScopeMeasure

@@ -21,11 +21,11 @@ from filelock import FileLock
 from torch import nn
 
 from unike.backbones.base import Backbone
-from unike.edits.base import Edit
+from unike.edits.base import Edit, load_edit
 from unike.edits.content import Shared
-from unike.edits.files import SavedEdit, load_edit, read_edit, synced, write
-from unike.faults import writing
-from unike.text import one_line
+from unike.edits.files import SavedEdit, read_edit, synced, write
+from unike.system.faults import writing
+from unike.system.text import one_line
 from unike.types import UserError
 
 INDEX, FORMAT = "index.jsonl", 1
@@ -78,7 +78,7 @@ class EditStore:
         try:
             with writing(self.folder, resumable=False):
                 self.folder.mkdir(parents=True, exist_ok=True)
-                checksum = write(edit, part)
+                checksum = write(edit.unsaved(), part)
                 with self._locked():
                     self._take(edit, part, f"{_plain(edit.id)}-{checksum[:12]}", replace)
         finally:

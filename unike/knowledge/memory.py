@@ -199,3 +199,37 @@ def _whole(allowed: torch.Tensor | None, items: int) -> torch.Tensor | None:
     if allowed is None or allowed.shape[1] == items:
         return allowed
     return torch.cat([allowed.new_ones(len(allowed), items - allowed.shape[1]), allowed], dim=-1)
+
+
+@dataclass
+class _Buffer:
+    held: torch.Tensor
+    filled: int
+
+
+class Growing:
+    """Rows of a tensor that is appended to; what is there is shared, not copied, as long as only the
+    longest one is extended."""
+
+    def __init__(self, rows: torch.Tensor) -> None:
+        self._buffer, self._count = _Buffer(rows, len(rows)), len(rows)
+
+    def __len__(self) -> int:
+        return self._count
+
+    @property
+    def rows(self) -> torch.Tensor:
+        return self._buffer.held[: self._count]
+
+    def extended(self, more: torch.Tensor) -> Growing:
+        """These rows and ``more``; this one stays as it is."""
+        count, buffer = self._count + len(more), self._buffer
+        if buffer.filled != self._count or count > len(buffer.held):
+            held = more.new_empty(max(count, 2 * self._count), *more.shape[1:])
+            held[: self._count] = self.rows
+            buffer = _Buffer(held, self._count)
+        buffer.held[self._count : count] = more
+        buffer.filled = count
+        out = Growing(self.rows)
+        out._buffer, out._count = buffer, count
+        return out

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from unike.knowledge.rows import Growing
+from unike.knowledge.memory import Growing
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
 # T-Patcher's keys answer their own query with 1; the bias keeps what is less alike below zero.

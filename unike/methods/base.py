@@ -10,10 +10,10 @@ from typing import Any, Protocol, TypeVar
 
 from unike.backbones.base import Backbone
 from unike.backbones.prefix import PrefixCache
+from unike.config.hparams import HyperParams
 from unike.edits import Edit, LayerKnowledge, Origin
 from unike.edits.content import Shared
-from unike.hparams import HyperParams
-from unike.own import load_own_methods
+from unike.methods.plugins import load_own_methods
 from unike.types import Case, EditRequest, UserError
 
 Knowledge = Mapping[int, LayerKnowledge]

@@ -9,9 +9,9 @@ from torch import nn
 
 from unike.backbones.base import IGNORED, Backbone, PrefixState, encode_queries, narrowed
 from unike.backbones.prefix import PrefixCache
+from unike.config.hparams import HyperParams
 from unike.edits import Edit
 from unike.edits.deltas import WeightDelta, WeightsTogether
-from unike.hparams import HyperParams
 from unike.methods.base import Knowledge, edited_layers, made, one_by_one, register
 from unike.methods.training import Limits, Trained, train
 from unike.types import EditRequest, Query, UserError

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 
 from unike.backbones.base import Backbone
 from unike.backbones.prefix import PrefixCache
+from unike.config.hparams import HyperParams
 from unike.edits import Edit, Fact, PromptEdit, Shown
-from unike.hparams import HyperParams
 from unike.methods.base import CaseSource, Knowledge, edited_layers, register
 from unike.types import Case, EditRequest, Query, UserError
 

@@ -14,9 +14,9 @@ from torch import nn
 
 from unike.backbones.base import Backbone
 from unike.backbones.prefix import PrefixCache
+from unike.config.hparams import HyperParams
 from unike.edits import Edit
 from unike.edits.deltas import LowRankDelta, Site, ffn_sites
-from unike.hparams import HyperParams
 from unike.methods.base import Knowledge, edited_layers, register
 from unike.methods.meta_training import TrainableMethod, edit_losses
 from unike.methods.training import answer_gradients

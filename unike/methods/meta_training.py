@@ -20,12 +20,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from unike import processes
 from unike.backbones.base import Backbone, answer_loss
 from unike.backbones.prefix import PrefixCache, open_prefixes
+from unike.config.hparams import HyperParams
 from unike.edits import Edit
-from unike.hparams import HyperParams
-from unike.sealed import check_tensors, read_index, write_index
+from unike.system import processes
+from unike.system.files import check_tensors, read_index, write_index
 from unike.types import FIVE_METRICS, Case, EditRequest, Query, UserError
 
 Tick = Callable[[str, int], None]

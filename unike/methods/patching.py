@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import torch
 
 from unike.backbones.base import Backbone, PrefixState, narrowed
+from unike.backbones.hooks import capture
 from unike.backbones.prefix import PrefixCache
+from unike.config.hparams import HyperParams
 from unike.edits import Edit, RoutedEdit, RoutedTogether
-from unike.hooks import capture
-from unike.hparams import HyperParams
 from unike.knowledge.patch import KeyValuePatch, activation_loss, memory_loss
 from unike.methods.base import Knowledge, edited_layers, made
 from unike.methods.training import Limits, Trained, train

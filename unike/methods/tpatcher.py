@@ -11,8 +11,8 @@ from dataclasses import replace
 
 from unike.backbones.base import Backbone
 from unike.backbones.prefix import PrefixCache
+from unike.config.hparams import HyperParams
 from unike.edits import Edit, EditRecord, LayerShare, RoutedEdit, Routing
-from unike.hparams import HyperParams
 from unike.methods.base import Knowledge, register
 from unike.methods.patching import Outcome, PatchMethod, fresh_patches, own_states, train_patches
 from unike.types import EditRequest, UserError

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from unike.backbones.base import IGNORED, Backbone, PrefixState, answer_loss
+from unike.backbones.hooks import tape
+from unike.config.hparams import HyperParams
 from unike.edits import Edit
-from unike.hooks import tape
-from unike.hparams import HyperParams
 
 K = TypeVar("K")
 

@@ -1,5 +1,5 @@
-"""Pages to send: a run, or two runs side by side, as one HTML file that needs nothing else."""
+"""Tables and pages of runs: one run, or two of them side by side."""
 
-from unike.report.run import where, write_report
+from unike.report.run_page import show, write_report
 
-__all__ = ["where", "write_report"]
+__all__ = ["show", "write_report"]

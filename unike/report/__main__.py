@@ -9,8 +9,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from unike import launching
-from unike.report.run import MOST_CASES, write_report
+from unike.report.run_page import MOST_CASES, write_report
+from unike.system import launching
 from unike.types import UserError
 
 

@@ -17,9 +17,9 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from unike.faults import writing
-from unike.records import write_text
 from unike.report.charts import Chart
+from unike.system.faults import writing
+from unike.system.files import write_text
 
 TEMPLATES = Path(__file__).with_name("templates")
 

@@ -10,10 +10,10 @@ from typing import Any
 
 from PIL import Image
 
+from unike.config.hparams import OPTIONS, HyperParams
 from unike.datasets.images import open_image
-from unike.hparams import OPTIONS, HyperParams
-from unike.inputs import annotation_file, eval_split, parts_of
-from unike.sealed import sha256_of
+from unike.runs.inputs import annotation_file, eval_split, parts_of
+from unike.system.files import sha256_of
 from unike.types import UserError
 
 # The longer side of a picture, where a page has at most so many of them.

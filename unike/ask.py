@@ -1,0 +1,129 @@
+"""``run_edit.py ask``: what a model with kept edits answers, and which of them were active."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from unike.config.hparams import HyperParams
+from unike.datasets.images import open_image
+from unike.datasets.mmedit import VQA_TEMPLATE
+from unike.editor import MultimodalEditor
+from unike.edits.explain import Active, Asked, deeds, strength, whose
+from unike.edits.store import EditStore
+from unike.runs.inputs import require, require_backbone
+from unike.system.text import one_line
+from unike.types import UserError
+
+
+def arguments(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("run_edit.py ask", description=__doc__)
+    add = parser.add_argument
+    add("--hparams_dir", required=True, metavar="FILE", help="YAML that the edits were made with")
+    add("--edits", required=True, metavar="DIR", help="a store of edits: all of them are attached, in order")
+    add("--only", action="append", metavar="ID", help="attach this edit alone; may be given again")
+    add("--image", metavar="FILE", help="the picture; without one the language model alone is asked")
+    add("--template", default=VQA_TEMPLATE, help="what the question goes into, '{}' for none: %(default)s")
+    add("--top", type=int, default=5, metavar="N", help="retrieved items and edits to show: %(default)s")
+    add("--json", action="store_true", help="print all that is known, as JSON")
+    add("question")
+    add("overrides", nargs="*", metavar="key=value", help="changes to the YAML")
+    return parser.parse_intermixed_args(argv)
+
+
+def run(argv: Sequence[str]) -> int:
+    """Checks everything that can be checked without a model, then asks; the exit code."""
+    args = arguments(argv)
+    hparams = HyperParams.from_hparams(args.hparams_dir, args.overrides)
+    folders: list[Path] = []
+    require(
+        lambda: require_backbone(hparams),
+        lambda: _question(args),
+        lambda: args.image is None or open_image(args.image),
+        lambda: folders.extend(_chosen(args.edits, args.only)),
+    )
+    editor = MultimodalEditor.from_hparams(hparams, progress=not args.json)
+    for folder in folders:
+        editor.attach(editor.load(folder))
+    asked = editor.ask(args.image, args.template.replace("{}", args.question.strip()), args.top)
+    if args.json:
+        print(json.dumps(asked.to_dict(), indent=1, ensure_ascii=False))
+    else:
+        show(asked, args.top)
+    return 0
+
+
+def _question(args: argparse.Namespace) -> None:
+    problems = []
+    if not args.question.strip():
+        problems.append("question: is empty; expected a text")
+    if args.template.count("{}") != 1:
+        problems.append(f"template {one_line(args.template)!r}: expected exactly one {{}} for the question")
+    if args.top < 1:
+        problems.append(f"top: {args.top}; expected 1 or more")
+    if problems:
+        raise UserError(*problems)
+
+
+def _chosen(folder: str, only: Sequence[str] | None) -> list[Path]:
+    """The folders of the store's edits that are attached, in its order."""
+    if not os.path.isdir(folder):
+        raise UserError(f"{one_line(folder)}: no such folder; expected a store of edits")
+    store = EditStore(folder)
+    store.require(*(only or ()))
+    found = [store.read(name).folder for name in store.ids() if only is None or name in only]
+    if not found:
+        raise UserError(f"{one_line(folder)}: holds no edit")
+    return found
+
+
+# ---------------------------------------------------------------- as a table
+
+
+def show(asked: Asked, top: int, console: Console | None = None) -> None:
+    """Prints the answers, the edits that were active, and what was retrieved."""
+    out = console or Console()
+    for name, value in (("asked", asked.prompt), ("before", asked.before), ("after", asked.after)):
+        out.print(Text(f"{name:<7} {value}"))
+    if not asked.edits:
+        out.print("no edit is attached")
+        return
+    active = sorted((e for e in asked.edits if e.active), key=strength, reverse=True)
+    gates = "".join(f"; {name} gate opens at {at:.3f}" for name, at in asked.gates.items())
+    out.print(Text(f"\n{len(active)} of {len(asked.edits)} edits could speak{gates}"))
+    out.print(_edits(active[:top] or asked.edits[:top]))
+    if asked.layers:
+        out.print(_items(asked))
+
+
+def _edits(edits: Sequence[Active]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD)
+    for name in ("edit", "method", "its question", "its answer", "scope", "what it did"):
+        table.add_column(name, justify="right" if name == "scope" else "left", overflow="fold")
+    for edit in edits:
+        scope = "-" if edit.scope is None else f"{edit.scope:.3f}"
+        texts = (edit.id, edit.method or "-", edit.prompt or "-", edit.target or "-", scope, deeds(edit))
+        table.add_row(*map(Text, texts))
+    return table
+
+
+def _items(asked: Asked) -> Table:
+    caption = "alpha: knowledge's share of attention; weight: the item's share of that"
+    table = Table(box=box.SIMPLE_HEAD, caption=caption, caption_justify="left")
+    for name in ("layer", "alpha", "weight", "similarity"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("retrieved", overflow="fold")
+    for layer in asked.layers:
+        for n, item in enumerate(layer.items):
+            first = (str(layer.layer), f"{layer.alpha:.3f}") if n == 0 else ("", "")
+            texts = (*first, f"{item.weight:.3f}", f"{item.similarity:.3f}", whose(item))
+            table.add_row(*map(Text, texts), end_section=n == len(layer.items) - 1)
+    return table

@@ -1,0 +1,227 @@
+"""SERAC's edits: a memory of them, a scope classifier, and a counterfactual model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from unike.backbones.base import Backbone
+from unike.backbones.hooks import transform
+from unike.edits import Edit, Together, same_weights
+from unike.edits.content import Content, Shared, digest
+
+
+class ScopeClassifier(nn.Module):
+    """Questions to unit vectors: the more alike two are, the more probable one scope."""
+
+    def __init__(self, width: int, rank: int, multimodal: bool) -> None:
+        super().__init__()
+        self.words = nn.GRU(width, rank, batch_first=True, bidirectional=True)
+        self.state = nn.Sequential(nn.Linear(width, rank), nn.ReLU()) if multimodal else None
+        self.out = nn.Linear(2 * rank + (rank if multimodal else 0), rank)
+        self.scale = nn.Parameter(torch.tensor(10.0))
+        self.bias = nn.Parameter(torch.tensor(-5.0))
+
+    def forward(self, words: Sequence[torch.Tensor], ends: torch.Tensor) -> torch.Tensor:
+        """``(b, rank)`` from each question's word embeddings ``(t, d)`` and its last state ``(b, d)``."""
+        # One question at a time: what a question means does not depend on its neighbours' lengths.
+        seen = torch.stack([self.words(w[None])[0].mean(1)[0] for w in words])
+        if self.state is not None:
+            seen = torch.cat([seen, self.state(F.layer_norm(ends, ends.shape[-1:]))], 1)
+        return F.normalize(self.out(seen), dim=1)
+
+    def logits(self, questions: torch.Tensor, edits: torch.Tensor) -> torch.Tensor:
+        """``(b, e)``: above 0 where the question is probably in the edit's scope."""
+        return self.scale * (questions @ edits.T) + self.bias
+
+
+class Counterfactual(nn.Module):
+    """Attention of every position over an edit's answer positions."""
+
+    def __init__(self, width: int, rank: int) -> None:
+        super().__init__()
+        self.match = nn.Linear(width, rank, bias=False)
+        self.sharpness = nn.Parameter(torch.tensor(2.0))
+        self.nothing = nn.Parameter(torch.zeros(()))
+        self.gain = nn.Parameter(torch.tensor(1.0))
+        last = nn.Linear(rank, width, bias=False)
+        nn.init.zeros_(last.weight)
+        self.turn = nn.Sequential(nn.Linear(width, rank, bias=False), last)
+
+    def keys(self, states: torch.Tensor) -> torch.Tensor:
+        return F.normalize(self.match(F.layer_norm(states, states.shape[-1:])), dim=-1)
+
+    def values(self, states: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
+        """``(j, d)``: what pulls the head towards each word, on the scale of the states."""
+        unit = F.normalize(words, dim=-1)
+        return states.norm(dim=-1, keepdim=True) * self.gain * (unit + self.turn(unit))
+
+    def forward(self, states: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """The change at states ``(b, t, d)`` under the edits' ``keys (b, j, r)``, ``values (b, j, d)``.
+
+        Keys and values of zeros, as short answers are filled up with, take no part.
+        """
+        logits = self.sharpness.exp() * (self.keys(states) @ keys.transpose(1, 2))
+        logits = logits.masked_fill((keys == 0).all(-1)[:, None], float("-inf"))
+        nothing = self.nothing.expand(*logits.shape[:2], 1)
+        return torch.cat([logits, nothing], -1).softmax(-1)[..., :-1] @ values
+
+
+class SeracNetwork(nn.Module):
+    """Both networks."""
+
+    def __init__(self, width: int, rank: int, multimodal: bool) -> None:
+        super().__init__()
+        self.scope = ScopeClassifier(width, rank, multimodal)
+        self.counterfactual = Counterfactual(width, rank)
+
+
+@dataclass(frozen=True)
+class Remembered:
+    """One edit in memory: its question ``(rank)``, and ``keys (j, rank)`` and ``values (j, d)`` of
+    its answer's positions; the last, behind the answer, has no value, so that the base ends it."""
+
+    id: str
+    question: torch.Tensor
+    keys: torch.Tensor
+    values: torch.Tensor
+
+
+@dataclass
+class SeracEdit(Edit):
+    """Edits in memory. ``probabilities (B, E)`` are the last prompts' of being in each one's scope; the
+    most probable one answers (``chosen (B)``) where its own, ``scopes (B)``, is above one half."""
+
+    kind = "memory"
+    records: tuple[Remembered, ...]
+    network: SeracNetwork
+    first: int
+    info: dict[str, Any] = field(default_factory=dict)
+    scopes: torch.Tensor | None = field(default=None, repr=False)
+    chosen: torch.Tensor | None = field(default=None, repr=False)
+    probabilities: torch.Tensor | None = field(default=None, repr=False)
+
+    @contextmanager
+    def applied(self, backbone: Backbone) -> Iterator[None]:
+        with _installed(self, backbone, _Runtime(self, backbone)):
+            yield
+
+    def changes_prefix(self, backbone: Backbone, first: int) -> bool:
+        return self.first < first
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        parts = ("question", "keys", "values")
+        return {f"{r.id}.{part}": getattr(r, part) for r in self.records for part in parts}
+
+    def needs(self) -> dict[str, str]:
+        return {"network": digest(self.network.state_dict())}
+
+    def packed(self) -> Content:
+        parts = ("question", "keys", "values")
+        tensors = {f"{n}.{part}": getattr(r, part) for n, r in enumerate(self.records) for part in parts}
+        return Content({"records": [r.id for r in self.records], "first": self.first}, tensors)
+
+    @classmethod
+    def unpacked(cls, content: Content, backbone: Backbone, shared: Shared) -> SeracEdit:
+        network, first = shared.network, content.value("first", int)
+        if not isinstance(network, SeracNetwork):
+            raise ValueError("needs the trained network; hand it over as network=, or load it by its editor")
+        if not 0 <= first < len(backbone.layout):
+            raise ValueError(f"first: expected a number below {len(backbone.layout)}")
+        rank, width, records = network.scope.out.out_features, backbone.layout.width, []
+        for n, name in enumerate(content.texts("records")):
+            question, keys = content.tensor(f"{n}.question", rank), content.tensor(f"{n}.keys", None, rank)
+            values = content.tensor(f"{n}.values", len(keys), width)
+            records.append(Remembered(str(name), question, keys, values))
+        if not records:
+            raise ValueError("records: expected one or more")
+        return cls(tuple(records), network, first)
+
+    def explain(self) -> dict[str, list[Any]]:
+        return {} if self.scopes is None else {"scope": self.scopes.tolist()}
+
+    def together(self, edits: Sequence[Edit]) -> Together | None:
+        same = [e for e in edits if isinstance(e, SeracEdit) and len(e.records) == 1]
+        if len(same) < len(edits) or any(e.network is not self.network for e in same):
+            return None
+        return _SeracTogether(SeracEdit(tuple(e.records[0] for e in same), self.network, self.first))
+
+    def joined(self, other: Edit) -> Edit | None:
+        if not isinstance(other, SeracEdit) or other.first != self.first:
+            return None
+        if not same_weights(self.network, other.network):
+            return None
+        return SeracEdit(self.records + other.records, other.network, other.first, other.info)
+
+
+class _SeracTogether(Together):
+    """Each row meets its own edit's memory alone."""
+
+    def __init__(self, edit: SeracEdit) -> None:
+        self.edit = edit
+
+    @contextmanager
+    def applied(self, backbone: Backbone, owners: torch.Tensor) -> Iterator[None]:
+        with _installed(self.edit, backbone, _Runtime(self.edit, backbone, owners)):
+            yield
+
+    def explain(self) -> dict[str, list[Any]]:
+        return self.edit.explain()
+
+
+def _installed(edit: SeracEdit, backbone: Backbone, runtime: _Runtime) -> AbstractContextManager[None]:
+    first, last = backbone.layout.layer(edit.first), backbone.layout.layer(len(backbone.layout) - 1)
+    return transform([(first, first, runtime.decide), (last, last, runtime.answer)])
+
+
+class _Runtime:
+    """A memory while it is applied; with ``owners (R)`` a row can only choose the edit of that number."""
+
+    def __init__(self, edit: SeracEdit, backbone: Backbone, owners: torch.Tensor | None = None) -> None:
+        self.owners = owners
+        self.edit, self.backbone, self.prompt = edit, backbone, backbone.prompt
+        pad = nn.utils.rnn.pad_sequence
+        self.questions = torch.stack([r.question for r in edit.records])
+        self.keys = pad([r.keys for r in edit.records], batch_first=True)
+        self.values = pad([r.values for r in edit.records], batch_first=True)
+        self.decided = -1
+        self.chosen: torch.Tensor | None = None
+        self.open: torch.Tensor | None = None
+
+    def decide(self, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        """Once per prompt, at its last token; kept while the answer is decoded."""
+        if self.decided != self.prompt.number:
+            self.decided, end = self.prompt.number, self.prompt.question_end
+            assert end is not None, "an edit must be asked through its backbone"
+            ends = x[torch.arange(len(x), device=x.device), end].float()
+            words = [_words(self.backbone, text) for text in self.prompt.texts]
+            scope = self.edit.network.scope
+            every = scope.logits(scope(words, ends), self.questions)
+            if self.owners is None:
+                logits, self.chosen = every.max(1)
+            else:
+                logits, self.chosen = every.gather(1, self.owners[:, None])[:, 0], self.owners
+            self.open = logits > 0
+            self.edit.scopes, self.edit.chosen = logits.sigmoid().detach(), self.chosen
+            self.edit.probabilities = every.sigmoid().detach()
+        return output
+
+    def answer(self, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        assert self.open is not None
+        if not bool(self.open.any()):
+            return output
+        moved = self.edit.network.counterfactual(x.float(), self.keys[self.chosen], self.values[self.chosen])
+        return torch.where(self.open[:, None, None], output + moved.to(output.dtype), output)
+
+
+def _words(backbone: Backbone, text: str) -> torch.Tensor:
+    """Embeddings ``(t, d)`` of a text's tokens."""
+    ids = torch.tensor(backbone.tokens(text), device=backbone.device)
+    words: torch.Tensor = backbone.layout.embeddings(ids)
+    return words.float()

@@ -1,0 +1,1 @@
+"""What is learnt once, before the first edit: knowledge, scope classifiers, editors."""

@@ -1,0 +1,96 @@
+"""From a YAML and a backbone to what edits are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from unike.backbones.base import Backbone
+from unike.backbones.prefix import open_prefixes
+from unike.config.hparams import HyperParams
+from unike.datasets.triplets import Triplet
+from unike.evaluation.reader import Reader
+from unike.methods import build, needs_knowledge
+from unike.methods.base import CaseSource, EditMethod, Knowledge, needs_scope
+from unike.methods.meta_training import TRAINING, TrainableMethod
+from unike.methods.preparation.editors import ensure_editor
+from unike.methods.preparation.knowledge import ensure_knowledge
+from unike.methods.preparation.scope import SCOPE_READING, SCOPE_TRAINING, ensure_scope
+from unike.runs.inputs import (
+    knowledge_triplets,
+    train_cases,
+    training_cases,
+)
+from unike.system import processes
+from unike.system.progress import bars
+
+TripletSource = Callable[[], Sequence[Triplet]]
+
+
+@dataclass
+class Parts:
+    """What edits are made of: a backbone and a method, with the hyper-parameters of both."""
+
+    hparams: HyperParams
+    backbone: Backbone
+    method: EditMethod
+
+    def __post_init__(self) -> None:
+        first = self.method.layers(self.backbone)[0]
+        self.prefixes = open_prefixes(self.hparams, self.backbone, first)
+
+    def reader(self, generated: bool = True) -> Reader:
+        """Asks probes. It remembers the base's answers by case id: take a new one for other cases."""
+        return Reader(self.backbone, self.prefixes, generated, self.hparams.metric_presets)
+
+
+def prepare(
+    hparams: HyperParams,
+    backbone: Backbone,
+    layers: Sequence[int],
+    progress: bool = True,
+    triplets: TripletSource | None = None,
+    cases: CaseSource | None = None,
+) -> Knowledge:
+    """Memory, encoders and measure of scope, read or built; empty where the method wants none.
+
+    ``triplets`` and ``cases`` take the place of the train annotations that the YAML names.
+    """
+    if not needs_knowledge(hparams):
+        return {}
+    source = triplets or (lambda: knowledge_triplets(hparams))
+    steps = len(layers) * hparams.encoder_steps
+    totals = {
+        "extracting knowledge states": hparams.triplets,
+        "training encoders": steps,
+        SCOPE_READING: hparams.scope_records,
+        SCOPE_TRAINING: hparams.scope_steps,
+    }
+    with bars(totals, progress and processes.is_main()) as tick:
+        known = ensure_knowledge(backbone, hparams, layers, source, tick)
+        if needs_scope(hparams):
+            teaching = cases or (lambda: training_cases(hparams))
+            measure = ensure_scope(backbone, hparams, layers[0], teaching, tick)
+            known = {**known, layers[0]: replace(known[layers[0]], scope=measure)}
+    return known
+
+
+def assemble(
+    hparams: HyperParams,
+    backbone: Backbone,
+    progress: bool = True,
+    triplets: TripletSource | None = None,
+    cases: CaseSource | None = None,
+) -> Parts:
+    """The YAML's method on a backbone, with its knowledge, and trained where it learns to edit.
+
+    ``triplets`` and ``cases`` take the place of the train annotations that the YAML names.
+    """
+    cases = cases or (lambda: train_cases(hparams))
+    layers = build(hparams).layers(backbone)
+    method = build(hparams, prepare(hparams, backbone, layers, progress, triplets, cases), cases)
+    if isinstance(method, TrainableMethod):
+        totals = {TRAINING: hparams.editor_steps * hparams.editor_batch}
+        with bars(totals, progress and processes.is_main()) as tick:
+            ensure_editor(method, backbone, cases, tick)
+    return Parts(hparams, backbone, method)

@@ -1,0 +1,190 @@
+"""A command's processes: starting several of them, and the one exit code at the end."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+from unike.system.faults import told
+from unike.system.processes import LostError, SharedError, is_main, joined, leave, listen, planned
+from unike.types import UserError
+
+_LAUNCHED = "UNIKE_LAUNCHED"
+_LOST_CODE = 3
+# Seconds for the others to end by themselves, and then after Ctrl-C.
+_GRACE, _ENDING = 5.0, 60.0
+
+
+def guarded(work: Callable[[], int]) -> int:
+    """Runs a command and gives its exit code: the work's own, 2 after a UserError (one line per
+    problem) or where memory or disk are full, 130 after Ctrl-C, 1 where another process was lost.
+    Several processes say it once."""
+    try:
+        return work()
+    except UserError as error:
+        if is_main() or not (isinstance(error, SharedError) or not joined()):
+            print(*(f"error: {problem}" for problem in error.problems), sep="\n", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        if is_main():
+            print("interrupted", file=sys.stderr)
+        return 130
+    except LostError as error:
+        if _LAUNCHED in os.environ:
+            return _LOST_CODE
+        if is_main():
+            print(f"error: {error}", file=sys.stderr)
+        return 1
+    except Exception as error:
+        if (line := told(error)) is None:
+            raise
+        print(f"error: {line}", file=sys.stderr)
+        return 2
+    finally:
+        leave()
+
+
+# ---------------------------------------------------------------- starting processes
+
+
+def wants_launch(number: int | None) -> bool:
+    """Whether ``--num_processes`` asks for processes that nobody has started. UserError under 1."""
+    if number is not None and number < 1:
+        raise UserError(f"num_processes: {number}; expected 1 or more")
+    return (number or 1) > 1 and planned() == 1
+
+
+def launch(number: int, main: Callable[[list[str]], int], argv: Sequence[str]) -> int:
+    """Runs ``main(argv)`` in ``number`` processes and gives one exit code for all.
+
+    ``main`` is a module's function and ends through ``guarded``. Where a process dies, the others are
+    ended as by Ctrl-C; they keep what they have.
+    """
+    context = multiprocessing.get_context("spawn")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), _LAUNCHED: "1"}
+    place |= {"WORLD_SIZE": str(number), "LOCAL_WORLD_SIZE": str(number)}
+    crew = []
+    with threads_each(number):
+        for i in range(number):
+            own = place | {"RANK": str(i), "LOCAL_RANK": str(i)}
+            process = context.Process(target=_child, args=(main, list(argv), own))
+            # Deaf to Ctrl-C until it can end well: it would print tracebacks while it imports.
+            with deaf():
+                process.start()
+            crew.append(process)
+    try:
+        while all(p.exitcode in (None, 0) for p in crew) and any(p.is_alive() for p in crew):
+            time.sleep(0.05)
+        _wait(crew, _GRACE)
+    except KeyboardInterrupt:
+        pass
+    with deaf():
+        _end(crew)
+    return _code([p.exitcode for p in crew])
+
+
+def _wait(crew: Sequence[Any], seconds: float) -> None:
+    until = time.monotonic() + seconds
+    while any(p.is_alive() for p in crew) and time.monotonic() < until:
+        time.sleep(0.05)
+
+
+def _end(crew: Sequence[Any]) -> None:
+    """Ctrl-C for those that are left, again and again since a starting process is deaf, then the end."""
+    until = time.monotonic() + _ENDING
+    while any(p.is_alive() for p in crew) and time.monotonic() < until:
+        for process in crew:
+            if process.is_alive():
+                os.kill(process.pid, signal.SIGINT)
+        _wait(crew, 1.0)
+    for process in crew:
+        process.kill()
+        process.join()
+
+
+def _code(codes: Sequence[int | None]) -> int:
+    for i, code in enumerate(codes):
+        if code not in (0, 2, 130, _LOST_CODE):
+            how = f"signal {-code}" if code is not None and code < 0 else f"code {code}"
+            # A process that dies leaves the line of its bar open.
+            print("" if i else "\n", end="", file=sys.stderr)
+            line = f"process {i + 1} of {len(codes)} ended with {how}; what is recorded is kept"
+            print(f"error: {line}, go on with --resume", file=sys.stderr)
+            return 1
+    return next((code for code in codes if code not in (0, _LOST_CODE)), int(_LOST_CODE in codes)) or 0
+
+
+def _child(main: Callable[[list[str]], int], argv: list[str], place: dict[str, str]) -> None:
+    os.environ.update(place)
+    die_with_parent()
+    listen()
+    reconfigure = getattr(sys.stdout, "reconfigure", None)
+    if reconfigure is not None:
+        reconfigure(errors="replace")
+    sys.exit(main(argv))
+
+
+def die_with_parent() -> None:
+    """Ends this process when its parent does: whoever starts the command again must be alone."""
+
+    def watch() -> None:
+        parent = multiprocessing.parent_process()
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+@contextmanager
+def deaf() -> Iterator[None]:
+    """Ctrl-C is ignored inside the block, and by the processes started there until they listen."""
+    former = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, former)
+
+
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextmanager
+def threads_each(number: int) -> Iterator[None]:
+    """Processes started inside the block share the cores, unless the environment says otherwise."""
+    # Read by the children's torch as it loads.
+    name, former = "OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS")
+    os.environ.setdefault(name, str(max(1, cores() // number)))
+    try:
+        yield
+    finally:
+        if former is None:
+            del os.environ[name]
+
+
+def of_checkout(name: str) -> ModuleType:
+    """A module that the project's folder has and an installed package has not; UserError without it."""
+    try:
+        return import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not name.startswith(error.name):
+            raise
+        raise UserError(
+            f"generate_data: the embedded benchmark is drawn by {name}, which is not installed; "
+            "expected python run_edit.py in the project's folder"
+        ) from error

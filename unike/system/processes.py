@@ -1,0 +1,266 @@
+"""Several processes at one run: who takes which share, and how they hear of each other.
+
+``unike.system.launching``, ``accelerate launch`` or torchrun starts them; ``join`` takes the process's place.
+In a process of its own every function here does nothing but its work. Torch and accelerate are imported
+late: a wrong argument should not wait for them.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any, TypeVar
+
+from unike.types import UserError
+
+T = TypeVar("T")
+S = TypeVar("S")
+
+LOST = "another process of this run has ended; what is recorded is kept, go on with --resume"
+# One process may work for hours while the others wait for it.
+_PATIENCE = timedelta(days=30)
+
+
+class LostError(Exception):
+    """Another process ended before its work was done."""
+
+    def __init__(self) -> None:
+        super().__init__(LOST)
+
+
+class SharedError(UserError):
+    """A problem that every process has heard of: one of them says it."""
+
+
+class _Team:
+    """This process's place, from ``accelerate``, and a group for messages on the CPU."""
+
+    def __init__(self, cpu: bool) -> None:
+        import torch
+        from accelerate import PartialState
+
+        self.state = PartialState(cpu=cpu, timeout=_PATIENCE)
+        # NCCL and its like carry tensors of their own device only, and never notice a dead peer.
+        self.group = torch.distributed.new_group(backend="gloo", timeout=_PATIENCE)
+        self.waiting = self.interrupted = False
+
+    def exchange(self, value: Any) -> list[Any]:
+        """Everybody's value, by rank. A Ctrl-C that comes meanwhile is kept for later."""
+        import torch
+
+        found: list[Any] = [None] * self.state.num_processes
+        self.waiting = True
+        try:
+            torch.distributed.all_gather_object(found, value, group=self.group)
+        except RuntimeError:
+            raise (KeyboardInterrupt if self.interrupted else LostError) from None
+        finally:
+            self.waiting = False
+        return found
+
+
+_team: _Team | None = None
+
+
+def planned() -> int:
+    """How many processes a launcher has started for this run."""
+    return int(os.environ.get("WORLD_SIZE") or 1)
+
+
+def joined() -> bool:
+    """Whether this process works together with others."""
+    return _team is not None
+
+
+def rank() -> int:
+    """This process's number, from 0."""
+    return int(os.environ.get("RANK") or 0) if _team is None else _team.state.process_index
+
+
+def count() -> int:
+    """How many processes share the work."""
+    return 1 if _team is None else _team.state.num_processes
+
+
+def is_main() -> bool:
+    """Whether this process speaks and writes for all."""
+    return rank() == 0
+
+
+def join(device: str = "auto") -> None:
+    """Takes this process's place where a launcher has started several. ``device`` is the YAML's.
+
+    UserError where several processes can't have a device each.
+    """
+    global _team
+    if planned() == 1 or _team is not None:
+        return
+    import torch
+
+    if not is_main():
+        from transformers.utils import logging as theirs
+
+        logging.getLogger("unike").setLevel(logging.ERROR)
+        theirs.set_verbosity_error()
+        theirs.disable_progress_bar()
+    cpu = device == "cpu" or not torch.accelerator.is_available()
+    if ":" in device:
+        raise UserError(f"device: {device}: one device for {planned()} processes; expected auto or cpu")
+    here = int(os.environ.get("LOCAL_WORLD_SIZE") or planned())
+    if not cpu and here > torch.accelerator.device_count():
+        found = torch.accelerator.device_count()
+        raise UserError(f"num_processes: {here}; found {found} devices, expected no more than these")
+    listen()
+    _team = _Team(cpu)
+
+
+def leave() -> None:
+    """Gives the place back."""
+    global _team
+    if _team is not None:
+        _team = None
+        import torch
+
+        torch.distributed.destroy_process_group()
+
+
+def default_device() -> Any:
+    """The ``torch.device`` that ``auto`` means: this process's own, as accelerate picks it."""
+    from accelerate import PartialState
+
+    return PartialState().default_device if _team is None else _team.state.device
+
+
+# ---------------------------------------------------------------- sharing work
+
+
+def share(items: Sequence[T]) -> Sequence[T]:
+    """This process's part of ``items``: every n-th."""
+    return items if count() == 1 else items[rank() :: count()]
+
+
+def gather(value: Any) -> list[Any]:
+    """Everybody's ``value``, by rank. LostError where a process has ended."""
+    if _team is None:
+        return [value]
+    found = _team.exchange(value)
+    if _team.interrupted:
+        raise KeyboardInterrupt
+    return found
+
+
+def closing_gather(value: Any) -> tuple[list[Any], bool]:
+    """Like ``gather``, and whether Ctrl-C came meanwhile, which then ends nothing."""
+    if _team is None:
+        return [value], False
+    return _team.exchange(value), _team.interrupted
+
+
+def each(work: Callable[[], T]) -> T:
+    """Every process does the work; a UserError of one is raised by all."""
+    done, problems = _tried(work)
+    _raise(gather(problems))
+    return done  # type: ignore[return-value]
+
+
+def first(work: Callable[[], T]) -> T:
+    """The main process does the work, the others wait and are given what it gave."""
+    if count() == 1:
+        return work()
+    done, problems = _tried(work) if is_main() else (None, ())
+    (done, problems), *_ = gather((done, problems))
+    _raise([problems])
+    return done  # type: ignore[return-value]
+
+
+def in_turn(work: Callable[[], T]) -> T:
+    """The main process does the work, then all others do: what it has written, they find."""
+    if count() == 1:
+        return work()
+    done, problems = _tried(work) if is_main() else (None, ())
+    _raise(gather(problems)[:1])
+    if not is_main():
+        done, problems = _tried(work)
+    _raise(gather(problems))
+    return done  # type: ignore[return-value]
+
+
+def spread(
+    items: Sequence[S], work: Callable[[S], T], heard: Callable[[S], None] = lambda _: None
+) -> list[T]:
+    """``[work(item) for item in items]``, each item worked on by one process; all get the whole list.
+
+    ``heard`` is called of every item: of one's own when it is done, of the others' at the end.
+    """
+
+    def own() -> list[T]:
+        found = []
+        for item in share(items):
+            found.append(work(item))
+            heard(item)
+        return found
+
+    if count() == 1:
+        return own()
+    found, problems = _tried(own)
+    parts = gather((found, problems))
+    _raise([problems for _, problems in parts])
+    for i, item in enumerate(items):
+        if i % count() != rank():
+            heard(item)
+    return [parts[i % count()][0][i // count()] for i in range(len(items))]
+
+
+def add_gradients(parameters: Sequence[Any]) -> None:
+    """Each parameter's gradient becomes the sum over all processes; none where none has one."""
+    if count() == 1:
+        return
+    import torch
+    from accelerate.utils import reduce
+
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    there = torch.tensor([float(p.grad is not None) for p in parameters], device=grads[0].device)
+    try:
+        whole: Any = reduce(torch.cat([there, *(g.float().flatten() for g in grads)]), "sum")
+    except RuntimeError:
+        raise LostError from None
+    there, *sums = whole.split([len(there), *(g.numel() for g in grads)])
+    for parameter, grad, known in zip(parameters, sums, there.tolist(), strict=True):
+        parameter.grad = grad.view_as(parameter).to(parameter.dtype) if known else None
+
+
+def _tried(work: Callable[[], T]) -> tuple[T | None, tuple[str, ...]]:
+    if count() == 1:
+        return work(), ()
+    try:
+        return work(), ()
+    except UserError as error:
+        return None, error.problems
+
+
+def _raise(problems: Sequence[tuple[str, ...]]) -> None:
+    if found := dict.fromkeys(line for lines in problems for line in lines):
+        raise SharedError(*found)
+
+
+# ---------------------------------------------------------------- Ctrl-C
+
+
+def listen() -> None:
+    """From here on the first Ctrl-C ends the work, and further ones change nothing. A launcher from
+    outside ends its processes by SIGTERM: that counts as one."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _hear)
+
+
+def _hear(*_: Any) -> None:
+    """Ctrl-C reaches a process twice, from the terminal and from its launcher: once counts."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    if _team is not None and _team.waiting:
+        _team.interrupted = True
+    else:
+        raise KeyboardInterrupt
