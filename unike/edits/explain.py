@@ -233,9 +233,9 @@ def _neurons(record: Any, seen: _Seen) -> tuple[Neurons, ...]:
     out = []
     for i, share in sorted(record.layers.items()):
         if (patch := share.patch) is not None:
-            query = seen.ffn[i].to(patch.keys.dtype)
-            fired, added = patch.fired(query), patch(query)
-            firing = int((patch.scores(query) > 0).sum())
+            query, pairs = seen.ffn[i].to(patch.keys.dtype), patch.pairs
+            fired, added = pairs.activations(query), pairs(query)
+            firing = int((pairs.scores(query) > 0).sum())
             part = added.norm() / seen.output[i].float().norm().clamp(min=1e-12)
             out.append(Neurons(i, firing, len(fired), fired.abs().max().item(), part.item()))
     return tuple(out)

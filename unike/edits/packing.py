@@ -40,7 +40,7 @@ def packed_records(records: Sequence[EditRecord], routing: Routing) -> Content:
                     "keys": patch.keys,
                     "up": patch.up,
                     "bias": patch.bias,
-                    "values": patch.edited_values(),
+                    "values": patch.edited_values,
                 }
                 tensors |= {f"{at}.patch.{name}": t for name, t in own.items() if t is not None}
         if record.scope_key is not None:

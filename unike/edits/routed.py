@@ -19,7 +19,7 @@ from unike.edits.runtime import OWN, LayerRuntime, ScopeGate, adapter_of, explai
 from unike.edits.shares import EditRecord, LayerKnowledge, Routing, measure_of
 from unike.knowledge.adapter import Shift
 from unike.knowledge.batching import OwnedMemory, Owners
-from unike.knowledge.memory import Growing, KnowledgeMemory
+from unike.knowledge.memory import GrowingRows, KnowledgeMemory
 from unike.knowledge.patch import KeyValuePatch, PatchBatch, PatchStack
 from unike.types import Query
 
@@ -30,11 +30,11 @@ class Stacks:
 
     def __init__(self, records: Sequence[EditRecord]) -> None:
         layers = list(records[0].layers)
-        self.keys = {i: Growing(torch.stack([r.layers[i].key for r in records])) for i in layers}
-        self.values = {i: Growing(torch.stack([r.layers[i].value for r in records])) for i in layers}
+        self.keys = {i: GrowingRows(torch.stack([r.layers[i].key for r in records])) for i in layers}
+        self.values = {i: GrowingRows(torch.stack([r.layers[i].value for r in records])) for i in layers}
         self.patches = {i: PatchStack(p) for i in layers if (p := _patches(records, i))}
         keys = _scope_keys(records)
-        self.scope_keys = None if keys is None else Growing(keys)
+        self.scope_keys = None if keys is None else GrowingRows(keys)
 
     def __len__(self) -> int:
         return len(next(iter(self.keys.values())))
@@ -206,10 +206,10 @@ def _gate(edit: RoutedEdit, stacks: Stacks | None, tail: Sequence[EditRecord]) -
         return None
     measure = measure_of(routing, edit.knowledge, first)
     if measure is None:
-        parts = [] if stacks is None else [stacks.keys[first].rows]
+        parts = [] if stacks is None else [stacks.keys[first].tensor]
         parts += [r.layers[first].key[None] for r in tail]
     else:
-        parts = [] if stacks is None or stacks.scope_keys is None else [stacks.scope_keys.rows]
+        parts = [] if stacks is None or stacks.scope_keys is None else [stacks.scope_keys.tensor]
         parts += [r.scope_key[None] for r in tail if r.scope_key is not None]
     keys = torch.cat(parts)
     if len(keys) != len(edit.records):
@@ -222,7 +222,7 @@ def _with_own(
 ) -> KnowledgeMemory:
     """The bank with the records' own pairs behind it, in their order."""
     if stacks is not None:
-        bank = bank.extended(stacks.keys[index].rows, stacks.values[index].rows)
+        bank = bank.extended(stacks.keys[index].tensor, stacks.values[index].tensor)
     for record in tail:
         share = record.layers[index]
         bank = bank.extended(share.key[None], share.value[None])

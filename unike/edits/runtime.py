@@ -16,7 +16,7 @@ from unike.backbones.hooks import After, transform
 from unike.knowledge.adapter import AdapterLayer, Shift
 from unike.knowledge.batching import Owners
 from unike.knowledge.memory import KnowledgeMemory, Retrieved
-from unike.knowledge.patch import Opened
+from unike.knowledge.patch import OpenEdits
 from unike.knowledge.scope import ScopeMeasure, open_edits
 
 # Of what was retrieved, how many items are told, and the name of an edit's own item.
@@ -58,7 +58,7 @@ class ScopeGate:
         self.open = torch.zeros(0, len(keys), dtype=torch.bool)
         # Each prompt's with each edit, (B, E), or with its own alone, (B, 1).
         self.similarity: torch.Tensor | None = None
-        self.frozen, self.opened = frozen, Opened.of(self.open)
+        self.frozen, self.opened = frozen, OpenEdits.of(self.open)
 
     @property
     def scopes(self) -> torch.Tensor | None:
@@ -83,7 +83,7 @@ class ScopeGate:
             similarity = (query * self.directions[self.owners.index]).sum(-1, keepdim=True)
         self.open = open_edits(similarity, self.threshold, self.nearest)
         self.similarity = similarity
-        self.opened = Opened.of(self.open[:, : self.frozen])
+        self.opened = OpenEdits.of(self.open[:, : self.frozen])
 
     def allowed(self) -> torch.Tensor | None:
         """Which of a memory's last items, the edits' own, a prompt may retrieve; None: all."""
