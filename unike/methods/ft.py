@@ -44,7 +44,7 @@ class FineTuning:
         self, backbone: Backbone, request: EditRequest, prefixes: PrefixCache, history: Edit | None = None
     ) -> WeightDelta:
         """New values of the weights, started from those of ``history``."""
-        former = history.weights if isinstance(history, WeightDelta) else {}
+        former = {} if history is None else history.weights
         start = {name: former.get(name, p).detach() for name, p in self._trained(backbone).items()}
         if self.hparams.ft_target == "layers":
             state = prefixes.state([request.query])

@@ -161,7 +161,7 @@ class _Together:
 
     def _gather(self, edits: Sequence[RoutedEdit]) -> RoutedTogether | None:
         together = edits[0].together(edits)
-        assert isinstance(together, RoutedTogether), "edits of one method agree in what they are"
+        assert together is not None, "edits of one method agree in what they are"
         return together
 
     def watch(self, stack: ExitStack) -> None:
