@@ -35,18 +35,19 @@ def values_of(option):
             st.dictionaries(st.sampled_from(["train", "eval"]), st.none() | texts),
         ),
     }
-    low = 0 if option.low is None else option.low
-    high = 10**6 if option.high is None else option.high
-    by_type = {
-        "str": st.sampled_from(option.choices) if option.choices else texts,
-        "int": st.integers(int(low), int(high)),
-        "float": st.floats(low, high, exclude_min=option.above, allow_subnormal=False),
-        "bool": st.booleans(),
-        "dict[str, Any]": st.dictionaries(texts, st.integers() | texts | st.none(), max_size=3),
+    kind, limits = option.kind, option.kind.range
+    low = 0 if limits.low is None else limits.low
+    high = 10**6 if limits.high is None else limits.high
+    by_noun = {
+        "text": texts,
+        "a whole number": st.integers(int(low), int(high)),
+        "a number": st.floats(low, high, exclude_min=limits.above, allow_subnormal=False),
+        "true or false": st.booleans(),
+        "a mapping of names to values": st.dictionaries(texts, st.integers() | texts | st.none(), max_size=3),
     }
-    found = special.get(option.name)
-    found = by_type[option.type.removesuffix(" | None")] if found is None else found
-    return st.none() | found if option.optional else found
+    found = st.sampled_from(kind.choices) if kind.choices else special.get(option.name)
+    found = by_noun[kind.noun] if found is None else found
+    return st.none() | found if kind.nullable else found
 
 
 # Both off edits nothing, which is refused and tested by itself.
