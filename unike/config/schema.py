@@ -292,8 +292,8 @@ class Section:
         if problems:
             raise UserError(*problems)
 
-    def values(self, section: type[Section]) -> dict[str, Any]:
-        """The values of one of this one's sections, without those that it takes from others."""
+    def get_values(self, section: type[Section]) -> dict[str, Any]:
+        """The values, by name, of the options that ``section`` itself declares."""
         return {name: getattr(self, name) for name in own_options(section)}
 
 

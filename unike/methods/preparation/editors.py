@@ -16,7 +16,8 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 
 from unike.backbones.base import Backbone
-from unike.config.hparams import OPTIONS, HyperParams
+from unike.config.hparams import HyperParams
+from unike.config.sections import EditorOptions, EditorTrainingOptions
 from unike.methods.base import build, methods
 from unike.methods.meta_training import Progress, Tick, TrainableMethod, copied, meta_train, silent
 from unike.methods.preparation.scope import wants_scope
@@ -27,11 +28,13 @@ from unike.types import Case, UserError
 HELD_OUT = 10
 
 
-def editor_options(hparams: HyperParams) -> dict[str, Any]:
-    """The options that a trained editor depends on."""
-    names = [n for n, o in OPTIONS.items() if o.group == "editor" and n != "editor_dir"]
-    own = [n for n in names if not n.startswith(("ke_", "serac_")) or n.startswith(f"{hparams.method}_")]
-    return {n: getattr(hparams, n) for n in ("method", "clip_norm", "seed", *own)}
+def list_editor_options(hparams: EditorTrainingOptions) -> dict[str, Any]:
+    """The options that a trained editor depends on: of KE's and SERAC's own ones, those of its method."""
+    shared = {"method": hparams.method, "clip_norm": hparams.clip_norm, "seed": hparams.seed}
+    own = hparams.get_values(EditorTrainingOptions).items()
+    return shared | {
+        n: v for n, v in own if not n.startswith(("ke_", "serac_")) or n.startswith(f"{hparams.method}_")
+    }
 
 
 def editor_facts(backbone: Backbone, method: TrainableMethod) -> dict[str, Any]:
@@ -39,7 +42,7 @@ def editor_facts(backbone: Backbone, method: TrainableMethod) -> dict[str, Any]:
     return {
         "backbone": backbone.fingerprint,
         "layers": method.layers(backbone),
-        "options": editor_options(method.hparams),
+        "options": list_editor_options(method.hparams),
     }
 
 
@@ -56,12 +59,12 @@ def wants_cases(hparams: HyperParams) -> bool:
     return hparams.method in methods() and wants_scope(hparams)
 
 
-def kept_editor(hparams: HyperParams, facts: dict[str, Any] | None = None) -> Path | None:
+def kept_editor(hparams: EditorOptions, facts: dict[str, Any] | None = None) -> Path | None:
     """The folder of the YAML's editor under ``editor_dir``, where it has been trained; without
     ``facts`` the weights and layers are not looked at. UserError where ``editor_dir`` is missing."""
     if hparams.editor_dir is None:
         raise UserError(f"{hparams.source}: editor_dir: missing; expected a folder for trained editors")
-    wanted = {"options": editor_options(hparams)} if facts is None else facts
+    wanted = {"options": list_editor_options(hparams)} if facts is None else facts
     for index in sorted(Path(hparams.editor_dir, hparams.method).glob("*/editor.json")):
         if all(read_index(index).get(k) == v for k, v in wanted.items()):
             return index.parent

@@ -20,7 +20,13 @@ from safetensors.torch import save_file
 from unike.backbones.base import Backbone
 from unike.backbones.hooks import capture
 from unike.backbones.prefix import PrefixCache, open_prefixes
-from unike.config.hparams import HyperParams
+from unike.config.combined import (
+    KnowledgeKeyOptions,
+    KnowledgeLoadingOptions,
+    KnowledgePreparationOptions,
+    KnowledgeTrainingOptions,
+)
+from unike.config.sections import EncoderOptions
 from unike.datasets.answers import normalise_answer
 from unike.datasets.triplets import Triplet
 from unike.edits import LayerKnowledge
@@ -33,10 +39,6 @@ from unike.types import KnowledgeItem, Query, UserError
 
 T = TypeVar("T")
 Tick = Callable[[str, int], None]
-_KEY_OPTIONS = (
-    "layers", "triplets", "encoder_hidden", "encoder_dim", "encoder_lr", "encoder_steps", "encoder_batch",
-    "encoder_tau", "include_anchor", "seed",
-)  # fmt: skip
 
 
 def silent(what: str, count: int) -> None:
@@ -146,10 +148,10 @@ def _ends(
     }
 
 
-def knowledge_key(backbone: Backbone, triplets: Sequence[Triplet], hparams: HyperParams) -> str:
+def knowledge_key(backbone: Backbone, triplets: Sequence[Triplet], hparams: KnowledgeKeyOptions) -> str:
     """What the knowledge depends on, as a short checksum."""
     digest = hashlib.sha256(backbone.fingerprint.encode())
-    digest.update(repr([(n, getattr(hparams, n)) for n in _KEY_OPTIONS]).encode())
+    digest.update(repr([("layers", hparams.layers), *_options(hparams).items()]).encode())
     for t in triplets:
         image = Path(t.query.image).name if isinstance(t.query.image, str) else repr(t.query.image)
         digest.update(repr((image, t.query.prompt, t.query.target, t.wrong)).encode())
@@ -158,7 +160,7 @@ def knowledge_key(backbone: Backbone, triplets: Sequence[Triplet], hparams: Hype
 
 def ensure_knowledge(
     backbone: Backbone,
-    hparams: HyperParams,
+    hparams: KnowledgePreparationOptions,
     layers: Sequence[int],
     triplets: Callable[[], Sequence[Triplet]],
     tick: Tick = silent,
@@ -187,19 +189,26 @@ def ensure_knowledge(
     return read_knowledge(folder, hparams, backbone.device)
 
 
-def read_knowledge(folder: Path, hparams: HyperParams, device: torch.device) -> dict[int, LayerKnowledge]:
+def read_knowledge(
+    folder: Path, hparams: KnowledgeLoadingOptions, device: torch.device
+) -> dict[int, LayerKnowledge]:
     """What ``save_knowledge`` wrote, as the YAML wants it, by layer. UserError as ``each_layer``."""
     known = {i: _layer(i, s, e, hparams, folder) for i, s, e in each_layer(folder, device)}
     give_back()
     return known
 
 
-def _facts(backbone: Backbone, layers: Sequence[int], hparams: HyperParams) -> dict[str, Any]:
-    options = {n: getattr(hparams, n) for n in _KEY_OPTIONS if n != "layers"}
-    return {"backbone": backbone.fingerprint, "layers": list(layers), "options": options}
+def _options(hparams: KnowledgeKeyOptions) -> dict[str, Any]:
+    """The options that knowledge depends on, but for its layers. Checksums hold their order."""
+    encoders = hparams.get_values(EncoderOptions)
+    return {"triplets": hparams.triplets, **encoders, "seed": hparams.seed}
 
 
-def knowledge_folder(hparams: HyperParams, backbone: Backbone, triplets: Sequence[Triplet]) -> Path:
+def _facts(backbone: Backbone, layers: Sequence[int], hparams: KnowledgeKeyOptions) -> dict[str, Any]:
+    return {"backbone": backbone.fingerprint, "layers": list(layers), "options": _options(hparams)}
+
+
+def knowledge_folder(hparams: KnowledgeKeyOptions, backbone: Backbone, triplets: Sequence[Triplet]) -> Path:
     """Where these triplets' knowledge is kept once it is built, or a shipped ``knowledge_dir`` itself."""
     parent = Path(hparams.knowledge_dir or "")
     keyed = parent / knowledge_key(backbone, triplets, hparams)
@@ -218,7 +227,7 @@ def build_knowledge(
     backbone: Backbone,
     triplets: Sequence[Triplet],
     layers: Sequence[int],
-    hparams: HyperParams,
+    hparams: KnowledgeTrainingOptions,
     tick: Tick = silent,
 ) -> tuple[dict[int, LayerStates], dict[int, Disentangler], dict[int, FitReport]]:
     """States and trained encoders of each layer, with a report of each training."""
@@ -228,7 +237,7 @@ def build_knowledge(
 
 
 def fit_encoders(
-    states: dict[int, LayerStates], hparams: HyperParams, tick: Tick = silent
+    states: dict[int, LayerStates], hparams: EncoderOptions, tick: Tick = silent
 ) -> tuple[dict[int, Disentangler], dict[int, FitReport]]:
     """Trained encoders of each layer, with a report of each training."""
     encoders, reports = {}, {}
@@ -333,7 +342,7 @@ def _encoders(tensors: dict[str, torch.Tensor], prefix: str) -> Disentangler:
 def as_knowledge(
     states: dict[int, LayerStates],
     encoders: dict[int, Disentangler],
-    hparams: HyperParams,
+    hparams: KnowledgeLoadingOptions,
     folder: Path | None = None,
 ) -> dict[int, LayerKnowledge]:
     """Banks, encoders and the YAML's kind of zeta, by layer. A bank of many items lies beside the
@@ -342,7 +351,11 @@ def as_knowledge(
 
 
 def _layer(
-    i: int, s: LayerStates, encoders: Disentangler, hparams: HyperParams, folder: Path | None
+    i: int,
+    s: LayerStates,
+    encoders: Disentangler,
+    hparams: KnowledgeLoadingOptions,
+    folder: Path | None,
 ) -> LayerKnowledge:
     place, origin, checksum = None, "", ""
     if folder is not None:

@@ -19,7 +19,9 @@ from safetensors.torch import load_file, save_file
 from unike.backbones.base import Backbone
 from unike.backbones.hooks import capture
 from unike.backbones.prefix import PrefixCache, open_prefixes
-from unike.config.hparams import OPTIONS, HyperParams
+from unike.config.combined import ScopePreparationOptions
+from unike.config.hparams import HyperParams
+from unike.config.sections import ScopeClassifierOptions, ScopeTrainingOptions
 from unike.knowledge.scope import HELD_OUT, ScopeEncoder, ScopeMeasure, ScopeReport, ScopeSamples, fit_scope
 from unike.methods.base import needs_scope
 from unike.methods.meta_training import Tick, copied, silent
@@ -79,7 +81,7 @@ def scope_samples(
     return ScopeSamples(states, mask, len(INSIDE), torch.tensor(wrong))
 
 
-def fresh_encoder(backbone: Backbone, hparams: HyperParams) -> ScopeEncoder:
+def fresh_encoder(backbone: Backbone, hparams: ScopeTrainingOptions) -> ScopeEncoder:
     """An untrained encoder, drawn from the run's seed."""
     width = backbone.layout.width
     with torch.random.fork_rng():
@@ -89,18 +91,18 @@ def fresh_encoder(backbone: Backbone, hparams: HyperParams) -> ScopeEncoder:
         ).to(backbone.device)
 
 
-def scope_facts(hparams: HyperParams, backbone: Backbone | None = None, first: int = 0) -> dict[str, Any]:
+def scope_facts(
+    hparams: ScopeTrainingOptions, backbone: Backbone | None = None, first: int = 0
+) -> dict[str, Any]:
     """What a trained measure belongs to: options, and the weights and the layer where they are known."""
-    facts: dict[str, Any] = {
-        "options": {n: getattr(hparams, n) for n, o in OPTIONS.items() if o.group == "scope training"}
-        | {"seed": hparams.seed}
-    }
+    options = hparams.get_values(ScopeTrainingOptions) | {"seed": hparams.seed}
+    facts: dict[str, Any] = {"options": options}
     if backbone is not None:
         facts |= {"backbone": backbone.fingerprint, "layer": first}
     return facts
 
 
-def kept_scope(hparams: HyperParams, facts: dict[str, Any] | None = None) -> Path | None:
+def kept_scope(hparams: ScopeClassifierOptions, facts: dict[str, Any] | None = None) -> Path | None:
     """The folder of the YAML's measure, where it has been trained. UserError without ``scope_dir``."""
     if hparams.scope_dir is None:
         raise UserError(f"{hparams.source}: scope_dir: missing; expected a folder for the trained scope")
@@ -118,7 +120,7 @@ def wants_scope(hparams: HyperParams) -> bool:
 
 def ensure_scope(
     backbone: Backbone,
-    hparams: HyperParams,
+    hparams: ScopePreparationOptions,
     first: int,
     cases: Callable[[], Sequence[Case]],
     tick: Tick = silent,
