@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from unike.config.hparams import OPTIONS, HyperParams, UniKEHyperParams
-from unike.config.release import edited_layers
+from unike.config.release import read_edited_layers
 from unike.types import BACKBONES, METRIC_PRESETS, TRACKERS, BackboneSpec, UserError
 
 RELEASE = Path(__file__).parent / "fixtures" / "release_minigpt4.yaml"
@@ -290,6 +290,6 @@ def test_the_release_file_is_refused_without_legacy():
 
 @pytest.mark.parametrize("value", [None, [], {}, "text", {"lm_head": "output"}, 3])
 def test_layers_that_cannot_be_told(value):
-    assert edited_layers(value) == []
+    assert read_edited_layers(value) == []
     h = HyperParams.from_dict(BASE | {"tp_layers": value}, legacy=True)
     assert (h.layers, h.ignored) == (4, ("tp_layers",))

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from unike.config import combined, release, sections
-from unike.config.schema import short
+from unike.config.schema import shorten
 from unike.config.sections import OPTIONS, SPEED
 from unike.config.yaml_reader import parse_yaml, read_yaml
 from unike.types import UserError
@@ -101,7 +101,7 @@ class HyperParams(
             where = {release.RENAMED.get(key, key): at for key, at in where.items() if key not in ignored}
         values, found = _rename(values, where, source)
         where = {_ALIASES.get(key, key): at for key, at in where.items()}
-        values, changed, more = _overridden(values, overrides, source)
+        values, changed, more = _apply_overrides(values, overrides, source)
         where = where | dict.fromkeys(changed, f"{source} (override)")
         checked, wrong = _check(values, where, source)
         problems = [*problems, *found, *more, *wrong]
@@ -112,16 +112,16 @@ class HyperParams(
         return cls(**checked, ignored=ignored, source=source)
 
 
-def _nested(base: Any, keys: Sequence[str], value: Any) -> Any:
+def _replace_entry(base: Any, keys: Sequence[str], value: Any) -> Any:
     """``base`` with the entry under ``keys`` replaced."""
     if not keys:
         return value
     copied = dict(base) if isinstance(base, Mapping) else {}
-    copied[keys[0]] = _nested(copied.get(keys[0]), keys[1:], value)
+    copied[keys[0]] = _replace_entry(copied.get(keys[0]), keys[1:], value)
     return copied
 
 
-def _overridden(
+def _apply_overrides(
     values: dict[Any, Any], overrides: Sequence[str], source: str
 ) -> tuple[dict[Any, Any], list[Any], list[str]]:
     """``values`` after ``key=value`` and ``key.entry=value``, the keys changed, and the problems."""
@@ -129,17 +129,17 @@ def _overridden(
     for text in overrides:
         key, sign, raw = text.partition("=")
         if not sign or not key.strip():
-            problems.append(f"{source}: {short(text)}: expected key=value")
+            problems.append(f"{source}: {shorten(text)}: expected key=value")
             continue
         try:
-            value, _, repeated = parse_yaml(raw, f"{source}: {short(key)}")
+            value, _, repeated = parse_yaml(raw, f"{source}: {shorten(key)}")
         except UserError as fault:
             problems.extend(fault.problems)
             continue
         problems.extend(repeated)
         first, *rest = key.strip().split(".")
         first = _ALIASES.get(first, first)
-        values[first] = _nested(values.get(first), rest, value)
+        values[first] = _replace_entry(values.get(first), rest, value)
         changed.append(first)
     return values, changed, problems
 
@@ -153,7 +153,7 @@ def _rename(
         name = _ALIASES.get(key, key)
         if name in renamed:
             problems.append(
-                f"{where.get(key, source)}: {short(key)}: another name of {name}, which is given too"
+                f"{where.get(key, source)}: {shorten(key)}: another name of {name}, which is given too"
             )
         renamed[name] = value
     return renamed, problems
@@ -166,9 +166,9 @@ def _check(
     checked: dict[str, Any] = {}
     problems: list[str] = []
     for key, value in values.items():
-        at = f"{where.get(key, source)}: {short(key)}"
+        at = f"{where.get(key, source)}: {shorten(key)}"
         if key not in OPTIONS:
-            problems.append(f"{at}: unknown key; {_hint(short(key))}")
+            problems.append(f"{at}: unknown key; {_suggest_key(shorten(key))}")
             continue
         try:
             checked[key] = OPTIONS[key].read(value, at)
@@ -182,7 +182,7 @@ def _check(
     return checked, problems
 
 
-def _hint(key: str) -> str:
+def _suggest_key(key: str) -> str:
     if key in release.RELEASE_ONLY:
         return "it belongs to the UniKE release's own file, which loads with legacy=True"
     nearest = difflib.get_close_matches(key, [*OPTIONS, *_ALIASES], n=1, cutoff=0.0)

@@ -236,7 +236,7 @@ class Option:
         try:
             return self.kind.read(value)
         except (ValueError, TypeError, OverflowError):
-            raise UserError(f"{at}: expected {self.kind.words}, got {shown(value)}") from None
+            raise UserError(f"{at}: expected {self.kind.words}, got {describe_value(value)}") from None
 
 
 def required(kind: Kind[T], help: str) -> T:
@@ -253,12 +253,12 @@ def option(kind: Kind[T], help: str, default: T, aliases: tuple[str, ...] = ()) 
     return field(default=default, metadata=metadata)
 
 
-def shown(value: object) -> str:
+def describe_value(value: object) -> str:
     """A value with its type, short enough for one line of an error."""
-    return "null" if value is None else f"{type(value).__name__} {short(value, 60, repr)}"
+    return "null" if value is None else f"{type(value).__name__} {shorten(value, 60, repr)}"
 
 
-def short(value: object, limit: int = 60, written: Callable[[Any], str] = str) -> str:
+def shorten(value: object, limit: int = 60, written: Callable[[Any], str] = str) -> str:
     """A value on one line of at most ``limit`` characters."""
     try:
         text = " ".join(written(value).split())

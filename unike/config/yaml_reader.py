@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from unike.config.schema import short, shown
+from unike.config.schema import describe_value, shorten
 from unike.types import UserError
 
 # Far above any real file; the parser takes seconds for what is larger.
@@ -34,7 +34,7 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
-def _bounded(root: yaml.Node) -> None:
+def _check_size(root: yaml.Node) -> None:
     """ValueError where a text's aliases refer to themselves or make it explode, or a value is too long."""
     sizes: dict[int, int] = {}
 
@@ -69,15 +69,15 @@ def parse_yaml(text: str, source: str) -> tuple[Any, dict[Any, str], list[str]]:
         loader = _Loader(text)
         node = loader.get_single_node()
         if node is not None:
-            _bounded(node)
+            _check_size(node)
         if isinstance(node, yaml.MappingNode):
             keys = (key for key, _ in node.value if isinstance(key, yaml.ScalarNode))
             where = {key.value: f"{source}:{key.start_mark.line + 1}" for key in keys}
         value = None if node is None else loader.construct_document(node)
     except _YAML_FAULTS as fault:
-        raise UserError(f"{source}: not valid YAML: {short(fault, 300)}") from None
+        raise UserError(f"{source}: not valid YAML: {shorten(fault, 300)}") from None
     problems = [
-        f"{source}:{line}: {short(key)}: given twice, first in line {first}"
+        f"{source}:{line}: {shorten(key)}: given twice, first in line {first}"
         for key, line, first in loader.repeated
     ]
     return value, where, problems
@@ -102,5 +102,5 @@ def read_yaml(source: str) -> tuple[dict[Any, Any], dict[Any, str], list[str]]:
     if values is None:
         raise UserError(f"{source}: is empty; expected at least model_name and name")
     if not isinstance(values, dict):
-        raise UserError(f"{source}: expected lines of `key: value`, got {shown(values)}")
+        raise UserError(f"{source}: expected lines of `key: value`, got {describe_value(values)}")
     return values, where, problems
