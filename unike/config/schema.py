@@ -223,14 +223,14 @@ class Option:
     """One key of the YAML: what it means and what it may hold."""
 
     name: str
-    kind: Kind[Any]
-    default: Any
+    kind: Kind[object]
+    default: object
     required: bool
     help: str
     aliases: tuple[str, ...] = ()
     group: str = ""
 
-    def read(self, value: object, at: str) -> Any:
+    def read(self, value: object, at: str) -> object:
         """The value in the option's type. UserError, which says ``at`` which place, where it does not
         fit."""
         try:
@@ -258,7 +258,7 @@ def describe_value(value: object) -> str:
     return "null" if value is None else f"{type(value).__name__} {shorten(value, 60, repr)}"
 
 
-def shorten(value: object, limit: int = 60, written: Callable[[Any], str] = str) -> str:
+def shorten(value: object, limit: int = 60, written: Callable[[object], str] = str) -> str:
     """A value on one line of at most ``limit`` characters."""
     try:
         text = " ".join(written(value).split())
@@ -292,7 +292,7 @@ class Section:
         if problems:
             raise UserError(*problems)
 
-    def get_values(self, section: type[Section]) -> dict[str, Any]:
+    def get_values(self, section: type[Section]) -> dict[str, object]:
         """The values, by name, of the options that ``section`` itself declares."""
         return {name: getattr(self, name) for name in own_options(section)}
 

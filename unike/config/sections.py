@@ -390,7 +390,11 @@ class EditorOptions(EditorTrainingOptions):
 # ---------------------------------------------------------------- data, protocol, run
 
 
-def _read_annotations(value: object) -> dict[str, Any]:
+# Files by task and split.
+Annotations = dict[str, dict[str, str | None]]
+
+
+def _read_annotations(value: object) -> Annotations:
     tasks = read_mapping(value)
     if not set(tasks) <= {"vqa", "caption"}:
         raise ValueError
@@ -410,7 +414,7 @@ ANNOTATIONS = Kind("{vqa: {train: file, eval: file}, caption: {train: file, eval
 class DataOptions(Section):
     """Annotation files and images."""
 
-    data: dict[str, Any] = option(ANNOTATIONS, "annotation files by task and split", {})
+    data: Annotations = option(ANNOTATIONS, "annotation files by task and split", {})
     image_root: str | None = option(nullable(text()), "folder of the images", None, aliases=("coco_image",))
     rephrase_root: str | None = option(
         nullable(text()), "folder of the rephrased images", None, aliases=("rephrase_image",)

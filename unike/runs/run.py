@@ -14,7 +14,9 @@ import torch
 from tqdm import tqdm
 
 from unike.backbones.base import Backbone
+from unike.config.combined import RunFolderOptions
 from unike.config.hparams import HyperParams
+from unike.config.sections import ProtocolOptions
 from unike.edits import Edit, EditStore
 from unike.evaluation.protocols import one_step_many
 from unike.evaluation.reader import Reader
@@ -68,7 +70,9 @@ def drawn(hparams: HyperParams, draw: Callable[[HyperParams], object]) -> None:
 # ---------------------------------------------------------------- the run and its folder
 
 
-def run_directory(hparams: HyperParams, task: str, output: str | None = None, resume: bool = False) -> Path:
+def run_directory(
+    hparams: RunFolderOptions, task: str, output: str | None = None, resume: bool = False
+) -> Path:
     """Where a run is recorded: ``output``, or ``<results_dir>/<yaml>-<task>``, followed by the protocol
     if it is not one-step, with ``-2``, ``-3`` ... where that is taken; ``resume`` takes the latest.
 
@@ -101,7 +105,7 @@ def _taken(directory: Path) -> bool:
     return directory.is_file() or (directory.is_dir() and any(directory.iterdir()))
 
 
-def edit_store(hparams: HyperParams, folder: str | None) -> EditStore | None:
+def edit_store(hparams: ProtocolOptions, folder: str | None) -> EditStore | None:
     """Where ``--save_edits`` keeps a run's edits, if anywhere; UserError for a folder of something else,
     and for several sequences, which may edit a record anew."""
     if folder is None:
