@@ -45,7 +45,7 @@ class Range:
     def words(self) -> str:
         """The range as a message names it, empty where there is no limit."""
         if self.low is not None and self.high is not None:
-            return f"between {self.low:g} and {self.high:g}"
+            return f"between {self.low:g} and {self.high:.10g}"
         if self.low is not None:
             return f"above {self.low:g}" if self.above else f"at least {self.low:g}"
         return ""

@@ -101,7 +101,9 @@ class BackboneOptions(Section):
     pretrained_ckpt: str | None = option(nullable(text()), "MiniGPT-4's projection weights", None)
     qformer_name_or_path: str | None = option(nullable(text()), "accepted in old files; not needed", None)
     image_size: int | None = option(
-        nullable(whole(low=1)), "pixels per side; null: as the folder says, 364 with original files", None
+        nullable(whole(low=1)),
+        "pixels per side; null: as the model's folder says, 364 with original files",
+        None,
     )
     dtype: str = option(choice("float32", "bfloat16", "float16"), "precision of the weights", "float32")
     device: str = option(DEVICE, "where the model runs; auto: a GPU where there is one", "auto")
@@ -173,7 +175,7 @@ class UniKEOptions(Section):
     )
     alpha: str | float = option(
         word_or("adaptive", number(low=0, high=1)),
-        "weight of in-context knowledge: computed for each token, or a fixed number",
+        "weight of in-context knowledge: computed for each prompt, or a fixed number",
         "adaptive",
     )
     k: int = option(whole(low=1), "knowledge items retrieved for a prompt", 40)
@@ -198,7 +200,7 @@ class ScopeGateOptions(Section):
 
     scope_gate: str = option(
         choice("none", "threshold", "nearest"),
-        "when an edit applies: always, near its prompt, or near it and nearest of all edits",
+        "when an edit applies: always, to prompts near its own, or to those of them that it is nearest to",
         "none",
     )
     scope_threshold: float | None = option(
@@ -370,7 +372,7 @@ class EditorTrainingOptions(MethodOptions, ClipOptions, SeedOptions):
     editor_patience: int = option(
         whole(low=1), "validations without improvement after which training stops", 6
     )
-    c_edit: float = option(number(low=0), "weight of the loss on the edit and its rephrasings", 0.1)
+    c_edit: float = option(number(low=0), "weight of the loss on the edit and its neighbours", 0.1)
     c_loc: float = option(number(low=0), "weight of the loss on unrelated probes", 1.0)
     ke_margin: float = option(number(low=0), "KE: change on unrelated probes that costs nothing", 1e-3)
     serac_scope: str = option(
@@ -474,18 +476,18 @@ SECTIONS: dict[type[Section], str] = {
     UniKEOptions: "method",
     ScopeGateOptions: "method",
     ScopeClassifierOptions: "method",
-    ScopeTrainingOptions: "scope training",
+    ScopeTrainingOptions: "scope classifier training",
     PatchOptions: "intrinsic",
     EditTrainingOptions: "intrinsic",
     ClipOptions: "intrinsic",
     PatchLossOptions: "intrinsic",
     FineTuningOptions: "fine-tuning",
-    IKEOptions: "ike",
+    IKEOptions: "IKE",
     EncoderOptions: "encoders",
     KnowledgeOptions: "knowledge",
     RetrievalOptions: "knowledge",
-    EditorOptions: "editor",
-    EditorTrainingOptions: "editor",
+    EditorOptions: "meta-learned editors",
+    EditorTrainingOptions: "meta-learned editors",
     DataOptions: "data",
     ProtocolOptions: "protocol",
     EvaluationOptions: "protocol",
