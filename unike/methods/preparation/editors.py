@@ -17,9 +17,16 @@ from safetensors.torch import load_file, save_file
 
 from unike.backbones.base import Backbone
 from unike.config.hparams import OPTIONS, HyperParams
-from unike.methods.base import build, methods
-from unike.methods.meta_training import Progress, Tick, TrainableMethod, copied, meta_train, silent
-from unike.methods.preparation.scope import wants_scope
+from unike.methods.meta_training import (
+    Progress,
+    Tick,
+    TrainableMethod,
+    copy_tensors,
+    ignore_progress,
+    meta_train,
+)
+from unike.methods.preparation.scope import kept_scope
+from unike.methods.registry import MethodNeeds
 from unike.system import processes
 from unike.system.files import check_tensors, read_index, write_index
 from unike.types import Case, UserError
@@ -43,17 +50,12 @@ def editor_facts(backbone: Backbone, method: TrainableMethod) -> dict[str, Any]:
     }
 
 
-def learns(hparams: HyperParams) -> bool:
-    """Whether the method is trained on cases before it edits."""
-    return hparams.method in methods() and isinstance(build(hparams), TrainableMethod)
-
-
-def wants_cases(hparams: HyperParams) -> bool:
-    """Whether the train annotations are needed to train an editor or a measure of scope: not where
-    they are kept."""
-    if learns(hparams):
+def wants_cases(hparams: HyperParams, needs: MethodNeeds) -> bool:
+    """Whether the train annotations are needed to train an editor or a scope classifier: not where they
+    are kept."""
+    if needs.training:
         return kept_editor(hparams) is None
-    return hparams.method in methods() and wants_scope(hparams)
+    return needs.scope and kept_scope(hparams) is None
 
 
 def kept_editor(hparams: HyperParams, facts: dict[str, Any] | None = None) -> Path | None:
@@ -72,7 +74,7 @@ def save_editor(method: TrainableMethod, facts: dict[str, Any], progress: Progre
     """Writes the trained network, index last, and takes the checkpoint away."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "editor.safetensors"
-    save_file(copied(method.trained.state_dict()), path)
+    save_file(copy_tensors(method.trained.state_dict()), path)
     write_index(folder / "editor.json", {**facts, "training": asdict(progress)}, path)
     for left in folder.glob("checkpoint*"):
         left.unlink()
@@ -91,7 +93,10 @@ def load_editor(method: TrainableMethod, backbone: Backbone, folder: Path) -> No
 
 
 def ensure_editor(
-    method: TrainableMethod, backbone: Backbone, cases: Callable[[], Sequence[Case]], tick: Tick = silent
+    method: TrainableMethod,
+    backbone: Backbone,
+    cases: Callable[[], Sequence[Case]],
+    tick: Tick = ignore_progress,
 ) -> Path:
     """Loads the YAML's editor, or trains it on ``cases`` and keeps it; gives its folder.
 

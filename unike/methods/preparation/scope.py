@@ -21,8 +21,7 @@ from unike.backbones.hooks import capture
 from unike.backbones.prefix import PrefixCache, open_prefixes
 from unike.config.hparams import OPTIONS, HyperParams
 from unike.knowledge.scope import HELD_OUT, ScopeEncoder, ScopeMeasure, ScopeReport, ScopeSamples, fit_scope
-from unike.methods.base import needs_scope
-from unike.methods.meta_training import Tick, copied, silent
+from unike.methods.meta_training import Tick, copy_tensors, ignore_progress
 from unike.system import processes
 from unike.system.files import check_tensors, read_index, write_index
 from unike.types import Case, Query, UserError
@@ -51,7 +50,7 @@ def scope_samples(
     cases: Sequence[Case],
     first: int,
     batch: int = 32,
-    tick: Tick = silent,
+    tick: Tick = ignore_progress,
     prefixes: PrefixCache | None = None,
 ) -> ScopeSamples:
     """What enters layer ``first``'s attention from each prompt, its answer left out, in half precision;
@@ -111,17 +110,12 @@ def kept_scope(hparams: HyperParams, facts: dict[str, Any] | None = None) -> Pat
     return None
 
 
-def wants_scope(hparams: HyperParams) -> bool:
-    """Whether train annotations are needed for a measure that is still to be trained."""
-    return needs_scope(hparams) and kept_scope(hparams) is None
-
-
 def ensure_scope(
     backbone: Backbone,
     hparams: HyperParams,
     first: int,
     cases: Callable[[], Sequence[Case]],
-    tick: Tick = silent,
+    tick: Tick = ignore_progress,
 ) -> ScopeMeasure:
     """The trained measure for prompts at the door of layer ``first``: read, or learnt and kept.
 
@@ -156,7 +150,7 @@ def ensure_scope(
 def save_scope(folder: Path, encoder: ScopeEncoder, report: ScopeReport, facts: dict[str, Any]) -> None:
     """Writes the measure in half precision, its index last."""
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {k: v.half() for k, v in copied(encoder.state_dict()).items()}
+    tensors = {k: v.half() for k, v in copy_tensors(encoder.state_dict()).items()}
     path = folder / "scope.safetensors"
     save_file(tensors, path)
     names = INSIDE + OUTSIDE
