@@ -11,6 +11,7 @@ from typing import ClassVar, Protocol, TypeVar, final, runtime_checkable
 from unike.backbones.base import Backbone
 from unike.backbones.prefix import PrefixCache
 from unike.config.hparams import HyperParams
+from unike.config.sections import LayerOptions
 from unike.edits import Edit, LayerKnowledge, Origin
 from unike.edits.content import Shared
 from unike.methods.catalogue import CaseSource
@@ -129,7 +130,7 @@ def build(
     raise UserError(f"{at}: {type(method).__name__} makes no edits; expected a subclass of EditMethod")
 
 
-def resolve_layers(hparams: HyperParams, backbone: Backbone) -> list[int]:
+def resolve_layers(hparams: LayerOptions, backbone: Backbone) -> list[int]:
     """The YAML's ``layers`` as indices: the last n, or a list. UserError where the decoder has fewer, or
     where ``device_map`` has put one of them elsewhere."""
     found = _parse_layers(hparams, backbone)
@@ -147,7 +148,7 @@ def resolve_layers(hparams: HyperParams, backbone: Backbone) -> list[int]:
 edited_layers = resolve_layers
 
 
-def _parse_layers(hparams: HyperParams, backbone: Backbone) -> list[int]:
+def _parse_layers(hparams: LayerOptions, backbone: Backbone) -> list[int]:
     count = len(backbone.layout)
     wanted = hparams.layers
     if isinstance(wanted, int):

