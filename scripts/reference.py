@@ -23,6 +23,9 @@ HEAD = """# Hyper-parameters
 One flat YAML per run; `key=value` on the command line changes it, `data.vqa.eval=...` an entry of a
 mapping. Unknown, repeated or ill-typed keys end with one line each, with the nearest known name, before
 anything is loaded.
+
+`k` is the number of retrieved items. The length of a sequence is `sequence_length`, or
+`--sequence_length` among the options of `run_edit.py`.
 """
 COLUMNS = "| key | what | expected | default |\n| --- | --- | --- | --- |\n"
 

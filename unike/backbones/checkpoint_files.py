@@ -15,9 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from unike.config.schema import shorten
 from unike.system.faults import out_of_memory
-from unike.system.text import one_line
+from unike.system.text import one_line, shorten
 from unike.types import UserError
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from unike.config import combined, release, sections
-from unike.config.schema import shorten
 from unike.config.sections import OPTIONS, SPEED
 from unike.config.yaml_reader import parse_yaml, read_yaml
+from unike.system.text import shorten
 from unike.types import UserError
 
 logger = logging.getLogger("unike")

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from unike.config.schema import describe_value, shorten
+from unike.system.text import describe_value, shorten
 from unike.types import UserError
 
 # Far above any real file; the parser takes seconds for what is larger.
