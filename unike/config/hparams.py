@@ -27,7 +27,7 @@ class HyperParams(
     combined.PatchTrainingOptions,
     combined.KnowledgePreparationOptions,
     combined.ScopePreparationOptions,
-    sections.EditorOptions,
+    combined.EditorPreparationOptions,
     sections.FineTuningOptions,
     sections.IKEOptions,
     combined.TrainSplitOptions,
