@@ -28,6 +28,7 @@ class HyperParams(
     combined.KnowledgePreparationOptions,
     combined.ScopePreparationOptions,
     combined.EditorPreparationOptions,
+    combined.TrainedPartsOptions,
     sections.FineTuningOptions,
     sections.IKEOptions,
     combined.TrainSplitOptions,

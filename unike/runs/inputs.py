@@ -14,7 +14,7 @@ from unike.backbones.placement import check_placement, pick_device
 from unike.backbones.prefix import check_prefix_dir
 from unike.config.combined import TrainSplitOptions
 from unike.config.hparams import HyperParams
-from unike.config.sections import DataOptions
+from unike.config.sections import DataOptions, KnowledgeOptions
 from unike.datasets.mmedit import CaptionDataset, CapVQADataset, VQADataset
 from unike.datasets.triplets import Triplet, triplets_of
 from unike.evaluation.sequences import sequences_of
@@ -80,7 +80,7 @@ def preflight(
     return opened[0]
 
 
-def wants_triplets(hparams: HyperParams, needs: MethodNeeds) -> bool:
+def wants_triplets(hparams: KnowledgeOptions, needs: MethodNeeds) -> bool:
     """Whether the train annotations may be needed: not where ``knowledge_dir`` is such a folder itself."""
     if not needs.knowledge:
         return False

@@ -13,7 +13,7 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 
 from unike.backbones.base import Backbone
-from unike.config.hparams import HyperParams
+from unike.config.combined import TrainedPartsOptions
 from unike.config.sections import EditorOptions, EditorTrainingOptions
 from unike.methods.meta_training import Progress, TrainableMethod, copy_tensors, meta_train
 from unike.methods.preparation.folders import Facts, find_folder, hash_facts
@@ -45,9 +45,9 @@ def describe_editor(backbone: Backbone, method: TrainableMethod) -> Facts:
     }
 
 
-def wants_cases(hparams: HyperParams, needs: MethodNeeds) -> bool:
-    """Whether the train annotations are needed to train an editor or a scope classifier: not where they
-    are kept."""
+def wants_cases(hparams: TrainedPartsOptions, needs: MethodNeeds) -> bool:
+    """Whether train annotations are needed for an editor or a scope classifier that is still to be
+    trained."""
     if needs.training:
         return find_editor(hparams) is None
     return needs.scope and find_scope_classifier(hparams) is None
