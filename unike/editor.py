@@ -149,7 +149,7 @@ class MultimodalEditor:
         """
         saved = read_edit(folder)
         saved.require(self.backbone)
-        shared = self.prepare().method.shared_parts() if saved.needs else Shared()
+        shared = self.prepare().method.get_shared_parts() if saved.needs else Shared()
         return load_edit(saved, self.backbone, shared)
 
     def edit(

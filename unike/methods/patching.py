@@ -1,4 +1,4 @@
-"""Extra key-value pairs as UniKE and T-Patcher make and train them, and an edit's own states."""
+"""Extra key-value pairs as UniKE and T-Patcher draw and train them, and an edit's own states."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class PatchMethod(EditMethod):
     def _edit(
         self, backbone: Backbone, request: EditRequest, prefixes: PrefixCache, history: Edit | None
     ) -> RoutedEdit:
-        """One edit, trained while the former ones are in force."""
+        """One edit, trained while ``history`` is applied."""
         return unwrap(self.make_edits(backbone, [request], prefixes, history)[0])
 
     def _edit_many(
@@ -139,7 +139,7 @@ def _list_parameters(edit: RoutedEdit) -> list[torch.nn.Parameter]:
 
 
 class _BatchedPatches:
-    """Edits of one record each in training, independent of each other."""
+    """Independent edits of one record each, trained in one batch."""
 
     def __init__(
         self,
@@ -203,7 +203,7 @@ class _BatchedPatches:
 
 
 class _StackedPatch(_BatchedPatches):
-    """One edit in training while it is applied, with those before it."""
+    """One edit, trained while it and those before it are applied."""
 
     def _gather(self, edits: Sequence[RoutedEdit]) -> RoutedTogether | None:
         return None
