@@ -21,11 +21,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from unike import runs
 from unike.backbones import Backbone, load_backbone
 from unike.config.hparams import HyperParams
-from unike.methods import build, needs_knowledge
-from unike.methods.base import needs_scope
-from unike.methods.preparation.editors import kept_editor, learns, wants_cases
-from unike.methods.preparation.knowledge import knowledge_folder
-from unike.methods.preparation.scope import kept_scope
+from unike.methods import MethodNeeds, build, resolve_needs
+from unike.methods.preparation.editors import find_editor, wants_cases
+from unike.methods.preparation.knowledge import find_knowledge
+from unike.methods.preparation.scope import find_scope_classifier
 from unike.report.terminal import as_text
 from unike.runs import inputs
 from unike.system import launching, processes
@@ -53,18 +52,18 @@ def loaded(hparams: HyperParams) -> Backbone:
     return backbone
 
 
-def train(hparams: HyperParams, skip_broken: bool) -> int:
+def train(hparams: HyperParams, needs: MethodNeeds, skip_broken: bool) -> int:
     """Loads the editor or trains it."""
-    if not processes.first(lambda: wants_cases(hparams)):
+    if not processes.first(lambda: wants_cases(hparams, needs)):
         if processes.is_main():
-            print(f"editor: {kept_editor(hparams)}")
+            print(f"editor: {find_editor(hparams)}")
         return 0
     backbone = loaded(hparams)
     cases = processes.in_turn(lambda: inputs.training_cases(hparams, skip_broken))
     runs.assemble(hparams, backbone, cases=lambda: cases)
     if not processes.is_main():
         return 0
-    folder = kept_editor(hparams)
+    folder = find_editor(hparams)
     report = json.loads((Path(str(folder)) / "editor.json").read_text(encoding="utf-8"))["training"]
     print(f"{len(cases)} records, {report['step']} steps; best validation {report['best']:.4f}", end="")
     print(f" after {report['best_step']}\neditor: {folder}")
@@ -77,9 +76,10 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
         return launching.launch(args.num_processes, main, argv)
     processes.join(hparams.device)
     processes.in_turn(lambda: inputs.require_backbone(hparams))
-    if learns(hparams):
-        return train(hparams, args.skip_broken)
-    if not needs_knowledge(hparams):
+    needs = resolve_needs(hparams)
+    if needs.training:
+        return train(hparams, needs, args.skip_broken)
+    if not needs.knowledge:
         raise UserError(f"{hparams.source}: method: {hparams.method} with these options needs no knowledge")
     backbone = loaded(hparams)
     triplets = processes.in_turn(lambda: inputs.knowledge_triplets(hparams, skip_broken=args.skip_broken))
@@ -87,12 +87,12 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
     runs.prepare(hparams, backbone, layers, triplets=lambda: triplets)
     if not processes.is_main():
         return 0
-    folder = knowledge_folder(hparams, backbone, triplets)
+    folder = find_knowledge(hparams, backbone, triplets)
     index: dict[str, Any] = json.loads((folder / "knowledge.json").read_text(encoding="utf-8"))
     print(as_text(fit_table(index["fit"], f"{len(triplets)} triplets")))
     print(f"memory and encoders: {folder}")
-    if needs_scope(hparams):
-        kept = Path(str(kept_scope(hparams)))
+    if needs.scope:
+        kept = Path(str(find_scope_classifier(hparams)))
         learnt = json.loads((kept / "scope.json").read_text(encoding="utf-8"))
         for size, shares in learnt["held_out"].items():
             right = ", ".join(f"{name} {100 * share:.1f}" for name, share in shares.items())

@@ -24,7 +24,7 @@ from unike.edits.deltas import WeightDelta
 from unike.knowledge.memory import KnowledgeMemory
 from unike.knowledge.scope import ScopeEncoder, ScopeMeasure
 from unike.methods.base import build
-from unike.methods.preparation.knowledge import as_knowledge, build_knowledge
+from unike.methods.preparation.knowledge import build_knowledge, make_knowledge
 from unike.types import EditRequest, Query
 
 COLORS = ("teal", "navy", "olive", "maroon", "gold", "gray")
@@ -73,7 +73,7 @@ class World:
 
     def method(self, setting: str, scope_seed: int = 0, **changes):
         hparams = HyperParams.from_dict({**BASE, **SETTINGS[setting], **changes})
-        known = as_knowledge(self.states, self.encoders, hparams)
+        known = make_knowledge(self.states, self.encoders, hparams)
         torch.manual_seed(scope_seed)
         # Untrained: what the gate measures with is another matter than what it does.
         encoder = ScopeEncoder(self.backbone.layout.width, 16, 8, 2).eval().requires_grad_(False)
@@ -136,7 +136,7 @@ def test_the_base_is_whole_after_an_exception_in_the_middle(world: World, settin
 def test_the_base_is_whole_when_making_the_edit_fails(world: World, monkeypatch) -> None:
     backbone = world.backbone
     before, hooks = weights_of(backbone), hook_count(backbone.model)
-    monkeypatch.setattr("unike.methods.training._judged", diverging(float("nan")))
+    monkeypatch.setattr("unike.methods.training._score_rows", diverging(float("nan")))
     for setting in ("paper", "ft"):
         with pytest.raises(FloatingPointError, match="nan after 0 steps"):
             world.edit(setting)
