@@ -5,8 +5,9 @@ import torch
 from reference import tiny_model
 from torch import nn
 from torch.testing import assert_close
+from untouched import hook_count
 
-from unike.backbones.hooks import capture, first_tensor, hook_count, inputs_of, replace_first, transform
+from unike.backbones.hooks import capture, first_tensor, inputs_of, replace_first, transform
 from unike.backbones.layout import DecoderLayout
 from unike.knowledge.patch import KeyValuePatch, OpenEdits, PatchStack
 
