@@ -26,9 +26,9 @@ from unike.edits import (  # fmt: skip
     LowRankDelta,
     Origin,
     PromptEdit,
+    PromptText,
     RoutedEdit,
     Routing,
-    Shown,
     WeightDelta,
 )
 from unike.edits.deltas import ffn_sites
@@ -68,7 +68,9 @@ def sound_edits() -> Iterator[Edit]:
         RoutedEdit((record("owl"),), Routing(memory="edit", alpha=0.5, scope_gate="threshold")),
         WeightDelta({name: weight.detach() + 1}),
         LowRankDelta({site: (draw(2, module.in_features), draw(2, module.out_features))}),
-        PromptEdit((Fact("bee", Shown("New Fact: a bee\n", 5), (Shown("New Fact: an ant\n", 5),)),), 40),
+        PromptEdit(
+            (Fact("bee", PromptText("New Fact: a bee\n", 5), (PromptText("New Fact: an ant\n", 5),)),), 40
+        ),
     ]
     for i, edit in enumerate(edits):
         asked = (f"what is {i}?", "a fox", f"{i}.png", "key")
@@ -117,7 +119,7 @@ def _taken(own: Path, like: Path) -> bool:
     """Loads the folder, holds it against what ``like`` says, and asks the model under it."""
     model, query = backbone(), Query(None, "what is it?", "a fox")
     edit, said = Edit.load(own, model), read_edit(like)
-    packed, tensors = edit.packed(), said.tensors()
+    packed, tensors = edit.pack(), said.tensors()
     require(json.loads(json.dumps(packed.values)) == said.values, "its values are others")
     require(packed.tensors.keys() == tensors.keys(), "its tensors are others")
     require(all(torch.equal(t, tensors[n]) for n, t in packed.tensors.items()), "its numbers are others")

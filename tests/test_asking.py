@@ -192,14 +192,14 @@ class OwnKind(Edit):
     def state_dict(self) -> dict[str, torch.Tensor]:
         return {}
 
-    def joined(self, other: Edit) -> Edit | None:
+    def join(self, other: Edit) -> Edit | None:
         return None
 
-    def packed(self) -> Content:
+    def pack(self) -> Content:
         return Content({}, {})
 
     @classmethod
-    def unpacked(cls, content: Content, backbone: Backbone, shared: Shared) -> Edit:
+    def unpack(cls, content: Content, backbone: Backbone, shared: Shared) -> Edit:
         return cls("mine", 0.0)
 
 

@@ -11,7 +11,7 @@ from worlds import BASE, SETTINGS, World, case, query, snapshot
 
 from unike.backbones.prefix import PrefixCache
 from unike.config.hparams import HyperParams
-from unike.edits import Fact, PromptEdit, RoutedEdit, Shown
+from unike.edits import Fact, PromptEdit, PromptText, RoutedEdit
 from unike.edits.deltas import WeightDelta
 from unike.methods import build, catalogue, ike, resolve_needs
 from unike.types import Case, EditRequest, Query, UserError
@@ -131,7 +131,11 @@ def test_the_nearest_demonstration_stands_last(world: World) -> None:
 
 def test_what_does_not_fit_is_left_out_worst_first() -> None:
     facts = tuple(
-        Fact(f"e{i}", Shown(f"fact {i}\n", 5), (Shown(f"best {i}\n", 4), Shown(f"worst {i}\n", 4)))
+        Fact(
+            f"e{i}",
+            PromptText(f"fact {i}\n", 5),
+            (PromptText(f"best {i}\n", 4), PromptText(f"worst {i}\n", 4)),
+        )
         for i in range(3)
     )
     whole = PromptEdit(facts[:1], 23) | PromptEdit(facts[1:2], 23) | PromptEdit(facts[2:], 23)

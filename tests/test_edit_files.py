@@ -117,9 +117,9 @@ def test_loaded_edits_are_asked_side_by_side_with_their_likes_alone(world: World
     first.save(tmp_path / "first")
     second.save(tmp_path / "second")
     again = [loaded(world, tmp_path / name, row) for name in ("first", "second")]
-    assert again[0].together(again) is not None
-    assert again[0].together([again[0], second]) is None
-    together = again[0].together(again)
+    assert again[0].batch(again) is not None
+    assert again[0].batch([again[0], second]) is None
+    together = again[0].batch(again)
     with together.applied(world.backbone, torch.tensor([1])):
         found = world.logits([query(1)])
     with second.applied(world.backbone):

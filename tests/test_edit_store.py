@@ -14,8 +14,8 @@ import pytest
 from helpers import Project
 from test_run_edit import ROOT, errors, start
 
-from unike.edits import EditStore, Fact, Origin, PromptEdit, Shown
-from unike.edits.__main__ import applied, arguments, main
+from unike.edits import EditStore, Fact, Origin, PromptEdit, PromptText
+from unike.edits.__main__ import apply_edits, main, parse_arguments
 from unike.edits.files import read_edit
 from unike.runs.records import read_records
 from unike.system.text import one_line
@@ -24,7 +24,7 @@ from unike.types import UserError
 
 def made(name: str, backbone: str = "abc", target: str = "a fox") -> PromptEdit:
     """An edit that needs no model."""
-    edit = PromptEdit((Fact(name, Shown(f"New Fact: {name}\n", 3)),), 100, {"steps": 0})
+    edit = PromptEdit((Fact(name, PromptText(f"New Fact: {name}\n", 3)),), 100, {"steps": 0})
     hparams = {"method": "ike", "name": "some/model", "seed": 1}
     edit.origins = (Origin(name, "ike", f"what is {name}?", target, None, None, hparams, backbone, "m"),)
     return edit
@@ -209,17 +209,17 @@ def test_a_run_keeps_its_edits_and_they_apply(copied: Project, capsys) -> None:
     assert len(store) == 3
     told = read_records(copied.root / "run")[1]
     command = ["apply", str(folder), "--hparams_dir", str(copied.yaml), "--edits", told["id"]]
-    table, words = applied(store, arguments(command))
+    table, words = apply_edits(store, parse_arguments(command))
     answers = told["answers"]["reliability"]
     row = (told["id"], answers["prompt"], answers["target"], answers["before"], answers["after"])
     assert tuple(str(next(column.cells)) for column in table.columns) == tuple(map(one_line, row))
     assert answers["before"] != answers["after"]
-    assert words.startswith("1 edits in force; ")
+    assert words.startswith("1 edits attached; ")
     assert words.endswith("of 1 questions get their target")
     Path(store.read(told["id"]).origins[0].image or "").rename(copied.root / "moved.png")
-    table, words = applied(store, arguments(command))
-    assert str(next(table.columns[3].cells)) == "(its picture is gone)"
-    assert words == "1 edits in force; 0 of 0 questions get their target; 1 left out"
+    table, words = apply_edits(store, parse_arguments(command))
+    assert str(next(table.columns[3].cells)) == "(its image is gone)"
+    assert words == "1 edits attached; 0 of 0 questions get their target; 1 left out"
     other = [*options[:3], str(copied.root / "other"), *options[4:]]
     assert start(copied, *other, "protocol=sequential", "sequence_length=2", "sequences=2") == 2
     assert "expected sequences: 1" in errors(capsys)[0]

@@ -21,7 +21,7 @@ from unike.edits import RoutedEdit, compose, shares
 from unike.edits.content import digest
 from unike.edits.deltas import WeightDelta
 from unike.knowledge.memory import KnowledgeMemory
-from unike.knowledge.scope import ScopeEncoder, ScopeMeasure
+from unike.knowledge.scope import ScopeEncoder, TrainedScope
 from unike.methods.base import build
 from unike.methods.preparation.knowledge import build_knowledge, make_knowledge
 from unike.types import EditRequest, Query
@@ -76,7 +76,7 @@ class World:
         torch.manual_seed(scope_seed)
         # Untrained: what the gate measures with is another matter than what it does.
         encoder = ScopeEncoder(self.backbone.layout.width, 16, 8, 2).eval().requires_grad_(False)
-        known[4] = replace(known[4], scope=ScopeMeasure(encoder, {1: 0.9}))
+        known[4] = replace(known[4], scope=TrainedScope(encoder, {1: 0.9}))
         return build(hparams, known)
 
     def edit(self, setting: str, i: int = 0, history=None, **changes):
@@ -230,7 +230,7 @@ def test_edits_of_two_scope_classifiers_stay_apart(world: World) -> None:
     assert first.needs()["scope"] != other.needs()["scope"]
     both = first | other
     assert [part.kind for part in both.parts] == ["routed", "routed"]
-    assert first.together([first, other]) is None
+    assert first.batch([first, other]) is None
     with both.applied(backbone):
         for i, part in enumerate(both.parts):
             world.logits(encode_queries(backbone, [query(i)]))
@@ -248,7 +248,7 @@ def test_edits_of_two_memories_stay_apart(world: World) -> None:
     changed = KnowledgeMemory(bank.keys, bank.values.flip(0))
     other.knowledge = {**other.knowledge, 5: replace(other.knowledge[5], bank=changed)}
     assert [part.kind for part in (first | other).parts] == ["routed", "routed"]
-    assert first.together([first, other]) is None
+    assert first.batch([first, other]) is None
 
 
 def test_joining_many_edits_takes_few_checksums(world: World, monkeypatch) -> None:

@@ -14,7 +14,7 @@ from unike.knowledge.adapter import knowledge_attention, plain_attention, shift
 from unike.knowledge.encoders import (
     Disentangler,
     KnowledgeStates,
-    batches,
+    draw_batches,
     fit,
     joint_loss,
     semantic_loss,
@@ -369,7 +369,7 @@ def test_fit_depends_on_its_seed_alone():
 
 
 def test_batches_draw_without_replacement():
-    drawn = list(batches(10, 3, 6, torch.Generator().manual_seed(0)))
+    drawn = list(draw_batches(10, 3, 6, torch.Generator().manual_seed(0)))
     assert [len(b) for b in drawn] == [3] * 6
     for first in (0, 3):
         assert len(set(torch.cat(drawn[first : first + 3]).tolist())) == 9
@@ -378,23 +378,23 @@ def test_batches_draw_without_replacement():
 
 def test_zeta_kinds():
     encoders, states = Disentangler(8, hidden=12, truth_width=5), separable(9)
-    assert encoders.zeta(states, "none") is None
+    assert encoders.compute_zeta(states, "none") is None
     for kind, encoder, width in (("truthfulness", encoders.truthful, 5), ("semantic", encoders.semantic, 8)):
-        zeta = encoders.zeta(states, kind)
+        zeta = encoders.compute_zeta(states, kind)
         assert zeta.shape == (width,)
         assert not zeta.requires_grad
         assert_close(
             zeta.double(), naive.zeta(encoder(states.pos), encoder(states.neg)), rtol=1e-4, atol=1e-6
         )
     state = torch.get_rng_state()
-    truth, drawn = encoders.zeta(states, "truthfulness"), encoders.zeta(states, "random")
+    truth, drawn = encoders.compute_zeta(states, "truthfulness"), encoders.compute_zeta(states, "random")
     assert torch.equal(torch.get_rng_state(), state)
     assert_close(drawn.norm(), truth.norm())
-    assert torch.equal(drawn, encoders.zeta(states, "random"))
-    assert not torch.allclose(drawn, encoders.zeta(states, "random", seed=1))
+    assert torch.equal(drawn, encoders.compute_zeta(states, "random"))
+    assert not torch.allclose(drawn, encoders.compute_zeta(states, "random", seed=1))
     assert not torch.allclose(drawn, truth)
 
 
 def test_unknown_zeta_kind_is_refused():
     with pytest.raises(ValueError, match="truthfullness"):
-        Disentangler(8).zeta(separable(4), "truthfullness")
+        Disentangler(8).compute_zeta(separable(4), "truthfullness")

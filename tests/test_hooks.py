@@ -320,9 +320,9 @@ def test_a_stack_that_grew_is_the_stack_of_all_and_leaves_the_shorter_ones_alone
     queries = torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(3))
     grown = [PatchStack(patches[:1])]
     for patch in patches[1:]:
-        grown.append(grown[-1].extended([patch]))
+        grown.append(grown[-1].grow([patch]))
     # A second stack behind the same beginning must not write over the first.
-    branched = grown[1].extended([patches[4]])
+    branched = grown[1].grow([patches[4]])
     for count, stack in enumerate(grown, 1):
         assert len(stack) == count
         assert_close(stack(queries), PatchStack(patches[:count])(queries))

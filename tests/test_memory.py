@@ -102,7 +102,7 @@ def test_joined_memory_is_one_concatenated_memory(sizes, k, seed):
 def test_extended_appends_and_leaves_the_memory_alone(first):
     bank = memory(first) if first else KnowledgeMemory.empty(WIDTH)
     one, two = memory(2, seed=1), memory(1, seed=2)
-    grown = bank.extended(one.keys, one.values).extended(two.keys, two.values)
+    grown = bank.join_pairs(one.keys, one.values).join_pairs(two.keys, two.values)
     assert (len(bank), len(grown)) == (first, first + 3)
     found = grown.retrieve(two.keys, 1)
     assert found.index.tolist() == [[first + 2]]
@@ -112,7 +112,7 @@ def test_extended_appends_and_leaves_the_memory_alone(first):
 
 
 def test_joined_memories_nest():
-    inner = memory(3).extended(randn(2, WIDTH), randn(2, WIDTH, seed=1))
+    inner = memory(3).join_pairs(randn(2, WIDTH), randn(2, WIDTH, seed=1))
     found = JoinedMemory((inner, memory(2, seed=5))).retrieve(randn(1, WIDTH, seed=2), 7)
     assert found.states.shape == (1, 7, WIDTH)
 

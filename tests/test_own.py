@@ -113,7 +113,7 @@ class Former:
     def edit(self, backbone, request, prefixes, history=None):
         if request.id == "broken":
             raise FloatingPointError("the loss is nan")
-        return PromptEdit((Fact(request.id, Shown("New Fact", 2), ()),), 100, {"steps": 0})
+        return PromptEdit((Fact(request.id, PromptText("New Fact", 2), ()),), 100, {"steps": 0})
 
 
 @register("plain")
@@ -153,7 +153,7 @@ class Trained(TrainableMethod):
 def test_a_method_of_the_former_shape_works_with_a_warning(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "mine.py").write_text("from unike.edits import Fact, PromptEdit, Shown\n" + FORMER)
+    (tmp_path / "mine.py").write_text("from unike.edits import Fact, PromptEdit, PromptText\n" + FORMER)
     monkeypatch.setenv("UNIKE_METHODS", str(tmp_path / "mine.py"))
     with pytest.warns(DeprecationWarning, match=r"defines edit: a method is a subclass of unike\.methods"):
         method = build(hparams(name))

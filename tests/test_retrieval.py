@@ -166,7 +166,7 @@ def test_a_joined_memory_asks_each_part_and_masks_its_last_items(kind):
     keys, values = pairs(2000)
     own_keys, own_values = pairs(5, seed=50)
     bank = open_memory(keys, values, kind)
-    joined = bank.extended(own_keys, own_values)
+    joined = bank.join_pairs(own_keys, own_values)
     whole = KnowledgeMemory(torch.cat([keys, own_keys]), torch.cat([values, own_values]))
     queries = torch.cat([own_keys[:3], clustered(3, seed=3)])
     open_to = torch.rand(6, 5, generator=torch.Generator().manual_seed(1)) > 0.5

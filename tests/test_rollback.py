@@ -17,7 +17,7 @@ from unike.backbones.vlm import VisionLanguageBackbone
 from unike.config.hparams import HyperParams
 from unike.editor import MultimodalEditor
 from unike.edits import Edit, EditRecord, LayerShare, RoutedEdit, compose
-from unike.edits.routed import Stacks
+from unike.edits.routed import RecordStacks
 from unike.knowledge.patch import KeyValuePatch
 from unike.types import Query, UserError
 
@@ -166,8 +166,8 @@ def test_attaching_one_more_builds_nothing_anew(
 ) -> None:
     edits = many(world.edit(("unike", {})), 6)
     built = []
-    make = Stacks.__init__
-    monkeypatch.setattr(Stacks, "__init__", lambda self, r: (built.append(len(r)), make(self, r))[1])
+    make = RecordStacks.__init__
+    monkeypatch.setattr(RecordStacks, "__init__", lambda self, r: (built.append(len(r)), make(self, r))[1])
     for edit in edits:
         editor.attach(edit)
     assert built == [1], "the first alone; the others are added to it"

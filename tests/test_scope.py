@@ -18,15 +18,15 @@ from worlds import case as short_case
 from unike.config.hparams import HyperParams
 from unike.knowledge.scope import (
     ScopeEncoder,
-    ScopeMeasure,
     ScopeSamples,
-    best_threshold,
-    calibrated,
+    TrainedScope,
+    calibrate,
+    choose_threshold,
+    compare_all,
     fit_scope,
-    open_edits,
     scope_loss,
-    scope_shares,
-    similarities,
+    score_scope,
+    select_edits,
 )
 from unike.methods import check_method
 from unike.methods.preparation.scope import (
@@ -126,23 +126,23 @@ def naive_shares(similarity: torch.Tensor, inside: int, threshold: float) -> lis
 @given(seed=st.integers(0, 10_000), threshold=st.floats(-1, 1))
 def test_shares_and_threshold_against_loops(seed: int, threshold: float) -> None:
     similarity = randn(4, 3, 4, seed=seed).tanh()
-    shares = scope_shares(similarity, 2, threshold).tolist()
+    shares = score_scope(similarity, 2, threshold).tolist()
     assert shares == pytest.approx(naive_shares(similarity, 2, threshold))
 
     def quality(t: float) -> float:
         return 3 / sum(1 / max(s, 1e-6) for s in naive_shares(similarity, 2, t))
 
-    chosen = quality(best_threshold(similarity, 2))
+    chosen = quality(choose_threshold(similarity, 2))
     assert chosen >= max(quality(t / 50 - 1) for t in range(101)) - 1e-6
 
 
 def test_which_edits_are_open() -> None:
     similarity = torch.tensor([[0.9, 0.8, 0.1], [0.2, 0.1, 0.3], [0.7, 0.1, 0.7]])
-    assert open_edits(similarity, 0.6, nearest=False).tolist() == [
+    assert select_edits(similarity, 0.6, nearest=False).tolist() == [
         [True, True, False], [False] * 3, [True, False, True],
     ]  # fmt: skip
     # The same prompt edited twice: the newer edit holds.
-    assert open_edits(similarity, 0.6, nearest=True).tolist() == [
+    assert select_edits(similarity, 0.6, nearest=True).tolist() == [
         [True, False, False], [False] * 3, [False, False, True],
     ]  # fmt: skip
 
@@ -172,24 +172,24 @@ def test_training_learns_what_untrained_encoders_do_not_know() -> None:
 def test_thresholds_are_for_edits_that_the_base_gets_wrong() -> None:
     samples, net = learnable(60), encoder()
     half = torch.arange(60) < 30
-    chosen = calibrated(replace(samples, wrong=half), net, 0)
-    assert chosen == calibrated(samples[half.nonzero().flatten()], net, 0)
+    chosen = calibrate(replace(samples, wrong=half), net, 0)
+    assert chosen == calibrate(samples[half.nonzero().flatten()], net, 0)
     assert list(chosen[0]) == [1, 10, 30]
-    assert chosen != calibrated(samples, net, 0)
+    assert chosen != calibrate(samples, net, 0)
     # Too few of them: all count.
-    assert calibrated(replace(samples, wrong=torch.arange(60) < 3), net, 0) == calibrated(samples, net, 0)
-    alone = similarities(samples, net)
+    assert calibrate(replace(samples, wrong=torch.arange(60) < 3), net, 0) == calibrate(samples, net, 0)
+    alone = compare_all(samples, net)
     own = torch.stack([alone[i, :, i] for i in range(60)])
-    first = calibrated(samples, net, 0)[0][1]
+    first = calibrate(samples, net, 0)[0][1]
     expected = [(own[:, j] >= first) == (j < 2) for j in range(4)]
-    assert calibrated(samples, net, 0)[1][1] == pytest.approx([e.float().mean().item() for e in expected])
+    assert calibrate(samples, net, 0)[1][1] == pytest.approx([e.float().mean().item() for e in expected])
 
 
 def test_the_threshold_grows_with_the_logarithm_of_the_edits() -> None:
-    measure = ScopeMeasure(encoder(), {1: 0.2, 10: 0.4, 100: 0.8})
+    measure = TrainedScope(encoder(), {1: 0.2, 10: 0.4, 100: 0.8})
     for edits, expected in ((0, 0.2), (1, 0.2), (10, 0.4), (100, 0.8), (5000, 0.8)):
-        assert measure.threshold(edits) == pytest.approx(expected)
-    assert measure.threshold(round(10**1.5)) == pytest.approx(0.6, abs=0.01)
+        assert measure.find_threshold(edits) == pytest.approx(expected)
+    assert measure.find_threshold(round(10**1.5)) == pytest.approx(0.6, abs=0.01)
 
 
 def test_the_same_seed_learns_the_same() -> None:
@@ -206,7 +206,7 @@ def test_the_same_seed_learns_the_same() -> None:
 
 def test_similarities_do_not_depend_on_the_batch() -> None:
     samples, net = learnable(), encoder()
-    torch.testing.assert_close(similarities(samples, net, 7), similarities(samples, net, 64))
+    torch.testing.assert_close(compare_all(samples, net, 7), compare_all(samples, net, 64))
 
 
 # ---------------------------------------------------------------- from records to files

@@ -16,7 +16,7 @@ from unike.evaluation.protocols import one_step, one_step_many
 from unike.evaluation.reader import Reader
 from unike.knowledge.batching import OwnedMemory, Owners
 from unike.knowledge.memory import GrowingRows, KnowledgeMemory
-from unike.knowledge.scope import ScopeEncoder, ScopeMeasure
+from unike.knowledge.scope import ScopeEncoder, TrainedScope
 from unike.methods import build
 from unike.types import Case, Query
 
@@ -69,7 +69,7 @@ def test_rows_asked_together_answer_as_under_their_own_edit(world: World, row) -
     method, backbone = world.method(*row), world.backbone
     prefixes = world.prefixes(method)
     edits = method.edit_many(backbone, [c.request for c in CASES[:3]], prefixes)
-    together = edits[0].together(edits)
+    together = edits[0].batch(edits)
     if row[1].get("ft_target") == "projection":
         assert edits[0].changes_prefix(backbone, prefixes.first)
         return
@@ -135,7 +135,7 @@ def test_one_that_diverges_leaves_the_others_what_they_are(world: World) -> None
 def test_a_trained_measure_opens_each_row_for_its_own_edit_alone(world: World) -> None:
     torch.manual_seed(0)
     width = world.backbone.layout.width
-    measure = ScopeMeasure(ScopeEncoder(width, 16, 8, 2).eval(), {1: -1.0, 100: 1.0})
+    measure = TrainedScope(ScopeEncoder(width, 16, 8, 2).eval(), {1: -1.0, 100: 1.0})
     settings = {"scope_gate": "nearest", "scope_measure": "trained", "scope_threshold": None}
     hparams = HyperParams.from_dict({**BASE, **settings})
     plain = world.method("unike", {})
@@ -143,7 +143,7 @@ def test_a_trained_measure_opens_each_row_for_its_own_edit_alone(world: World) -
     known[4] = replace(known[4], scope=measure)
     method = build(hparams, known)
     edits = method.edit_many(world.backbone, [c.request for c in CASES], world.prefixes(method))
-    together = edits[0].together(edits)
+    together = edits[0].batch(edits)
     queries = [query(i) for i in range(4)]
     with together.applied(world.backbone, torch.arange(4)):
         found = world.logits(queries)
@@ -181,7 +181,7 @@ def test_an_owned_item_is_found_by_its_row_alone(items: int) -> None:
     allowed[1, -1] = False
     found = memory.retrieve(own, 3, allowed)
     for row in range(3):
-        alone = bank.extended(own[row : row + 1], held[row : row + 1])
+        alone = bank.join_pairs(own[row : row + 1], held[row : row + 1])
         wanted = alone.retrieve(own[row : row + 1], 3, allowed[row : row + 1])
         torch.testing.assert_close(found.similarity[row], wanted.similarity[0])
         torch.testing.assert_close(found.states[row], wanted.states[0])
@@ -195,8 +195,8 @@ def test_rows_grow_without_moving_what_is_there() -> None:
     first = GrowingRows(torch.zeros(1, 2))
     chain = [first]
     for i in range(1, 9):
-        chain.append(chain[-1].extended(torch.full((1, 2), float(i))))
-    other = chain[3].extended(torch.full((2, 2), -1.0))
+        chain.append(chain[-1].grow(torch.full((1, 2), float(i))))
+    other = chain[3].grow(torch.full((2, 2), -1.0))
     for count, grown in enumerate(chain, 1):
         assert torch.equal(grown.tensor[:, 0], torch.arange(float(count)))
     assert other.tensor[:, 0].tolist() == [0, 1, 2, 3, -1, -1]

@@ -1,4 +1,4 @@
-"""``run_edit.py ask``: what a model with kept edits answers, and which of them were active."""
+"""``run_edit.py ask``: what a model with saved edits answers, and which of them were active."""
 
 from __future__ import annotations
 
@@ -24,44 +24,44 @@ from unike.system.text import one_line
 from unike.types import UserError
 
 
-def arguments(argv: Sequence[str]) -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser("run_edit.py ask", description=__doc__)
     add = parser.add_argument
     add("--hparams_dir", required=True, metavar="FILE", help="YAML that the edits were made with")
     add("--edits", required=True, metavar="DIR", help="a store of edits: all of them are attached, in order")
-    add("--only", action="append", metavar="ID", help="attach this edit alone; may be given again")
-    add("--image", metavar="FILE", help="the picture; without one the language model alone is asked")
+    add("--only", action="append", metavar="ID", help="attach only this edit; may be given again")
+    add("--image", metavar="FILE", help="the image; without one only the language model answers")
     add("--template", default=VQA_TEMPLATE, help="what the question goes into, '{}' for none: %(default)s")
     add("--top", type=int, default=5, metavar="N", help="retrieved items and edits to show: %(default)s")
-    add("--json", action="store_true", help="print all that is known, as JSON")
+    add("--json", action="store_true", help="print everything as JSON")
     add("question")
     add("overrides", nargs="*", metavar="key=value", help="changes to the YAML")
     return parser.parse_intermixed_args(argv)
 
 
 def run(argv: Sequence[str]) -> int:
-    """Checks everything that can be checked without a model, then asks; the exit code."""
-    args = arguments(argv)
+    """Checks all that can be checked without a model, then asks; returns the exit code."""
+    args = parse_arguments(argv)
     hparams = HyperParams.from_hparams(args.hparams_dir, args.overrides)
     folders: list[Path] = []
     require(
         lambda: require_backbone(hparams),
-        lambda: _question(args),
+        lambda: _check_question(args),
         lambda: args.image is None or open_image(args.image),
-        lambda: folders.extend(_chosen(args.edits, args.only)),
+        lambda: folders.extend(_choose_edits(args.edits, args.only)),
     )
     editor = MultimodalEditor.from_hparams(hparams, progress=not args.json)
     for folder in folders:
         editor.attach(editor.load(folder))
-    asked = editor.ask(args.image, args.template.replace("{}", args.question.strip()), args.top)
+    explanation = editor.ask(args.image, args.template.replace("{}", args.question.strip()), args.top)
     if args.json:
-        print(json.dumps(asked.to_dict(), indent=1, ensure_ascii=False))
+        print(json.dumps(explanation.to_dict(), indent=1, ensure_ascii=False))
     else:
-        show(asked, args.top)
+        print_explanation(explanation, args.top)
     return 0
 
 
-def _question(args: argparse.Namespace) -> None:
+def _check_question(args: argparse.Namespace) -> None:
     problems = []
     if not args.question.strip():
         problems.append("question: is empty; expected a text")
@@ -73,8 +73,8 @@ def _question(args: argparse.Namespace) -> None:
         raise UserError(*problems)
 
 
-def _chosen(folder: str, only: Sequence[str] | None) -> list[Path]:
-    """The folders of the store's edits that are attached, in its order."""
+def _choose_edits(folder: str, only: Sequence[str] | None) -> list[Path]:
+    """The folders of the store's edits to attach, in its order."""
     if not os.path.isdir(folder):
         raise UserError(f"{one_line(folder)}: no such folder; expected a store of edits")
     store = EditStore(folder)
@@ -88,23 +88,27 @@ def _chosen(folder: str, only: Sequence[str] | None) -> list[Path]:
 # ---------------------------------------------------------------- as a table
 
 
-def show(asked: Explanation, top: int, console: Console | None = None) -> None:
+def print_explanation(explanation: Explanation, top: int, console: Console | None = None) -> None:
     """Prints the answers, the edits that were active, and what was retrieved."""
     out = console or Console()
-    for name, value in (("asked", asked.prompt), ("before", asked.before), ("after", asked.after)):
+    for name, value in (
+        ("asked", explanation.prompt),
+        ("before", explanation.before),
+        ("after", explanation.after),
+    ):
         out.print(Text(f"{name:<7} {value}"))
-    if not asked.edits:
+    if not explanation.edits:
         out.print("no edit is attached")
         return
-    active = sorted((e for e in asked.edits if e.active), key=rate_strength, reverse=True)
-    gates = "".join(f"; {name} gate opens at {at:.3f}" for name, at in asked.gates.items())
-    out.print(Text(f"\n{len(active)} of {len(asked.edits)} edits could speak{gates}"))
-    out.print(_edits(active[:top] or asked.edits[:top]))
-    if asked.layers:
-        out.print(_items(asked))
+    active = sorted((e for e in explanation.edits if e.active), key=rate_strength, reverse=True)
+    gates = "".join(f"; {name} scope gate: from {at:.3f} on" for name, at in explanation.gates.items())
+    out.print(Text(f"\n{len(active)} of {len(explanation.edits)} edits could change the answer{gates}"))
+    out.print(_tabulate_edits(active[:top] or explanation.edits[:top]))
+    if explanation.layers:
+        out.print(_tabulate_items(explanation))
 
 
-def _edits(edits: Sequence[EditReport]) -> Table:
+def _tabulate_edits(edits: Sequence[EditReport]) -> Table:
     table = Table(box=box.SIMPLE_HEAD)
     for name in ("edit", "method", "its question", "its answer", "scope", "what it did"):
         table.add_column(name, justify="right" if name == "scope" else "left", overflow="fold")
@@ -122,13 +126,13 @@ def _edits(edits: Sequence[EditReport]) -> Table:
     return table
 
 
-def _items(asked: Explanation) -> Table:
+def _tabulate_items(explanation: Explanation) -> Table:
     caption = "alpha: knowledge's share of attention; weight: the item's share of that"
     table = Table(box=box.SIMPLE_HEAD, caption=caption, caption_justify="left")
     for name in ("layer", "alpha", "weight", "similarity"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("retrieved", overflow="fold")
-    for layer in asked.layers:
+    for layer in explanation.layers:
         for n, item in enumerate(layer.items):
             first = (str(layer.layer), f"{layer.alpha:.3f}") if n == 0 else ("", "")
             texts = (*first, f"{item.weight:.3f}", f"{item.similarity:.3f}", describe_item(item))

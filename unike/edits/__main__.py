@@ -6,7 +6,7 @@
     python -m unike.edits remove edits/ vqa-0
     python -m unike.edits apply edits/ --hparams_dir hparams/tiny_blip2.yaml
 
-Exit code 0, or 2 for input that the user can mend, with one line per problem.
+Exit code 0, or 2 for input that the user can fix, with one line per problem.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from unike.system.text import one_line
 from unike.types import Query, UserError
 
 
-def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("python -m unike.edits", description=__doc__, formatter_class=raw)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -45,95 +45,95 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         made.add_argument("store", metavar="DIR", help="folder of the store, as --save_edits has made it")
         return made
 
-    command("list", "All edits, in the order in which they were added.")
-    command("show", "All that an edit's folder says, as JSON.").add_argument("id", metavar="ID")
-    diff = command("diff", "What differs between two edits: requests, hyper-parameters, tensors.")
+    command("list", "List all edits, in the order in which they were added.")
+    command("show", "Print what an edit's folder holds, as JSON.").add_argument("id", metavar="ID")
+    diff = command("diff", "Compare two edits: requests, hyper-parameters, tensors.")
     diff.add_argument("id", metavar="ID", nargs=2)
-    command("remove", "Takes edits out of the store, for good.").add_argument("id", metavar="ID", nargs="+")
+    command("remove", "Remove edits from the store, for good.").add_argument("id", metavar="ID", nargs="+")
     text = (
-        "Attaches edits, all together and in the store's order, to the model of a YAML, and asks before and\n"
-        "after: each edit's own question, to see which of them hold beside each other, or --prompt alone.\n"
-        "Nothing is written; a question whose picture is gone or has changed is left out, and counted."
+        "Attach edits, all together and in the store's order, to the model of a YAML, and ask before and\n"
+        "after: each edit's own question, to see which still work beside the others, or only --prompt.\n"
+        "Nothing is written. A question whose image is gone or has changed is left out, and counted."
     )
     apply = command("apply", text)
     apply.add_argument(
         "--hparams_dir", required=True, metavar="FILE", help="YAML that the edits were made with"
     )
-    apply.add_argument("--edits", nargs="+", metavar="ID", help="these alone")
+    apply.add_argument("--edits", nargs="+", metavar="ID", help="only these")
     apply.add_argument("--prompt", help="ask this instead of the edits' own questions")
-    apply.add_argument("--image", metavar="FILE", help="picture of --prompt; without one it is text only")
+    apply.add_argument("--image", metavar="FILE", help="image of --prompt; without one it is text only")
     return parser.parse_args(argv)
 
 
-def table_of(*columns: str) -> Table:
+def start_table(*columns: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD)
     for name in columns:
         table.add_column(name, overflow="fold")
     return table
 
 
-def row(table: Table, *cells: object) -> None:
+def add_row(table: Table, *cells: object) -> None:
     # Not as markup: a prompt may hold brackets.
     table.add_row(*(Text(one_line(cell)) for cell in cells))
 
 
-def listed(store: EditStore) -> Table:
-    table = table_of("id", "method", "asked", "answer", "KB")
+def list_edits(store: EditStore) -> Table:
+    table = start_table("id", "method", "asked", "answer", "KB")
     for name in store.ids():
         saved = store.read(name)
         first, *more = saved.origins
         asked = first.prompt + (f" ... and {len(more)} more" if more else "")
         methods = sorted({origin.method for origin in saved.origins})
-        row(table, name, ", ".join(methods), asked, first.target, round(saved.bytes / 1000))
+        add_row(table, name, ", ".join(methods), asked, first.target, round(saved.bytes / 1000))
     return table
 
 
-def shown(saved: SavedEdit) -> str:
-    """As JSON, without the parts that are no news."""
+def format_edit(saved: SavedEdit) -> str:
+    """What the folder says, as JSON, without the edit's plain values."""
     about = asdict(saved) | {"folder": str(saved.folder)}
     return json.dumps({name: value for name, value in about.items() if name != "values"}, indent=1)
 
 
-def differences(one: SavedEdit, other: SavedEdit) -> Table:
-    """A row for each value that differs, and one for each tensor, with the length of the difference."""
-    table = table_of("what", one.id, other.id)
-    mine, theirs = _facts(one), _facts(other)
+def compare_edits(one: SavedEdit, other: SavedEdit) -> Table:
+    """A row for each value that differs, and for each tensor, with the norm of the difference."""
+    table = start_table("what", one.id, other.id)
+    mine, theirs = _collect_facts(one), _collect_facts(other)
     for name in sorted({*mine, *theirs}):
         if mine.get(name) != theirs.get(name):
-            row(table, name, mine.get(name, "-"), theirs.get(name, "-"))
+            add_row(table, name, mine.get(name, "-"), theirs.get(name, "-"))
     tensors, others = one.tensors(), other.tensors()
     for name in sorted({*tensors, *others}):
         a, b = tensors.get(name), others.get(name)
         if a is None or b is None or a.shape != b.shape:
-            row(table, name, _shape(a), _shape(b))
+            add_row(table, name, _format_shape(a), _format_shape(b))
         elif not torch.equal(a, b):
             apart = float((a.double() - b.double()).norm())
-            row(table, name, f"|a| {float(a.double().norm()):.4g}", f"|a - b| {apart:.4g}")
+            add_row(table, name, f"|a| {float(a.double().norm()):.4g}", f"|a - b| {apart:.4g}")
     return table
 
 
-def _shape(tensor: torch.Tensor | None) -> str:
+def _format_shape(tensor: torch.Tensor | None) -> str:
     return "-" if tensor is None else str(tuple(tensor.shape))
 
 
-def _facts(saved: SavedEdit) -> dict[str, Any]:
+def _collect_facts(saved: SavedEdit) -> dict[str, Any]:
     found: dict[str, Any] = {"kind": saved.kind, "model": saved.model, "backbone": saved.backbone}
     for i, origin in enumerate(saved.origins):
         start = "" if len(saved.origins) == 1 else f"{i}."
-        found |= {f"{start}{name}": value for name, value in _flat(asdict(origin)) if name != "id"}
+        found |= {f"{start}{name}": value for name, value in _flatten(asdict(origin)) if name != "id"}
     return found
 
 
-def _flat(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+def _flatten(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     for name, value in values.items():
         if isinstance(value, Mapping):
-            yield from ((f"{name}.{inner}", entry) for inner, entry in _flat(value))
+            yield from ((f"{name}.{inner}", entry) for inner, entry in _flatten(value))
         else:
             yield name, value
 
 
-def applied(store: EditStore, args: argparse.Namespace) -> tuple[Table, str]:
-    """Answers before and after, and how many of the edits hold."""
+def apply_edits(store: EditStore, args: argparse.Namespace) -> tuple[Table, str]:
+    """Answers before and after, and a line that says how many edits' questions get their target."""
     hparams = HyperParams.from_hparams(args.hparams_dir)
     names = [name for name in store.ids() if args.edits is None or name in args.edits]
     store.require(*(args.edits or ()))
@@ -147,75 +147,77 @@ def applied(store: EditStore, args: argparse.Namespace) -> tuple[Table, str]:
     if args.prompt is None:
         origins = [origin for edit in saved for origin in edit.origins]
     else:
-        origins = [_origin(args.prompt, args.image, saved[0].origins[0])]
+        origins = [_make_origin(args.prompt, args.image, saved[0].origins[0])]
     from unike.editor import MultimodalEditor
 
     editor = MultimodalEditor.from_hparams(hparams)
     backbone = editor.backbone
     whole = compose([editor.load(edit.folder) for edit in saved])
     assert whole is not None
-    table, held, there = table_of("id", "asked", "target", "before", "after"), 0, 0
+    table, passed, asked = start_table("id", "asked", "target", "before", "after"), 0, 0
     for origin in origins:
-        if problem := _picture_problem(origin):
-            row(table, origin.id, origin.prompt, origin.target, problem, "-")
+        if problem := _find_image_problem(origin):
+            add_row(table, origin.id, origin.prompt, origin.target, problem, "-")
             continue
         query = Query(origin.image, origin.prompt)
         (before,) = backbone.generate([query.image], [query.prompt])
-        asked = whole.rewrite(query)
+        rewritten = whole.rewrite(query)
         with whole.applied(backbone):
-            (after,) = backbone.generate([asked.image], [asked.prompt])
-        row(table, origin.id, origin.prompt, origin.target, before, after)
-        held, there = held + (normalise_answer(after) == normalise_answer(origin.target)), there + 1
-    told = f"{len(saved)} edits in force"
+            (after,) = backbone.generate([rewritten.image], [rewritten.prompt])
+        add_row(table, origin.id, origin.prompt, origin.target, before, after)
+        passed, asked = passed + (normalise_answer(after) == normalise_answer(origin.target)), asked + 1
+    attached = f"{len(saved)} edits attached"
     if args.prompt is not None:
-        return table, told
-    left = len(origins) - there
+        return table, attached
+    left = len(origins) - asked
     more = f"; {left} left out" if left else ""
-    return table, f"{told}; {held} of {there} questions get their target{more}"
+    return table, f"{attached}; {passed} of {asked} questions get their target{more}"
 
 
-def _origin(prompt: str, image: str | None, like: Origin) -> Origin:
-    """A question that no edit was made for. UserError for a picture that can't be read."""
+def _make_origin(prompt: str, image: str | None, like: Origin) -> Origin:
+    """A question that no edit was made for. UserError for an image that can't be read."""
     key = None if image is None else content_key(image)
     return Origin("-", "-", prompt, "-", image, key, {}, like.backbone, like.model)
 
 
-def _picture_problem(origin: Origin) -> str | None:
+def _find_image_problem(origin: Origin) -> str | None:
+    """Why the origin's question can't be asked; None where it can."""
     if origin.image_key is None:
-        return None if origin.image is None else "(its picture was not read)"
+        return None if origin.image is None else "(its image was not read)"
     if origin.image is None:
-        return "(its picture was in memory only)"
+        return "(its image was in memory only)"
     try:
-        return None if content_key(origin.image) == origin.image_key else "(its picture has changed)"
+        return None if content_key(origin.image) == origin.image_key else "(its image has changed)"
     except (UserError, ValueError):
-        return "(its picture is gone)"
+        return "(its image is gone)"
 
 
 def run(args: argparse.Namespace) -> int:
+    """Runs the command that is named; the exit code."""
     store, console = EditStore(args.store), Console()
     if not store.folder.is_dir():
         raise UserError(f"{store.folder}: no such folder; expected a store of edits")
     if args.command == "list":
-        console.print(listed(store))
+        console.print(list_edits(store))
     elif args.command == "show":
         store.require(args.id)
-        print(shown(store.read(args.id)))
+        print(format_edit(store.read(args.id)))
     elif args.command == "diff":
         store.require(*args.id)
-        console.print(differences(*(store.read(name) for name in args.id)))
+        console.print(compare_edits(*(store.read(name) for name in args.id)))
     elif args.command == "remove":
         store.require(*args.id)
         for name in dict.fromkeys(args.id):
             store.remove(name)
     else:
-        table, told = applied(store, args)
+        table, result = apply_edits(store, args)
         console.print(table)
-        print(told)
+        print(result)
     return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = arguments(argv)
+    args = parse_arguments(argv)
     return launching.guarded(lambda: run(args))
 
 

@@ -1,4 +1,4 @@
-"""What a backbone carries: edits in order, attached and taken back one by one."""
+"""The edits that a backbone carries: they are attached and detached one by one."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from unike.types import ImageLike, Query, UserError
 Edits = tuple[Edit, ...]
 
 
-def _same(one: Edits, other: Edits) -> bool:
+def _are_same(one: Edits, other: Edits) -> bool:
     # By identity: comparing edits by value would compare their tensors.
     return len(one) == len(other) and all(a is b for a, b in zip(one, other, strict=True))
 
 
 class Slot:
-    """The edits that a backbone carries at the moment, ``whole`` all of them as one, and the ``editor``
-    that attached the last of them.
+    """The edits that a backbone carries now, ``whole``, all of them as one, and the ``editor`` that attached
+    the last of them.
 
-    One for all editors of a backbone: otherwise one's edit would count as another's base model.
+    All editors of a backbone share one slot: otherwise one editor's edit would be another's base model.
     """
 
     def __init__(self, backbone: Backbone) -> None:
         self.backbone = backbone
-        # Read before anything is attached: with other weights in their place it would be another's.
+        # Read before anything is attached: edits of weights would change it.
         self.fingerprint = backbone.fingerprint
         self.edits: Edits = ()
         self.whole: Edit | None = None
@@ -37,23 +37,24 @@ class Slot:
 
     @classmethod
     def of(cls, backbone: Backbone) -> Slot:
+        """The backbone's slot."""
         # Kept on the backbone itself, so that both are freed together.
         slot: Slot = vars(backbone).setdefault("_slot", cls(backbone))
         return slot
 
     def put(self, edits: Edits) -> None:
-        """Attaches ``edits`` in place of what is attached. Where they begin with just that, the others
-        are added to it: what is there is not composed again."""
+        """Attaches ``edits`` in place of those that are attached. Where they begin with these, only the
+        others are composed."""
         known = len(self.edits)
-        if known and _same(edits[:known], self.edits):
+        if known and _are_same(edits[:known], self.edits):
             whole = compose([e for e in (self.whole, *edits[known:]) if e is not None])
         else:
             whole = compose(edits)
         self._swap(edits, whole)
 
     def attach(self, edit: Edit) -> None:
-        """Attaches one more. UserError, with nothing changed, where its id is taken or it was made on
-        another model."""
+        """Attaches one more edit. UserError, with nothing changed, where its id is taken, and where it was
+        made on another model."""
         if any(edit.id == other.id for other in self.edits):
             raise UserError(f"edit {edit.id}: is attached already; expected an edit with another id")
         if any(origin.backbone != self.fingerprint for origin in edit.origins):
@@ -61,7 +62,7 @@ class Slot:
         self.put((*self.edits, edit))
 
     def detach(self, name: str) -> Edit:
-        """Takes one back and gives it. UserError where none of that id is attached."""
+        """Detaches one edit, and returns it. UserError where none of that id is attached."""
         ids = [edit.id for edit in self.edits]
         if name not in ids:
             near = difflib.get_close_matches(name, ids, 1)
@@ -74,9 +75,9 @@ class Slot:
 
     @contextmanager
     def only(self, edits: Edits) -> Iterator[Edit | None]:
-        """Inside the block the backbone carries just these; the block gets them as one."""
+        """Inside the block the backbone carries just these edits; the block gets them as one."""
         former = self.edits, self.whole
-        if _same(self.edits, edits):
+        if _are_same(self.edits, edits):
             yield self.whole
             return
         self.put(edits)
@@ -90,9 +91,9 @@ class Slot:
     ) -> str:
         """The greedy answer under ``edits``, whatever is attached."""
         with self.only(edits) as whole:
-            asked = Query(image, prompt)
-            asked = asked if whole is None else whole.rewrite(asked)
-            return self.backbone.generate([asked.image], [asked.prompt], max_new_tokens)[0]
+            query = Query(image, prompt)
+            query = query if whole is None else whole.rewrite(query)
+            return self.backbone.generate([query.image], [query.prompt], max_new_tokens)[0]
 
     def _swap(self, edits: Edits, whole: Edit | None) -> None:
         self._stack.close()
@@ -109,9 +110,9 @@ class Slot:
 
 
 class EditedModel:
-    """The backbone with edits, as ``MultimodalEditor.edit`` hands it over: attached.
+    """The backbone with edits attached, as ``MultimodalEditor.edit`` returns it.
 
-    While attached, the backbone itself answers edited. A later ``edit`` attaches its own edits
+    While they are attached, the backbone itself answers edited. A later ``edit`` attaches its own edits
     instead; ``generate`` always answers with this object's, whatever is attached.
     """
 
@@ -126,15 +127,14 @@ class EditedModel:
     @property
     def attached(self) -> bool:
         """Whether the backbone carries these edits now, and no others."""
-        return bool(self._edits) and _same(self._slot.edits, self._edits)
+        return bool(self._edits) and _are_same(self._slot.edits, self._edits)
 
     def generate(self, image: ImageLike | None, prompt: str, max_new_tokens: int | None = None) -> str:
         """The edited model's greedy answer."""
         return self._slot.generate(self._edits, image, prompt, max_new_tokens)
 
     def remove(self) -> None:
-        """Takes the edits back: the backbone is exactly what it was, beside what else is attached to it.
-        May be called again."""
+        """Detaches these edits; others stay attached, and all else is as it was. May be called again."""
         own = {id(edit) for edit in self._edits}
         left = tuple(edit for edit in self._slot.edits if id(edit) not in own)
         if len(left) < len(self._slot.edits):

@@ -1,4 +1,4 @@
-"""What an edit is. Applied for the length of a ``with`` block, then gone.
+"""What an edit is: a change to a model's answers that is applied for the length of a ``with`` block.
 
 No edit changes, copies or concatenates a base weight.
 """
@@ -20,7 +20,7 @@ from torch import nn
 
 from unike.backbones.base import Backbone
 from unike.edits.activity import UNKNOWN, Activity, LayerRetrieval, PromptStates
-from unike.edits.content import Content, Shared, beside
+from unike.edits.content import Content, Shared, merge_contents
 from unike.edits.files import PLACES, SavedEdit, UnsavedEdit, read_edit, save
 from unike.edits.origin import Origin
 from unike.system.text import one_line
@@ -43,32 +43,32 @@ class Edit(ABC):
 
     @abstractmethod
     def applied(self, backbone: Backbone) -> AbstractContextManager[None]:
-        """The backbone answers edited inside the block, and is as it was after it."""
+        """Inside the block the backbone answers edited; after it, it is as it was."""
 
     @abstractmethod
     def state_dict(self) -> dict[str, torch.Tensor]:
         """All tensors of the edit."""
 
     @abstractmethod
-    def joined(self, other: Edit) -> Edit | None:
+    def join(self, other: Edit) -> Edit | None:
         """Both as one edit of this kind, this one first; None where they can't be one. Edits that need
         different things stay apart, whatever this gives: see ``shares_needs``."""
 
     @abstractmethod
-    def packed(self) -> Content:
-        """All that the edit is, without what it shares with others; ``unpacked`` takes it back."""
+    def pack(self) -> Content:
+        """All that the edit is made of, without what it shares with others, as ``unpack`` takes it."""
 
     @classmethod
     @abstractmethod
-    def unpacked(cls, content: Content, backbone: Backbone, shared: Shared) -> Edit:
-        """The edit of ``packed``, which gives the same logits, bit for bit.
+    def unpack(cls, content: Content, backbone: Backbone, shared: Shared) -> Edit:
+        """The edit that ``pack`` gave; its logits are the same, bit for bit.
 
         ValueError, TypeError or LookupError where the content can't be such an edit of the backbone.
         """
 
     def needs(self) -> dict[str, str]:
-        """Checksums of what the edit shares with others and can't do without, by name: ``knowledge``,
-        ``scope`` or ``network``."""
+        """Checksums of what the edit needs and shares with others, by name: ``knowledge``, ``scope`` or
+        ``network``."""
         return {}
 
     def shares_needs(self, other: Edit) -> bool:
@@ -77,7 +77,7 @@ class Edit(ABC):
 
     @property
     def id(self) -> str:
-        """The request's id, those of several joined by ``+``; may be set to another."""
+        """The id of the request, or those of several joined by ``+``; it may be set."""
         return self._id or "+".join(origin.id for origin in self.origins)
 
     @id.setter
@@ -85,13 +85,13 @@ class Edit(ABC):
         self._id = value
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Writes the edit as a folder that appears whole or not at all: ``edit.safetensors``,
-        ``edit.json`` and a card. UserError where something is there already, or can't be written."""
-        save(self.unsaved(), folder)
+        """Writes the edit as a folder with ``edit.safetensors``, ``edit.json`` and a card, which appears
+        whole or not at all. UserError where something is there already, and where it can't be written."""
+        save(self.as_unsaved(), folder)
 
-    def unsaved(self) -> UnsavedEdit:
-        """What a folder of the edit holds, as plain values."""
-        return UnsavedEdit(self.id, self.kind, self.packed(), self.origins, self.needs(), self.info)
+    def as_unsaved(self) -> UnsavedEdit:
+        """The content of the edit's folder, as plain values."""
+        return UnsavedEdit(self.id, self.kind, self.pack(), self.origins, self.needs(), self.info)
 
     @staticmethod
     def load(
@@ -100,22 +100,22 @@ class Edit(ABC):
         knowledge: Mapping[int, Any] | None = None,
         network: nn.Module | None = None,
     ) -> Edit:
-        """The edit of a folder, which gives the logits that it gave when it was saved, bit for bit.
+        """The edit of a folder; its logits are those it gave when it was saved, bit for bit.
 
-        What edits share is not kept in each of them and must be handed over: ``knowledge`` (memory and
-        encoders by layer, ``method.knowledge``) for UniKE, the trained ``network`` for SERAC;
-        ``MultimodalEditor.load`` finds them. UserError, in one line and with nothing changed, for an
-        edit of another backbone, other knowledge than it was made with, or a folder that is damaged.
+        What edits share is not kept in each folder and must be passed: ``knowledge`` (memory and encoders by
+        layer, ``method.knowledge``) for UniKE, the trained ``network`` for SERAC; ``MultimodalEditor.load``
+        finds them. UserError, in one line and with nothing changed, for an edit of another backbone, for
+        other knowledge than it was made with, and for a damaged folder.
         """
         return load_edit(read_edit(folder), backbone, Shared(knowledge or {}, network))
 
     @property
     def parts(self) -> tuple[Edit, ...]:
-        """The edits of one kind each that it is made of: itself, unless it is ``Mixed``."""
+        """The edits that it consists of, one for each kind: itself, unless it is ``Mixed``."""
         return (self,)
 
     def __or__(self, other: Edit) -> Edit:
-        """Both edits, this one first: one edit where they are alike, else ``Mixed``."""
+        """Both edits, this one first: one edit where they are of a kind and need the same, else ``Mixed``."""
         if not isinstance(other, Edit):
             return NotImplemented
         parts = list(self.parts)
@@ -128,14 +128,12 @@ class Edit(ABC):
         return out
 
     def rewrite(self, query: Query) -> Query:
-        """The query as the edited model is asked it: the same, unless the edit lives in the prompt."""
+        """The query as the edited model gets it: the same, unless the edit is part of the prompt."""
         return query
 
     def changes_prefix(self, backbone: Backbone, first: int) -> bool:
-        """Whether the edit changes what enters decoder layer ``first``.
-
-        The base model's prefix states then say nothing about the edited model's answers.
-        """
+        """Whether the edit changes what enters decoder layer ``first``: cached states of the base model are
+        then none of the edited model's."""
         return False
 
     @property
@@ -167,13 +165,13 @@ class Edit(ABC):
         return (UNKNOWN,) * len(self.units)
 
     def explain(self) -> dict[str, list[Any]]:
-        """What the edit decided for each prompt of the last forward pass: the mean over its layers of
-        ``alpha`` and of the best ``similarity`` in memory, and the nearest items that its first layer
-        ``retrieved``, ``{name: similarity}``, best first; empty where it decides nothing."""
+        """What the edit decided for each prompt of the last forward pass, by name; empty where it decides
+        nothing. ``alpha`` and the best ``similarity`` in memory are means over its layers; ``retrieved`` are
+        the nearest items of its first layer, ``{name: similarity}``, best first."""
         return {}
 
-    def together(self, edits: Sequence[Edit]) -> Together | None:
-        """``edits``, this one the first of them, side by side; None where they can't be."""
+    def batch(self, edits: Sequence[Edit]) -> EditBatch | None:
+        """``edits``, of which this one is the first, as a batch; None where they can't be batched."""
         return None
 
     @property
@@ -226,10 +224,10 @@ class Inspection:
 
 
 class Mixed(Edit):
-    """Edits of unlike kinds, all in force.
+    """Edits of different kinds, all applied.
 
-    What is alike works as one wherever it stands in the order: it is retrieved from together, and later
-    weights take the place of former ones. Kinds follow each other as they first appear.
+    Edits of one kind are one part, wherever they stand in the order: their items are retrieved together, and
+    later weights replace former ones. The parts are in the order in which their kinds first appear.
     """
 
     kind = "mixed"
@@ -242,7 +240,7 @@ class Mixed(Edit):
     def parts(self) -> tuple[Edit, ...]:
         return self._parts
 
-    def joined(self, other: Edit) -> Edit | None:
+    def join(self, other: Edit) -> Edit | None:
         return self | other
 
     @contextmanager
@@ -263,27 +261,27 @@ class Mixed(Edit):
     def state_dict(self) -> dict[str, torch.Tensor]:
         return {f"{i}.{k}": t for i, part in enumerate(self._parts) for k, t in part.state_dict().items()}
 
-    def packed(self) -> Content:
-        values, tensors = beside([part.packed() for part in self._parts])
+    def pack(self) -> Content:
+        values, tensors = merge_contents([part.pack() for part in self._parts])
         kinds = [part.kind for part in self._parts]
         return Content({"kinds": kinds, "parts": values}, tensors)
 
     @classmethod
-    def unpacked(cls, content: Content, backbone: Backbone, shared: Shared) -> Mixed:
-        names = content.texts("kinds")
+    def unpack(cls, content: Content, backbone: Backbone, shared: Shared) -> Mixed:
+        names = content.take_texts("kinds")
         parts = []
         for i, name in enumerate(names):
-            own = content.part(i)
-            parts.append(kind_of(name).unpacked(own, backbone, shared))
-            own.empty()
+            own = content.take_part(i)
+            parts.append(find_kind(name).unpack(own, backbone, shared))
+            own.require_empty()
         if len(parts) < 2 or any(isinstance(part, Mixed) for part in parts):
             raise ValueError("kinds: expected two or more plain ones")
-        if len(content.value("parts", list)) != len(parts):
+        if len(content.take_value("parts", list)) != len(parts):
             raise ValueError("parts: expected as many as kinds")
         return cls(parts)
 
     def needs(self) -> dict[str, str]:
-        """UserError where two parts lean on different ones: one folder can't ask for both."""
+        """UserError where two parts need different ones: one folder can't name both."""
         out: dict[str, str] = {}
         for name, checksum in (need for part in self._parts for need in part.needs().items()):
             if out.setdefault(name, checksum) != checksum:
@@ -302,7 +300,7 @@ class Mixed(Edit):
 
     @property
     def gates(self) -> Mapping[str, float]:
-        """Of two with one name, the second has a number behind it."""
+        """Of two with one name, the second has a number added."""
         out: dict[str, float] = {}
         for name, threshold in (gate for part in self._parts for gate in part.gates.items()):
             free = (n for i in count(2) if (n := f"{name} {i}") not in out)
@@ -316,17 +314,16 @@ class Mixed(Edit):
         return tuple(found for part in self._parts for found in part.describe_prompt(inspection))
 
     def explain(self) -> dict[str, list[Any]]:
-        """Where several parts decide the same, the last one's."""
+        """Where several parts decide on the same, the last one's decision."""
         return {key: value for part in self._parts for key, value in part.explain().items()}
 
 
-class Together(ABC):
-    """Independent edits side by side: each row of a batch is asked under one of them."""
+class EditBatch(ABC):
+    """Independent edits, batched: each row of a batch is evaluated under one of them."""
 
     @abstractmethod
     def applied(self, backbone: Backbone, owners: torch.Tensor) -> AbstractContextManager[None]:
-        """Inside the block every batch has as many rows as ``owners (R)``, which says by number whose
-        each row is."""
+        """Inside the block every batch has as many rows as ``owners (R)``: the number of each row's edit."""
 
     def explain(self) -> dict[str, list[Any]]:
         """As ``Edit.explain``, by row."""
@@ -336,7 +333,7 @@ class Together(ABC):
 def _join(one: Edit, other: Edit) -> Edit | None:
     """Both as one; None for unlike ones, and for those made with other knowledge, another scope classifier
     or network: as one edit, both would answer by those of the last."""
-    both = one.joined(other)
+    both = one.join(other)
     return both if both is not None and one.shares_needs(other) else None
 
 
@@ -348,15 +345,15 @@ def compose(edits: Sequence[Edit]) -> Edit | None:
     return whole
 
 
-def kind_of(name: Any) -> type[Edit]:
-    """The class of a kind of edit; ValueError for an unknown one. SERAC's is known once its module is."""
+def find_kind(name: str | None) -> type[Edit]:
+    """The class of a kind of edit; ValueError for an unknown one."""
     known = {kind.kind: kind for kind in Edit.__subclasses__()}
     if name not in known:
         raise ValueError(f"kind: {name!r} is unknown; expected one of {', '.join(sorted(known))}")
     return known[name]
 
 
-def same_weights(one: nn.Module, other: nn.Module) -> bool:
+def have_same_weights(one: nn.Module, other: nn.Module) -> bool:
     """Whether two modules hold the same numbers under the same names."""
     if one is other:
         return True
@@ -365,7 +362,7 @@ def same_weights(one: nn.Module, other: nn.Module) -> bool:
 
 
 def load_edit(saved: SavedEdit, backbone: Backbone, shared: Shared) -> Edit:
-    """The edit of a folder that was read. UserError as ``Edit.load``."""
+    """The edit of a folder that was read; UserError as ``Edit.load``."""
     at = one_line(saved.folder)
     saved.require(backbone)
     whole = sum(t.nbytes for t in backbone.model.state_dict().values())
@@ -374,8 +371,8 @@ def load_edit(saved: SavedEdit, backbone: Backbone, shared: Shared) -> Edit:
     tensors = {name: t.to(backbone.device) for name, t in saved.tensors().items()}
     content = Content(dict(saved.values), tensors)
     try:
-        edit = kind_of(saved.kind).unpacked(content, backbone, shared)
-        content.empty()
+        edit = find_kind(saved.kind).unpack(content, backbone, shared)
+        content.require_empty()
     except (ValueError, TypeError, LookupError, UserError) as error:
         raise UserError(f"{at}: {one_line(error)}") from error
     found = edit.needs()

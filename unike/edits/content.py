@@ -1,4 +1,4 @@
-"""An edit in plain parts, as its file keeps it, and the checks that reading them back takes."""
+"""An edit in plain parts, as its file keeps it, with the checks for reading them back."""
 
 from __future__ import annotations
 
@@ -18,40 +18,42 @@ ANY = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Shared:
-    """What many edits lean on and none of them keeps: ``knowledge`` (memory and encoders by layer), and
-    the ``network`` of a method that learnt to edit."""
+    """What many edits share and none of them keeps: ``knowledge`` (memory and encoders by layer), and the
+    ``network`` of a meta-learned editor."""
 
     knowledge: Mapping[int, Any] = field(default_factory=dict)
     network: nn.Module | None = None
 
 
 class Content:
-    """What an edit consists of: ``values`` as JSON has them, and ``tensors`` by name.
+    """What an edit consists of: ``values`` as in JSON, and ``tensors`` by name.
 
-    Reading takes each tensor once; ValueError where one is missing, of another shape or type than
-    expected, or holds numbers that are not finite.
+    Each tensor is taken once. ValueError where something is missing or of another type than expected, and
+    where a tensor is of another shape or holds numbers that are not finite.
     """
 
     def __init__(self, values: dict[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
         self.values, self.tensors = values, dict(tensors)
         self._used: set[str] = set()
 
-    def value(self, name: str, kind: type[T]) -> T:
-        """A value of that type; ``True`` is no whole number."""
+    def take_value(self, name: str, kind: type[T]) -> T:
+        """A value of the type ``kind``; ``True`` is no whole number."""
         found = self.values.get(name)
         self._used.add(name)
         if not isinstance(found, kind) or isinstance(found, bool) != (kind is bool):
             raise ValueError(f"{name}: expected {kind.__name__}, got {type(found).__name__}")
         return found
 
-    def texts(self, name: str) -> list[str | None]:
+    def take_texts(self, name: str) -> list[str | None]:
         """A list whose entries are texts or null."""
-        found = self.value(name, list)
+        found = self.take_value(name, list)
         if not all(entry is None or isinstance(entry, str) for entry in found):
             raise ValueError(f"{name}: expected texts")
         return found
 
-    def tensor(self, name: str, *shape: int | None, dtypes: Sequence[torch.dtype] = FULL) -> torch.Tensor:
+    def take_tensor(
+        self, name: str, *shape: int | None, dtypes: Sequence[torch.dtype] = FULL
+    ) -> torch.Tensor:
         """A tensor of that shape, None for a side of any length from 1 on, and of one of these types."""
         if name not in self.tensors:
             raise ValueError(f"tensor {name}: missing")
@@ -67,22 +69,22 @@ class Content:
             raise ValueError(f"tensor {name}: holds numbers that are not finite")
         return found
 
-    def part(self, number: int) -> Content:
-        """One of several contents that lie side by side, as ``beside`` put them."""
-        start, values = f"{number}.", self.value("parts", list)[number]
+    def take_part(self, number: int) -> Content:
+        """One of several contents, as ``merge_contents`` numbered them."""
+        start, values = f"{number}.", self.take_value("parts", list)[number]
         if not isinstance(values, dict):
             raise ValueError("parts: expected objects")
         own = [name for name in self.tensors if name.startswith(start)]
         return Content(values, {name[len(start) :]: self.tensors.pop(name) for name in own})
 
-    def empty(self) -> None:
-        """ValueError where a value or a tensor is left that nobody has taken."""
+    def require_empty(self) -> None:
+        """ValueError where a value or a tensor has not been taken."""
         if left := [*(self.values.keys() - self._used), *self.tensors]:
             raise ValueError(f"{min(left)}: is not part of such an edit")
 
 
-def beside(parts: list[Content]) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
-    """Several contents as values and tensors of one."""
+def merge_contents(parts: list[Content]) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
+    """Values and tensors of several contents; the tensors' names begin with the content's number."""
     tensors = {f"{i}.{name}": t for i, part in enumerate(parts) for name, t in part.tensors.items()}
     return [part.values for part in parts], tensors
 

@@ -14,12 +14,12 @@ from torch import nn
 from unike.backbones.base import Backbone
 from unike.backbones.hooks import transform
 from unike.edits.activity import Activity
-from unike.edits.base import Edit, Inspection, Together, same_weights
+from unike.edits.base import Edit, EditBatch, Inspection, have_same_weights
 from unike.edits.content import Content, Shared, digest
 
 
 class ScopeClassifier(nn.Module):
-    """Questions to unit vectors: the more alike two are, the more probable one scope."""
+    """Maps questions to unit vectors: the more similar two are, the more probably they share a scope."""
 
     def __init__(self, width: int, rank: int, multimodal: bool) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class ScopeClassifier(nn.Module):
 
     def forward(self, words: Sequence[torch.Tensor], ends: torch.Tensor) -> torch.Tensor:
         """``(b, rank)`` from each question's word embeddings ``(t, d)`` and its last state ``(b, d)``."""
-        # One question at a time: what a question means does not depend on its neighbours' lengths.
+        # One question at a time: a question's vector must not depend on the lengths of the others.
         seen = torch.stack([self.words(w[None])[0].mean(1)[0] for w in words])
         if self.state is not None:
             seen = torch.cat([seen, self.state(F.layer_norm(ends, ends.shape[-1:]))], 1)
@@ -43,7 +43,7 @@ class ScopeClassifier(nn.Module):
 
 
 class Counterfactual(nn.Module):
-    """Attention of every position over an edit's answer positions."""
+    """The counterfactual model: attention of every position over an edit's answer positions."""
 
     def __init__(self, width: int, rank: int) -> None:
         super().__init__()
@@ -56,17 +56,18 @@ class Counterfactual(nn.Module):
         self.turn = nn.Sequential(nn.Linear(width, rank, bias=False), last)
 
     def keys(self, states: torch.Tensor) -> torch.Tensor:
+        """States ``(..., d)`` as unit vectors ``(..., rank)``."""
         return F.normalize(self.match(F.layer_norm(states, states.shape[-1:])), dim=-1)
 
     def values(self, states: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
-        """``(j, d)``: what pulls the head towards each word, on the scale of the states."""
+        """``(j, d)``: what moves the head's input towards each word, on the scale of the states."""
         unit = F.normalize(words, dim=-1)
         return states.norm(dim=-1, keepdim=True) * self.gain * (unit + self.turn(unit))
 
     def forward(self, states: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """The change at states ``(b, t, d)`` under the edits' ``keys (b, j, r)``, ``values (b, j, d)``.
 
-        Keys and values of zeros, as short answers are filled up with, take no part.
+        Keys of zeros, as they pad short answers, get no attention.
         """
         logits = self.sharpness.exp() * (self.keys(states) @ keys.transpose(1, 2))
         logits = logits.masked_fill((keys == 0).all(-1)[:, None], float("-inf"))
@@ -75,7 +76,7 @@ class Counterfactual(nn.Module):
 
 
 class SeracNetwork(nn.Module):
-    """Both networks."""
+    """SERAC's scope classifier and counterfactual model."""
 
     def __init__(self, width: int, rank: int, multimodal: bool) -> None:
         super().__init__()
@@ -84,9 +85,9 @@ class SeracNetwork(nn.Module):
 
 
 @dataclass(frozen=True)
-class Remembered:
-    """One edit in memory: its question ``(rank)``, and ``keys (j, rank)`` and ``values (j, d)`` of
-    its answer's positions; the last, behind the answer, has no value, so that the base ends it."""
+class MemoryRecord:
+    """One edit in memory: its question ``(rank)``, and ``keys (j, rank)`` and ``values (j, d)`` of its
+    answer's positions; the last one, after the answer, has a value of zeros: the base model ends it."""
 
     id: str
     question: torch.Tensor
@@ -96,11 +97,14 @@ class Remembered:
 
 @dataclass
 class SeracEdit(Edit):
-    """Edits in memory. ``probabilities (B, E)`` are the last prompts' of being in each one's scope; the
-    most probable one answers (``chosen (B)``) where its own, ``scopes (B)``, is above one half."""
+    """SERAC's edits in memory.
+
+    ``probabilities (B, E)`` say how probably each of the last prompts is in each edit's scope. The most
+    probable edit, ``chosen (B)``, answers where its probability, ``scopes (B)``, is above one half.
+    """
 
     kind = "memory"
-    records: tuple[Remembered, ...]
+    records: tuple[MemoryRecord, ...]
     network: SeracNetwork
     first: int
     info: dict[str, Any] = field(default_factory=dict)
@@ -110,7 +114,7 @@ class SeracEdit(Edit):
 
     @contextmanager
     def applied(self, backbone: Backbone) -> Iterator[None]:
-        with _installed(self, backbone, _Runtime(self, backbone)):
+        with _install(self, backbone, _Runtime(self, backbone)):
             yield
 
     def changes_prefix(self, backbone: Backbone, first: int) -> bool:
@@ -124,31 +128,34 @@ class SeracEdit(Edit):
         return {"network": digest(self.network.state_dict())}
 
     def shares_needs(self, other: Edit) -> bool:
-        return isinstance(other, SeracEdit) and same_weights(self.network, other.network)
+        return isinstance(other, SeracEdit) and have_same_weights(self.network, other.network)
 
-    def packed(self) -> Content:
+    def pack(self) -> Content:
         parts = ("question", "keys", "values")
         tensors = {f"{n}.{part}": getattr(r, part) for n, r in enumerate(self.records) for part in parts}
         return Content({"records": [r.id for r in self.records], "first": self.first}, tensors)
 
     @classmethod
-    def unpacked(cls, content: Content, backbone: Backbone, shared: Shared) -> SeracEdit:
-        network, first = shared.network, content.value("first", int)
+    def unpack(cls, content: Content, backbone: Backbone, shared: Shared) -> SeracEdit:
+        network, first = shared.network, content.take_value("first", int)
         if not isinstance(network, SeracNetwork):
             raise ValueError("needs the trained network; hand it over as network=, or load it by its editor")
         if not 0 <= first < len(backbone.layout):
             raise ValueError(f"first: expected a number below {len(backbone.layout)}")
         rank, width, records = network.scope.out.out_features, backbone.layout.width, []
-        for n, name in enumerate(content.texts("records")):
-            question, keys = content.tensor(f"{n}.question", rank), content.tensor(f"{n}.keys", None, rank)
-            values = content.tensor(f"{n}.values", len(keys), width)
-            records.append(Remembered(str(name), question, keys, values))
+        for n, name in enumerate(content.take_texts("records")):
+            question, keys = (
+                content.take_tensor(f"{n}.question", rank),
+                content.take_tensor(f"{n}.keys", None, rank),
+            )
+            values = content.take_tensor(f"{n}.values", len(keys), width)
+            records.append(MemoryRecord(str(name), question, keys, values))
         if not records:
             raise ValueError("records: expected one or more")
         return cls(tuple(records), network, first)
 
     @property
-    def units(self) -> tuple[Remembered, ...]:
+    def units(self) -> tuple[MemoryRecord, ...]:
         return self.records
 
     def describe_prompt(self, inspection: Inspection) -> tuple[Activity, ...]:
@@ -157,15 +164,15 @@ class SeracEdit(Edit):
     def explain(self) -> dict[str, list[Any]]:
         return {} if self.scopes is None else {"scope": self.scopes.tolist()}
 
-    def together(self, edits: Sequence[Edit]) -> Together | None:
+    def batch(self, edits: Sequence[Edit]) -> EditBatch | None:
         same = [e for e in edits if isinstance(e, SeracEdit) and len(e.records) == 1]
         if len(same) < len(edits) or any(e.network is not self.network for e in same):
             return None
         if any(e.first != self.first for e in same):
             return None
-        return _SeracTogether(SeracEdit(tuple(e.records[0] for e in same), self.network, self.first))
+        return _SeracBatch(SeracEdit(tuple(e.records[0] for e in same), self.network, self.first))
 
-    def joined(self, other: Edit) -> Edit | None:
+    def join(self, other: Edit) -> Edit | None:
         if not isinstance(other, SeracEdit) or other.first != self.first:
             return None
         return SeracEdit(self.records + other.records, other.network, other.first, other.info)
@@ -179,28 +186,28 @@ def _describe_record(whole: Edit, place: int) -> Activity:
     return Activity(int(whole.chosen[0]) == place and scope > 0.5, scope)
 
 
-class _SeracTogether(Together):
-    """Each row meets its own edit's memory alone."""
+class _SeracBatch(EditBatch):
+    """Each row is compared with its own edit only."""
 
     def __init__(self, edit: SeracEdit) -> None:
         self.edit = edit
 
     @contextmanager
     def applied(self, backbone: Backbone, owners: torch.Tensor) -> Iterator[None]:
-        with _installed(self.edit, backbone, _Runtime(self.edit, backbone, owners)):
+        with _install(self.edit, backbone, _Runtime(self.edit, backbone, owners)):
             yield
 
     def explain(self) -> dict[str, list[Any]]:
         return self.edit.explain()
 
 
-def _installed(edit: SeracEdit, backbone: Backbone, runtime: _Runtime) -> AbstractContextManager[None]:
+def _install(edit: SeracEdit, backbone: Backbone, runtime: _Runtime) -> AbstractContextManager[None]:
     first, last = backbone.layout.layer(edit.first), backbone.layout.layer(len(backbone.layout) - 1)
     return transform([(first, first, runtime.decide), (last, last, runtime.answer)])
 
 
 class _Runtime:
-    """A memory while it is applied; with ``owners (R)`` a row can only choose the edit of that number."""
+    """A memory while it is applied; with ``owners (R)`` each row can only choose the edit of that number."""
 
     def __init__(self, edit: SeracEdit, backbone: Backbone, owners: torch.Tensor | None = None) -> None:
         self.owners = owners
@@ -214,12 +221,12 @@ class _Runtime:
         self.open: torch.Tensor | None = None
 
     def decide(self, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-        """Once per prompt, at its last token; kept while the answer is decoded."""
+        """Chooses an edit once per prompt, at its last token, and keeps it while the answer is decoded."""
         if self.decided != self.prompt.number:
             self.decided, end = self.prompt.number, self.prompt.question_end
-            assert end is not None, "an edit must be asked through its backbone"
+            assert end is not None, "an edited model must be called through its backbone"
             ends = x[torch.arange(len(x), device=x.device), end].float()
-            words = [_words(self.backbone, text) for text in self.prompt.texts]
+            words = [_embed_words(self.backbone, text) for text in self.prompt.texts]
             scope = self.edit.network.scope
             every = scope.logits(scope(words, ends), self.questions)
             if self.owners is None:
@@ -232,6 +239,7 @@ class _Runtime:
         return output
 
     def answer(self, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        """The last layer's output, moved towards the answer of the chosen edit."""
         assert self.open is not None
         if not bool(self.open.any()):
             return output
@@ -239,7 +247,7 @@ class _Runtime:
         return torch.where(self.open[:, None, None], output + moved.to(output.dtype), output)
 
 
-def _words(backbone: Backbone, text: str) -> torch.Tensor:
+def _embed_words(backbone: Backbone, text: str) -> torch.Tensor:
     """Embeddings ``(t, d)`` of a text's tokens."""
     ids = torch.tensor(backbone.tokens(text), device=backbone.device)
     words: torch.Tensor = backbone.layout.embeddings(ids)

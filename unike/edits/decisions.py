@@ -19,29 +19,29 @@ from unike.types import KnowledgeItem
 REPORTED, OWN = 3, "own item"
 
 
-def explained(
+def explain_decisions(
     trace: Mapping[int, Shift], scopes: torch.Tensor | None, name: Callable[[int], str]
 ) -> dict[str, list[Any]]:
-    """See ``Edit.explain``; ``name`` gives a memory's item by its place."""
+    """The values of ``Edit.explain``; ``name`` names a memory's item by its place."""
     scope = {} if scopes is None else {"scope": scopes.tolist()}
     decisions = [decision for _, decision in sorted(trace.items())]
     if not decisions or not decisions[0].retrieved.similarity.shape[1]:
         return scope
     alpha = torch.stack([d.alpha.float() for d in decisions]).mean(0)
     best = torch.stack([d.retrieved.similarity[:, 0].float() for d in decisions]).mean(0)
-    told = _nearest(decisions[0].retrieved, name)
-    return {"alpha": alpha.tolist(), "similarity": best.tolist(), "retrieved": told, **scope}
+    nearest = _name_nearest(decisions[0].retrieved, name)
+    return {"alpha": alpha.tolist(), "similarity": best.tolist(), "retrieved": nearest, **scope}
 
 
-def _nearest(found: Retrieved, name: Callable[[int], str]) -> list[dict[str, float]]:
-    """For each prompt its ``REPORTED`` nearest items that it may have."""
+def _name_nearest(found: Retrieved, name: Callable[[int], str]) -> list[dict[str, float]]:
+    """For each prompt the ``REPORTED`` nearest items that it may use, with their similarities."""
     allowed = torch.ones_like(found.index, dtype=torch.bool) if found.allowed is None else found.allowed
     out = []
     for row in zip(found.index, found.similarity, allowed, strict=True):
         items: dict[str, float] = {}
         for place, similarity, open_to in zip(*(t.tolist() for t in row), strict=True):
             if open_to and len(items) < REPORTED:
-                # Several may have one name: the nearest one speaks.
+                # Several may have one name: the nearest one counts.
                 items.setdefault(name(place), similarity)
         out.append(items)
     return out
@@ -50,7 +50,7 @@ def _nearest(found: Retrieved, name: Callable[[int], str]) -> list[dict[str, flo
 def list_retrieved(
     trace: Mapping[int, Shift], inspection: Inspection, describe: Callable[[int, float, float], RetrievedItem]
 ) -> tuple[LayerRetrieval, ...]:
-    """See ``Edit.list_retrieved``; ``describe`` makes an item of its place, similarity and weight."""
+    """The value of ``Edit.list_retrieved``; ``describe`` makes an item of place, similarity and weight."""
     out = []
     for i, decision in sorted(trace.items()):
         found = decision.retrieved
@@ -67,7 +67,7 @@ def list_retrieved(
 
 
 def count_firing(layer: int, patch: KeyValuePatch, states: PromptStates) -> Neurons:
-    """What a patch's pairs do at the prompt's last token."""
+    """What a patch's pairs do at the prompt's last token, in one ``layer``."""
     query, pairs = states.ffn[layer].to(patch.keys.dtype), patch.pairs
     activations, added = pairs.activations(query), pairs(query)
     firing = int((pairs.scores(query) > 0).sum())
@@ -75,18 +75,20 @@ def count_firing(layer: int, patch: KeyValuePatch, states: PromptStates) -> Neur
     return Neurons(layer, firing, len(activations), activations.abs().max().item(), share.item())
 
 
-def bank_items(routing: Routing, known: LayerKnowledge | None) -> tuple[Sequence[KnowledgeItem], int]:
-    """The texts of a layer's knowledge memory, where they are known, and how many items of it are retrieved
-    from; the edits' own items come after them."""
+def list_memory_items(routing: Routing, known: LayerKnowledge | None) -> tuple[Sequence[KnowledgeItem], int]:
+    """A layer's knowledge memory: the texts of its items, where they are known, and how many items of it come
+    before the edits' own."""
     if known is None or routing.memory == "edit":
         return (), 0
     return known.items, len(known.bank)
 
 
-def item_names(routing: Routing, known: LayerKnowledge | None, own: Sequence[str]) -> Callable[[int], str]:
-    """What the items of a layer's memory are called: the bank's by their question and answer, those of the
-    edits behind it by ``own``."""
-    texts, bank = bank_items(routing, known)
+def build_item_namer(
+    routing: Routing, known: LayerKnowledge | None, own: Sequence[str]
+) -> Callable[[int], str]:
+    """A function that names a layer's items by their place: those of the knowledge memory by question and
+    answer, the edits' own, which come after them, by ``own``."""
+    texts, bank = list_memory_items(routing, known)
 
     def name(place: int) -> str:
         if place >= bank:

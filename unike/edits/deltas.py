@@ -1,4 +1,4 @@
-"""Edits of weights: new values, or factors beside the weights that are there."""
+"""Edits of weights: new values, or low-rank factors that are added to the weights."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.func import functional_call
 from unike.backbones.base import Backbone
 from unike.backbones.hooks import After, transform, unhooked
 from unike.edits.activity import Activity, WeightChange
-from unike.edits.base import Edit, Inspection, Together
+from unike.edits.base import Edit, EditBatch, Inspection
 from unike.edits.content import Content, Shared
 from unike.knowledge.batching import Owners
 
@@ -53,16 +53,16 @@ class WeightDelta(Edit):
     def state_dict(self) -> dict[str, torch.Tensor]:
         return {name: w.detach() for name, w in self.weights.items()}
 
-    def packed(self) -> Content:
+    def pack(self) -> Content:
         return Content({}, self.state_dict())
 
     @classmethod
-    def unpacked(cls, content: Content, backbone: Backbone, shared: Shared) -> WeightDelta:
+    def unpack(cls, content: Content, backbone: Backbone, shared: Shared) -> WeightDelta:
         known, weights = dict(backbone.model.named_parameters()), {}
         for name in list(content.tensors):
             if name not in known:
                 raise ValueError(f"tensor {name}: the model has no such parameter")
-            weights[name] = content.tensor(name, *known[name].shape, dtypes=(known[name].dtype,))
+            weights[name] = content.take_tensor(name, *known[name].shape, dtypes=(known[name].dtype,))
         if not weights:
             raise ValueError("holds no tensor")
         return cls(weights)
@@ -77,48 +77,48 @@ class WeightDelta(Edit):
             changes.append(WeightChange.of(name, (new.float() - base.float()).norm(), base))
         return (Activity(active, weights=tuple(changes)),)
 
-    def together(self, edits: Sequence[Edit]) -> Together | None:
+    def batch(self, edits: Sequence[Edit]) -> EditBatch | None:
         same = [e for e in edits if isinstance(e, WeightDelta) and e.weights.keys() == self.weights.keys()]
-        return WeightsTogether([e.weights for e in same]) if len(same) == len(edits) else None
+        return WeightBatch([e.weights for e in same]) if len(same) == len(edits) else None
 
-    def joined(self, other: Edit) -> Edit | None:
+    def join(self, other: Edit) -> Edit | None:
         if not isinstance(other, WeightDelta):
             return None
         return WeightDelta({**self.weights, **other.weights}, self.info | other.info)
 
 
-class WeightsTogether(Together):
-    """New values of the same parameters, ``held (B, ...)`` by name: each row runs through its own."""
+class WeightBatch(EditBatch):
+    """New values of the same parameters, ``weights (B, ...)`` by name: each row runs through its own."""
 
     def __init__(self, weights: Sequence[Mapping[str, torch.Tensor]], trained: bool = False) -> None:
-        self.held = {
+        self.weights = {
             name: torch.stack([w[name].detach() for w in weights]).requires_grad_(trained)
             for name in weights[0]
         }
 
     def keep(self, rows: torch.Tensor) -> None:
-        """Goes on with the edits ``rows`` alone."""
-        for name, tensor in self.held.items():
-            self.held[name] = tensor.detach()[rows].requires_grad_(tensor.requires_grad)
+        """Drops all edits but ``rows``."""
+        for name, tensor in self.weights.items():
+            self.weights[name] = tensor.detach()[rows].requires_grad_(tensor.requires_grad)
 
     @contextmanager
     def applied(self, backbone: Backbone, owners: torch.Tensor) -> Iterator[None]:
-        owned = Owners(owners, len(next(iter(self.held.values()))))
+        owned = Owners(owners, len(next(iter(self.weights.values()))))
         names: dict[str, list[str]] = {}
-        for name in self.held:
+        for name in self.weights:
             path, _, leaf = name.rpartition(".")
             names.setdefault(path, []).append(leaf)
         afters: list[tuple[nn.Module, nn.Module, After]] = []
         for path, leaves in names.items():
             module = backbone.model.get_submodule(path)
-            own = {leaf: self.held[f"{path}.{leaf}"] for leaf in leaves}
-            afters.append((module, module, _by_row(module, own, owned)))
+            own = {leaf: self.weights[f"{path}.{leaf}"] for leaf in leaves}
+            afters.append((module, module, _run_by_row(module, own, owned)))
         with transform(afters):
             yield
 
 
-def _by_row(module: nn.Module, own: Mapping[str, torch.Tensor], owned: Owners) -> After:
-    """The module with weights of each row's own; it must look at one token at a time."""
+def _run_by_row(module: nn.Module, own: Mapping[str, torch.Tensor], owned: Owners) -> After:
+    """Runs a module with weights of each row's own; it must treat each token by itself."""
 
     def call(weights: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
         return functional_call(module, weights, (x,))
@@ -137,7 +137,8 @@ Site = tuple[int, str]
 
 
 def ffn_sites(backbone: Backbone, layers: Sequence[int]) -> dict[Site, nn.Linear]:
-    """Every linear module of the layers' feed-forward networks, by layer and role."""
+    """Every linear module of the layers' feed-forward networks, by layer and role: ``key0``, ``key1`` where
+    the network is gated, ``value``."""
     out: dict[Site, Any] = {}
     for index in layers:
         site = backbone.layout.ffn(index)
@@ -149,8 +150,8 @@ def ffn_sites(backbone: Backbone, layers: Sequence[int]) -> dict[Site, nn.Linear
 class LowRankDelta(Edit):
     """Changes to feed-forward weights as factors: ``W + sum_r right[r] left[r]^T``.
 
-    ``factors`` holds, by site, ``left (r, in)`` and ``right (r, out)``. Two edits add up, so their
-    factors are stacked. The base weight is neither copied nor changed.
+    ``factors`` holds ``left (r, in)`` and ``right (r, out)`` by site. The factors of several edits are
+    stacked: their changes add up. The base weight is neither copied nor changed.
     """
 
     kind = "factors"
@@ -158,7 +159,7 @@ class LowRankDelta(Edit):
     def __init__(
         self, factors: Mapping[Site, tuple[torch.Tensor, torch.Tensor]], info: dict[str, Any] | None = None
     ) -> None:
-        # Laid out as they come back from a file: a product's last bits may depend on it.
+        # Laid out as when they are loaded: the last bits of a product may depend on it.
         self.factors = {at: (left.contiguous(), right.contiguous()) for at, (left, right) in factors.items()}
         self.info = info or {}
 
@@ -166,7 +167,7 @@ class LowRankDelta(Edit):
     def applied(self, backbone: Backbone) -> Iterator[None]:
         modules = ffn_sites(backbone, sorted({index for index, _ in self.factors}))
         afters: list[tuple[nn.Module, nn.Module, After]] = [
-            (modules[at], modules[at], _added(*pair)) for at, pair in self.factors.items()
+            (modules[at], modules[at], _add_factors(*pair)) for at, pair in self.factors.items()
         ]
         with transform(afters):
             yield
@@ -180,19 +181,19 @@ class LowRankDelta(Edit):
             out[f"{index}.{role}.left"], out[f"{index}.{role}.right"] = left.detach(), right.detach()
         return out
 
-    def packed(self) -> Content:
-        # As a list: the order is that in which the factors were found, which a file's names lack.
+    def pack(self) -> Content:
+        # As a list: a file of tensors does not keep the order of the sites.
         return Content({"sites": [list(at) for at in self.factors]}, self.state_dict())
 
     @classmethod
-    def unpacked(cls, content: Content, backbone: Backbone, shared: Shared) -> LowRankDelta:
+    def unpack(cls, content: Content, backbone: Backbone, shared: Shared) -> LowRankDelta:
         known, factors = ffn_sites(backbone, range(len(backbone.layout))), {}
-        for index, role in content.value("sites", list):
+        for index, role in content.take_value("sites", list):
             if (index, role) not in known:
                 raise ValueError(f"sites: the decoder has no {index!r}, {role!r}")
             module, at = known[index, role], f"{index}.{role}"
-            left = content.tensor(f"{at}.left", None, module.in_features)
-            factors[index, role] = left, content.tensor(f"{at}.right", len(left), module.out_features)
+            left = content.take_tensor(f"{at}.left", None, module.in_features)
+            factors[index, role] = left, content.take_tensor(f"{at}.right", len(left), module.out_features)
         if not factors:
             raise ValueError("sites: expected one or more")
         return cls(factors)
@@ -207,11 +208,11 @@ class LowRankDelta(Edit):
             changes.append(WeightChange.of(f"{i}.{role}", square.sqrt(), modules[i, role].weight))
         return (Activity(True, weights=tuple(changes)),)
 
-    def together(self, edits: Sequence[Edit]) -> Together | None:
+    def batch(self, edits: Sequence[Edit]) -> EditBatch | None:
         same = [e for e in edits if isinstance(e, LowRankDelta) and e.factors.keys() == self.factors.keys()]
-        return FactorsTogether([e.factors for e in same]) if len(same) == len(edits) else None
+        return FactorBatch([e.factors for e in same]) if len(same) == len(edits) else None
 
-    def joined(self, other: Edit) -> Edit | None:
+    def join(self, other: Edit) -> Edit | None:
         if not isinstance(other, LowRankDelta):
             return None
         both = dict(self.factors)
@@ -222,15 +223,15 @@ class LowRankDelta(Edit):
         return LowRankDelta(both, self.info | other.info)
 
 
-def _added(left: torch.Tensor, right: torch.Tensor) -> After:
+def _add_factors(left: torch.Tensor, right: torch.Tensor) -> After:
     def after(x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         return output + (x.to(left.dtype) @ left.T @ right).to(output.dtype)
 
     return after
 
 
-class FactorsTogether(Together):
-    """Factors beside the same weights, each row its own: ``left (B, r, in)``, ``right (B, r, out)``."""
+class FactorBatch(EditBatch):
+    """Factors of the same weights, for each row its own: ``left (B, r, in)``, ``right (B, r, out)``."""
 
     def __init__(self, edits: Sequence[Mapping[Site, tuple[torch.Tensor, torch.Tensor]]]) -> None:
         pad = nn.utils.rnn.pad_sequence
@@ -245,13 +246,13 @@ class FactorsTogether(Together):
         owned = Owners(owners, self.count)
         modules = ffn_sites(backbone, sorted({index for index, _ in self.factors}))
         afters: list[tuple[nn.Module, nn.Module, After]] = [
-            (modules[at], modules[at], _added_by_row(owned, *pair)) for at, pair in self.factors.items()
+            (modules[at], modules[at], _add_factors_by_row(owned, *pair)) for at, pair in self.factors.items()
         ]
         with transform(afters):
             yield
 
 
-def _added_by_row(owned: Owners, left: torch.Tensor, right: torch.Tensor) -> After:
+def _add_factors_by_row(owned: Owners, left: torch.Tensor, right: torch.Tensor) -> After:
     def after(x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         rows = owned.fold(x.reshape(len(owned.index), -1, x.shape[-1]).to(left.dtype))
         moved = (rows.flatten(1, 2) @ left.transpose(1, 2) @ right).unflatten(1, rows.shape[1:3])

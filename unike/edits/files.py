@@ -229,7 +229,7 @@ def _saved(folder: Path, index: dict[str, Any]) -> SavedEdit:
         "checksum": str,
     }  # fmt: skip
     content = Content({name: index[name] for name in kinds}, {})
-    given: dict[str, Any] = {name: content.value(name, kind) for name, kind in kinds.items()}
+    given: dict[str, Any] = {name: content.take_value(name, kind) for name, kind in kinds.items()}
     needs, places = given["needs"], given["places"]
     if not all(isinstance(c, str) for c in needs.values()) or not _texts(places) or not given["id"]:
         raise ValueError("id, needs, places: expected texts")
@@ -246,9 +246,9 @@ def _origin(values: Any) -> Origin:
         raise ValueError(f"origins: expected {', '.join(sorted(names))}")
     optional, maps = {"image", "image_key"}, {"hparams", "info"}
     for name in names - optional - maps:
-        content.value(name, str)
+        content.take_value(name, str)
     for name in maps:
-        content.value(name, dict)
+        content.take_value(name, dict)
     if not _texts({name: content.values[name] for name in optional}):
         raise ValueError("origins: image: expected texts")
     return Origin(**content.values)

@@ -1,4 +1,4 @@
-"""What an edit was made from: it stays with the edit, in memory and in its file."""
+"""What an edit was made from; it stays with the edit, in memory and in its file."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from unike.types import EditRequest, UserError
 
 @dataclass(frozen=True)
 class Origin:
-    """One request, and who carried it out.
+    """One request, and what carried it out.
 
-    ``image`` is the picture's path as it was given, None for one in memory; ``image_key`` a checksum of
-    its pixels. ``hparams`` are those that decide, ``backbone`` the fingerprint of the model named
-    ``model``; ``info`` is what the method reported.
+    ``image`` is the image's path as it was given, None for an image in memory; ``image_key`` is a checksum of
+    its pixels. ``hparams`` are those that decide on the edit; ``backbone`` is the fingerprint of the model
+    named ``model``; ``info`` is what the method reported.
     """
 
     id: str
@@ -37,7 +37,7 @@ class Origin:
     def of(
         cls, request: EditRequest, hparams: Mapping[str, Any], backbone: Backbone, info: Mapping[str, Any]
     ) -> Origin:
-        """``hparams`` name the method and the model."""
+        """The origin of a request; ``hparams`` name the method and the model."""
         image, key = request.query.image, None
         with suppress(UserError):
             key = None if image is None else content_key(image)

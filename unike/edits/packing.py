@@ -1,4 +1,4 @@
-"""Routed edits in the plain parts that a file keeps, and back."""
+"""Routed edits as the plain parts that a file keeps, and back."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ from unike.edits.shares import EditRecord, LayerKnowledge, LayerShare, Routing
 from unike.knowledge.patch import KeyValuePatch
 
 
-def needs_of(routing: Routing, layers: Sequence[int], known: Mapping[int, LayerKnowledge]) -> dict[str, str]:
-    """See ``Edit.needs``; empty where what is needed is not there."""
+def list_needs(
+    routing: Routing, layers: Sequence[int], known: Mapping[int, LayerKnowledge]
+) -> dict[str, str]:
+    """The value of ``Edit.needs``; an empty checksum where what is needed is missing."""
     out = {}
-    leans = routing.memory != "edit" or routing.alpha == "adaptive"
-    if routing.external == "latent" and leans:
+    uses_memory = routing.memory != "edit" or routing.alpha == "adaptive"
+    if routing.external == "latent" and uses_memory:
         parts = [(i, known[i].checksum, len(known[i].bank)) for i in layers if i in known]
         whole = len(parts) == len(layers)
         out["knowledge"] = hashlib.sha256(repr(parts).encode()).hexdigest() if whole else ""
@@ -28,8 +30,8 @@ def needs_of(routing: Routing, layers: Sequence[int], known: Mapping[int, LayerK
     return out
 
 
-def packed_records(records: Sequence[EditRecord], routing: Routing) -> Content:
-    """Of each patch the values with zeta's share in them: what it was trained with isn't needed again."""
+def pack_records(records: Sequence[EditRecord], routing: Routing) -> Content:
+    """The records' parts; a patch's values include zeta's share, so that zeta itself is not needed."""
     tensors = {}
     for n, record in enumerate(records):
         for index, share in record.layers.items():
@@ -54,20 +56,20 @@ def packed_records(records: Sequence[EditRecord], routing: Routing) -> Content:
     return Content(values, tensors)
 
 
-def unpacked_records(content: Content, routing: Routing, backbone: Backbone) -> tuple[EditRecord, ...]:
-    """Raises as ``Edit.unpacked``."""
-    layers, names = content.value("layers", list), content.texts("records")
+def unpack_records(content: Content, routing: Routing, backbone: Backbone) -> tuple[EditRecord, ...]:
+    """The records of ``pack_records``; raises as ``Edit.unpack``."""
+    layers, names = content.take_value("layers", list), content.take_texts("records")
     if not layers or layers != [i for i in range(len(backbone.layout)) if i in layers]:
         raise ValueError(f"layers: expected ascending numbers below {len(backbone.layout)}")
-    shown = content.texts("demonstrations")
+    shown = content.take_texts("demonstrations")
     if not names or None in names or len(shown) != len(names):
         raise ValueError("records: expected one or more, and a demonstration or null for each")
     records = [
         EditRecord(
             str(name),
-            {i: _share(content, f"{n}.{i}", backbone, i) for i in layers},
+            {i: _unpack_share(content, f"{n}.{i}", backbone, i) for i in layers},
             shown[n],
-            content.tensor(f"{n}.scope_key", None) if f"{n}.scope_key" in content.tensors else None,
+            content.take_tensor(f"{n}.scope_key", None) if f"{n}.scope_key" in content.tensors else None,
         )
         for n, name in enumerate(names)
     ]
@@ -78,22 +80,22 @@ def unpacked_records(content: Content, routing: Routing, backbone: Backbone) -> 
     return tuple(records)
 
 
-def _share(content: Content, at: str, backbone: Backbone, index: int) -> LayerShare:
+def _unpack_share(content: Content, at: str, backbone: Backbone, index: int) -> LayerShare:
     width = backbone.layout.width
-    key, value = (content.tensor(f"{at}.{part}", width, dtypes=ANY) for part in ("key", "value"))
+    key, value = (content.take_tensor(f"{at}.{part}", width, dtypes=ANY) for part in ("key", "value"))
     patched = f"{at}.patch.keys" in content.tensors
-    return LayerShare(key, value, _patch(content, f"{at}.patch", backbone, index) if patched else None)
+    return LayerShare(key, value, _unpack_patch(content, f"{at}.patch", backbone, index) if patched else None)
 
 
-def _patch(content: Content, at: str, backbone: Backbone, index: int) -> KeyValuePatch:
+def _unpack_patch(content: Content, at: str, backbone: Backbone, index: int) -> KeyValuePatch:
     width, site = backbone.layout.width, backbone.layout.ffn(index)
-    keys = content.tensor(f"{at}.keys", width, None)
+    keys = content.take_tensor(f"{at}.keys", width, None)
     pairs = keys.shape[1]
-    own = {"keys": keys, "values": content.tensor(f"{at}.values", pairs, width)}
+    own = {"keys": keys, "values": content.take_tensor(f"{at}.values", pairs, width)}
     if site.gated:
-        own["up"] = content.tensor(f"{at}.up", width, pairs)
+        own["up"] = content.take_tensor(f"{at}.up", width, pairs)
     else:
-        own["bias"] = content.tensor(f"{at}.bias", pairs)
+        own["bias"] = content.take_tensor(f"{at}.bias", pairs)
     # A generator of its own: loading an edit draws nothing from the run's.
     patch = KeyValuePatch(width, pairs, site.activation, site.gated, generator=torch.Generator())
     patch.load_state_dict(own, assign=True)

@@ -1,4 +1,4 @@
-"""UniKE's edits, and T-Patcher's: patches and knowledge states in the last layers, routed by the prompt."""
+"""UniKE's and T-Patcher's edits: patches and knowledge states in the last layers, routed by the prompt."""
 
 from __future__ import annotations
 
@@ -13,12 +13,19 @@ import torch
 
 from unike.backbones.base import Backbone
 from unike.edits.activity import Activity, LayerRetrieval, RetrievedItem
-from unike.edits.base import Edit, Inspection, Together
+from unike.edits.base import Edit, EditBatch, Inspection
 from unike.edits.content import Content, Shared
-from unike.edits.decisions import OWN, bank_items, count_firing, explained, item_names, list_retrieved
-from unike.edits.packing import needs_of, packed_records, unpacked_records
-from unike.edits.runtime import LayerRuntime, ScopeGate, adapter_of, running
-from unike.edits.shares import EditRecord, LayerKnowledge, Routing, measure_of
+from unike.edits.decisions import (
+    OWN,
+    build_item_namer,
+    count_firing,
+    explain_decisions,
+    list_memory_items,
+    list_retrieved,
+)
+from unike.edits.packing import list_needs, pack_records, unpack_records
+from unike.edits.runtime import LayerRuntime, ScopeGate, build_adapter, run_layers
+from unike.edits.shares import EditRecord, LayerKnowledge, Routing, find_classifier
 from unike.knowledge.adapter import Shift
 from unike.knowledge.batching import OwnedMemory, Owners
 from unike.knowledge.memory import GrowingRows, KnowledgeMemory
@@ -26,63 +33,61 @@ from unike.knowledge.patch import KeyValuePatch, PatchBatch, PatchStack
 from unike.types import Query
 
 
-class Stacks:
-    """The frozen records of a routed edit as tensors that grow with it: their own pairs and patches by
-    layer, and their keys of scope ``(E, r)``."""
+class RecordStacks:
+    """The frozen records of a routed edit as tensors that grow with it: their own pairs and patches by layer,
+    and their keys in the scope classifier's space ``(E, r)``."""
 
     def __init__(self, records: Sequence[EditRecord]) -> None:
         layers = list(records[0].layers)
         self.keys = {i: GrowingRows(torch.stack([r.layers[i].key for r in records])) for i in layers}
         self.values = {i: GrowingRows(torch.stack([r.layers[i].value for r in records])) for i in layers}
-        self.patches = {i: PatchStack(p) for i in layers if (p := _patches(records, i))}
-        keys = _scope_keys(records)
+        self.patches = {i: PatchStack(p) for i in layers if (p := _collect_patches(records, i))}
+        keys = _stack_scope_keys(records)
         self.scope_keys = None if keys is None else GrowingRows(keys)
 
     def __len__(self) -> int:
         return len(next(iter(self.keys.values())))
 
-    def extended(self, records: Sequence[EditRecord]) -> Stacks:
-        """With further records; what is there is shared."""
-        out = object.__new__(Stacks)
-        out.keys = {
-            i: g.extended(torch.stack([r.layers[i].key for r in records])) for i, g in self.keys.items()
-        }
+    def grow(self, records: Sequence[EditRecord]) -> RecordStacks:
+        """These records and further ones; what is there is shared."""
+        out = object.__new__(RecordStacks)
+        out.keys = {i: g.grow(torch.stack([r.layers[i].key for r in records])) for i, g in self.keys.items()}
         out.values = {
-            i: g.extended(torch.stack([r.layers[i].value for r in records])) for i, g in self.values.items()
+            i: g.grow(torch.stack([r.layers[i].value for r in records])) for i, g in self.values.items()
         }
-        out.patches = {i: p.extended(_patches(records, i)) for i, p in self.patches.items()}
-        keys = _scope_keys(records)
+        out.patches = {i: p.grow(_collect_patches(records, i)) for i, p in self.patches.items()}
+        keys = _stack_scope_keys(records)
         kept = self.scope_keys
-        out.scope_keys = None if kept is None or keys is None else kept.extended(keys)
+        out.scope_keys = None if kept is None or keys is None else kept.grow(keys)
         return out
 
 
-def _patches(records: Sequence[EditRecord], index: int) -> list[KeyValuePatch]:
+def _collect_patches(records: Sequence[EditRecord], index: int) -> list[KeyValuePatch]:
     return [p for r in records if (p := r.layers[index].patch) is not None]
 
 
-def _scope_keys(records: Sequence[EditRecord]) -> torch.Tensor | None:
+def _stack_scope_keys(records: Sequence[EditRecord]) -> torch.Tensor | None:
     keys = [r.scope_key for r in records if r.scope_key is not None]
     return torch.stack(keys) if keys else None
 
 
-def _folded(record: EditRecord) -> bool:
-    """Whether zeta's share is in the patches' values already, as in a loaded edit's."""
+def _is_folded(record: EditRecord) -> bool:
+    """Whether zeta's share is part of the patches' values already, as in a loaded edit."""
     return all(s.patch is None or s.patch.zeta is None for s in record.layers.values())
 
 
-def _live(record: EditRecord) -> bool:
-    """Whether the record is in training: its patches must be read anew at every step."""
+def _is_training(record: EditRecord) -> bool:
+    """Whether the record is in training: its patches change at every step."""
     return any(s.patch is not None and s.patch.keys.requires_grad for s in record.layers.values())
 
 
 @dataclass
 class RoutedEdit(Edit):
-    """UniKE's edit: patches beside feed-forward networks, shifted attention, and who may speak.
+    """UniKE's edit: patches beside feed-forward networks, shifted attention, and a scope gate.
 
-    ``records`` share the ``knowledge`` (bank and encoders by layer) and the ``routing``. After a
-    forward pass ``trace`` holds each layer's decision for the last batch of prompts, and ``scopes``
-    each prompt's similarity with the nearest edit where a gate is on.
+    ``records`` share the ``knowledge`` (memory and encoders by layer) and the ``routing``. After a forward
+    pass ``trace`` holds each layer's decision for the last batch of prompts, and ``scopes`` each prompt's
+    similarity with the nearest edit where a gate is on.
     """
 
     kind = "routed"
@@ -92,8 +97,8 @@ class RoutedEdit(Edit):
     info: dict[str, Any] = field(default_factory=dict)
     trace: dict[int, Shift] = field(default_factory=dict, repr=False)
     gate: ScopeGate | None = field(default=None, init=False, repr=False)
-    # Of the records that an edit begins with, shared with the edit that it was composed from.
-    _stacks: Stacks | None = field(default=None, init=False, repr=False)
+    # Of the leading records, shared with the edit that this one was composed from.
+    _stacks: RecordStacks | None = field(default=None, init=False, repr=False)
 
     @property
     def layers(self) -> list[int]:
@@ -105,27 +110,27 @@ class RoutedEdit(Edit):
 
     @contextmanager
     def applied(self, backbone: Backbone) -> Iterator[None]:
-        stacks = self._stacked()
+        stacks = self._stack_frozen()
         tail = self.records[0 if stacks is None else len(stacks) :]
-        self.gate = _gate(self, stacks, tail)
+        self.gate = _build_gate(self, stacks, tail)
         runtimes = {}
         for index in self.layers:
-            own = partial(_with_own, stacks, tail, index)
-            adapter = adapter_of(backbone, index, self.routing, self.knowledge.get(index), own)
-            speaking = _Speaking(stacks, tail, index, self.gate)
+            own = partial(_join_own_pairs, stacks, tail, index)
+            adapter = build_adapter(backbone, index, self.routing, self.knowledge.get(index), own)
+            extra = _ExtraPairs(stacks, tail, index, self.gate)
             runtimes[index] = LayerRuntime(
                 backbone.prompt, index, index == self.layers[0], self.gate, adapter,
-                self.routing.memory != "bank", speaking if speaking.patched else None, self.trace,
+                self.routing.memory != "bank", extra if extra.patched else None, self.trace,
             )  # fmt: skip
-        with running(backbone, runtimes):
+        with run_layers(backbone, runtimes):
             yield
 
-    def _stacked(self) -> Stacks | None:
-        """The tensors of the leading records that are not in training; made once, and only added to."""
+    def _stack_frozen(self) -> RecordStacks | None:
+        """The tensors of the leading records that are not in training; they are only ever added to."""
         known = 0 if self._stacks is None else len(self._stacks)
-        fresh = list(itertools.takewhile(lambda r: not _live(r), self.records[known:]))
+        fresh = list(itertools.takewhile(lambda r: not _is_training(r), self.records[known:]))
         if fresh:
-            self._stacks = Stacks(fresh) if self._stacks is None else self._stacks.extended(fresh)
+            self._stacks = RecordStacks(fresh) if self._stacks is None else self._stacks.grow(fresh)
         return self._stacks
 
     def changes_prefix(self, backbone: Backbone, first: int) -> bool:
@@ -150,7 +155,7 @@ class RoutedEdit(Edit):
         return self.layers, self.routing, None if patch is None else (patch.gated, patch.keys.shape)
 
     def needs(self) -> dict[str, str]:
-        return needs_of(self.routing, self.layers, self.knowledge)
+        return list_needs(self.routing, self.layers, self.knowledge)
 
     def shares_needs(self, other: Edit) -> bool:
         # The same objects need no checksum, which of a large memory takes seconds.
@@ -159,14 +164,14 @@ class RoutedEdit(Edit):
         )
         return same or super().shares_needs(other)
 
-    def packed(self) -> Content:
-        return packed_records(self.records, self.routing)
+    def pack(self) -> Content:
+        return pack_records(self.records, self.routing)
 
     @classmethod
-    def unpacked(cls, content: Content, backbone: Backbone, shared: Shared) -> RoutedEdit:
-        routing = Routing.checked(content.value("routing", dict))
-        out = cls(unpacked_records(content, routing, backbone), routing, shared.knowledge)
-        # Else it would retrieve from knowledge that it was made without.
+    def unpack(cls, content: Content, backbone: Backbone, shared: Shared) -> RoutedEdit:
+        routing = Routing.parse(content.take_value("routing", dict))
+        out = cls(unpack_records(content, routing, backbone), routing, shared.knowledge)
+        # It would retrieve from knowledge that it was made without.
         return out if out.needs() else replace(out, knowledge={})
 
     @property
@@ -187,7 +192,7 @@ class RoutedEdit(Edit):
     def _describe_item(self, inspection: Inspection) -> Callable[[int, float, float], RetrievedItem]:
         """From place, similarity and weight to an item: the knowledge memory's by its text, an edit's own by
         its request."""
-        texts, bank = bank_items(self.routing, self.knowledge.get(self.layers[0]))
+        texts, bank = list_memory_items(self.routing, self.knowledge.get(self.layers[0]))
 
         def describe(place: int, similarity: float, weight: float) -> RetrievedItem:
             if place < bank:
@@ -217,8 +222,8 @@ class RoutedEdit(Edit):
 
     def explain(self) -> dict[str, list[Any]]:
         own = [OWN] if len(self.records) == 1 else [f"edit {r.id}" for r in self.records]
-        names = item_names(self.routing, self.knowledge.get(self.layers[0]), own)
-        return explained(self.trace, self.scopes, names)
+        names = build_item_namer(self.routing, self.knowledge.get(self.layers[0]), own)
+        return explain_decisions(self.trace, self.scopes, names)
 
     def rewrite(self, query: Query) -> Query:
         shown = [r.demonstration for r in self.records if r.demonstration is not None]
@@ -227,30 +232,32 @@ class RoutedEdit(Edit):
         facts = "\n".join(f"New Fact: {text}" for text in shown)
         return replace(query, prompt=f"{facts}\nPrompt: {query.prompt}")
 
-    def together(self, edits: Sequence[Edit]) -> RoutedTogether | None:
+    def batch(self, edits: Sequence[Edit]) -> RoutedBatch | None:
         same = [e for e in edits if isinstance(e, RoutedEdit) and len(e.records) == 1]
         if len(same) < len(edits) or any(e.routing != self.routing for e in same):
             return None
         if not all(self.shares_needs(e) for e in same):
             return None
-        if len({_folded(e.records[0]) for e in same}) > 1:
+        if len({_is_folded(e.records[0]) for e in same}) > 1:
             return None
-        return RoutedTogether([e.records[0] for e in same], self.routing, self.knowledge)
+        return RoutedBatch([e.records[0] for e in same], self.routing, self.knowledge)
 
-    def joined(self, other: Edit) -> Edit | None:
+    def join(self, other: Edit) -> Edit | None:
         if not isinstance(other, RoutedEdit) or self._kind != other._kind:
             return None
         out = RoutedEdit(self.records + other.records, other.routing, other.knowledge, other.info)
-        out._stacks = self._stacked()
+        out._stacks = self._stack_frozen()
         return out
 
 
-def _gate(edit: RoutedEdit, stacks: Stacks | None, tail: Sequence[EditRecord]) -> ScopeGate | None:
+def _build_gate(
+    edit: RoutedEdit, stacks: RecordStacks | None, tail: Sequence[EditRecord]
+) -> ScopeGate | None:
     routing, first = edit.routing, edit.layers[0]
     if routing.scope_gate == "none":
         return None
-    measure = measure_of(routing, edit.knowledge, first)
-    if measure is None:
+    classifier = find_classifier(routing, edit.knowledge, first)
+    if classifier is None:
         parts = [] if stacks is None else [stacks.keys[first].tensor]
         parts += [r.layers[first].key[None] for r in tail]
     else:
@@ -258,45 +265,45 @@ def _gate(edit: RoutedEdit, stacks: Stacks | None, tail: Sequence[EditRecord]) -
         parts += [r.scope_key[None] for r in tail if r.scope_key is not None]
     keys = torch.cat(parts)
     if len(keys) != len(edit.records):
-        raise ValueError("scope_measure: trained needs the measure, and cosine a scope_threshold")
-    return ScopeGate(routing, measure, keys, frozen=0 if stacks is None else len(stacks))
+        raise ValueError("scope_measure: trained needs a scope classifier, and cosine a scope_threshold")
+    return ScopeGate(routing, classifier, keys, frozen=0 if stacks is None else len(stacks))
 
 
-def _with_own(
-    stacks: Stacks | None, tail: Sequence[EditRecord], index: int, bank: KnowledgeMemory
+def _join_own_pairs(
+    stacks: RecordStacks | None, tail: Sequence[EditRecord], index: int, bank: KnowledgeMemory
 ) -> KnowledgeMemory:
-    """The bank with the records' own pairs behind it, in their order."""
+    """The knowledge memory with the records' own pairs after it, in their order."""
     if stacks is not None:
-        bank = bank.extended(stacks.keys[index].tensor, stacks.values[index].tensor)
+        bank = bank.join_pairs(stacks.keys[index].tensor, stacks.values[index].tensor)
     for record in tail:
         share = record.layers[index]
-        bank = bank.extended(share.key[None], share.value[None])
+        bank = bank.join_pairs(share.key[None], share.value[None])
     return bank
 
 
-class _Speaking:
-    """One layer's extra pairs: those of frozen records, and of the ones in training."""
+class _ExtraPairs:
+    """One layer's extra pairs: those of frozen records, and of records in training."""
 
     def __init__(
-        self, stacks: Stacks | None, tail: Sequence[EditRecord], index: int, gate: ScopeGate | None
+        self, stacks: RecordStacks | None, tail: Sequence[EditRecord], index: int, gate: ScopeGate | None
     ) -> None:
         self.stack = None if stacks is None else stacks.patches.get(index)
         self.gate, frozen = gate, 0 if stacks is None else len(stacks)
         patches = [(frozen + e, r.layers[index].patch) for e, r in enumerate(tail)]
-        self.live = [(e, p) for e, p in patches if p is not None]
-        self.patched = self.stack is not None or bool(self.live)
+        self.training = [(e, p) for e, p in patches if p is not None]
+        self.patched = self.stack is not None or bool(self.training)
 
     def __call__(self, batch: torch.Tensor) -> torch.Tensor:
         opened = None if self.gate is None else self.gate.opened
         extra = torch.zeros_like(batch) if self.stack is None else self.stack(batch, opened)
-        for e, patch in self.live:
-            spoken = patch(batch)
-            extra = extra + (spoken if self.gate is None else spoken * self.gate.open[:, e, None, None])
+        for e, patch in self.training:
+            added = patch(batch)
+            extra = extra + (added if self.gate is None else added * self.gate.open[:, e, None, None])
         return extra
 
 
-class RoutedTogether(Together):
-    """Routed edits of one record each, made independently, asked side by side."""
+class RoutedBatch(EditBatch):
+    """Independent routed edits of one record each, batched."""
 
     def __init__(
         self, records: Sequence[EditRecord], routing: Routing, knowledge: Mapping[int, LayerKnowledge]
@@ -307,8 +314,8 @@ class RoutedTogether(Together):
             i: tuple(torch.stack([getattr(r.layers[i], part) for r in records]) for part in ("key", "value"))
             for i in self.layers
         }
-        self.patches = {i: PatchBatch(p) for i in self.layers if (p := _patches(records, i))}
-        self.scope_keys = _scope_keys(records)
+        self.patches = {i: PatchBatch(p) for i in self.layers if (p := _collect_patches(records, i))}
+        self.scope_keys = _stack_scope_keys(records)
         self.trace: dict[int, Shift] = {}
         self.gate: ScopeGate | None = None
 
@@ -316,7 +323,7 @@ class RoutedTogether(Together):
         return len(self.own[self.layers[0]][0])
 
     def keep(self, rows: torch.Tensor) -> None:
-        """Goes on with the edits ``rows`` alone; the others get their patches back."""
+        """Drops all edits but ``rows``; what the others have learned goes back to their patches."""
         self.own = {i: tuple(t[rows] for t in pair) for i, pair in self.own.items()}
         self.scope_keys = None if self.scope_keys is None else self.scope_keys[rows]
         for patch in self.patches.values():
@@ -326,29 +333,29 @@ class RoutedTogether(Together):
     def applied(self, backbone: Backbone, owners: torch.Tensor) -> Iterator[None]:
         owned, first = Owners(owners, len(self)), self.layers[0]
         if self.routing.scope_gate != "none":
-            measure = measure_of(self.routing, self.knowledge, first)
-            keys = self.own[first][0] if measure is None else self.scope_keys
+            classifier = find_classifier(self.routing, self.knowledge, first)
+            keys = self.own[first][0] if classifier is None else self.scope_keys
             assert keys is not None
-            self.gate = ScopeGate(self.routing, measure, keys, owned)
+            self.gate = ScopeGate(self.routing, classifier, keys, owned)
         runtimes = {}
         for index in self.layers:
             keys, values = (t[owners] for t in self.own[index])
             own = partial(OwnedMemory, keys=keys, values=values)
-            adapter = adapter_of(backbone, index, self.routing, self.knowledge.get(index), own)
-            extra = partial(self._extra, index, owned) if index in self.patches else None
+            adapter = build_adapter(backbone, index, self.routing, self.knowledge.get(index), own)
+            extra = partial(self._add_pairs, index, owned) if index in self.patches else None
             runtimes[index] = LayerRuntime(
                 backbone.prompt, index, index == first, self.gate, adapter, self.routing.memory != "bank",
                 extra, self.trace,
             )  # fmt: skip
-        with running(backbone, runtimes):
+        with run_layers(backbone, runtimes):
             yield
 
-    def _extra(self, index: int, owned: Owners, batch: torch.Tensor) -> torch.Tensor:
+    def _add_pairs(self, index: int, owned: Owners, batch: torch.Tensor) -> torch.Tensor:
         folded = owned.fold(batch)
-        spoken = self.patches[index](folded.flatten(1, 2)).unflatten(1, folded.shape[1:3])
-        spoken = owned.unfold(spoken)
-        return spoken if self.gate is None else spoken * self.gate.open[:, :, None]
+        added = self.patches[index](folded.flatten(1, 2)).unflatten(1, folded.shape[1:3])
+        added = owned.unfold(added)
+        return added if self.gate is None else added * self.gate.open[:, :, None]
 
     def explain(self) -> dict[str, list[Any]]:
-        names = item_names(self.routing, self.knowledge.get(self.layers[0]), [OWN])
-        return explained(self.trace, None if self.gate is None else self.gate.scopes, names)
+        names = build_item_namer(self.routing, self.knowledge.get(self.layers[0]), [OWN])
+        return explain_decisions(self.trace, None if self.gate is None else self.gate.scopes, names)

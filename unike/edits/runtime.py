@@ -1,4 +1,4 @@
-"""One decoder layer while routed edits are applied: what is decided at a prompt's end, and done since."""
+"""One decoder layer while routed edits are applied: it decides at a prompt's end, and acts from then on."""
 
 from __future__ import annotations
 
@@ -17,78 +17,78 @@ from unike.knowledge.adapter import AdapterLayer, Shift
 from unike.knowledge.batching import Owners
 from unike.knowledge.memory import KnowledgeMemory
 from unike.knowledge.patch import OpenEdits
-from unike.knowledge.scope import ScopeMeasure, open_edits
+from unike.knowledge.scope import TrainedScope, select_edits
 
 Extra = Callable[[torch.Tensor], torch.Tensor]
 
 
 class ScopeGate:
-    """Which edits may speak for a prompt, decided where the edited layers begin.
+    """Which edits apply to a prompt, decided where the edited layers begin.
 
-    The states there are the base model's, whatever edits are applied: the decision depends on the
-    prompt alone. ``threshold`` opens every edit whose own key is similar enough; ``nearest`` only the
-    most similar of them. Similarity is the cosine of the states at the prompt's last token, or that of
-    the trained space. ``keys (E, r)`` are the edits'; with ``owners`` a row meets its own edit's alone.
-    ``opened`` says it of the first ``frozen`` of them.
+    The states there are the base model's, whatever edits are applied: the decision depends on the prompt
+    alone. With ``threshold`` every edit applies whose key is similar enough, with ``nearest`` only the most
+    similar of them. Similarity is the cosine of the states at the prompt's last token, or in the learned
+    space of the ``classifier``. ``keys (E, r)`` are the edits'; with ``owners`` each row is compared with its
+    own edit's key only. ``opened`` is the decision for the first ``frozen`` edits.
     """
 
     def __init__(
         self,
         routing: Routing,
-        measure: ScopeMeasure | None,
+        classifier: TrainedScope | None,
         keys: torch.Tensor,
         owners: Owners | None = None,
         frozen: int = 0,
     ) -> None:
         self.nearest, self.latent = routing.scope_gate == "nearest", routing.scope_halves == "both"
-        self.measure, self.owners = measure, owners
+        self.classifier, self.owners = classifier, owners
         threshold = routing.scope_threshold
-        if measure is not None and threshold is None:
-            threshold = measure.threshold(1 if owners is not None else len(keys))
-        if threshold is None or (routing.scope_measure == "trained") != (measure is not None):
-            raise ValueError("scope_measure: trained needs the measure, and cosine a scope_threshold")
+        if classifier is not None and threshold is None:
+            threshold = classifier.find_threshold(1 if owners is not None else len(keys))
+        if threshold is None or (routing.scope_measure == "trained") != (classifier is not None):
+            raise ValueError("scope_measure: trained needs a scope classifier, and cosine a scope_threshold")
         self.threshold = threshold
         self.directions = F.normalize(keys.float(), dim=-1)
         self.open = torch.zeros(0, len(keys), dtype=torch.bool)
-        # Each prompt's with each edit, (B, E), or with its own alone, (B, 1).
+        # Of each prompt with each edit, (B, E), or with its own edit only, (B, 1).
         self.similarity: torch.Tensor | None = None
         self.frozen, self.opened = frozen, OpenEdits.of(self.open)
 
     @property
     def scopes(self) -> torch.Tensor | None:
-        """Each prompt's similarity with the nearest edit, ``(B)``."""
+        """Each prompt's similarity with the nearest edit, ``(B)``; None before the first prompt."""
         return None if self.similarity is None else self.similarity.amax(1)
 
     @torch.no_grad()
     def decide(self, x: torch.Tensor, prompt: Prompt) -> None:
-        """What enters the first edited layer, ``x (B, T, d)``: sets ``open (B, E)``."""
+        """Sets ``open (B, E)`` and ``similarity`` by what enters the first edited layer, ``x (B, T, d)``."""
         end = prompt.question_end
         assert end is not None
         assert prompt.attention_mask is not None
-        if self.measure is None:
+        if self.classifier is None:
             query = F.normalize(x[torch.arange(len(x), device=x.device), end].float(), dim=-1)
         else:
             places = torch.arange(x.shape[1], device=x.device)
             asked = prompt.attention_mask.bool() & (places <= end[:, None])
-            query = self.measure.encoder(x, asked)
+            query = self.classifier.encoder(x, asked)
         if self.owners is None:
             similarity = query @ self.directions.T
         else:
             similarity = (query * self.directions[self.owners.index]).sum(-1, keepdim=True)
-        self.open = open_edits(similarity, self.threshold, self.nearest)
+        self.open = select_edits(similarity, self.threshold, self.nearest)
         self.similarity = similarity
         self.opened = OpenEdits.of(self.open[:, : self.frozen])
 
-    def allowed(self) -> torch.Tensor | None:
-        """Which of a memory's last items, the edits' own, a prompt may retrieve; None: all."""
+    def list_allowed(self) -> torch.Tensor | None:
+        """Which of a memory's last items, the edits' own, a prompt may retrieve, ``(B, E)``; None: all."""
         return self.open if self.latent else None
 
 
 @dataclass
 class LayerRuntime:
-    """One layer: ``adapter`` shifts attention, ``extra`` adds to the feed-forward network's output
-    ``(B, T, d)``; the ``first`` edited layer asks the gate. ``owned``: the adapter's memory holds the
-    edits' own items."""
+    """One layer: ``adapter`` shifts attention, ``extra`` adds ``(B, T, d)`` to the feed-forward network's
+    output, and in the ``first`` edited layer the gate decides. ``owned``: whether the adapter's memory holds
+    the edits' own items."""
 
     prompt: Prompt
     index: int
@@ -102,6 +102,7 @@ class LayerRuntime:
     shift: Shift | None = None
 
     def after_attention(self, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        """The attention's output, shifted; ``x`` is what enters the attention."""
         if self.decided != self.prompt.number:
             self._decide(x)
         if self.adapter is None or self.shift is None:
@@ -109,20 +110,21 @@ class LayerRuntime:
         return self.adapter.apply(x, output, self.shift)
 
     def _decide(self, x: torch.Tensor) -> None:
-        """Once per prompt, at its last token; kept while the answer is decoded."""
+        """Decides once per prompt, at its last token; the decision stays while the answer is decoded."""
         self.decided = self.prompt.number
         end = self.prompt.question_end
-        assert end is not None, "an edit must be asked through its backbone"
+        assert end is not None, "an edited model must be called through its backbone"
         if self.gate is not None and self.first:
             self.gate.decide(x, self.prompt)
         if self.adapter is not None:
             allowed = None
             if self.gate is not None and self.owned:
-                allowed = self.gate.allowed()
+                allowed = self.gate.list_allowed()
             self.shift = self.adapter.decide(x[torch.arange(len(x), device=x.device), end], allowed)
             self.trace[self.index] = self.shift
 
     def after_ffn(self, queries: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        """The feed-forward network's output, with what is added for its inputs ``queries``."""
         assert self.extra is not None
         # OPT hands its feed-forward network all rows' tokens in one dimension.
         batch = queries.reshape(len(self.prompt.question_end), -1, queries.shape[-1])  # type: ignore[arg-type]
@@ -130,8 +132,8 @@ class LayerRuntime:
 
 
 @contextmanager
-def running(backbone: Backbone, runtimes: Mapping[int, LayerRuntime]) -> Iterator[None]:
-    """The layers run with their runtimes inside the block."""
+def run_layers(backbone: Backbone, runtimes: Mapping[int, LayerRuntime]) -> Iterator[None]:
+    """Inside the block the layers run with their runtimes, given by layer."""
     afters: list[tuple[nn.Module, nn.Module, After]] = []
     for index, runtime in sorted(runtimes.items()):
         attention, ffn = backbone.layout.attention(index), backbone.layout.ffn(index)
@@ -142,14 +144,15 @@ def running(backbone: Backbone, runtimes: Mapping[int, LayerRuntime]) -> Iterato
         yield
 
 
-def adapter_of(
+def build_adapter(
     backbone: Backbone,
     index: int,
     routing: Routing,
     known: LayerKnowledge | None,
     own: Callable[[KnowledgeMemory], KnowledgeMemory],
 ) -> AdapterLayer | None:
-    """The external half of a layer; ``own`` puts the edits' own items behind the bank."""
+    """The external half of a layer, None where it is off; ``own`` adds the edits' own items after those of
+    the knowledge memory."""
     if routing.external != "latent":
         return None
     memory = KnowledgeMemory.empty(backbone.layout.width, backbone.device)

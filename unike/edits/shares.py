@@ -1,4 +1,4 @@
-"""What routed edits are made of: an edit's own share in each layer, and what all of them share."""
+"""What routed edits consist of: each edit's own part in each layer, and what all of them share."""
 
 from __future__ import annotations
 
@@ -15,28 +15,27 @@ from unike.config.combined import RoutingOptions
 from unike.edits.content import digest
 from unike.knowledge.memory import KnowledgeMemory
 from unike.knowledge.patch import KeyValuePatch
-from unike.knowledge.scope import ScopeMeasure
+from unike.knowledge.scope import TrainedScope
 from unike.types import KnowledgeItem
 
 
 @dataclass(frozen=True)
 class LayerKnowledge:
-    """One layer's bank, semantic encoder, zeta, and remembered feed-forward inputs ``(m, d)``; in the first
-    edited layer the trained measure of scope, if one is used. ``origin`` is the checksum of the file that
-    bank and encoder come from, if they come from one; ``items`` are the bank's as texts, where these are
-    known."""
+    """One layer's knowledge memory (``bank``), semantic encoder, zeta, and remembered feed-forward inputs
+    ``(m, d)``; in the first edited layer also the scope classifier, if one is used. ``origin`` is the
+    checksum of the file that memory and encoder come from, if any; ``items`` are the memory's texts."""
 
     bank: KnowledgeMemory
     semantic: nn.Module
     ffn_queries: torch.Tensor
     zeta: torch.Tensor | None = None
-    scope: ScopeMeasure | None = None
+    scope: TrainedScope | None = None
     origin: str = ""
     items: Sequence[KnowledgeItem] = ()
 
     @cached_property
     def checksum(self) -> str:
-        """Of bank and semantic encoder: the file's, or that of their numbers."""
+        """Of memory and semantic encoder: the file's, or that of their numbers."""
         own = {"keys": self.bank.keys, "values": self.bank.values, **self.semantic.state_dict()}
         return self.origin or digest(own)
 
@@ -52,8 +51,8 @@ class LayerKnowledge:
 
 @dataclass(frozen=True)
 class LayerShare:
-    """What one edit owns in one layer: its own pair ``key = h_sem``, ``value = h_pos`` ``(d)``, and
-    its patch if the intrinsic half is on."""
+    """One edit's own part in one layer: its pair ``key = h_sem``, ``value = h_pos`` ``(d)``, and its patch if
+    the intrinsic half is on."""
 
     key: torch.Tensor
     value: torch.Tensor
@@ -61,14 +60,14 @@ class LayerShare:
 
     @property
     def kind(self) -> tuple[bool, int] | None:
-        """Of the patch: whether it is gated, and how many pairs it has; alike in all edits of one model."""
+        """Of the patch: whether it is gated, and its number of pairs; the same in all edits of one model."""
         return None if self.patch is None else (self.patch.gated, self.patch.keys.shape[1])
 
 
 @dataclass(frozen=True)
 class EditRecord:
-    """One edit of a routed edit: its shares by layer, and its key ``(r)`` in the trained space of
-    scope."""
+    """One request's part of a routed edit: its shares by layer, and its key ``(r)`` for the scope
+    classifier."""
 
     id: str
     layers: Mapping[int, LayerShare]
@@ -78,7 +77,7 @@ class EditRecord:
 
 @dataclass(frozen=True)
 class Routing:
-    """How a routed edit answers; the fields are the YAML's keys."""
+    """How a routed edit answers; the fields are keys of the YAML."""
 
     external: str = "latent"
     memory: str = "both"
@@ -93,8 +92,8 @@ class Routing:
     scope_halves: str = "intrinsic"
 
     @classmethod
-    def checked(cls, values: Mapping[str, Any]) -> Routing:
-        """From plain values; UserError for those that no YAML may have, ValueError for other names."""
+    def parse(cls, values: Mapping[str, Any]) -> Routing:
+        """From plain values; UserError for values that no YAML may have, ValueError for unknown names."""
         if values.keys() != cls.__dataclass_fields__.keys():
             raise ValueError(f"routing: expected {', '.join(cls.__dataclass_fields__)}")
         options = RoutingOptions(**values, source="routing")
@@ -105,7 +104,9 @@ class Routing:
         return routing
 
 
-def measure_of(routing: Routing, knowledge: Mapping[int, LayerKnowledge], first: int) -> ScopeMeasure | None:
-    """The trained measure, where the routing wants it."""
+def find_classifier(
+    routing: Routing, knowledge: Mapping[int, LayerKnowledge], first: int
+) -> TrainedScope | None:
+    """The scope classifier, where the routing uses one."""
     known = knowledge.get(first)
     return known.scope if routing.scope_measure == "trained" and known is not None else None

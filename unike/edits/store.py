@@ -78,7 +78,7 @@ class EditStore:
         try:
             with writing(self.folder, resumable=False):
                 self.folder.mkdir(parents=True, exist_ok=True)
-                checksum = write(edit.unsaved(), part)
+                checksum = write(edit.as_unsaved(), part)
                 with self._locked():
                     self._take(edit, part, f"{_plain(edit.id)}-{checksum[:12]}", replace)
         finally:

@@ -14,7 +14,7 @@ import torch
 
 from unike.backbones.base import IGNORED, Backbone, Batch, PrefixState, encode_queries
 from unike.backbones.prefix import PrefixCache
-from unike.edits import Edit, Together
+from unike.edits import Edit, EditBatch
 from unike.evaluation.metrics import RANKS, Reading, needs_ranks
 from unike.types import Case, Query
 
@@ -122,7 +122,7 @@ class Reader:
             drafts = [[r.generated or None for r in self.base(case)] for case in some]
             together = None
             if len(some) > 1 and not any(e.changes_prefix(self.backbone, self.prefixes.first) for e in own):
-                together = own[0].together(own)
+                together = own[0].batch(own)
             if together is None:
                 for case, edit, draft in zip(some, own, drafts, strict=True):
                     out += self._ask([case], edit, draft, self.generated)
@@ -145,7 +145,7 @@ class Reader:
             yield some
 
     def _ask_each(
-        self, cases: Sequence[Case], edits: Sequence[Edit], together: Together, drafts: Sequence[str | None]
+        self, cases: Sequence[Case], edits: Sequence[Edit], together: EditBatch, drafts: Sequence[str | None]
     ) -> list[Asked]:
         owner = [i for i, case in enumerate(cases) for _ in case.probes]
         probes = [p.query for case in cases for p in case.probes]
@@ -202,7 +202,7 @@ class Reader:
         self,
         queries: Sequence[Query],
         drafts: Sequence[str | None],
-        edit: Edit | Together | None,
+        edit: Edit | EditBatch | None,
         generated: bool,
         whole: bool = False,
         under: Callable[[Sequence[int]], AbstractContextManager[None]] = lambda rows: nullcontext(),

@@ -40,12 +40,13 @@ def attend(
     values: torch.Tensor,
     logit_bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """``knowledge_attention`` over projected states, ``keys`` and ``values (B, H, K, h)``."""
-    return site.output(_weights(site.queries(x), keys, logit_bias) @ values)
+    """``knowledge_attention`` for states that are projected already, ``keys`` and ``values (B, H, K, h)``."""
+    return site.output(_weigh(site.queries(x), keys, logit_bias) @ values)
 
 
-def _weights(queries: torch.Tensor, keys: torch.Tensor, logit_bias: torch.Tensor | None) -> torch.Tensor:
-    """``softmax(Q K^T + bias)``, for ``queries (B, ..., T, h)`` and ``keys (B, ..., K, h)``."""
+def _weigh(queries: torch.Tensor, keys: torch.Tensor, logit_bias: torch.Tensor | None) -> torch.Tensor:
+    """Attention weights ``softmax(Q K^T + bias)``, for ``queries (B, ..., T, h)`` and ``keys (B, ..., K,
+    h)``."""
     logits = queries @ keys.transpose(-1, -2)
     if logit_bias is not None:
         logits = logits + logit_bias.reshape(len(logit_bias), *[1] * (logits.ndim - 2), -1)
@@ -56,7 +57,7 @@ def plain_attention(
     x: torch.Tensor, states: torch.Tensor, logit_bias: torch.Tensor | None = None
 ) -> torch.Tensor:
     """``softmax(x H^T) H``, unscaled as in the authors' release; shapes as ``knowledge_attention``."""
-    return _weights(x, states, logit_bias) @ states
+    return _weigh(x, states, logit_bias) @ states
 
 
 def shift(output: torch.Tensor, knowledge: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
@@ -73,8 +74,8 @@ def shift(output: torch.Tensor, knowledge: torch.Tensor, alpha: torch.Tensor) ->
 class Shift:
     """What an adapter decided for a batch of prompts at their last token.
 
-    ``alpha (B)``, ``retrieved`` and ``bias (B, K)``, added to the knowledge's attention logits;
-    ``projected``: the retrieved states' keys and values ``(B, H, K, h)``, where they are attended to so.
+    ``alpha (B)``; the ``retrieved`` items; ``bias (B, K)``, added to the knowledge's attention logits;
+    ``projected``, keys and values ``(B, H, K, h)`` of the retrieved states, where attention is projected.
     """
 
     alpha: torch.Tensor
@@ -84,18 +85,19 @@ class Shift:
 
 
 def knowledge_weights(site: Projections, x: torch.Tensor, decision: Shift) -> torch.Tensor:
-    """Each retrieved item's share of the knowledge's attention, the mean over heads: for tokens
-    ``x (B, T, d)`` ``(B, T, K)``, which sums up to 1."""
+    """Each retrieved item's share of the knowledge's attention, the mean over heads: ``x (B, T, d)`` to
+    ``(B, T, K)``, which sums to 1."""
     if decision.projected is not None:
-        return _weights(site.queries(x), decision.projected[0], decision.bias).mean(1)
-    return _weights(x, decision.retrieved.states.to(x.dtype), decision.bias)
+        return _weigh(site.queries(x), decision.projected[0], decision.bias).mean(1)
+    return _weigh(x, decision.retrieved.states.to(x.dtype), decision.bias)
 
 
 class AdapterLayer:
     """The external half of one layer: retrieve at the prompt's end, shift every token's attention.
 
-    ``alpha`` is ``"adaptive"`` or a fixed share in [0, 1]; ``tau`` drops items less similar;
-    ``similarity_bias`` lets the best items outweigh many half-relevant ones.
+    ``alpha`` is ``"adaptive"`` or a fixed share in [0, 1]. Items less similar than ``tau`` are dropped.
+    ``similarity_bias`` lets the best items outweigh many half-relevant ones. ValueError for adaptive alpha
+    without the ``semantic`` encoder, and for an unknown ``attention``.
     """
 
     def __init__(
@@ -118,8 +120,8 @@ class AdapterLayer:
         self.tau, self.similarity_bias = tau, similarity_bias
 
     def decide(self, query: torch.Tensor, allowed: torch.Tensor | None = None) -> Shift:
-        """Retrieval and alpha for prompts whose last token's state is ``query (B, d)``, out of the
-        items that are ``allowed``, see ``KnowledgeMemory.retrieve``."""
+        """Retrieval and alpha for prompts, from the state of their last token, ``query (B, d)``. ``allowed``
+        is that of ``KnowledgeMemory.retrieve``."""
         found = self.memory.retrieve(query, self.k, allowed)
         bias = self.similarity_bias * (found.similarity - found.similarity[:, :1])
         kept = found.similarity >= (-torch.inf if self.tau is None else self.tau)
@@ -130,12 +132,12 @@ class AdapterLayer:
         bias = bias.masked_fill(~kept & left[:, None], -torch.inf)
         projected = None
         if self.attention == "projected":
-            # Once per prompt: decoding a token costs no projection of what was retrieved.
+            # Once per prompt: decoding a token does not project the retrieved states again.
             states = found.states.to(query.dtype)
             projected = (self.site.keys(states), self.site.values(states))
-        return Shift(self._alpha(query, found, bias) * left, found, bias, projected)
+        return Shift(self._compute_alpha(query, found, bias) * left, found, bias, projected)
 
-    def _alpha(self, query: torch.Tensor, found: Retrieved, bias: torch.Tensor) -> torch.Tensor:
+    def _compute_alpha(self, query: torch.Tensor, found: Retrieved, bias: torch.Tensor) -> torch.Tensor:
         """``cos(Enc_sem(mixture of H_pos at p), x[p])`` clamped to [0, 1], or the fixed share: Eq. (7)."""
         if not isinstance(self.alpha, str):
             return torch.full((len(query),), float(self.alpha), device=query.device)
@@ -144,7 +146,7 @@ class AdapterLayer:
         return F.cosine_similarity(self.semantic(mixture.float()), query.float(), dim=-1).clamp(0, 1)
 
     def apply(self, x: torch.Tensor, output: torch.Tensor, decision: Shift) -> torch.Tensor:
-        """The sub-block's output, shifted; ``x`` and ``output`` ``(B, T, d)``."""
+        """The attention's output, shifted; ``x``, what enters it, and ``output`` are ``(B, T, d)``."""
         if decision.projected is not None:
             return shift(output, attend(self.site, x, *decision.projected, decision.bias), decision.alpha)
         states = decision.retrieved.states.to(x.dtype)

@@ -1,4 +1,4 @@
-"""Rows that belong to one of several edits, and tensors that grow by rows.
+"""Batches in which each row belongs to one of several independent edits.
 
 Shapes: ``R`` rows of a batch, ``B`` independent edits, ``w`` most rows of one edit, ``d`` width.
 """
@@ -12,7 +12,7 @@ from unike.knowledge.memory import KnowledgeMemory, Retrieved
 
 
 class Owners:
-    """Which of ``count`` independent edits each row of a batch is asked under, ``index (R)``."""
+    """Which of ``count`` independent edits each row of a batch is evaluated under: ``index (R)``."""
 
     def __init__(self, index: torch.Tensor, count: int) -> None:
         self.index, self.count = index, count
@@ -28,20 +28,20 @@ class Owners:
         )
 
     def fold(self, x: torch.Tensor) -> torch.Tensor:
-        """``(R, ...) -> (B, w, ...)``, filled up with zeros."""
+        """Groups rows by edit, ``(R, ...) -> (B, w, ...)``, padded with zeros."""
         if self.regular:
             return x.reshape(self.count, self.width, *x.shape[1:])
         return x.new_zeros(self.count, self.width, *x.shape[1:]).index_put((self.index, self.place), x)
 
     def unfold(self, y: torch.Tensor) -> torch.Tensor:
-        """``(B, w, ...) -> (R, ...)``."""
+        """Undoes ``fold``, ``(B, w, ...) -> (R, ...)``."""
         return y.flatten(0, 1) if self.regular else y[self.index, self.place]
 
 
 class OwnedMemory(KnowledgeMemory):
-    """A bank, and behind it for each row of a batch one item that this row alone can retrieve.
+    """A memory, followed by one item for each row of a batch that only this row can retrieve.
 
-    ``keys (R, d)``, ``values (R, d)``; the item's index is the bank's length.
+    ``keys (R, d)``, ``values (R, d)``; the item's index is the length of ``bank``, the memory before it.
     """
 
     def __init__(self, bank: KnowledgeMemory, keys: torch.Tensor, values: torch.Tensor) -> None:
@@ -53,12 +53,12 @@ class OwnedMemory(KnowledgeMemory):
 
     def similarities(self, queries: torch.Tensor) -> torch.Tensor:
         """``(R, d) -> (R, m + 1)``."""
-        return torch.cat([self.bank.similarities(queries), self._own(queries)], dim=-1)
+        return torch.cat([self.bank.similarities(queries), self._compare_own(queries)], dim=-1)
 
     def retrieve(self, queries: torch.Tensor, k: int, allowed: torch.Tensor | None = None) -> Retrieved:
-        """As ``KnowledgeMemory.retrieve``; of ``allowed (R, n)`` the last column alone is looked at."""
+        """As ``KnowledgeMemory.retrieve``; of ``allowed (R, n)`` only the last column is used."""
         found = self.bank.retrieve(queries, k)
-        own = self._own(queries)
+        own = self._compare_own(queries)
         rank = own if allowed is None else own.masked_fill(~allowed[:, -1:], -torch.inf)
         order = torch.cat([found.similarity, rank], 1).topk(min(k, len(self)), dim=-1).indices
         similarity = torch.cat([found.similarity, own], 1).gather(1, order)
@@ -69,5 +69,6 @@ class OwnedMemory(KnowledgeMemory):
         open_to = None if allowed is None else allowed[:, -1:] | (index < len(self.bank))
         return Retrieved(similarity, index, states[rows, order], open_to)
 
-    def _own(self, queries: torch.Tensor) -> torch.Tensor:
+    def _compare_own(self, queries: torch.Tensor) -> torch.Tensor:
+        """Cosine of each row's query with its own key, ``(R, 1)``."""
         return (F.normalize(queries.float(), dim=-1) * self.directions).sum(-1, keepdim=True)

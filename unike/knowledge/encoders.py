@@ -1,4 +1,4 @@
-"""Knowledge collaboration: two encoders per layer pull meaning and truthfulness apart.
+"""Knowledge collaboration: two encoders per layer separate meaning from truthfulness.
 
 Knowledge states of one layer, for ``n`` samples: ``sem (n, d)`` at the question's end, ``pos`` and
 ``neg (n, d)`` at the end of question + right answer and question + wrong answer.
@@ -43,7 +43,7 @@ class Disentangler(nn.Module):
         self.truthful = _mlp(width, hidden, truth_width or width)
 
     @torch.no_grad()
-    def zeta(self, states: KnowledgeStates, kind: str, seed: int = 0) -> torch.Tensor | None:
+    def compute_zeta(self, states: KnowledgeStates, kind: str, seed: int = 0) -> torch.Tensor | None:
         """The direction added to the extra values; ``kind`` as in the YAML.
 
         ``truthfulness``: ``mean Enc_tru(pos) - mean Enc_tru(neg)``; ``semantic`` the same through
@@ -93,8 +93,8 @@ def semantic_loss(sem: torch.Tensor, pos: torch.Tensor, neg: torch.Tensor, tau: 
 
 @dataclass(frozen=True)
 class FitReport:
-    """Losses per step, and on held-out states after training: ``top1`` of retrieving a sample's own
-    encoded answer, ``truth_accuracy`` of telling ``pos`` from ``neg`` along zeta (pairwise)."""
+    """Losses per step, and on held-out states after training: both losses, the ``top1`` accuracy of
+    retrieving a sample's own encoded answer, and the accuracy of telling ``pos`` from ``neg`` along zeta."""
 
     losses: tuple[float, ...]
     held_semantic: float
@@ -103,8 +103,8 @@ class FitReport:
     truth_accuracy: float
 
 
-def batches(n: int, size: int, steps: int, generator: torch.Generator) -> Iterator[torch.Tensor]:
-    """Index batches drawn without replacement inside each pass."""
+def draw_batches(n: int, size: int, steps: int, generator: torch.Generator) -> Iterator[torch.Tensor]:
+    """Batches of indices, drawn without replacement within each pass."""
     order, at = torch.randperm(n, generator=generator), 0
     for _ in range(steps):
         if at + size > n:
@@ -128,7 +128,7 @@ def fit(
 ) -> tuple[Disentangler, FitReport]:
     """Trains both encoders of one layer on ``L1 + L2`` with Adam.
 
-    The last ``held`` share of the states is kept out of training and reported on.
+    The last share ``held`` of the states is held out of training, and reported on.
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -138,7 +138,7 @@ def fit(
     optimiser = torch.optim.Adam(encoders.parameters(), lr=lr)
     generator = torch.Generator().manual_seed(seed)
     losses = []
-    for index in batches(cut, min(batch, cut), steps, generator):
+    for index in draw_batches(cut, min(batch, cut), steps, generator):
         loss = joint_loss(encoders, train[index], tau, include_anchor)
         optimiser.zero_grad()
         loss.backward()
@@ -146,7 +146,7 @@ def fit(
         losses.append(loss.item())
         tick()
     encoders.requires_grad_(False)
-    return encoders, _report(encoders, train, test, losses, tau, include_anchor)
+    return encoders, _evaluate(encoders, train, test, losses, tau, include_anchor)
 
 
 def joint_loss(
@@ -161,7 +161,7 @@ def joint_loss(
 
 
 @torch.no_grad()
-def _report(
+def _evaluate(
     encoders: Disentangler,
     train: KnowledgeStates,
     test: KnowledgeStates,
@@ -173,7 +173,7 @@ def _report(
     pos, neg = encoders.semantic(test.pos), encoders.semantic(test.neg)
     similarity = F.normalize(test.sem, dim=-1) @ F.normalize(pos, dim=-1).T
     top1 = (similarity.argmax(1) == torch.arange(len(test), device=similarity.device)).float().mean()
-    zeta = encoders.zeta(train, "truthfulness")
+    zeta = encoders.compute_zeta(train, "truthfulness")
     assert zeta is not None
     apart = (encoders.truthful(test.pos) - encoders.truthful(test.neg)) @ zeta
     return FitReport(

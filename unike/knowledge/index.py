@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from filelock import FileLock
 
 from unike.knowledge.disk import DiskPairs
-from unike.knowledge.memory import GrowingRows, KnowledgeMemory, Retrieved, merged
+from unike.knowledge.memory import GrowingRows, KnowledgeMemory, Retrieved, merge_retrieved
 from unike.types import UserError
 
 logger = logging.getLogger("unike")
@@ -67,7 +67,7 @@ class RamPairs:
         return len(self._keys)
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        self._keys, self._values = self._keys.extended(keys), self._values.extended(values)
+        self._keys, self._values = self._keys.grow(keys), self._values.grow(values)
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ class IndexedMemory(KnowledgeMemory):
         known = self.indexed + len(self._directions)
         # Read back: they may be kept in less precision, and another process may have appended too.
         new = F.normalize(self.keys[known:].float(), dim=-1).cpu()
-        self._directions = self._directions.extended(new)
+        self._directions = self._directions.grow(new)
 
     def _none(self) -> GrowingRows:
         return GrowingRows(torch.zeros(0, self.keys.shape[1]))
@@ -224,7 +224,7 @@ class IndexedMemory(KnowledgeMemory):
             found.append(
                 (start, Retrieved(hit.similarity, hit.index, hit.similarity[..., None], hit.allowed))
             )
-        best = merged(found, k)
+        best = merge_retrieved(found, k)
         index = best.index.to(queries.device)
         own = None if best.allowed is None else best.allowed.to(queries.device)
         return Retrieved(best.similarity.to(queries.device), index, self.states(index), own)

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 
 @dataclass(frozen=True)
 class Retrieved:
-    """What a prompt gets from memory; ``B`` prompts, ``K`` items, best first.
+    """What prompts get from memory: ``B`` prompts, ``K`` items each, best first.
 
-    ``similarity (B, K)``, ``index (B, K)`` into the memory, ``states (B, K, d)``; ``allowed (B, K)``
-    says which of them the prompt may have, None where it may have all.
+    ``similarity (B, K)``, ``index (B, K)`` into the memory, ``states (B, K, d)``. ``allowed (B, K)`` says
+    which of the items the prompt may use; None where it may use all.
     """
 
     similarity: torch.Tensor
@@ -25,7 +25,8 @@ class Retrieved:
 class KnowledgeMemory:
     """Pairs ``(h_sem, h_pos)`` of one layer.
 
-    ``keys (m, d)`` are compared with queries by cosine; ``values (m, d)`` are handed over.
+    ``keys (m, d)`` are compared with queries by cosine; ``values (m, d)`` are what is retrieved. ValueError
+    for keys and values of different shapes.
     """
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
@@ -42,8 +43,8 @@ class KnowledgeMemory:
 
     @classmethod
     def compact(cls, keys: torch.Tensor, values: torch.Tensor) -> KnowledgeMemory:
-        """A memory that keeps of its keys the directions, all that retrieval looks at, and its values in
-        half precision where that holds them exactly."""
+        """A memory in less room: of the keys only the directions, which is all that retrieval uses, and the
+        values in half precision where that is exact."""
         memory = cls(keys, values)
         memory.keys, half = memory.directions, values.half()
         if torch.equal(half.to(values.dtype), values):
@@ -52,11 +53,12 @@ class KnowledgeMemory:
 
     @classmethod
     def empty(cls, width: int, device: torch.device | None = None) -> KnowledgeMemory:
+        """A memory without items."""
         nothing = torch.zeros(0, width, device=device)
         return cls(nothing, nothing)
 
-    def extended(self, keys: torch.Tensor, values: torch.Tensor) -> JoinedMemory:
-        """This memory with further pairs behind it; nothing is copied."""
+    def join_pairs(self, keys: torch.Tensor, values: torch.Tensor) -> JoinedMemory:
+        """This memory with further pairs ``(n, d)`` after it; nothing is copied."""
         return JoinedMemory((self, KnowledgeMemory(keys, values)))
 
     def similarities(self, queries: torch.Tensor) -> torch.Tensor:
@@ -70,11 +72,11 @@ class KnowledgeMemory:
     def retrieve(self, queries: torch.Tensor, k: int, allowed: torch.Tensor | None = None) -> Retrieved:
         """The ``k`` most similar items of each query, or all where there are fewer.
 
-        ``allowed (B, n)`` speaks for the last ``n`` items; the items before them are open to all. Items
-        that it excludes come after all others.
+        ``allowed (B, n)`` masks the last ``n`` items; the items before them are allowed to all queries. Items
+        that are not allowed come after all others.
         """
         similarity = self.similarities(queries)
-        allowed = _whole(allowed, len(self))
+        allowed = _widen_mask(allowed, len(self))
         rank = similarity if allowed is None else similarity.masked_fill(~allowed, -torch.inf)
         index = rank.topk(min(k, len(self)), dim=-1).indices
         open_to = None if allowed is None else allowed.gather(-1, index)
@@ -91,7 +93,7 @@ class JoinedMemory(KnowledgeMemory):
     def __len__(self) -> int:
         return sum(len(p) for p in self.parts)
 
-    def extended(self, keys: torch.Tensor, values: torch.Tensor) -> JoinedMemory:
+    def join_pairs(self, keys: torch.Tensor, values: torch.Tensor) -> JoinedMemory:
         return JoinedMemory((*self.parts, KnowledgeMemory(keys, values)))
 
     def similarities(self, queries: torch.Tensor) -> torch.Tensor:
@@ -108,21 +110,21 @@ class JoinedMemory(KnowledgeMemory):
         return out
 
     def retrieve(self, queries: torch.Tensor, k: int, allowed: torch.Tensor | None = None) -> Retrieved:
-        """Each part's own best, merged: a part may search as it likes, and none reads another's items."""
+        """The best of what each part retrieves; a part reads only its own items, and searches as it likes."""
         asked = 0 if allowed is None else allowed.shape[1]
         found, start = [], 0
         for part in self.parts:
             stop = start + len(part)
-            # What of the mask, which lies over the last items, lies over this part.
+            # The columns of the mask, which covers the last items, that cover this part.
             low, high = max(0, start - len(self) + asked), stop - len(self) + asked
             own = None if allowed is None or high <= low else allowed[:, low:high]
             found.append((start, part.retrieve(queries, k, own)))
             start = stop
-        return merged(found, k)
+        return merge_retrieved(found, k)
 
 
-def merged(found: list[tuple[int, Retrieved]], k: int) -> Retrieved:
-    """The ``k`` best of what was found in several places, each with the index that its items start at."""
+def merge_retrieved(found: list[tuple[int, Retrieved]], k: int) -> Retrieved:
+    """The ``k`` best of what several memories retrieved, each with the index at which its items start."""
     similarity = torch.cat([r.similarity for _, r in found], dim=-1)
     index = torch.cat([r.index + start for start, r in found], dim=-1)
     dtype = found[0][1].states.dtype
@@ -140,8 +142,8 @@ def merged(found: list[tuple[int, Retrieved]], k: int) -> Retrieved:
     )  # fmt: skip
 
 
-def _whole(allowed: torch.Tensor | None, items: int) -> torch.Tensor | None:
-    """A mask of the last items as a mask ``(B, items)`` of all."""
+def _widen_mask(allowed: torch.Tensor | None, items: int) -> torch.Tensor | None:
+    """A mask of the last items, widened to all: ``(B, items)``."""
     if allowed is None or allowed.shape[1] == items:
         return allowed
     return torch.cat([allowed.new_ones(len(allowed), items - allowed.shape[1]), allowed], dim=-1)
@@ -173,7 +175,7 @@ class GrowingRows:
         """All rows, a view of the room."""
         return self._room.rows[: self._count]
 
-    def extended(self, more: torch.Tensor) -> GrowingRows:
+    def grow(self, more: torch.Tensor) -> GrowingRows:
         """These rows and ``more (m, ...)``; this one stays as it is."""
         count, room = self._count + len(more), self._room
         if room.filled != self._count or count > len(room.rows):

@@ -11,17 +11,17 @@ from torch import nn
 from unike.knowledge.memory import GrowingRows
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
-# T-Patcher's keys answer their own query with 1; the bias keeps what is less alike below zero.
+# T-Patcher's keys score 1 on their own query; the bias keeps less similar queries below zero.
 QUERY_BIAS = -0.7
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """``n`` extra pairs: ``act(q W_K + b_K) W_V``, Eq. (3).
+    """``n`` extra pairs beside a feed-forward network: ``act(q W_K + b_K) W_V``, Eq. (3).
 
-    ``keys (..., d, n)``, ``values (..., n, d)``, ``bias (n)`` or ``(..., 1, n)``; leading dimensions as the
-    queries have them. Where the network is gated, ``act(q W_K) * (q W_up)``, with ``up`` of the keys' shape
-    and no bias, stands in place of the activation.
+    ``keys (..., d, n)``, ``values (..., n, d)``, ``bias (n)`` or ``(..., 1, n)``; leading dimensions
+    broadcast with those of the queries. In a gated network the values' weights are ``act(q W_K) * (q W_up)``
+    instead, with ``up`` of the keys' shape and no bias.
     """
 
     activation: Activation
@@ -126,7 +126,7 @@ class KeyValuePatch(nn.Module):
 
 
 def activation_loss(scores: torch.Tensor, at: torch.Tensor, top: int = 5) -> torch.Tensor:
-    """T-Patcher: the keys that answer an edit's own queries best must fire, ``(B)``.
+    """T-Patcher: the keys that match an edit's own queries best must fire, ``(B)``.
 
     ``scores (B, T, n)`` of ``B`` edits, ``at (B, T)`` true at the answer's positions; the mean of
     ``exp(-score)`` over each such position's ``top`` keys.
@@ -137,7 +137,7 @@ def activation_loss(scores: torch.Tensor, at: torch.Tensor, top: int = 5) -> tor
 
 
 def memory_loss(scores: torch.Tensor, margin: float = 0.0, top: int = 5) -> torch.Tensor:
-    """T-Patcher: on remembered out-of-scope queries the keys must stay silent, ``(B)``.
+    """T-Patcher: the keys must not fire on remembered queries out of scope, ``(B)``.
 
     ``scores (B, M, n)``; the mean of ``exp(score + margin)`` over each query's ``top`` keys.
     """
@@ -176,12 +176,12 @@ class PatchStack:
     def __len__(self) -> int:
         return len(self.rows["keys"])
 
-    def extended(self, patches: Sequence[KeyValuePatch]) -> PatchStack:
+    def grow(self, patches: Sequence[KeyValuePatch]) -> PatchStack:
         """This stack with further patches after it; what is there is shared."""
         _require_alike(patches, ("up" in self.rows, self.rows["keys"].tensor.shape[1:]))
         out = object.__new__(PatchStack)
         out.activation = self.activation
-        out.rows = {name: self.rows[name].extended(more) for name, more in _stack_pairs(patches).items()}
+        out.rows = {name: self.rows[name].grow(more) for name, more in _stack_pairs(patches).items()}
         return out
 
     def __call__(self, queries: torch.Tensor, opened: OpenEdits | None = None) -> torch.Tensor:

@@ -1,8 +1,8 @@
-"""Scope: how near a prompt is to an edit, learnt, and which edits are near enough to speak.
+"""The scope classifier: a learned similarity of prompts and edits decides which edits apply to a prompt.
 
-An edit and a prompt are compared by what enters the first edited layer, the whole prompt with its
-picture. The state at the prompt's last token alone is more question than picture. Shapes: ``b``
-prompts, ``t`` tokens, ``d`` decoder width, ``e`` edits, ``r`` width of the learnt space.
+Edit and prompt are compared by the states that enter the first edited layer, of the whole prompt with its
+image: the state at the last token alone tells more of the question than of the image. Shapes: ``b`` prompts,
+``t`` tokens, ``d`` decoder width, ``e`` edits, ``r`` width of the learned space.
 """
 
 from __future__ import annotations
@@ -16,13 +16,16 @@ import torch.nn.functional as F
 from torch import nn
 
 HELD_OUT = 10
-# Sizes of memory for which a threshold is chosen, where there are edits enough.
+# Numbers of edits in memory for which a threshold is chosen, as far as there are enough edits.
 POOLS = (1, 10, 100)
 _THRESHOLDS = torch.linspace(-1, 1, 401)
 
 
 class ScopeEncoder(nn.Module):
-    """A prompt's states as a unit vector: its last token's, and what that one attends to in all of them."""
+    """A prompt's states as a unit vector: its last token's, and that token's attention over all of them.
+
+    ValueError where ``heads`` does not divide the width.
+    """
 
     def __init__(self, width: int, hidden: int, out: int, heads: int, dropout: float = 0.1) -> None:
         super().__init__()
@@ -36,7 +39,7 @@ class ScopeEncoder(nn.Module):
         )
 
     def forward(self, states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """``(b, t, d)``, and ``mask (b, t)`` true where the prompt stands, to ``(b, r)``."""
+        """``(b, t, d)`` to ``(b, r)``; ``mask (b, t)`` is true on the prompt's tokens."""
         b, t, width = states.shape
         states = self.norm(states.float())
         last = t - 1 - mask.long().flip(1).argmax(1)
@@ -51,15 +54,16 @@ class ScopeEncoder(nn.Module):
 
 
 @dataclass(frozen=True)
-class ScopeMeasure:
-    """A trained encoder, and by the number of edits in memory the similarity from which on a prompt is
-    in an edit's scope: among many edits a stray prompt finds a similar one more easily."""
+class TrainedScope:
+    """A trained scope classifier: its encoder, and by the number of edits in memory the similarity from which
+    on a prompt is in an edit's scope. Among more edits an unrelated prompt more easily finds one."""
 
     encoder: ScopeEncoder
     thresholds: Mapping[int, float]
 
-    def threshold(self, edits: int) -> float:
-        """Between the sizes that were measured by the logarithm of ``edits``, beyond them the last one."""
+    def find_threshold(self, edits: int) -> float:
+        """The threshold for ``edits`` edits: interpolated by the logarithm between the sizes that were
+        measured, the last one's beyond them."""
         sizes = sorted(self.thresholds)
         below = max((size for size in sizes if size <= edits), default=sizes[0])
         above = min((size for size in sizes if size >= edits), default=sizes[-1])
@@ -71,11 +75,11 @@ class ScopeMeasure:
 
 @dataclass(frozen=True)
 class ScopeSamples:
-    """What training compares: ``n`` edits, each asked in ``v`` ways.
+    """What training compares: ``n`` edits with ``v`` queries each.
 
-    ``states (n, v, t, d)``, ``mask (n, v, t)``. Of the ``v`` queries the first is the edit itself,
-    the first ``inside`` are in its scope, the others are not. ``wrong (n)``: whether the base model
-    answers the edit wrong; None where that is not known.
+    ``states (n, v, t, d)``, ``mask (n, v, t)``. Of the ``v`` queries the first is the edit itself; the first
+    ``inside`` are in its scope, the others are not. ``wrong (n)``: whether the base model answers the edit
+    wrong; None where that is not known.
     """
 
     states: torch.Tensor
@@ -90,8 +94,8 @@ class ScopeSamples:
         wrong = None if self.wrong is None else self.wrong[index]
         return ScopeSamples(self.states[index], self.mask[index], self.inside, wrong)
 
-    def encoded(self, encoder: ScopeEncoder) -> torch.Tensor:
-        """``(n, v, r)``."""
+    def encode(self, encoder: ScopeEncoder) -> torch.Tensor:
+        """All queries in the learned space, ``(n, v, r)``."""
         n, v = self.mask.shape[:2]
         used = int(self.mask.any((0, 1)).nonzero().max()) + 1
         flat = encoder(self.states[:, :, :used].flatten(0, 1), self.mask[:, :, :used].flatten(0, 1))
@@ -100,9 +104,9 @@ class ScopeSamples:
 
 @dataclass
 class ScopeReport:
-    """How well the measure was learnt: by the size of memory the threshold, and the shares of held-out
-    edits' queries that go right, by query: in scope its own edit is the nearest, and open; out of it
-    none is open. Also the contrastive loss along the way."""
+    """How well the classifier was trained: by the number of edits in memory the threshold, and for each of
+    the ``v`` queries the share of held-out edits for which it is classified right. A query in scope is right
+    if its own edit is the nearest, and applies; one out of scope if no edit applies. ``losses`` by step."""
 
     thresholds: dict[int, float]
     shares: dict[int, list[float]]
@@ -110,9 +114,8 @@ class ScopeReport:
 
 
 def scope_loss(encoded: torch.Tensor, inside: int, tau: float) -> torch.Tensor:
-    """``encoded (n, v, r)``: every query in an edit's scope is drawn to that edit's key, against all
-    queries that are not in it (the other edits' ones among them), and to it rather than to another
-    edit's key."""
+    """Contrastive loss of ``encoded (n, v, r)``: a query in an edit's scope is pulled to that edit's key more
+    than any query out of that scope (other edits' queries included), and more than to another edit's key."""
     n, v = encoded.shape[:2]
     keys = encoded[:, 0]
     logits = (encoded.flatten(0, 1) @ keys.T).view(n, v, n) / tau
@@ -127,8 +130,9 @@ def scope_loss(encoded: torch.Tensor, inside: int, tau: float) -> torch.Tensor:
     return loss / max(1, inside - 1)
 
 
-def scope_shares(similarity: torch.Tensor, inside: int, threshold: float) -> torch.Tensor:
-    """``similarity (n, v, n)`` of every query with every edit: the share that goes right, ``(v)``."""
+def score_scope(similarity: torch.Tensor, inside: int, threshold: float) -> torch.Tensor:
+    """``similarity (n, v, n)`` of every query with every edit: the share that is classified right,
+    ``(v)``."""
     best, nearest = similarity.max(-1)
     own = nearest == torch.arange(len(similarity), device=similarity.device)[:, None]
     open_ = best >= threshold
@@ -136,10 +140,10 @@ def scope_shares(similarity: torch.Tensor, inside: int, threshold: float) -> tor
     return right.float().mean(0)
 
 
-def best_threshold(similarity: torch.Tensor, inside: int) -> float:
-    """The threshold with the highest harmonic mean of ``scope_shares``, amid all that reach it."""
+def choose_threshold(similarity: torch.Tensor, inside: int) -> float:
+    """The threshold with the highest harmonic mean of ``score_scope``; the middle one of the best."""
     means = torch.stack(
-        [1 / (1 / scope_shares(similarity, inside, float(t)).clamp(min=1e-6)).mean() for t in _THRESHOLDS]
+        [1 / (1 / score_scope(similarity, inside, float(t)).clamp(min=1e-6)).mean() for t in _THRESHOLDS]
     )
     good = _THRESHOLDS[means >= means.max() - 1e-9]
     return float(good[len(good) // 2])
@@ -155,9 +159,9 @@ def fit_scope(
     seed: int,
     tick: Callable[[], None] = lambda: None,
 ) -> ScopeReport:
-    """Trains the encoder in place, and chooses the thresholds on every tenth edit, held out.
+    """Trains the encoder in place, and chooses the thresholds on every tenth edit, which is held out.
 
-    ValueError for fewer than ``2 * HELD_OUT`` edits.
+    ``tick`` is called after each step. ValueError for fewer than ``2 * HELD_OUT`` edits.
     """
     if len(samples) < 2 * HELD_OUT:
         raise ValueError(f"{len(samples)} edits; expected {2 * HELD_OUT} or more")
@@ -174,7 +178,7 @@ def fit_scope(
             chosen = train[torch.randperm(len(train))[:batch]]
             part = samples[chosen]
             some = ScopeSamples(part.states.to(device), part.mask.to(device), part.inside)
-            loss = scope_loss(some.encoded(encoder), some.inside, tau)
+            loss = scope_loss(some.encode(encoder), some.inside, tau)
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
             optimiser.step()
@@ -182,50 +186,50 @@ def fit_scope(
             losses.append(loss.item())
             tick()
     encoder.eval().requires_grad_(False)
-    thresholds, shares = calibrated(samples[held], encoder, seed)
+    thresholds, shares = calibrate(samples[held], encoder, seed)
     return ScopeReport(thresholds, shares, losses)
 
 
-def calibrated(
+def calibrate(
     samples: ScopeSamples, encoder: ScopeEncoder, seed: int
 ) -> tuple[dict[int, float], dict[int, list[float]]]:
-    """Thresholds, and the shares that go right with them, by the size of memory.
+    """Thresholds, and ``score_scope`` at them, by the number of edits in memory; the largest is that of all.
 
-    Edits that the base model answers right are left out where enough others are there: nobody makes
-    them, and they are easier to tell apart. The largest memory holds all edits.
+    Edits that the base model answers right are left out if enough others remain: nobody makes such edits,
+    and they are easier to tell apart.
     """
     if samples.wrong is not None and int(samples.wrong.sum()) >= 2 * HELD_OUT:
         samples = samples[samples.wrong.nonzero().flatten()]
-    similarity = similarities(samples, encoder)
+    similarity = compare_all(samples, encoder)
     generator = torch.Generator().manual_seed(seed)
     sizes = [size for size in POOLS if size < len(samples)] + [len(samples)]
     thresholds, shares, least = {}, {}, -1.0
     for size in sizes:
-        # Every query meets its own edit and size - 1 others, drawn for each edit alike.
+        # Every query is compared with its own edit and size - 1 others, the same for all queries of an edit.
         rank = torch.rand(len(samples), len(samples), generator=generator).fill_diagonal_(-1)
         absent = rank > rank.sort(1).values[:, size - 1 : size]
         met = similarity.cpu().masked_fill(absent[:, None], -torch.inf)
-        least = max(least, best_threshold(met, samples.inside))
+        least = max(least, choose_threshold(met, samples.inside))
         thresholds[size] = least
-        shares[size] = scope_shares(met, samples.inside, least).tolist()
+        shares[size] = score_scope(met, samples.inside, least).tolist()
     return thresholds, shares
 
 
 @torch.no_grad()
-def similarities(samples: ScopeSamples, encoder: ScopeEncoder, batch: int = 32) -> torch.Tensor:
-    """Of every query with every edit of the samples, ``(n, v, n)``."""
+def compare_all(samples: ScopeSamples, encoder: ScopeEncoder, batch: int = 32) -> torch.Tensor:
+    """Similarity of every query with every edit of the samples, ``(n, v, n)``."""
     device = next(encoder.parameters()).device
     parts = []
     for start in range(0, len(samples), batch):
         part = samples[torch.arange(start, min(start + batch, len(samples)))]
-        parts.append(ScopeSamples(part.states.to(device), part.mask.to(device), 0).encoded(encoder))
+        parts.append(ScopeSamples(part.states.to(device), part.mask.to(device), 0).encode(encoder))
     encoded = torch.cat(parts)
     return torch.einsum("nvr,kr->nvk", encoded, encoded[:, 0])
 
 
-def open_edits(similarity: torch.Tensor, threshold: float, nearest: bool) -> torch.Tensor:
-    """Which edits speak for which prompts, ``(b, e)``: those similar enough, or with ``nearest`` only
-    the most similar of them. Of equally similar ones the newest is nearest: it corrects the others."""
+def select_edits(similarity: torch.Tensor, threshold: float, nearest: bool) -> torch.Tensor:
+    """Which edits apply to which prompts, ``(b, e)``: those similar enough, or with ``nearest`` only the most
+    similar of them. Of equally similar edits the newest counts as nearest: it corrects the others."""
     open_ = similarity >= threshold
     if nearest:
         last = similarity.shape[1] - 1 - similarity.flip(1).argmax(1)

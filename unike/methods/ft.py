@@ -10,7 +10,7 @@ from torch import nn
 from unike.backbones.base import IGNORED, Backbone, PrefixState, encode_queries, narrowed
 from unike.backbones.prefix import PrefixCache
 from unike.edits import Edit
-from unike.edits.deltas import WeightDelta, WeightsTogether
+from unike.edits.deltas import WeightBatch, WeightDelta
 from unike.methods.base import EditMethod, unwrap
 from unike.methods.training import Limits, Trained, train
 from unike.types import EditRequest, Query, UserError
@@ -76,12 +76,12 @@ class _LayerWeights:
         self, backbone: Backbone, state: PrefixState, start: Mapping[str, torch.Tensor], count: int
     ) -> None:
         self.backbone, self.state = backbone, state
-        self.together = WeightsTogether([start] * count, trained=True)
+        self.together = WeightBatch([start] * count, trained=True)
         self.rows = list(range(count))
         self.finished: list[dict[str, torch.Tensor]] = [{} for _ in self.rows]
 
     def parameters(self) -> list[torch.Tensor]:
-        return list(self.together.held.values())
+        return list(self.together.weights.values())
 
     def logits(self) -> torch.Tensor:
         owners = torch.arange(len(self.rows), device=self.state.labels.device)
@@ -95,7 +95,7 @@ class _LayerWeights:
         staying = rows.tolist()
         for i, row in enumerate(self.rows):
             if i not in staying:
-                self.finished[row] = {n: t.detach()[i].clone() for n, t in self.together.held.items()}
+                self.finished[row] = {n: t.detach()[i].clone() for n, t in self.together.weights.items()}
         self.rows = [self.rows[i] for i in staying]
         self.together.keep(rows)
         if staying:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from unike.backbones.base import Backbone
 from unike.backbones.prefix import PrefixCache
 from unike.config.hparams import HyperParams
-from unike.edits import Edit, Fact, PromptEdit, Shown
+from unike.edits import Edit, Fact, PromptEdit, PromptText
 from unike.methods.base import CaseSource, EditMethod, Knowledge
 from unike.types import Case, EditRequest, Query, UserError
 
@@ -44,8 +44,8 @@ class InContextEditing(EditMethod):
     ) -> PromptEdit:
         """The edit's fact and its demonstrations, of which a prompt shows as many as have room."""
 
-        def measure(text: str) -> Shown:
-            return Shown(text, len(backbone.tokens(text)))
+        def measure(text: str) -> PromptText:
+            return PromptText(text, len(backbone.tokens(text)))
 
         texts: list[str] = []
         if self.hparams.ike_demonstrations:

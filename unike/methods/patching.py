@@ -15,7 +15,7 @@ from unike.backbones.hooks import capture
 from unike.backbones.prefix import PrefixCache
 from unike.config.combined import FreshPatchOptions, PatchTrainingOptions
 from unike.config.sections import PatchLossOptions
-from unike.edits import Edit, RoutedEdit, RoutedTogether
+from unike.edits import Edit, RoutedBatch, RoutedEdit
 from unike.knowledge.patch import KeyValuePatch, activation_loss, memory_loss
 from unike.methods.base import EditMethod, Knowledge, unwrap
 from unike.methods.training import Limits, Trained, train
@@ -154,8 +154,8 @@ class _BatchedPatches:
         self.seen: dict[int, torch.Tensor] = {}
         self.together = self._gather(edits)
 
-    def _gather(self, edits: Sequence[RoutedEdit]) -> RoutedTogether | None:
-        together = edits[0].together(edits)
+    def _gather(self, edits: Sequence[RoutedEdit]) -> RoutedBatch | None:
+        together = edits[0].batch(edits)
         assert together is not None, "edits of one method agree in what they are"
         return together
 
@@ -205,7 +205,7 @@ class _BatchedPatches:
 class _StackedPatch(_BatchedPatches):
     """One edit, trained while it and those before it are applied."""
 
-    def _gather(self, edits: Sequence[RoutedEdit]) -> RoutedTogether | None:
+    def _gather(self, edits: Sequence[RoutedEdit]) -> RoutedBatch | None:
         return None
 
     def parameters(self) -> list[torch.Tensor]:

@@ -20,10 +20,10 @@ from unike.backbones.hooks import capture, transform
 from unike.backbones.prefix import PrefixCache
 from unike.edits import Edit
 from unike.edits.counterfactual import (
-    Remembered,
+    MemoryRecord,
     SeracEdit,
     SeracNetwork,
-    _words,
+    _embed_words,
 )
 from unike.methods.meta_training import TrainableMethod, split_by_scope
 from unike.types import Case, EditRequest
@@ -65,10 +65,10 @@ class SERAC(TrainableMethod):
 
     def _embed_questions(self, backbone: Backbone, state: PrefixState) -> torch.Tensor:
         ends = state.hidden[torch.arange(len(state), device=state.hidden.device), state.question_end]
-        return self._network.scope([_words(backbone, text) for text in state.prompts], ends.float())
+        return self._network.scope([_embed_words(backbone, text) for text in state.prompts], ends.float())
 
     def _compute_counterfactual(
-        self, backbone: Backbone, state: PrefixState, record: Remembered
+        self, backbone: Backbone, state: PrefixState, record: MemoryRecord
     ) -> torch.Tensor:
         """Logits with every query treated as in scope."""
         keys, values = (t.expand(len(state), *t.shape) for t in (record.keys, record.values))
@@ -80,7 +80,7 @@ class SERAC(TrainableMethod):
         with transform([(last, last, answer)]):
             return backbone.suffix(state)
 
-    def _remember(self, backbone: Backbone, request: EditRequest, prefixes: PrefixCache) -> Remembered:
+    def _remember(self, backbone: Backbone, request: EditRequest, prefixes: PrefixCache) -> MemoryRecord:
         state = prefixes.state([request.query])
         with torch.no_grad(), capture(_find_last(backbone)) as seen:
             backbone.suffix(state)
@@ -89,7 +89,9 @@ class SERAC(TrainableMethod):
         words = backbone.layout.unembeddings.weight[state.labels[0, end + 1 : stop]].float()
         network = self._network.counterfactual
         values = F.pad(network.values(states[:-1], words), (0, 0, 0, 1))
-        return Remembered(request.id, self._embed_questions(backbone, state)[0], network.keys(states), values)
+        return MemoryRecord(
+            request.id, self._embed_questions(backbone, state)[0], network.keys(states), values
+        )
 
 
 def _find_last(backbone: Backbone) -> Mapping[str, nn.Module]:

@@ -391,7 +391,7 @@ def _make_layer(
         # The precision of the file that they come from.
         torch.float16,
     )
-    zeta = encoders.zeta(s.states, hparams.zeta, hparams.seed)
+    zeta = encoders.compute_zeta(s.states, hparams.zeta, hparams.seed)
     # Of the truthfulness encoder, an edit needs zeta alone.
     ffn = s.ffn if hparams.memory_loss else s.ffn[:0]
     return LayerKnowledge(bank, encoders.semantic, ffn, zeta, origin=checksum, items=s.items)

@@ -18,7 +18,7 @@ from unike.backbones.hooks import capture
 from unike.backbones.prefix import PrefixCache, open_prefixes
 from unike.config.combined import ScopePreparationOptions
 from unike.config.sections import ScopeClassifierOptions, ScopeTrainingOptions
-from unike.knowledge.scope import HELD_OUT, ScopeEncoder, ScopeMeasure, ScopeReport, ScopeSamples, fit_scope
+from unike.knowledge.scope import HELD_OUT, ScopeEncoder, ScopeReport, ScopeSamples, TrainedScope, fit_scope
 from unike.methods.meta_training import copy_tensors
 from unike.methods.preparation.folders import Facts, find_folder, hash_facts
 from unike.system import processes
@@ -120,7 +120,7 @@ def ensure_scope(
     first: int,
     cases: Callable[[], Sequence[Case]],
     tick: Tick = ignore_progress,
-) -> ScopeMeasure:
+) -> TrainedScope:
     """The trained classifier of prompts by what enters layer ``first``: loaded, or trained and saved.
 
     It is trained on the first ``scope_records`` of ``cases``. Every tenth of these is held out, and sets
@@ -171,7 +171,7 @@ def save_scope(folder: Path, encoder: ScopeEncoder, report: ScopeReport, facts: 
     write_index(folder / "scope.json", {**facts, **training}, path)
 
 
-def load_scope(folder: Path, encoder: ScopeEncoder) -> ScopeMeasure:
+def load_scope(folder: Path, encoder: ScopeEncoder) -> TrainedScope:
     """Reads a classifier into ``encoder``. UserError where the file does not fit or is damaged."""
     path = folder / "scope.safetensors"
     check_tensors(folder / "scope.json", path)
@@ -183,4 +183,4 @@ def load_scope(folder: Path, encoder: ScopeEncoder) -> ScopeMeasure:
         raise UserError(
             f"{path}: expected a scope classifier as scripts/prepare.py writes it: {error}"
         ) from error
-    return ScopeMeasure(encoder.eval().requires_grad_(False), thresholds)
+    return TrainedScope(encoder.eval().requires_grad_(False), thresholds)
