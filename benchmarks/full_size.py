@@ -57,7 +57,7 @@ def one_edit(backbone: VisionLanguageBackbone, method: UniKE, case: Case) -> dic
     queries = [p.query for p in case.probes]
     pictures = list({id(q.image): q.image for q in queries if q.image is not None}.values())
     spent = {}
-    _, spent["pictures"] = timed(lambda: backbone.cache.seen(pictures, backbone.vision.pixels))
+    _, spent["pictures"] = timed(lambda: backbone.cache.get(pictures, backbone.vision.pixels))
     _, spent["prefixes"] = timed(lambda: prefixes.state(queries))
     before, spent["probes before"] = timed(lambda: reader.base(case))
     edit, spent["edit"] = timed(lambda: method.edit(backbone, case.request, prefixes))

@@ -69,7 +69,7 @@ def token_seconds(parts: runs.Parts, edit: Edit, case: Case) -> float:
     batch = backbone.encode([case.request.query.image], [case.request.query.prompt], padding_side="left")
     with torch.no_grad(), edit.applied(backbone):
         started = time.perf_counter()
-        with backbone.prompt.asking(batch):
+        with backbone.prompt.announce(batch):
             backbone.model.language_model.generate(
                 inputs_embeds=batch.inputs_embeds, attention_mask=batch.attention_mask, do_sample=False,
                 max_new_tokens=TOKENS, min_new_tokens=TOKENS, pad_token_id=backbone.eos_ids[0],

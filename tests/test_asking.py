@@ -19,8 +19,9 @@ from unike.editor import MultimodalEditor
 from unike.edits import Edit
 from unike.edits.activity import Activity
 from unike.edits.base import Inspection
-from unike.edits.content import Content, Shared
+from unike.edits.content import Content
 from unike.edits.explain import EditReport, Explanation, describe_activity
+from unike.edits.shares import Shared
 from unike.methods.preparation.knowledge import load_states, save_items, save_knowledge
 from unike.types import UserError
 

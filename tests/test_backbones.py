@@ -150,7 +150,7 @@ def test_images_may_be_paths_pictures_or_tensors(backbone, tmp_path) -> None:
 
 
 def test_bad_images_are_user_errors(backbone, tmp_path) -> None:
-    with pytest.raises(UserError, match=r"no such picture"):
+    with pytest.raises(UserError, match=r"no such image"):
         backbone.encode([tmp_path / "absent.png"], ["what?"])
     with pytest.raises(UserError, match=r"\(3, H, W\)"):
         backbone.encode([torch.zeros(2, 4, 4)], ["what?"])

@@ -237,7 +237,7 @@ def test_bad_input_ends_before_a_model_is_loaded(copied: Project, capsys) -> Non
         (["--edits", "b"], "no edit b"),
         (["--image", "x.png"], "expected --prompt"),
         (["--prompt", " "], "--prompt: is empty"),
-        (["--prompt", "what?", "--image", "x.png"], "no such picture"),
+        (["--prompt", "what?", "--image", "x.png"], "no such image"),
     ):
         assert main([*apply, *more]) == 2
         assert words in errors(capsys)[0]

@@ -193,7 +193,7 @@ def test_cached_decoding_agrees_with_teacher_forcing(world: World, setting: str)
     batch = backbone.encode([one.image], [one.prompt])
     lm = backbone.model.language_model
     with edit.applied(backbone), torch.no_grad():
-        with backbone.prompt.asking(batch):
+        with backbone.prompt.announce(batch):
             out = lm.generate(
                 inputs_embeds=batch.inputs_embeds, attention_mask=batch.attention_mask, do_sample=False,
                 max_new_tokens=steps, eos_token_id=None, output_logits=True, return_dict_in_generate=True,

@@ -174,14 +174,14 @@ def test_vision_features_stay_within_their_bytes_and_come_from_disk(plain, tmp_p
     pictures = [Image.new("RGB", (84, 84), (i, 0, 0)) for i in range(3)]
     store = RowStore(tmp_path, "x/vision", 10**9)
     cache = FeatureCache(plain.vision.see, max_bytes=1, store=store)
-    first = cache.seen(pictures, plain.vision.pixels)
+    first = cache.get(pictures, plain.vision.pixels)
     assert (cache.computed, len(cache._kept)) == (3, 1)
-    again = cache.seen(pictures, plain.vision.pixels)
+    again = cache.get(pictures, plain.vision.pixels)
     assert (cache.computed, len(cache._kept)) == (3, 1)
     assert all(torch.equal(a["features"], b["features"]) for a, b in zip(first, again, strict=True))
     forgetful = FeatureCache(plain.vision.see, max_bytes=1)
-    forgetful.seen(pictures, plain.vision.pixels)
-    forgetful.seen(pictures, plain.vision.pixels)
+    forgetful.get(pictures, plain.vision.pixels)
+    forgetful.get(pictures, plain.vision.pixels)
     assert forgetful.computed > 3
 
 
@@ -363,5 +363,5 @@ def test_memory_is_handed_back_after_pictures_are_seen_not_when_they_are_kept(pl
     monkeypatch.setattr("unike.backbones.images.give_back", lambda: given.append(1))
     cache, picture = FeatureCache(plain.vision.see), Image.new("RGB", (84, 84), "teal")
     for _ in range(2):
-        cache.seen([picture], plain.vision.pixels)
+        cache.get([picture], plain.vision.pixels)
     assert given == [1]

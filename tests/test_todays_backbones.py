@@ -21,7 +21,7 @@ from torch.testing import assert_close
 from transformers import AutoTokenizer, ProcessorMixin
 
 from unike.backbones import load_backbone
-from unike.backbones.base import IGNORED, encode_queries, narrowed
+from unike.backbones.base import IGNORED, encode_queries, narrow
 from unike.backbones.prefix import PrefixCache
 from unike.backbones.store import RowStore
 from unike.backbones.vlm import VisionLanguageBackbone
@@ -153,14 +153,14 @@ def test_a_prompt_must_not_write_a_picture(backbone) -> None:
     if backbone.family in CHATS:
         written = f"what is {backbone.dialogue.image}?"
         for image in (None, picture()):
-            with pytest.raises(UserError, match="stands for a picture"):
+            with pytest.raises(UserError, match="stands for an image"):
                 backbone.encode([image], [written])
 
 
 def test_pixels_may_be_given_where_pictures_are_not_cut(backbone) -> None:
     tensor = torch.randn(3, 28, 28, generator=torch.Generator().manual_seed(0))
     if backbone.family in SPLIT:
-        with pytest.raises(UserError, match="cuts pictures itself"):
+        with pytest.raises(UserError, match="cuts images itself"):
             backbone.encode([tensor], ["what?"])
     else:
         one, other = (backbone.encode([t], ["what?"]).inputs_embeds for t in (tensor, -tensor))
@@ -207,7 +207,7 @@ def test_suffix_of_prefix_is_the_whole_model(backbone, count: int, tmp_path: Pat
     ):
         for rows in ([3, 1], [0, 1, 2, 3, 4]):
             state = cache.state([QUERIES[i] for i in rows])
-            part = narrowed(backbone, state, torch.tensor([1, 0]))
+            part = narrow(backbone, state, torch.tensor([1, 0]))
             for held, order in ((state, rows), (part, [rows[1], rows[0]])):
                 out = backbone.suffix(held)
                 for i, row in enumerate(order):
@@ -235,7 +235,7 @@ def test_a_picture_is_seen_once_whatever_is_asked(backbone) -> None:
     first, second = (backbone.encode([shown.copy()], [p]) for p in ("what is it?", "where is it?"))
     assert backbone.cache.computed == seen + 1
     # What the prompts differ in stands behind the picture, unless the Q-Former reads them.
-    (image,) = backbone.cache.seen([shown], backbone.vision.pixels)
+    (image,) = backbone.cache.get([shown], backbone.vision.pixels)
     assert backbone.cache.computed == seen + 1
     one, other = (backbone.vision.tokens(image, p) for p in ("what is it?", "where is it?"))
     assert torch.equal(one, other) == (backbone.family != "instructblip")
@@ -260,7 +260,7 @@ def test_a_gradient_reaches_the_projection(backbone) -> None:
 def test_a_long_prompt_is_read_to_its_end(backbone) -> None:
     """The Q-Former knows few positions: of a longer prompt it reads what comes last."""
     if backbone.family == "instructblip":
-        (image,) = backbone.cache.seen([picture()], backbone.vision.pixels)
+        (image,) = backbone.cache.get([picture()], backbone.vision.pixels)
         long = "the sea. " * 20
         asked = [backbone.vision.tokens(image, f"{start} {long}{end}") for start, end in
                  (("what", "fox"), ("where", "fox"), ("what", "king"))]  # fmt: skip

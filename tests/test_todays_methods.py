@@ -299,7 +299,7 @@ def test_the_sites_of_the_published_size(family: str, tmp_path: Path) -> None:
         model = architecture.model(config)
     assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(SIZE[family], abs=0.006)
     width, inner, kv, seen = SITES[family]
-    layout = DecoderLayout(architecture.decoder_of(model))
+    layout = DecoderLayout(architecture.find_decoder(model))
     assert (layout.width, layout.head_dim, len(layout)) == (width, 128, 32 if width == 4096 else 28)
     for index in layout.last(4):
         ffn, attention = layout.ffn(index), layout.attention(index)

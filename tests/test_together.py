@@ -10,7 +10,7 @@ from test_methods import IDS, ROWS
 from worlds import BASE, World, case, query
 
 from unike.backbones.base import encode_queries
-from unike.backbones.prefix import _key
+from unike.backbones.prefix import _make_key
 from unike.config.hparams import HyperParams
 from unike.evaluation.protocols import one_step, one_step_many
 from unike.evaluation.reader import Reader
@@ -116,7 +116,7 @@ def test_one_that_diverges_leaves_the_others_what_they_are(world: World) -> None
     requests = [c.request for c in CASES]
     state = prefixes.state([requests[1].query])
     fine = method.edit_many(backbone, [requests[i] for i in (0, 2, 3)], prefixes)
-    spoilt = prefixes._rows.get(_key(requests[1].query))
+    spoilt = prefixes._rows.get(_make_key(requests[1].query))
     assert torch.equal(spoilt.labels, state.labels[0])
     kept = spoilt.hidden.clone()
     try:

@@ -23,9 +23,9 @@ from unike.datasets.triplets import Triplet, triplets_of
 from unike.edits import Edit, compose
 from unike.edits.attached import EditedModel, Slot
 from unike.edits.base import load_edit
-from unike.edits.content import Shared
 from unike.edits.explain import Explanation, ask
 from unike.edits.files import read_edit
+from unike.edits.shares import Shared
 from unike.evaluation.protocols import one_step
 from unike.evaluation.summary import summarise
 from unike.methods.base import EditMethod

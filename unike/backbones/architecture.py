@@ -1,4 +1,4 @@
-"""What tells one backbone from another, as data: its class, its vision side, what it writes."""
+"""What distinguishes one backbone from another, as data: its class, its vision side, its dialogue."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from unike.backbones.vision import Vision
 
 @dataclass(frozen=True)
 class Architecture:
-    """A class of ``transformers``, and how to ask it.
+    """A class of ``transformers``, and how queries are written for it.
 
-    ``decoder`` is the attribute that holds the causal language model, or empty where the model is one
-    itself. Without a ``dialogue`` queries are written by the checkpoint's own chat template, in which
-    ``image`` stands for a picture.
+    ``decoder`` is the attribute that holds the causal language model; empty where the model is one itself.
+    Without a ``dialogue`` queries are written by the checkpoint's own chat template, in which the text
+    ``image`` stands for an image.
     """
 
     model: type[PreTrainedModel]
@@ -26,6 +26,6 @@ class Architecture:
     dialogue: Dialogue | None = None
     image: str = "<image>"
 
-    def decoder_of(self, model: PreTrainedModel) -> Any:
+    def find_decoder(self, model: PreTrainedModel) -> Any:
         """The causal language model within a model."""
         return getattr(model, self.decoder) if self.decoder else model

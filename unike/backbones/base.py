@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import count
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -27,10 +27,9 @@ IGNORED = -100
 class Batch:
     """Encoded queries.
 
-    ``inputs_embeds [b,s,d]``; ``attention_mask [b,s]`` of 0 and 1; ``labels [b,s]``, -100 outside
-    the answer; ``question_end [b]``, the position ``p`` of the last prompt token; ``prompts``, the
-    texts that were asked; ``positions [b,3,s]``, where tokens stand in time, height and width, for
-    decoders that do not simply count them.
+    ``inputs_embeds [b,s,d]``; ``attention_mask [b,s]`` of 0 and 1; ``labels [b,s]``, -100 outside the answer;
+    ``question_end [b]``, the position ``p`` of the last prompt token; ``prompts``, the texts; ``positions
+    [b,3,s]``, the tokens' positions in time, height and width, for decoders that do not simply count tokens.
     """
 
     inputs_embeds: torch.Tensor
@@ -53,10 +52,10 @@ class Output:
 
 @dataclass(frozen=True)
 class PrefixState:
-    """Queries at the door of the first edited layer.
+    """Queries at the input of the first edited layer.
 
-    ``hidden [b,s,d]`` enters layer ``first``; ``layer_inputs`` are the other arguments (mask,
-    rotary positions) that every further layer takes. ``positions`` are the batch's.
+    ``hidden [b,s,d]`` enters layer ``first``; ``layer_inputs`` are the other arguments (mask, rotary
+    positions) that this layer and all further ones take. ``positions`` are the batch's.
     """
 
     hidden: torch.Tensor
@@ -64,7 +63,7 @@ class PrefixState:
     labels: torch.Tensor
     question_end: torch.Tensor
     first: int
-    layer_inputs: Mapping[str, Any] = field(repr=False, default_factory=dict)
+    layer_inputs: Mapping[str, object] = field(repr=False, default_factory=dict)
     prompts: tuple[str, ...] = ()
     positions: torch.Tensor | None = None
 
@@ -78,11 +77,11 @@ class PrefixState:
 
 
 class Prompt:
-    """Which prompts the model is reading: set by the backbone, read by edits.
+    """Which prompts the model reads now: set by the backbone, read by edits.
 
-    ``number`` changes with every new batch of prompts. An edit decides what it does at
-    ``question_end`` when it meets a new number, and keeps its decision while the answer is decoded.
-    ``attention_mask [b,s]`` is the batch's, with its answers where they are given.
+    ``number`` changes with every new batch of prompts. An edit decides at ``question_end`` when the number is
+    new to it, and keeps its decision while the answer is decoded. ``attention_mask [b,s]`` is the batch's,
+    and covers its answers where these are given.
     """
 
     def __init__(self) -> None:
@@ -93,10 +92,11 @@ class Prompt:
         self._numbers = count(1)
 
     @contextmanager
-    def asking(self, asked: Batch | PrefixState) -> Iterator[None]:
+    def announce(self, batch: Batch | PrefixState) -> Iterator[None]:
+        """Inside the block the model reads the prompts of ``batch``."""
         former = (self.number, self.question_end, self.attention_mask, self.texts)
-        self.number, self.question_end = next(self._numbers), asked.question_end
-        self.attention_mask, self.texts = asked.attention_mask, asked.prompts
+        self.number, self.question_end = next(self._numbers), batch.question_end
+        self.attention_mask, self.texts = batch.attention_mask, batch.prompts
         try:
             yield
         finally:
@@ -116,7 +116,7 @@ class Backbone(Protocol):
 
     @property
     def projection(self) -> nn.Module:
-        """What carries the vision side's states into the decoder; it comes before every layer."""
+        """What projects the vision side's states into the decoder; it comes before every layer."""
         ...
 
     @property
@@ -126,11 +126,12 @@ class Backbone(Protocol):
 
     @property
     def identity(self) -> str:
-        """A checksum of all that a query's states depend on beside the query itself."""
+        """A checksum of all that a query's states depend on, other than the query itself."""
         ...
 
     def keep_features(self, store: RowStore | None, alone: bool = True) -> None:
-        """Where vision features are kept on disk, if anywhere, and whether each picture is seen alone."""
+        """Sets where vision features are kept on disk, if anywhere, and whether each image is encoded by
+        itself rather than in a batch."""
         ...
 
     def encode(
@@ -152,12 +153,12 @@ class Backbone(Protocol):
         ...
 
     def answer_logits(self, state: PrefixState) -> torch.Tensor:
-        """``[n,v]``: of ``suffix``'s logits those that predict the rows' answer tokens, row after row."""
+        """``[n,v]``: those of ``suffix``'s logits that predict the rows' answer tokens, row after row."""
         ...
 
     def layer_inputs(
         self, attention_mask: torch.Tensor, positions: torch.Tensor | None = None
-    ) -> Mapping[str, Any]: ...
+    ) -> Mapping[str, object]: ...
 
     def generate(
         self, images: Sequence[ImageLike | None], prompts: Sequence[str], max_new_tokens: int | None = None
@@ -166,7 +167,7 @@ class Backbone(Protocol):
     def decode(self, ids: Sequence[int]) -> str: ...
 
     def ends_answer(self, token: int) -> bool:
-        """Whether a generated answer ends where this token comes."""
+        """Whether a generated answer ends at this token."""
         ...
 
     def tokens(self, text: str) -> list[int]: ...
@@ -176,14 +177,14 @@ class Backbone(Protocol):
 
 
 def encode_queries(backbone: Backbone, queries: Sequence[Query]) -> Batch:
-    """``queries`` as one batch."""
+    """The queries as one batch."""
     return backbone.encode(
         [q.image for q in queries], [q.prompt for q in queries], [q.target for q in queries]
     )
 
 
-def narrowed(backbone: Backbone, state: PrefixState, rows: torch.Tensor) -> PrefixState:
-    """Some rows of a state that is padded on the right, as wide as the longest of them."""
+def narrow(backbone: Backbone, state: PrefixState, rows: torch.Tensor) -> PrefixState:
+    """Some rows of a state that is padded on the right, cut to the length of the longest of them."""
     mask = state.attention_mask[rows]
     width = int(mask.sum(1).max())
     mask = mask[:, :width]

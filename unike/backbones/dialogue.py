@@ -1,4 +1,4 @@
-"""How a query becomes text: what a backbone writes around picture, prompt and answer."""
+"""How a query becomes text: what a backbone writes around image, prompt and answer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Tokenise = Callable[[str], list[int]]
 
 @dataclass(frozen=True)
 class Words:
-    """Token ids of a query: those before its picture, those after it, and the answer's at their end."""
+    """Token ids of a query: those before its image, those after it, and the answer's at their end."""
 
     before: list[int]
     after: list[int]
@@ -24,7 +24,7 @@ class Words:
 
 @dataclass(frozen=True)
 class Dialogue:
-    """What a backbone without a chat template writes around the picture.
+    """What a backbone without a chat template writes around the image.
 
     ``before_image`` and ``after_image`` are tokenised on their own; with ``bos`` the tokeniser's own
     beginning stands before the prompt. A generated answer ends at the first of ``stops``.
@@ -38,9 +38,9 @@ class Dialogue:
     def words(
         self, tokenizer: Tokenizer, tokens: Tokenise, prompt: str, target: str | None, shown: bool
     ) -> Words:
-        """A query's tokens; ``shown``: whether it has a picture."""
+        """A query's tokens; ``shown``: whether it has an image."""
         asked, answer = prompt_and_answer(tokens, prompt, target)
-        begin = beginning(tokenizer, tokens) if self.bos else []
+        begin = find_beginning(tokenizer, tokens) if self.bos else []
         if not shown:
             return Words([], [*begin, *asked, *answer], answer)
         after = [*tokens(self.after_image), *begin, *asked, *answer]
@@ -51,7 +51,7 @@ class Dialogue:
 class Chat:
     """A query as the user's turn of a conversation, written by the checkpoint's own chat ``template``.
 
-    ``image`` is the text that the template leaves for a picture, one token.
+    ``image`` is the text that the template writes for an image, one token.
     """
 
     template: str
@@ -61,14 +61,15 @@ class Chat:
     def words(
         self, tokenizer: Tokenizer, tokens: Tokenise, prompt: str, target: str | None, shown: bool
     ) -> Words:
-        """A query's tokens; ``shown``: whether it has a picture. UserError where the prompt writes one."""
+        """A query's tokens; ``shown``: whether it has an image. UserError where the prompt holds
+        ``image``."""
         text = self.text(tokenizer, prompt, shown)
         if text.count(self.image) != shown:
-            raise UserError(f"prompt: holds {self.image}, which stands for a picture; expected plain text")
+            raise UserError(f"prompt: holds {self.image}, which stands for an image; expected plain text")
         asked, answer = prompt_and_answer(tokens, text, target)
-        # As transformers' processors do: a template may write the beginning itself.
+        # As in transformers' processors: a template may write BOS itself.
         given = tokenizer.bos_token is not None and text.startswith(str(tokenizer.bos_token))
-        ids = [*([] if given else beginning(tokenizer, tokens)), *asked]
+        ids = [*([] if given else find_beginning(tokenizer, tokens)), *asked]
         at = ids.index(tokens(self.image)[0]) if shown else -1
         return Words(ids[: max(at, 0)], [*ids[at + 1 :], *answer], answer)
 
@@ -84,11 +85,10 @@ class Chat:
 
 
 def prompt_and_answer(tokens: Tokenise, asked: str, target: str | None) -> tuple[list[int], list[int]]:
-    """Token ids of what is asked and of the answer behind it.
+    """Token ids of the prompt ``asked`` and of the answer after it.
 
     The answer starts with one space, unless it stands on a line of its own. The two are tokenised
-    together, unless the tokeniser merges across their border: then the prompt keeps its own tokens, and
-    the answer the tokens that it has alone.
+    together, unless the tokeniser merges across their border: then each keeps the tokens that it has alone.
     """
     prompt = tokens(asked)
     if target is None:
@@ -100,7 +100,7 @@ def prompt_and_answer(tokens: Tokenise, asked: str, target: str | None) -> tuple
     return prompt, tokens(answer)
 
 
-def beginning(tokenizer: Tokenizer, tokens: Tokenise) -> Sequence[int]:
+def find_beginning(tokenizer: Tokenizer, tokens: Tokenise) -> Sequence[int]:
     """What the tokeniser puts before a text by itself (BOS, as a rule)."""
     plain, whole = tokens("a"), tokenizer("a").input_ids
     return next(whole[:at] for at in range(len(whole)) if whole[at : at + len(plain)] == plain)

@@ -1,4 +1,4 @@
-"""Forward hooks, set and taken away again: no other module registers one.
+"""Forward hooks, set and removed again: no other module registers one.
 
 Everything here is a context manager that removes its hooks on the way out, after an exception too.
 """
@@ -8,40 +8,48 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
-Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+K = TypeVar("K")
+# What a module is called with, and what it returns: any of its arguments, and a tensor, or a tuple with one.
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
+Inputs = tuple[Args, Kwargs]
+Outputs = torch.Tensor | tuple[Any, ...]
 
 
 class _StopForwardError(Exception):
     """Ends a forward pass once the wanted module is reached."""
 
 
-def first_tensor(value: Any) -> torch.Tensor:
+def first_tensor(value: Outputs) -> torch.Tensor:
     """The tensor itself, or the first entry of a tuple output."""
-    return value[0] if isinstance(value, tuple) else value
+    tensor: torch.Tensor = value[0] if isinstance(value, tuple) else value
+    return tensor
 
 
-def replace_first(value: Any, tensor: torch.Tensor) -> Any:
+def replace_first(value: Outputs, tensor: torch.Tensor) -> Outputs:
     """``value`` with its tensor (or its first entry) replaced."""
     return (tensor, *value[1:]) if isinstance(value, tuple) else tensor
 
 
-def hidden_states(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor:
+def hidden_states(args: Args, kwargs: Kwargs) -> torch.Tensor:
     """The hidden state that a module is called with, by position or by keyword."""
-    return args[0] if args else kwargs["hidden_states"]
+    states: torch.Tensor = args[0] if args else kwargs["hidden_states"]
+    return states
 
 
 @contextmanager
-def capture(modules: Mapping[Any, nn.Module]) -> Iterator[dict[Any, torch.Tensor]]:
+def capture(modules: Mapping[K, nn.Module]) -> Iterator[dict[K, torch.Tensor]]:
     """Collects the hidden state that each module receives, under the module's key."""
-    seen: dict[Any, torch.Tensor] = {}
+    seen: dict[K, torch.Tensor] = {}
 
-    def keep(key: Any) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def keep(key: K) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Args, kwargs: Kwargs) -> None:
             seen[key] = hidden_states(args, kwargs)
 
         return hook
@@ -65,16 +73,16 @@ class Passed:
 
 
 @contextmanager
-def tape(modules: Mapping[Any, nn.Module]) -> Iterator[dict[Any, Passed]]:
+def tape(modules: Mapping[K, nn.Module]) -> Iterator[dict[K, Passed]]:
     """Collects inputs and outputs of each module, under the module's key, for ``torch.autograd.grad``.
 
-    A frozen module that reads a constant gives an output without history: it is opened to
-    gradients here, so that the layers above become part of a graph.
+    The output of a frozen module that reads a constant has no history: it is made to require gradients here,
+    so that the layers above become part of a graph.
     """
-    seen: dict[Any, Passed] = {}
+    seen: dict[K, Passed] = {}
 
-    def keep(key: Any) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
+    def keep(key: K) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Args, output: torch.Tensor) -> None:
             if torch.is_grad_enabled() and not output.requires_grad:
                 output.requires_grad_()
             seen[key] = Passed(args[0], output)
@@ -91,14 +99,14 @@ def tape(modules: Mapping[Any, nn.Module]) -> Iterator[dict[Any, Passed]]:
             handle.remove()
 
 
-def inputs_of(module: nn.Module, run: Callable[[], Any]) -> Inputs:
+def inputs_of(module: nn.Module, run: Callable[[], object]) -> Inputs:
     """What ``module`` is called with when ``run`` runs; the pass ends there.
 
     Raises RuntimeError if ``run`` never reaches the module.
     """
     seen: list[Inputs] = []
 
-    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def hook(_: nn.Module, args: Args, kwargs: Kwargs) -> None:
         seen.append((args, kwargs))
         raise _StopForwardError
 
@@ -123,7 +131,7 @@ def transform(afters: list[tuple[nn.Module, nn.Module, After]]) -> Iterator[None
     Reader and writer may be one module (a self-attention) or two (the first and the last
     projection of a feed-forward network).
     """
-    handles: list[Any] = []
+    handles: list[RemovableHandle] = []
     try:
         for reader, writer, after in afters:
             _install(reader, writer, after, handles)
@@ -133,13 +141,13 @@ def transform(afters: list[tuple[nn.Module, nn.Module, After]]) -> Iterator[None
             handle.remove()
 
 
-def _install(reader: nn.Module, writer: nn.Module, after: After, handles: list[Any]) -> None:
+def _install(reader: nn.Module, writer: nn.Module, after: After, handles: list[RemovableHandle]) -> None:
     received: list[torch.Tensor] = []
 
-    def read(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def read(_: nn.Module, args: Args, kwargs: Kwargs) -> None:
         received[:] = [hidden_states(args, kwargs)]
 
-    def write(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    def write(_: nn.Module, args: Args, output: Outputs) -> Outputs:
         return replace_first(output, after(received.pop(), first_tensor(output)))
 
     handles.append(reader.register_forward_pre_hook(read, with_kwargs=True))
@@ -148,13 +156,13 @@ def _install(reader: nn.Module, writer: nn.Module, after: After, handles: list[A
 
 @contextmanager
 def unhooked(module: nn.Module) -> Iterator[None]:
-    """The module without its forward hooks, for a hook that calls the module that it is on."""
-    before, behind = module._forward_pre_hooks, module._forward_hooks
-    module._forward_pre_hooks, module._forward_hooks = type(before)(), type(behind)()
+    """Inside the block the module has no forward hooks, for a hook that calls its own module."""
+    before, after = module._forward_pre_hooks, module._forward_hooks
+    module._forward_pre_hooks, module._forward_hooks = type(before)(), type(after)()
     try:
         yield
     finally:
-        module._forward_pre_hooks, module._forward_hooks = before, behind
+        module._forward_pre_hooks, module._forward_hooks = before, after
 
 
 def marks(modules: Iterable[nn.Module]) -> list[tuple[int, ...]]:

@@ -55,7 +55,7 @@ class LavisVision(FixedVision):
     def see(self, shown: Sequence[Parts]) -> list[Parts]:
         """The Q-Former's output, in single precision."""
         model = self.model
-        patches = model.ln_vision(self.tower(self.stacked(shown))).float()
+        patches = model.ln_vision(self.tower(self.stack(shown))).float()
         queries = model.Qformer.bert(
             query_embeds=model.query_tokens.expand(len(patches), -1, -1), encoder_hidden_states=patches,
             encoder_attention_mask=torch.ones(patches.shape[:-1], dtype=torch.long, device=patches.device),
@@ -75,11 +75,11 @@ class LavisBackbone(VisionLanguageBackbone):
             "opt": self.decoder.config.to_dict(),
         }
 
-    def _given(self, batch: Batch) -> dict[str, torch.Tensor]:
+    def _decoder_arguments(self, batch: Batch) -> dict[str, torch.Tensor]:
         # LAVIS's OPT counts positions by the mask, as ours are counted.
         return {"inputs_embeds": batch.inputs_embeds, "attention_mask": batch.attention_mask}
 
-    def _start(self, batch: Batch) -> dict[str, torch.Tensor]:
+    def _generation_arguments(self, batch: Batch) -> dict[str, torch.Tensor]:
         """All but each prompt's last token as ``query_embeds``: embeddings alone are not taken here."""
         last = [[self.tokens(prompt)[-1]] for prompt in batch.prompts]
         return {

@@ -1,6 +1,6 @@
-"""Where the sites of an edit lie in a decoder: one table row per family, no branches.
+"""Where the modules that edits touch lie in a decoder: one table row per family, no branches.
 
-A feed-forward network is a key-value memory, FFN(x) = act(x W_K) W_V, Eq. (1): its sites are the
+A feed-forward network is a key-value memory, FFN(x) = act(x W_K) W_V, Eq. (1): its parts are the
 key projections (two, where it is gated) and the value projection.
 """
 
@@ -110,7 +110,7 @@ class DecoderLayout:
 
     def __init__(self, language_model: Any) -> None:
         config = language_model.config
-        # LAVIS's `transformers` knows no such thing; the configuration of its decoder is that of text.
+        # LAVIS's `transformers` lacks the method; there the decoder's configuration is that of text.
         if hasattr(config, "get_text_config"):
             config = config.get_text_config()
         if config.model_type not in FAMILIES:
@@ -119,13 +119,13 @@ class DecoderLayout:
         decoder = language_model.get_decoder()
         self.layers: nn.ModuleList = decoder.layers
         self.width: int = config.hidden_size
-        # Positions that the decoder knows: picture, prompt and answer must fit.
+        # Number of positions that the decoder knows: image, prompt and answer must fit.
         self.context: int = config.max_position_embeddings
         self.head_dim: int = (
             getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         )
         after = [getattr(decoder, name, None) for name in self.family.after_layers]
-        # The vocabulary on both ends: what token ids become, and what a state is compared with.
+        # The vocabulary at both ends: embeddings of token ids, and what states are compared with.
         self.embeddings: nn.Module = language_model.get_input_embeddings()
         self.unembeddings: nn.Linear = language_model.get_output_embeddings()
         self._after = [m for m in (*after, self.unembeddings) if m is not None]

@@ -1,4 +1,4 @@
-"""What LAVIS's and MiniGPT-4's original files say before a model is built from them."""
+"""What LAVIS's and MiniGPT-4's original files tell about the model that is built from them."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def read_shape(
 ) -> Shape:
     """The shape of the files (``states``, by YAML key).
 
-    Widths, depths and patches come from the tensors; head counts and the spacing of the Q-Former's
-    cross-attention can't be seen there, and are the originals' unless the spec overrides them. It may
+    Widths, depths and patch sizes come from the tensors. Head counts and the spacing of the Q-Former's
+    cross-attention can't be read there; they are the originals' unless the spec overrides them. It may
     override what is ``known``, by YAML key; None: what is in the shape.
     """
     eva, qformer = states["state_dict_file"], states["qformer_checkpoint"]

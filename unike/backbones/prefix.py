@@ -1,4 +1,4 @@
-"""Prefix states kept per query: what lies below the edited layers is computed once."""
+"""Cached lower-layer activations: what lies below the edited layers is computed once for each query."""
 
 from __future__ import annotations
 
@@ -44,16 +44,16 @@ class _CachedRow:
 
 
 class PrefixCache:
-    """Hidden states at the door of layer ``first``, by query.
+    """Hidden states at the input of layer ``first``, by query.
 
-    They stay in memory up to ``max_bytes``, those that were not asked for longest go first; with a
-    ``store`` every computed state is on disk too and comes back from there bit for bit. ``computed`` and
-    ``loaded`` count queries.
+    They stay in memory up to ``max_bytes``, those that were not asked for longest go first; with a ``store``
+    every computed state is on disk too, and comes back from there bit for bit. ``computed`` and ``loaded``
+    count queries.
 
-    A state computed in a batch differs in its last bits with what else is in the batch. ``alone``
-    computes every query by itself: its state depends on the query, not on which others were missing.
+    In a batch the last bits of a state depend on what else is in the batch. With ``alone`` every query is
+    computed by itself: its state depends on the query only.
 
-    The states are the untouched base model's: never fill the cache while an edit is applied.
+    The states are the base model's: the cache must not be filled while an edit is applied.
     """
 
     def __init__(
@@ -81,17 +81,17 @@ class PrefixCache:
 
     def state(self, queries: Sequence[Query]) -> PrefixState:
         """The queries as one right-padded batch."""
-        keys = [_key(q) for q in queries]
+        keys = [_make_key(q) for q in queries]
         rows = {k: row for k in keys if (row := self._rows.get(k)) is not None}
         rows.update(self._load([k for k in dict.fromkeys(keys) if k not in rows]))
         todo = list({k: q for k, q in zip(keys, queries, strict=True) if k not in rows}.items())
         for start in range(0, len(todo), self.batch):
             part = todo[start : start + self.batch]
-            made = dict(zip([k for k, _ in part], self._compute([q for _, q in part]), strict=True))
-            rows.update(made)
-            if self.store is not None and self._untouched():
-                self.store.put({row_key(k): row.tensors() for k, row in made.items()})
-            for key, row in made.items():
+            new = dict(zip([k for k, _ in part], self._compute([q for _, q in part]), strict=True))
+            rows.update(new)
+            if self.store is not None and self._is_untouched():
+                self.store.put({row_key(k): row.tensors() for k, row in new.items()})
+            for key, row in new.items():
                 self._rows.put(key, row)
         state = self._collate([rows[k] for k in keys])
         return replace(state, prompts=tuple(q.prompt for q in queries))
@@ -107,8 +107,8 @@ class PrefixCache:
         self.loaded += len(rows)
         return rows
 
-    def _untouched(self) -> bool:
-        """Whether no edit lies on what the states come from; on disk a wrong one would outlive the run."""
+    def _is_untouched(self) -> bool:
+        """Whether nothing below the edited layers is edited; on disk a wrong state would outlive the run."""
         return marks(self._below) == self._marks
 
     def _compute(self, queries: list[Query]) -> list[_CachedRow]:
@@ -174,6 +174,6 @@ def check_prefix_dir(hparams: PrefixOptions) -> None:
         raise UserError(f"{hparams.source}: prefix_dir: {there} is a file; expected a folder")
 
 
-def _key(query: Query) -> QueryKey:
+def _make_key(query: Query) -> QueryKey:
     image = None if query.image is None else content_key(query.image)
     return image, query.prompt, query.target

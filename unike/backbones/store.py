@@ -1,4 +1,4 @@
-"""Rows of tensors on disk, found by key, shared between runs and between processes at work."""
+"""Rows of tensors on disk by key, shared between runs and between processes that run at the same time."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ _LEFT_BEHIND_SECONDS = 3600.0
 class RowStore:
     """Rows under ``root/name``, one file for each batch that is put; keys are file-safe texts.
 
-    A file appears whole or not at all, and its headers alone are read until a row of it is wanted. Each
-    row carries a checksum: what is broken is logged, removed and missing from then on. All stores below
-    one ``root`` share ``max_bytes``: files that were not used for longest go first, this store's own
-    stay, and nothing more is written where that leaves no room. Where the disk refuses, the store goes
-    on without writing.
+    A file appears whole or not at all, and only its header is read until a row of it is needed. Each row has
+    a checksum: a broken file is logged and removed, and its rows are missing from then on. All stores below
+    one ``root`` share ``max_bytes``: files that were not used for longest go first, this store's own stay,
+    and nothing more is written where that leaves no room. After a write error the store goes on without
+    writing.
     """
 
     def __init__(self, root: str | os.PathLike[str], name: str, max_bytes: int) -> None:
@@ -57,7 +57,7 @@ class RowStore:
         return found
 
     def put(self, rows: Mapping[str, Row]) -> None:
-        """Keeps rows in one file; the tensors may lie anywhere."""
+        """Keeps rows in one file; the tensors may be on any device."""
         if not rows or not self.writing:
             return
         own = {
@@ -79,7 +79,7 @@ class RowStore:
             before = os.stat(self.folder).st_mtime_ns
             save_file(tensors, temporary, metadata={key: _checksum(row) for key, row in own.items()})
             os.replace(temporary, self.folder / name)
-            # Only what others wrote in between has to be looked for.
+            # Only files that others wrote in between have to be looked for.
             self._stamp = os.stat(self.folder).st_mtime_ns if before == self._stamp else -1
         except (OSError, SafetensorError) as error:
             logger.warning("%s: states cannot be kept there: %s", self.folder, error)
@@ -140,7 +140,7 @@ class RowStore:
             self._forget(name)
         except _UNREADABLE as error:
             self._drop(name, error)
-            # One bad row is reason enough to trust none of its file.
+            # After one bad row none of the file is trusted.
             found = {}
         else:
             if path not in self._used:
@@ -160,7 +160,7 @@ class RowStore:
         self._where = {key: at for key, at in self._where.items() if at != name}
 
     def _make_room(self, size: int) -> bool:
-        """Whether ``size`` more bytes fit, once old files of the same root are gone."""
+        """Whether ``size`` more bytes fit; old files of the same root are removed where they do not."""
         if self._bytes is not None and self._bytes + size <= self.max_bytes:
             return True
         files = []
@@ -181,7 +181,7 @@ class RowStore:
 
 
 def row_key(what: object) -> str:
-    """A short checksum of a plain value, to be used as a key."""
+    """A short checksum of a plain value, as a key."""
     return hashlib.sha256(repr(what).encode(errors="surrogatepass")).hexdigest()[:32]
 
 
@@ -195,7 +195,7 @@ def _checksum(row: Row) -> str:
 
 
 def _remove_old(temporary: Path) -> None:
-    """A killed process leaves its file behind; another one may be writing its own just now."""
+    """Removes the file of a killed process; a recent one may still be written by another process."""
     with suppress(OSError):
         if time.time() - temporary.stat().st_mtime > _LEFT_BEHIND_SECONDS:
             temporary.unlink()

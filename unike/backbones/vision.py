@@ -1,8 +1,8 @@
-"""The vision side of a backbone: from a picture to its tokens in the decoder.
+"""The vision side of a backbone: from an image to its tokens in the decoder.
 
-Three steps, so that a picture is seen once and projected each time: ``pixels`` reads it, ``see`` computes
-what no edit changes and what is kept, ``tokens`` carries that into the decoder. An edit of the projection
-shows in the last, and a gradient reaches it.
+There are three steps, so that an image is encoded once and projected each time. ``pixels`` reads it; ``see``
+computes what no edit changes, which is cached; ``tokens`` projects that into the decoder. An edit of the
+projection changes the last step, and a gradient reaches it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedModel
 
 from unike.backbones.hooks import inputs_of, transform
-from unike.backbones.images import Parts, image_processor, normalised
+from unike.backbones.images import Parts, load_image_processor, normalise
 from unike.datasets.images import open_image
 from unike.types import ImageLike, UserError
 
@@ -25,8 +25,8 @@ from unike.types import ImageLike, UserError
 class Vision(ABC):
     """What every vision side offers; ``processor`` is the image processor of ``transformers``.
 
-    ``tower_path`` and ``projection_path`` say where in the model what reads the pixels lies, and what carries
-    the vision side's states into the decoder.
+    ``tower_path`` and ``projection_path`` are the paths in the model of what reads the pixels, and of what
+    projects the vision side's states into the decoder.
     """
 
     tower_path: ClassVar[str]
@@ -48,46 +48,46 @@ class Vision(ABC):
 
     @property
     def projection(self) -> nn.Module:
-        """What carries the vision side's states into the decoder."""
+        """What projects the vision side's states into the decoder."""
         module: nn.Module = self.model.get_submodule(self.projection_path)
         return module
 
     @property
     def settings(self) -> str:
-        """All beside weights and configuration that a picture's tokens depend on."""
+        """All that an image's tokens depend on, besides weights and configuration."""
         return f"{self.processor.to_json_string()} {self.image_size}"
 
     @abstractmethod
     def pixels(self, image: ImageLike) -> Parts:
-        """A picture as the model takes it; UserError where it cannot be read."""
+        """An image as the model takes it; UserError where it cannot be read."""
 
     @abstractmethod
     def see(self, shown: Sequence[Parts]) -> list[Parts]:
-        """For each picture what ``tokens`` needs of it, under ``features`` what the projection receives."""
+        """For each image what ``tokens`` needs; ``features`` is what the projection receives."""
 
     def tokens(self, seen: Parts, prompt: str) -> torch.Tensor:
-        """``(n, d)``: a picture in the decoder, which may look different for another prompt."""
+        """``(n, d)``: the image's tokens in the decoder, which may depend on the prompt."""
         return self.projection(seen["features"])
 
     def positions(self, before: int, seen: Parts | None, after: int) -> torch.Tensor | None:
-        """``(3, s)``: where ``before`` and ``after`` text tokens and a picture's between them stand in
-        time, height and width. None for decoders that count their tokens."""
+        """``(3, s)``: positions in time, height and width of ``before`` text tokens, the image's tokens, and
+        ``after`` text tokens. None for decoders that count their tokens."""
         return None
 
 
 class FixedVision(Vision):
-    """A vision side that takes all pictures at one size."""
+    """A vision side that takes all images at one size."""
 
-    def read(self, picture: Image.Image) -> torch.Tensor:
+    def read(self, image: Image.Image) -> torch.Tensor:
         """``(3, H, W)`` as the processor makes it."""
-        pixels: torch.Tensor = self.processor(picture, return_tensors="pt")["pixel_values"][0]
+        pixels: torch.Tensor = self.processor(image, return_tensors="pt")["pixel_values"][0]
         return pixels
 
     def pixels(self, image: ImageLike) -> Parts:
-        return {"pixel_values": normalised(image, self.read)}
+        return {"pixel_values": normalise(image, self.read)}
 
-    def stacked(self, shown: Sequence[Parts]) -> torch.Tensor:
-        """The pictures ``(b, 3, H, W)``, where the tower is and as it computes."""
+    def stack(self, shown: Sequence[Parts]) -> torch.Tensor:
+        """The images ``(b, 3, H, W)``, on the tower's device and in its type."""
         return torch.stack([parts["pixel_values"] for parts in shown]).to(next(self.tower.parameters()))
 
 
@@ -102,12 +102,12 @@ class Blip2Vision(FixedVision):
         super().__init__(model, folder, image_size or self._trained)
 
     def _processor(self, folder: str | None, size: int | None) -> Any:
-        return image_processor(folder, size or self._trained)
+        return load_image_processor(folder, size or self._trained)
 
     @torch.no_grad()
     def see(self, shown: Sequence[Parts]) -> list[Parts]:
         """The Q-Former's output, in the vision tower's precision."""
-        given = self.stacked(shown)
+        given = self.stack(shown)
         seen = self.model.get_image_features(given, interpolate_pos_encoding=self.image_size != self._trained)
         return [{"features": state} for state in seen.qformer_outputs[0].to(given.dtype)]
 
@@ -120,21 +120,21 @@ class ProjectorVision(FixedVision):
 
     @torch.no_grad()
     def see(self, shown: Sequence[Parts]) -> list[Parts]:
-        """What the tower's chosen layer says of each patch, ``(patches, d)``."""
-        given = self.stacked(shown)
+        """The states of the tower's chosen layer, ``(patches, d)``."""
+        given = self.stack(shown)
         args, _ = inputs_of(self.projection, lambda: self.model.get_image_features(given))
         return [{"features": state} for state in args[0]]
 
 
 class SplitVision(ProjectorVision):
-    """A picture is seen as a whole and in tiles, as many as its own shape asks for (LLaVA-OneVision)."""
+    """An image is encoded as a whole and in tiles, whose number depends on its shape (LLaVA-OneVision)."""
 
     def pixels(self, image: ImageLike) -> Parts:
         return _cut(image, self.processor)
 
     @torch.no_grad()
     def see(self, shown: Sequence[Parts]) -> list[Parts]:
-        """``(tiles, patches, d)`` of each picture, with its ``image_sizes``."""
+        """``(tiles, patches, d)`` of each image, with its ``image_sizes``."""
         return [self._see(parts["pixel_values"], parts["image_sizes"]) for parts in shown]
 
     def _see(self, tiles: torch.Tensor, sizes: torch.Tensor) -> Parts:
@@ -143,7 +143,7 @@ class SplitVision(ProjectorVision):
         return {"features": args[0], "image_sizes": sizes}
 
     def tokens(self, seen: Parts, prompt: str) -> torch.Tensor:
-        """The whole picture's tokens, then its tiles' without their padding, row by row."""
+        """The whole image's tokens, then its tiles' without their padding, row by row."""
         model = self.model.model
         tiles = self.projection(seen["features"])
         packed, _ = model.pack_image_features(
@@ -154,7 +154,7 @@ class SplitVision(ProjectorVision):
 
 
 class GridVision(Vision):
-    """Qwen's vision tower: as many patches as the picture has, merged by four, placed in a grid."""
+    """Qwen's vision tower: as many patches as the image's size gives, merged by four, placed in a grid."""
 
     tower_path = "model.visual"
     projection_path = "model.visual.merger"
@@ -164,7 +164,7 @@ class GridVision(Vision):
 
     @torch.no_grad()
     def see(self, shown: Sequence[Parts]) -> list[Parts]:
-        """``(n, merged patches, d)`` of each picture in reading order, with its ``image_grid_thw``."""
+        """``(n, merged patches, d)`` of each image in reading order, with its ``image_grid_thw``."""
         return [self._see(parts["pixel_values"], parts["image_grid_thw"]) for parts in shown]
 
     def _see(self, patches: torch.Tensor, grid: torch.Tensor) -> Parts:
@@ -177,14 +177,15 @@ class GridVision(Vision):
         given, grid = patches.to(self.tower.device, self.tower.dtype), grid.to(self.tower.device)
         with transform([(self.projection, self.projection, number)]):
             order = torch.cat(self.model.get_image_features(given, grid).pooler_output)[:, 0]
-        # A tower with windows merges patches window by window, and sorts what comes out.
+        # A tower with windows merges patches window by window, and reorders the result.
         return {"features": received[0].unflatten(0, (len(order), -1))[order], "image_grid_thw": grid}
 
     def tokens(self, seen: Parts, prompt: str) -> torch.Tensor:
         return self.projection(seen["features"].flatten(0, 1))
 
     def positions(self, before: int, seen: Parts | None, after: int) -> torch.Tensor:
-        """The model's own: a picture's tokens share a moment, and text goes on behind its longer side."""
+        """The model's own: an image's tokens share a point in time, and text continues after its longer
+        side."""
         n, grid = (0, None) if seen is None else (len(seen["features"]), seen["image_grid_thw"])
         kinds = torch.tensor([[0] * before + [1] * n + [0] * after], device=self.tower.device)
         placed, _ = self.model.model.get_rope_index(kinds, mm_token_type_ids=kinds, image_grid_thw=grid)
@@ -192,7 +193,8 @@ class GridVision(Vision):
 
 
 class InstructVision(FixedVision):
-    """InstructBLIP: the Q-Former reads the prompt, so that only the tower's output is the picture's own."""
+    """InstructBLIP: the Q-Former reads the prompt, so that only the tower's output depends on the image
+    alone."""
 
     tower_path = "vision_model"
     projection_path = "language_projection"
@@ -210,7 +212,7 @@ class InstructVision(FixedVision):
     @torch.no_grad()
     def see(self, shown: Sequence[Parts]) -> list[Parts]:
         """The tower's output, ``(patches, d)``."""
-        given = self.stacked(shown)
+        given = self.stack(shown)
         return [{"features": state} for state in self.model.vision_model(given).last_hidden_state]
 
     def tokens(self, seen: Parts, prompt: str) -> torch.Tensor:
@@ -219,7 +221,7 @@ class InstructVision(FixedVision):
         return self.projection(queries.to(self.tower.dtype))[0]
 
     def _ask(self, patches: torch.Tensor, prompt: str) -> torch.Tensor:
-        """The Q-Former's output for one picture and prompt, of whose tokens it reads the last that fit."""
+        """The Q-Former's output for one image and prompt; it reads the last tokens of the prompt that fit."""
         model, limit = self.model, self.model.config.qformer_config.max_position_embeddings
         read = self.reader(prompt, truncation=True, max_length=limit, return_tensors="pt")
         ids, queries = read.input_ids.to(patches.device), model.query_tokens
@@ -232,11 +234,11 @@ class InstructVision(FixedVision):
 
 
 def _cut(image: ImageLike, processor: Any) -> Parts:
-    """What an image processor that cuts a picture by its own shape makes of it, without its batch."""
+    """The output for one image of an image processor that cuts images by their shape."""
     if isinstance(image, torch.Tensor):
-        raise UserError("image tensor: this backbone cuts pictures itself; expected a path or a PIL image")
+        raise UserError("image tensor: this backbone cuts images itself; expected a path or a PIL image")
     try:
         made = processor(open_image(image), return_tensors="pt")
     except ValueError as error:
-        raise UserError(f"picture: {error}") from error
+        raise UserError(f"image: {error}") from error
     return {name: value for name, value in made.items() if isinstance(value, torch.Tensor)}

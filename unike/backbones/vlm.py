@@ -1,6 +1,6 @@
-"""The one implementation behind all backbones: a vision side, a decoder, what is written around a query.
+"""The one implementation of all backbones: a vision side, a decoder, and what is written around a query.
 
-Which class of ``transformers`` it is, and what tells it from the others, is an ``Architecture``.
+An ``Architecture`` names the class of ``transformers``, and what differs between backbones.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from unike.backbones.store import RowStore
 from unike.system.cache import BoundedCache
 from unike.types import ImageLike, UserError
 
-# Masks whose layer inputs are kept: those of a training loop and of the probes around it.
+# Number of masks whose layer inputs are kept: those of a training loop and of its probes.
 MASKS = 32
-# Texts whose token ids are kept.
+# Number of texts whose token ids are kept.
 TEXTS = 100_000
-# Answers are the most likely tokens, whatever a checkpoint's own generation settings are.
+# Decoding is greedy, whatever a checkpoint's own generation settings are.
 GREEDY = {
     "do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0,
     "temperature": 1.0, "top_p": 1.0, "top_k": 50,
@@ -52,7 +52,7 @@ class VisionLanguageBackbone:
         self.tokenizer = tokenizer
         self.dialogue = dialogue
         self.max_new_tokens = max_new_tokens
-        self.decoder = architecture.decoder_of(model)
+        self.decoder = architecture.find_decoder(model)
         self.layout = DecoderLayout(self.decoder)
         self.prompt = Prompt()
         self.vision = architecture.vision(model, folder, image_size)
@@ -74,7 +74,7 @@ class VisionLanguageBackbone:
 
     @property
     def context(self) -> int:
-        """How many tokens the decoder takes, the picture's, the prompt's and the answer's together."""
+        """How many tokens the decoder takes: the image's, the prompt's and the answer's together."""
         return self.layout.context
 
     @property
@@ -89,7 +89,7 @@ class VisionLanguageBackbone:
             digest = hashlib.sha256(self.layout.config.model_type.encode())
             for name, tensor in sorted(self.model.state_dict().items()):
                 digest.update(name.encode())
-                # A few numbers of every tensor tell weights apart without reading gigabytes.
+                # A few numbers of every tensor distinguish weights without reading gigabytes.
                 flat = tensor.detach().flatten()
                 digest.update(flat[:: max(1, flat.numel() // 64)].float().cpu().numpy().tobytes())
             self._fingerprint = digest.hexdigest()[:16]
@@ -97,10 +97,11 @@ class VisionLanguageBackbone:
 
     @property
     def identity(self) -> str:
-        """Weights, configuration, precision, device, picture processing, tokeniser, dialogue, versions."""
+        """A checksum of weights, configuration, precision, device, image processing, tokeniser, dialogue and
+        versions."""
         if self._identity is None:
             where = {"_name_or_path", "transformers_version"}
-            settings = {k: v for k, v in _flat(self._settings) if k.rpartition(".")[2] not in where}
+            settings = {k: v for k, v in _flatten(self._settings) if k.rpartition(".")[2] not in where}
             backend = getattr(self.tokenizer, "backend_tokenizer", None)
             parts = (
                 self.fingerprint, sorted(settings.items()), self.vision.settings,
@@ -114,9 +115,9 @@ class VisionLanguageBackbone:
         return self._identity
 
     @property
-    def _settings(self) -> Mapping[str, Any]:
-        """The model's configuration."""
-        settings: dict[str, Any] = self.model.config.to_dict()
+    def _settings(self) -> Mapping[str, object]:
+        """The model's configuration, as plain values."""
+        settings: dict[str, object] = self.model.config.to_dict()
         return settings
 
     def keep_features(self, store: RowStore | None, alone: bool = True) -> None:
@@ -137,7 +138,7 @@ class VisionLanguageBackbone:
         return ids
 
     def prompt_and_answer(self, prompt: str, target: str | None) -> tuple[list[int], list[int]]:
-        """Token ids of a text and of the answer behind it, without what a dialogue writes around them."""
+        """Token ids of a text and of the answer after it, without what a dialogue writes around them."""
         return prompt_and_answer(self.tokens, prompt, target)
 
     def encode(
@@ -147,25 +148,24 @@ class VisionLanguageBackbone:
         targets: Sequence[str | None] | None = None,
         padding_side: str = "right",
     ) -> Batch:
-        """One batch of queries; ``targets`` may be left out to ask without an answer.
+        """One batch of queries; without ``targets`` they have no answers.
 
-        Pictures are seen once, but projected each time: an edit of the projection shows here, and a
+        An image is encoded once, but projected each time: an edit of the projection has its effect, and a
         gradient reaches it.
 
-        Raises UserError for a picture that cannot be read, and ValueError where the lists differ
-        in length.
+        Raises UserError for an image that cannot be read, and ValueError where the lists differ in length.
         """
         targets = [None] * len(prompts) if targets is None else targets
         shown = [i for i in images if i is not None]
-        seen = iter(self.cache.seen(shown, self.vision.pixels, device=self.device))
+        seen = iter(self.cache.get(shown, self.vision.pixels, device=self.device))
         rows = [
-            self._row(next(seen) if i is not None else None, p, t)
+            self._encode_row(next(seen) if i is not None else None, p, t)
             for i, p, t in zip(images, prompts, targets, strict=True)
         ]
         return self._pad(rows, padding_side, tuple(prompts))
 
-    def _row(self, seen: Parts | None, prompt: str, target: str | None) -> _Row:
-        """One query, unpadded; ``seen`` as the vision side saw its picture."""
+    def _encode_row(self, seen: Parts | None, prompt: str, target: str | None) -> _EncodedRow:
+        """One query, unpadded; ``seen`` is what the vision side computed of its image."""
         if not self.tokens(prompt):
             raise UserError("prompt: is empty; expected a question")
         words = self.dialogue.words(self.tokenizer, self.tokens, prompt, target, seen is not None)
@@ -182,9 +182,9 @@ class VisionLanguageBackbone:
             raise UserError(
                 f"prompt: {len(row)} tokens; expected at most {self.context}, the decoder's context"
             )
-        return _Row(row, words.answer, self.vision.positions(len(before), seen, len(after)))
+        return _EncodedRow(row, words.answer, self.vision.positions(len(before), seen, len(after)))
 
-    def _pad(self, rows: list[_Row], side: str, prompts: tuple[str, ...]) -> Batch:
+    def _pad(self, rows: list[_EncodedRow], side: str, prompts: tuple[str, ...]) -> Batch:
         if side not in ("left", "right"):
             raise ValueError(f"padding_side: {side!r}; expected 'left' or 'right'")
         width, device = max(len(row.embeds) for row in rows), self.device
@@ -206,23 +206,23 @@ class VisionLanguageBackbone:
         return Batch(embeds, mask, labels, torch.tensor(ends, device=device), prompts, positions)
 
     def _decode_whole(self, batch: Batch) -> torch.Tensor:
-        logits: torch.Tensor = self.decoder(**self._given(batch), use_cache=False).logits
+        logits: torch.Tensor = self.decoder(**self._decoder_arguments(batch), use_cache=False).logits
         return logits
 
-    def _given(self, batch: Batch) -> dict[str, torch.Tensor]:
+    def _decoder_arguments(self, batch: Batch) -> dict[str, torch.Tensor]:
         """A batch by the names of the decoder's arguments."""
         return {
             "inputs_embeds": batch.inputs_embeds, "attention_mask": batch.attention_mask,
-            "position_ids": _positions(batch),
+            "position_ids": _position_ids(batch),
         }  # fmt: skip
 
-    def _start(self, batch: Batch) -> dict[str, torch.Tensor]:
-        """What the decoder's ``generate`` goes on from; the batch is padded on the left."""
-        return self._given(batch)
+    def _generation_arguments(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """The input of the decoder's ``generate``; the batch is padded on the left."""
+        return self._decoder_arguments(batch)
 
     def __call__(self, batch: Batch) -> Output:
         """The whole decoder over a batch."""
-        with self.prompt.asking(batch):
+        with self.prompt.announce(batch):
             return Output(self._decode_whole(batch))
 
     @torch.no_grad()
@@ -240,9 +240,9 @@ class VisionLanguageBackbone:
     def layer_inputs(
         self, attention_mask: torch.Tensor, positions: torch.Tensor | None = None
     ) -> dict[str, object]:
-        """What decoder layers take beside the hidden state for a mask ``[b,s]`` and positions ``[b,3,s]``.
+        """What decoder layers take besides the hidden state, for a mask ``[b,s]`` and positions ``[b,3,s]``.
 
-        It depends on these alone, so that of those asked last is kept.
+        It depends on these alone; what was computed for the latest of them is kept.
         """
         given = (attention_mask,) if positions is None else (attention_mask, positions)
         raw = [tensor.cpu().numpy() for tensor in given]
@@ -269,13 +269,13 @@ class VisionLanguageBackbone:
         return self.layout.head(self.suffix_hidden(state))
 
     def answer_logits(self, state: PrefixState) -> torch.Tensor:
-        """``[n,v]``: the head is only asked where an answer token is predicted."""
+        """``[n,v]``: the head only runs where an answer token is predicted."""
         return self.layout.head(self.suffix_hidden(state)[:, :-1][state.answer_mask])
 
     def suffix_hidden(self, state: PrefixState) -> torch.Tensor:
         """What enters the final norm, ``[b,s,d]``."""
         hidden = state.hidden
-        with self.prompt.asking(state):
+        with self.prompt.announce(state):
             for index in range(state.first, len(self.layout)):
                 hidden = first_tensor(self.layout.layer(index)(hidden, **state.layer_inputs))
         return hidden
@@ -284,26 +284,26 @@ class VisionLanguageBackbone:
     def generate(
         self, images: Sequence[ImageLike | None], prompts: Sequence[str], max_new_tokens: int | None = None
     ) -> list[str]:
-        """Greedy answers, each cut at the first stop; an answer ends where the decoder's context does.
+        """Greedy answers, each cut at the first stop; an answer ends where the decoder's context ends.
 
-        Raises UserError for a picture that cannot be read and a prompt that leaves no room.
+        Raises UserError for an image that cannot be read, and for a prompt that leaves no room for an answer.
         """
         batch = self.encode(images, prompts, padding_side="left")
         room = self.context - batch.attention_mask.shape[1]
         if room < 1:
             raise UserError(f"prompt: leaves no room for an answer in a context of {self.context} tokens")
-        with self.prompt.asking(batch):
-            start = self._start(batch)
+        with self.prompt.announce(batch):
+            start = self._generation_arguments(batch)
             ids = self.decoder.generate(
                 **start, **GREEDY, max_new_tokens=min(room, max_new_tokens or self.max_new_tokens),
                 eos_token_id=list(self.eos_ids), pad_token_id=self.tokenizer.pad_token_id or self.eos_ids[0],
             )  # fmt: skip
-        # Ids that generation starts from come back before the new ones.
+        # The output begins with the ids that generation starts from.
         ids = ids[:, start["input_ids"].shape[1] if "input_ids" in start else 0 :]
         return [self.cut(text) for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
     def ends_answer(self, token: int) -> bool:
-        """Whether a generated answer ends where this token comes: EOS, or a stop."""
+        """Whether a generated answer ends at this token: EOS, or a stop."""
         if token in self.eos_ids:
             return True
         text = str(self.tokenizer.decode([token]))
@@ -322,7 +322,7 @@ class VisionLanguageBackbone:
 
 
 @dataclass(frozen=True)
-class _Row:
+class _EncodedRow:
     """One query: ``embeds (s, d)``, the answer's token ids at their end, ``positions (3, s)`` or None."""
 
     embeds: torch.Tensor
@@ -330,17 +330,17 @@ class _Row:
     positions: torch.Tensor | None
 
 
-def _positions(batch: Batch) -> torch.Tensor:
-    """Where the decoder takes the tokens to be: ``[b,s]``, or ``[3,b,s]``."""
+def _position_ids(batch: Batch) -> torch.Tensor:
+    """The decoder's position ids: ``[b,s]``, or ``[3,b,s]``."""
     if batch.positions is not None:
         return batch.positions.transpose(0, 1)
     return (batch.attention_mask.cumsum(1) - 1).clamp(min=0)
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+def _flatten(values: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, str]]:
     """``(dotted key, value's text)`` of nested settings."""
     for key, value in values.items():
         if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from _flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", repr(value)

@@ -17,7 +17,6 @@ import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
 
 import torch
 from rich import box
@@ -116,15 +115,15 @@ def _format_shape(tensor: torch.Tensor | None) -> str:
     return "-" if tensor is None else str(tuple(tensor.shape))
 
 
-def _collect_facts(saved: SavedEdit) -> dict[str, Any]:
-    found: dict[str, Any] = {"kind": saved.kind, "model": saved.model, "backbone": saved.backbone}
+def _collect_facts(saved: SavedEdit) -> dict[str, object]:
+    found: dict[str, object] = {"kind": saved.kind, "model": saved.model, "backbone": saved.backbone}
     for i, origin in enumerate(saved.origins):
         start = "" if len(saved.origins) == 1 else f"{i}."
         found |= {f"{start}{name}": value for name, value in _flatten(asdict(origin)) if name != "id"}
     return found
 
 
-def _flatten(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+def _flatten(values: Mapping[str, object]) -> Iterator[tuple[str, object]]:
     for name, value in values.items():
         if isinstance(value, Mapping):
             yield from ((f"{name}.{inner}", entry) for inner, entry in _flatten(value))

@@ -11,6 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
+# What an edit decided, by name, for each prompt: numbers, or numbers by name.
+Decisions = dict[str, list[float] | list[dict[str, float]]]
+
 
 @dataclass(frozen=True)
 class RetrievedItem:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 from unike.backbones.base import Backbone
 from unike.edits import Edit, compose
@@ -32,7 +31,7 @@ class Slot:
         self.fingerprint = backbone.fingerprint
         self.edits: Edits = ()
         self.whole: Edit | None = None
-        self.editor: Any = None
+        self.editor: object = None
         self._stack = ExitStack()
 
     @classmethod

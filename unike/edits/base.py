@@ -13,16 +13,17 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import count
 from types import MappingProxyType
-from typing import Any, ClassVar, Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import nn
 
 from unike.backbones.base import Backbone
-from unike.edits.activity import UNKNOWN, Activity, LayerRetrieval, PromptStates
-from unike.edits.content import Content, Shared, merge_contents
+from unike.edits.activity import UNKNOWN, Activity, Decisions, LayerRetrieval, PromptStates
+from unike.edits.content import Content, merge_contents
 from unike.edits.files import PLACES, SavedEdit, UnsavedEdit, read_edit, save
 from unike.edits.origin import Origin
+from unike.edits.shares import LayerKnowledge, Shared
 from unike.system.text import one_line
 from unike.types import Query, UserError
 
@@ -36,7 +37,7 @@ class Edit(ABC):
     """
 
     kind: ClassVar[str]
-    info: dict[str, Any]
+    info: dict[str, object]
     origins: tuple[Origin, ...] = ()
     weights: Mapping[str, torch.Tensor] = MappingProxyType({})
     _id: str | None = None
@@ -97,7 +98,7 @@ class Edit(ABC):
     def load(
         folder: str | os.PathLike[str],
         backbone: Backbone,
-        knowledge: Mapping[int, Any] | None = None,
+        knowledge: Mapping[int, LayerKnowledge] | None = None,
         network: nn.Module | None = None,
     ) -> Edit:
         """The edit of a folder; its logits are those it gave when it was saved, bit for bit.
@@ -164,7 +165,7 @@ class Edit(ABC):
         """
         return (UNKNOWN,) * len(self.units)
 
-    def explain(self) -> dict[str, list[Any]]:
+    def explain(self) -> Decisions:
         """What the edit decided for each prompt of the last forward pass, by name; empty where it decides
         nothing. ``alpha`` and the best ``similarity`` in memory are means over its layers; ``retrieved`` are
         the nearest items of its first layer, ``{name: similarity}``, best first."""
@@ -313,7 +314,7 @@ class Mixed(Edit):
     def describe_prompt(self, inspection: Inspection) -> tuple[Activity, ...]:
         return tuple(found for part in self._parts for found in part.describe_prompt(inspection))
 
-    def explain(self) -> dict[str, list[Any]]:
+    def explain(self) -> Decisions:
         """Where several parts decide on the same, the last one's decision."""
         return {key: value for part in self._parts for key, value in part.explain().items()}
 
@@ -325,7 +326,7 @@ class EditBatch(ABC):
     def applied(self, backbone: Backbone, owners: torch.Tensor) -> AbstractContextManager[None]:
         """Inside the block every batch has as many rows as ``owners (R)``: the number of each row's edit."""
 
-    def explain(self) -> dict[str, list[Any]]:
+    def explain(self) -> Decisions:
         """As ``Edit.explain``, by row."""
         return {}
 

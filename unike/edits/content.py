@@ -4,25 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
-from torch import nn
 
 T = TypeVar("T")
 FULL = (torch.float32,)
 # A model's own states and weights.
 ANY = (torch.float32, torch.bfloat16, torch.float16)
-
-
-@dataclass(frozen=True)
-class Shared:
-    """What many edits share and none of them keeps: ``knowledge`` (memory and encoders by layer), and the
-    ``network`` of a meta-learned editor."""
-
-    knowledge: Mapping[int, Any] = field(default_factory=dict)
-    network: nn.Module | None = None
 
 
 class Content:
@@ -32,7 +21,7 @@ class Content:
     where a tensor is of another shape or holds numbers that are not finite.
     """
 
-    def __init__(self, values: dict[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
+    def __init__(self, values: dict[str, object], tensors: Mapping[str, torch.Tensor]) -> None:
         self.values, self.tensors = values, dict(tensors)
         self._used: set[str] = set()
 
@@ -83,7 +72,7 @@ class Content:
             raise ValueError(f"{min(left)}: is not part of such an edit")
 
 
-def merge_contents(parts: list[Content]) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
+def merge_contents(parts: list[Content]) -> tuple[list[dict[str, object]], dict[str, torch.Tensor]]:
     """Values and tensors of several contents; the tensors' names begin with the content's number."""
     tensors = {f"{i}.{name}": t for i, part in enumerate(parts) for name, t in part.tensors.items()}
     return [part.values for part in parts], tensors

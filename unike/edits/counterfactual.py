@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,9 +12,10 @@ from torch import nn
 
 from unike.backbones.base import Backbone
 from unike.backbones.hooks import transform
-from unike.edits.activity import Activity
+from unike.edits.activity import Activity, Decisions
 from unike.edits.base import Edit, EditBatch, Inspection, have_same_weights
-from unike.edits.content import Content, Shared, digest
+from unike.edits.content import Content, digest
+from unike.edits.shares import Shared
 
 
 class ScopeClassifier(nn.Module):
@@ -107,7 +107,7 @@ class SeracEdit(Edit):
     records: tuple[MemoryRecord, ...]
     network: SeracNetwork
     first: int
-    info: dict[str, Any] = field(default_factory=dict)
+    info: dict[str, object] = field(default_factory=dict)
     scopes: torch.Tensor | None = field(default=None, repr=False)
     chosen: torch.Tensor | None = field(default=None, repr=False)
     probabilities: torch.Tensor | None = field(default=None, repr=False)
@@ -161,7 +161,7 @@ class SeracEdit(Edit):
     def describe_prompt(self, inspection: Inspection) -> tuple[Activity, ...]:
         return tuple(_describe_record(*inspection.locate(record)) for record in self.records)
 
-    def explain(self) -> dict[str, list[Any]]:
+    def explain(self) -> Decisions:
         return {} if self.scopes is None else {"scope": self.scopes.tolist()}
 
     def batch(self, edits: Sequence[Edit]) -> EditBatch | None:
@@ -197,7 +197,7 @@ class _SeracBatch(EditBatch):
         with _install(self.edit, backbone, _Runtime(self.edit, backbone, owners)):
             yield
 
-    def explain(self) -> dict[str, list[Any]]:
+    def explain(self) -> Decisions:
         return self.edit.explain()
 
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
 
-from unike.edits.activity import LayerRetrieval, Neurons, PromptStates, RetrievedItem
+from unike.edits.activity import Decisions, LayerRetrieval, Neurons, PromptStates, RetrievedItem
 from unike.edits.base import Inspection
 from unike.edits.shares import LayerKnowledge, Routing
 from unike.knowledge.adapter import Shift, knowledge_weights
@@ -21,7 +20,7 @@ REPORTED, OWN = 3, "own item"
 
 def explain_decisions(
     trace: Mapping[int, Shift], scopes: torch.Tensor | None, name: Callable[[int], str]
-) -> dict[str, list[Any]]:
+) -> Decisions:
     """The values of ``Edit.explain``; ``name`` names a memory's item by its place."""
     scope = {} if scopes is None else {"scope": scopes.tolist()}
     decisions = [decision for _, decision in sorted(trace.items())]

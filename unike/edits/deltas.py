@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import cast
 
 import torch
 from torch import nn
@@ -14,7 +14,8 @@ from unike.backbones.base import Backbone
 from unike.backbones.hooks import After, transform, unhooked
 from unike.edits.activity import Activity, WeightChange
 from unike.edits.base import Edit, EditBatch, Inspection
-from unike.edits.content import Content, Shared
+from unike.edits.content import Content
+from unike.edits.shares import Shared
 from unike.knowledge.batching import Owners
 
 
@@ -23,9 +24,9 @@ class WeightDelta(Edit):
 
     kind = "weights"
 
-    def __init__(self, weights: Mapping[str, torch.Tensor], info: dict[str, Any] | None = None) -> None:
+    def __init__(self, weights: Mapping[str, torch.Tensor], info: Mapping[str, object] | None = None) -> None:
         self.weights: Mapping[str, torch.Tensor] = dict(weights)
-        self.info = info or {}
+        self.info = dict(info or {})
 
     @contextmanager
     def applied(self, backbone: Backbone) -> Iterator[None]:
@@ -139,12 +140,12 @@ Site = tuple[int, str]
 def ffn_sites(backbone: Backbone, layers: Sequence[int]) -> dict[Site, nn.Linear]:
     """Every linear module of the layers' feed-forward networks, by layer and role: ``key0``, ``key1`` where
     the network is gated, ``value``."""
-    out: dict[Site, Any] = {}
+    out: dict[Site, nn.Module] = {}
     for index in layers:
         site = backbone.layout.ffn(index)
         out |= {(index, f"key{j}"): module for j, module in enumerate(site.keys)}
         out[index, "value"] = site.value
-    return out
+    return {at: cast(nn.Linear, module) for at, module in out.items()}
 
 
 class LowRankDelta(Edit):
@@ -157,11 +158,13 @@ class LowRankDelta(Edit):
     kind = "factors"
 
     def __init__(
-        self, factors: Mapping[Site, tuple[torch.Tensor, torch.Tensor]], info: dict[str, Any] | None = None
+        self,
+        factors: Mapping[Site, tuple[torch.Tensor, torch.Tensor]],
+        info: Mapping[str, object] | None = None,
     ) -> None:
         # Laid out as when they are loaded: the last bits of a product may depend on it.
         self.factors = {at: (left.contiguous(), right.contiguous()) for at, (left, right) in factors.items()}
-        self.info = info or {}
+        self.info = dict(info or {})
 
     @contextmanager
     def applied(self, backbone: Backbone) -> Iterator[None]:

@@ -251,7 +251,8 @@ def _origin(values: Any) -> Origin:
         content.take_value(name, dict)
     if not _texts({name: content.values[name] for name in optional}):
         raise ValueError("origins: image: expected texts")
-    return Origin(**content.values)
+    given: dict[str, Any] = content.values
+    return Origin(**given)
 
 
 def _texts(values: Mapping[str, Any]) -> bool:

@@ -6,7 +6,6 @@ import os
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
 
 from unike.backbones.base import Backbone
 from unike.backbones.images import content_key
@@ -28,20 +27,24 @@ class Origin:
     target: str
     image: str | None
     image_key: str | None
-    hparams: Mapping[str, Any]
+    hparams: Mapping[str, object]
     backbone: str
     model: str
-    info: Mapping[str, Any] = field(default_factory=dict)
+    info: Mapping[str, object] = field(default_factory=dict)
 
     @classmethod
     def of(
-        cls, request: EditRequest, hparams: Mapping[str, Any], backbone: Backbone, info: Mapping[str, Any]
+        cls,
+        request: EditRequest,
+        hparams: Mapping[str, object],
+        backbone: Backbone,
+        info: Mapping[str, object],
     ) -> Origin:
         """The origin of a request; ``hparams`` name the method and the model."""
         image, key = request.query.image, None
         with suppress(UserError):
             key = None if image is None else content_key(image)
         path = os.fspath(image) if isinstance(image, (str, os.PathLike)) else None
-        asked = (request.query.prompt, str(request.query.target), path, key)
-        model = (backbone.fingerprint, hparams["name"])
-        return cls(request.id, hparams["method"], *asked, hparams, *model, dict(info))
+        query = (request.query.prompt, str(request.query.target), path, key)
+        method, model = str(hparams["method"]), str(hparams["name"])
+        return cls(request.id, method, *query, hparams, backbone.fingerprint, model, dict(info))

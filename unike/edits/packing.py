@@ -47,7 +47,7 @@ def pack_records(records: Sequence[EditRecord], routing: Routing) -> Content:
                 tensors |= {f"{at}.patch.{name}": t for name, t in own.items() if t is not None}
         if record.scope_key is not None:
             tensors[f"{n}.scope_key"] = record.scope_key
-    values = {
+    values: dict[str, object] = {
         "routing": asdict(routing),
         "layers": sorted(records[0].layers),
         "records": [record.id for record in records],

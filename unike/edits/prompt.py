@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from unike.backbones.base import Backbone
 from unike.edits.activity import Activity
 from unike.edits.base import Edit, EditBatch, Inspection
-from unike.edits.content import Content, Shared
+from unike.edits.content import Content
+from unike.edits.shares import Shared
 from unike.types import Query
 
 
@@ -44,7 +45,7 @@ class PromptEdit(Edit):
     kind = "prompt"
     facts: tuple[Fact, ...]
     room: int
-    info: dict[str, Any] = field(default_factory=dict)
+    info: dict[str, object] = field(default_factory=dict)
 
     def applied(self, backbone: Backbone) -> AbstractContextManager[None]:
         return nullcontext()
@@ -105,13 +106,15 @@ def _describe_fact(fact: Fact, whole: Edit) -> Activity:
     return Activity(bool(texts), shown=texts)
 
 
-def _require_text(value: Any) -> str:
+def _require_text(value: object) -> str:
     if not isinstance(value, str):
         raise ValueError(f"facts: expected texts, got {type(value).__name__}")
     return value
 
 
-def _parse_text(value: Any) -> PromptText:
+def _parse_text(value: object) -> PromptText:
+    if not isinstance(value, (list, tuple)) or len(value) != 2:
+        raise ValueError("facts: expected pairs of a text and its number of tokens")
     text, tokens = value
     if type(tokens) is not int or tokens < 0:
         raise ValueError("facts: expected a number of tokens after each text")

@@ -7,14 +7,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
 
 import torch
 
 from unike.backbones.base import Backbone
-from unike.edits.activity import Activity, LayerRetrieval, RetrievedItem
+from unike.edits.activity import Activity, Decisions, LayerRetrieval, RetrievedItem
 from unike.edits.base import Edit, EditBatch, Inspection
-from unike.edits.content import Content, Shared
+from unike.edits.content import Content
 from unike.edits.decisions import (
     OWN,
     build_item_namer,
@@ -25,7 +24,7 @@ from unike.edits.decisions import (
 )
 from unike.edits.packing import list_needs, pack_records, unpack_records
 from unike.edits.runtime import LayerRuntime, ScopeGate, build_adapter, run_layers
-from unike.edits.shares import EditRecord, LayerKnowledge, Routing, find_classifier
+from unike.edits.shares import EditRecord, LayerKnowledge, Routing, Shared, find_classifier
 from unike.knowledge.adapter import Shift
 from unike.knowledge.batching import OwnedMemory, Owners
 from unike.knowledge.memory import GrowingRows, KnowledgeMemory
@@ -94,7 +93,7 @@ class RoutedEdit(Edit):
     records: tuple[EditRecord, ...]
     routing: Routing
     knowledge: Mapping[int, LayerKnowledge] = field(default_factory=dict)
-    info: dict[str, Any] = field(default_factory=dict)
+    info: dict[str, object] = field(default_factory=dict)
     trace: dict[int, Shift] = field(default_factory=dict, repr=False)
     gate: ScopeGate | None = field(default=None, init=False, repr=False)
     # Of the leading records, shared with the edit that this one was composed from.
@@ -220,7 +219,7 @@ class RoutedEdit(Edit):
         shown = () if record.demonstration is None else (record.demonstration,)
         return Activity(active, scope, neurons, shown=shown)
 
-    def explain(self) -> dict[str, list[Any]]:
+    def explain(self) -> Decisions:
         own = [OWN] if len(self.records) == 1 else [f"edit {r.id}" for r in self.records]
         names = build_item_namer(self.routing, self.knowledge.get(self.layers[0]), own)
         return explain_decisions(self.trace, self.scopes, names)
@@ -356,6 +355,6 @@ class RoutedBatch(EditBatch):
         added = owned.unfold(added)
         return added if self.gate is None else added * self.gate.open[:, :, None]
 
-    def explain(self) -> dict[str, list[Any]]:
+    def explain(self) -> Decisions:
         names = build_item_namer(self.routing, self.knowledge.get(self.layers[0]), [OWN])
         return explain_decisions(self.trace, None if self.gate is None else self.gate.scopes, names)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -47,6 +47,15 @@ class LayerKnowledge:
         levels = sorted(self.scope.thresholds.items())
         encoder = digest(self.scope.encoder.state_dict())
         return hashlib.sha256(f"{encoder} {levels}".encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What many edits share and none of them keeps: ``knowledge`` by layer, and the ``network`` of a
+    meta-learned editor."""
+
+    knowledge: Mapping[int, LayerKnowledge] = field(default_factory=dict)
+    network: nn.Module | None = None
 
 
 @dataclass(frozen=True)

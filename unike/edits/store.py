@@ -15,15 +15,14 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock
 from torch import nn
 
 from unike.backbones.base import Backbone
 from unike.edits.base import Edit, load_edit
-from unike.edits.content import Shared
 from unike.edits.files import SavedEdit, read_edit, synced, write
+from unike.edits.shares import LayerKnowledge, Shared
 from unike.system.faults import writing
 from unike.system.text import one_line
 from unike.types import UserError
@@ -128,7 +127,7 @@ class EditStore:
         self,
         name: str,
         backbone: Backbone,
-        knowledge: Mapping[int, Any] | None = None,
+        knowledge: Mapping[int, LayerKnowledge] | None = None,
         network: nn.Module | None = None,
     ) -> Edit:
         """The edit of that id, as ``Edit.load``."""
@@ -186,7 +185,7 @@ class EditStore:
         except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
             raise UserError(f"{one_line(self._index)}: is damaged: {one_line(error)}") from error
 
-    def _append(self, entry: dict[str, Any]) -> None:
+    def _append(self, entry: Mapping[str, object]) -> None:
         with open(self._index, "ab") as file:
             if file.tell() > self._read:
                 # What a killed process left of its last line.

@@ -13,7 +13,7 @@ from unike.backbones.prefix import PrefixCache
 from unike.config.hparams import HyperParams
 from unike.config.sections import LayerOptions
 from unike.edits import Edit, LayerKnowledge, Origin
-from unike.edits.content import Shared
+from unike.edits.shares import Shared
 from unike.methods.catalogue import CaseSource
 from unike.methods.registry import find_entry, register
 from unike.types import EditRequest, UserError

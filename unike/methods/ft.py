@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from unike.backbones.base import IGNORED, Backbone, PrefixState, encode_queries, narrowed
+from unike.backbones.base import IGNORED, Backbone, PrefixState, encode_queries, narrow
 from unike.backbones.prefix import PrefixCache
 from unike.edits import Edit
 from unike.edits.deltas import WeightBatch, WeightDelta
@@ -99,7 +99,7 @@ class _LayerWeights:
         self.rows = [self.rows[i] for i in staying]
         self.together.keep(rows)
         if staying:
-            self.state = narrowed(self.backbone, self.state, rows)
+            self.state = narrow(self.backbone, self.state, rows)
 
 
 class _ProjectionWeights:

@@ -24,7 +24,7 @@ from unike.backbones.prefix import PrefixCache, open_prefixes
 from unike.config.combined import EditorPreparationOptions
 from unike.config.sections import EditorTrainingOptions
 from unike.edits import Edit
-from unike.edits.content import Shared
+from unike.edits.shares import Shared
 from unike.methods.base import EditMethod
 from unike.system import processes
 from unike.system.files import check_tensors, read_index, write_index

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from unike.backbones.base import Backbone, PrefixState, narrowed
+from unike.backbones.base import Backbone, PrefixState, narrow
 from unike.backbones.hooks import capture
 from unike.backbones.prefix import PrefixCache
 from unike.config.combined import FreshPatchOptions, PatchTrainingOptions
@@ -199,7 +199,7 @@ class _BatchedPatches:
         assert self.together is not None
         self.together.keep(rows)
         if len(rows):
-            self.state = narrowed(self.backbone, self.state, rows)
+            self.state = narrow(self.backbone, self.state, rows)
 
 
 class _StackedPatch(_BatchedPatches):
