@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import zlib
 from dataclasses import dataclass
@@ -43,6 +42,7 @@ from unike.backbones import Backbone, load_backbone
 from unike.config.hparams import HyperParams
 from unike.datasets.answers import normalise_answer
 from unike.methods.preparation.editors import learns, wants_cases
+from unike.system.files import write_text
 from unike.types import UserError
 
 VERSION = 1
@@ -221,12 +221,9 @@ def make(
         written[task] = [artist.record(task, i, c) for i, c in enumerate(found)]
     artist.paint(out)
     for task, rows in written.items():
-        path = out / f"{task}_{split}.json"
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-        os.replace(partial, path)
+        write_text(out / f"{task}_{split}.json", json.dumps(rows, indent=1) + "\n")
     about = {"version": VERSION, "seed": seed, "records": records, "backbone": backbone.fingerprint}
-    (out / f"{split}.about.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    write_text(out / f"{split}.about.json", json.dumps(about, indent=1) + "\n")
 
 
 def ensure(

@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import Any
 
 from unike.system.faults import writing
-from unike.system.files import _plain, write_json, write_text
+from unike.system.files import to_json_types, write_json, write_text
 from unike.system.text import one_line
 from unike.system.versions import versions
 from unike.types import UserError
@@ -89,11 +89,11 @@ class RecordWriter:
     ) -> dict[str, Any]:  # fmt: skip
         """Makes or checks the folder, mends its records, and gives its manifest."""
         given = {"hparams": fingerprint, "weights": weights, "data": data}
-        inputs = {name: _plain(value) for name, value in given.items()}
+        inputs = {name: to_json_types(value) for name, value in given.items()}
         _make_folder(self.directory)
         former = _former_manifest(self.directory, resume)
         if former is None:
-            manifest = inputs | _plain(about) | {"versions": versions(), "started": _now()}
+            manifest = inputs | to_json_types(about) | {"versions": versions(), "started": _now()}
         else:
             _check_inputs(self.directory, former, inputs)
             manifest = former | {"resumed": [*former.get("resumed", []), _now()]}
@@ -126,7 +126,7 @@ class RecordWriter:
         name = str(record["id"])
         if name in self._done:
             raise ValueError(f"record {name} is already written")
-        line = json.dumps(_plain(record)).encode() + b"\n"
+        line = json.dumps(to_json_types(record)).encode() + b"\n"
         with writing(self.directory):
             start = os.fstat(self._file.fileno()).st_size
             try:
