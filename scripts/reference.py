@@ -13,12 +13,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from unike.config.hparams import OPTIONS
-from unike.config.schema import Option, expected
+from unike.config.schema import Option
 
 PAGE = Path(__file__).parents[1] / "docs" / "hparams.md"
 HEAD = """# Hyper-parameters
 
-<!-- Written by `python -m scripts.reference` from unike/config/hparams.py: change it there. -->
+<!-- Written by `python -m scripts.reference` from unike/config/sections.py: change it there. -->
 
 One flat YAML per run; `key=value` on the command line changes it, `data.vqa.eval=...` an entry of a
 mapping. Unknown, repeated or ill-typed keys end with one line each, with the nearest known name, before
@@ -40,7 +40,7 @@ def page() -> str:
 def _row(option: Option) -> str:
     names = " or ".join(f"`{name}`" for name in itertools.chain([option.name], option.aliases))
     default = "**required**" if option.required else f"`{_plain(option.default)}`"
-    cells = (names, option.help, expected(option), default)
+    cells = (names, option.help, option.kind.words, default)
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
 
 

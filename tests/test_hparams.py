@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from unike.config.hparams import OPTIONS, HyperParams, UniKEHyperParams
-from unike.config.release import edited_layers
+from unike.config.release import read_edited_layers
 from unike.types import BACKBONES, METRIC_PRESETS, TRACKERS, BackboneSpec, UserError
 
 RELEASE = Path(__file__).parent / "fixtures" / "release_minigpt4.yaml"
@@ -35,18 +35,19 @@ def values_of(option):
             st.dictionaries(st.sampled_from(["train", "eval"]), st.none() | texts),
         ),
     }
-    low = 0 if option.low is None else option.low
-    high = 10**6 if option.high is None else option.high
-    by_type = {
-        "str": st.sampled_from(option.choices) if option.choices else texts,
-        "int": st.integers(int(low), int(high)),
-        "float": st.floats(low, high, exclude_min=option.above, allow_subnormal=False),
-        "bool": st.booleans(),
-        "dict[str, Any]": st.dictionaries(texts, st.integers() | texts | st.none(), max_size=3),
+    kind, limits = option.kind, option.kind.range
+    low = 0 if limits.low is None else limits.low
+    high = 10**6 if limits.high is None else limits.high
+    by_noun = {
+        "text": texts,
+        "a whole number": st.integers(int(low), int(high)),
+        "a number": st.floats(low, high, exclude_min=limits.above, allow_subnormal=False),
+        "true or false": st.booleans(),
+        "a mapping of names to values": st.dictionaries(texts, st.integers() | texts | st.none(), max_size=3),
     }
-    found = special.get(option.name)
-    found = by_type[option.type.removesuffix(" | None")] if found is None else found
-    return st.none() | found if option.optional else found
+    found = st.sampled_from(kind.choices) if kind.choices else special.get(option.name)
+    found = by_noun[kind.noun] if found is None else found
+    return st.none() | found if kind.nullable else found
 
 
 # Both off edits nothing, which is refused and tested by itself.
@@ -289,6 +290,6 @@ def test_the_release_file_is_refused_without_legacy():
 
 @pytest.mark.parametrize("value", [None, [], {}, "text", {"lm_head": "output"}, 3])
 def test_layers_that_cannot_be_told(value):
-    assert edited_layers(value) == []
+    assert read_edited_layers(value) == []
     h = HyperParams.from_dict(BASE | {"tp_layers": value}, legacy=True)
     assert (h.layers, h.ignored) == (4, ("tp_layers",))

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from unike.config.schema import short
+from unike.config.schema import shorten
 from unike.system.faults import out_of_memory
 from unike.system.text import one_line
 from unike.types import UserError
@@ -170,7 +170,7 @@ def load_state(path: str | os.PathLike[str], expected: str = "a checkpoint of te
     if not state:
         raise UserError(f"{path}: holds no named tensors; expected {expected}")
     if lost := next((name for name, tensor in state.items() if not _held(tensor)), None):
-        raise UserError(f"{path}: does not hold all numbers of `{short(lost)}`; expected {expected}")
+        raise UserError(f"{path}: does not hold all numbers of `{shorten(lost)}`; expected {expected}")
     return state
 
 

@@ -49,7 +49,7 @@ SWITCHED_OFF = "non_use"
 RELEASE_ONLY = frozenset(UNUSED) - {"lr"} | set(RENAMED) | {"tp_layers", "activate_loss"}
 
 
-def edited_layers(tp_layers: Any) -> list[int]:
+def read_edited_layers(tp_layers: Any) -> list[int]:
     """Layer numbers out of ``{'llama_model.model.layers.31.mlp.up_proj': 'output', ...}``."""
     names = tp_layers if isinstance(tp_layers, (Mapping, list)) else ()
     found = (re.search(r"\.layers\.(\d+)\.", str(name)) for name in names)
@@ -75,8 +75,8 @@ def translate(values: Mapping[Any, Any], ours: frozenset[str]) -> tuple[dict[str
             mapped[key] = value
         elif key in LOSSES and value == SWITCHED_OFF:
             mapped[LOSSES[key]] = 0.0
-        elif key == "tp_layers" and edited_layers(value):
-            mapped["layers"] = edited_layers(value)
+        elif key == "tp_layers" and read_edited_layers(value):
+            mapped["layers"] = read_edited_layers(value)
         elif key in ours and key not in UNUSED and key not in LOSSES:
             mapped.setdefault(key, value)
         else:

@@ -17,8 +17,8 @@ from unike.config.hparams import HyperParams
 from unike.knowledge.index import check_faiss
 from unike.methods import needs_knowledge
 from unike.methods.base import check_method, needs_scope
-from unike.methods.preparation.editors import kept_editor, learns
-from unike.methods.preparation.scope import kept_scope
+from unike.methods.preparation.editors import find_editor, learns
+from unike.methods.preparation.scope import find_scope_classifier
 from unike.runs import inputs
 from unike.runs.tracking import check_trackers
 from unike.system.files import read_index
@@ -50,9 +50,9 @@ def findings(hparams: HyperParams, task: str) -> list[Finding]:
     if found[0].ok and needs_knowledge(hparams):
         found += _knowledge(hparams)
     if found[0].ok and needs_scope(hparams):
-        found += _learnt(hparams, "scope_dir", "measure", kept_scope)
+        found += _learnt(hparams, "scope_dir", "measure", find_scope_classifier)
     if found[0].ok and learns(hparams):
-        found += _learnt(hparams, "editor_dir", "editor", kept_editor)
+        found += _learnt(hparams, "editor_dir", "editor", find_editor)
     # Two data sets may lack the same folder: once is enough.
     return list(dict.fromkeys(found + versions(hparams.backend)))
 

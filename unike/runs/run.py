@@ -21,8 +21,8 @@ from unike.evaluation.reader import Reader
 from unike.evaluation.summary import RunningMeans
 from unike.methods import needs_cases, needs_knowledge
 from unike.methods.base import edited_layers, needs_scope
-from unike.methods.preparation.editors import kept_editor, learns, wants_cases
-from unike.methods.preparation.scope import kept_scope
+from unike.methods.preparation.editors import find_editor, learns, wants_cases
+from unike.methods.preparation.scope import find_scope_classifier
 from unike.runs.inputs import (
     TASKS,
     annotation_file,
@@ -120,8 +120,8 @@ def checksums(hparams: HyperParams, task: str) -> dict[str, str]:
     elif needs_knowledge(hparams):
         files["knowledge_dir"] = str(Path(str(hparams.knowledge_dir)) / "knowledge.safetensors")
     elif learns(hparams):
-        files["editor_dir"] = str(Path(str(kept_editor(hparams))) / "editor.safetensors")
-    if needs_scope(hparams) and (kept := kept_scope(hparams)) is not None:
+        files["editor_dir"] = str(Path(str(find_editor(hparams))) / "editor.safetensors")
+    if needs_scope(hparams) and (kept := find_scope_classifier(hparams)) is not None:
         files["scope_dir"] = str(kept / "scope.safetensors")
     return {key: sha256_of(path) for key, path in files.items()}
 
