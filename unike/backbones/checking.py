@@ -12,10 +12,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from unike.backbones.checkpoint_files import (
-    DTYPES,
+    DTYPE_BYTES,
     EVA,
     MINIGPT4,
     QFORMER_OPT,
@@ -87,6 +85,8 @@ _WHOLE = {
 }  # fmt: skip
 # Far above any real model.
 LAYERS = 1024
+# Torch's names of number types, as a config.json has them: ``float8_e4m3fn`` takes 8 bits.
+_STORED_TYPE = re.compile(r"(?:b?float|u?int)(8|16|32|64)(?:_\w+)?")
 # Of LAVIS's `blip2_opt`; it looks for their files itself.
 _LAVIS_TYPES = ("pretrain_opt2.7b", "pretrain_opt6.7b", "caption_coco_opt2.7b", "caption_coco_opt6.7b")
 # The tokeniser that LAVIS asks for is not the fast one.
@@ -321,8 +321,8 @@ def _stored_numbers(spec: BackboneSpec) -> int:
     count = sum(tensor.numel() for state in states for tensor in state.values())
     folder = Path(spec.name)
     config = _read_json(folder / "config.json")
-    stored = getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "float32"), None)
-    width = stored.itemsize if isinstance(stored, torch.dtype) else 4
+    stored = _STORED_TYPE.fullmatch(str(config.get("dtype") or config.get("torch_dtype") or "float32"))
+    width = int(stored[1]) // 8 if stored else 4
     return count + sum(file.stat().st_size // width for file in _weight_files(folder))
 
 
@@ -332,10 +332,12 @@ def _size(count: int) -> str:
 
 def memory_finding(spec: BackboneSpec) -> Finding:
     """Whether the weights, in ``spec.dtype``, fit into the memory that is free now."""
-    if spec.dtype not in DTYPES:
-        return Finding(False, f"dtype: `{spec.dtype}` is unknown", f"expected one of {', '.join(DTYPES)}")
+    if spec.dtype not in DTYPE_BYTES:
+        return Finding(
+            False, f"dtype: `{spec.dtype}` is unknown", f"expected one of {', '.join(DTYPE_BYTES)}"
+        )
     try:
-        needed = _stored_numbers(spec) * DTYPES[spec.dtype].itemsize
+        needed = _stored_numbers(spec) * DTYPE_BYTES[spec.dtype]
     except UserError as error:
         return Finding(True, "memory: cannot be estimated before the files are there", error.problems[0])
     free, amount = _free_bytes(), f"memory: the weights take {_size(needed)} in {spec.dtype}"

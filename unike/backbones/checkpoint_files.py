@@ -9,18 +9,23 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
-from torch import Tensor
 
 from unike.config.schema import shorten
 from unike.system.faults import out_of_memory
 from unike.system.text import one_line
 from unike.types import UserError
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+# Torch takes seconds to import: it is imported where tensors are read, not where a file is missing.
+
+# Bytes of a number, by the names that ``dtype`` in a YAML may have.
+DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 _LAVIS = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2/"
 _QFORMER_KEYS = (
@@ -81,6 +86,14 @@ MINIGPT4 = Kind(
 )
 
 
+def get_dtype(name: str) -> torch.dtype:
+    """Torch's type of the ``name``, one of ``DTYPE_BYTES``."""
+    import torch
+
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
 # ---------------------------------------------------------------- reading files
 
 
@@ -136,8 +149,10 @@ def _refuse_bombs(path: Path, expected: str) -> None:
         raise UserError(f"{path}: {reason}; expected {expected}")
 
 
-def _held(tensor: Tensor) -> bool:
+def _is_stored_whole(tensor: Tensor) -> bool:
     """Whether the file holds all numbers of a tensor: strides of 0 would claim any number of them."""
+    import torch
+
     if tensor.layout is not torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
         return False
     return tensor.numel() * tensor.itemsize <= tensor.untyped_storage().nbytes()
@@ -150,6 +165,9 @@ def load_state(path: str | os.PathLike[str], expected: str = "a checkpoint of te
     """
     path = Path(path)
     refuse_by_first_bytes(path, expected)
+    import torch
+    from safetensors.torch import load_file
+
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -166,10 +184,10 @@ def load_state(path: str | os.PathLike[str], expected: str = "a checkpoint of te
             content = content[wrapper]
             break
     tensors = content.items() if isinstance(content, Mapping) else ()
-    state = {str(key): value for key, value in tensors if isinstance(value, Tensor)}
+    state = {str(key): value for key, value in tensors if isinstance(value, torch.Tensor)}
     if not state:
         raise UserError(f"{path}: holds no named tensors; expected {expected}")
-    if lost := next((name for name, tensor in state.items() if not _held(tensor)), None):
+    if lost := next((name for name, tensor in state.items() if not _is_stored_whole(tensor)), None):
         raise UserError(f"{path}: does not hold all numbers of `{shorten(lost)}`; expected {expected}")
     return state
 
@@ -180,7 +198,8 @@ def peek(path: Path, expected: str) -> set[str]:
         return set(load_state(path, expected))
     refuse_by_first_bytes(path, expected)
     try:
-        with safe_open(path, framework="pt") as file:
+        # Keys are the same for every framework, and numpy is imported faster than torch.
+        with safe_open(path, framework="numpy") as file:
             return set(file.keys())
     except BROKEN as error:
         raise UserError(f"{path}: is truncated or not a checkpoint; expected {expected}") from error

@@ -22,7 +22,7 @@ from torch import nn
 
 from unike.backbones.architecture import Architecture
 from unike.backbones.base import Batch
-from unike.backbones.checkpoint_files import DTYPES, reading
+from unike.backbones.checkpoint_files import get_dtype, reading
 from unike.backbones.dialogue import Dialogue
 from unike.backbones.images import Parts
 from unike.backbones.original import Shape, State, names, read_shape, read_states, require_whole
@@ -99,7 +99,7 @@ def load_lavis(spec: BackboneSpec, device: torch.device, limit: int) -> LavisBac
         model = _from_files(spec) if spec.original_files else load_model(MODEL, spec.name)
     # As in LAVIS, what lies between tower and decoder stays in single precision.
     for part in (model.visual_encoder, model.opt_model):
-        part.to(DTYPES[spec.dtype])
+        part.to(get_dtype(spec.dtype))
     _hand_on_cache(model.opt_model)
     architecture = Architecture(type(model), LavisVision, decoder="opt_model", dialogue=DIALOGUE)
     return LavisBackbone(model.to(device), model.opt_tokenizer, architecture, DIALOGUE, max_new_tokens=limit)
@@ -127,7 +127,7 @@ def _from_files(spec: BackboneSpec) -> Any:
     _fill(spec, model, states["qformer_checkpoint"], beside=("opt_model.", "visual_encoder."))
     # LAVIS reads OPT in half precision, as it is published: a folder in another one would be rounded.
     if OPTConfig.from_pretrained(spec.name).torch_dtype != torch.float16:
-        dtype = DTYPES[spec.dtype]
+        dtype = get_dtype(spec.dtype)
         model.opt_model, info = OPTForCausalLM.from_pretrained(
             spec.name, torch_dtype=dtype, output_loading_info=True
         )
