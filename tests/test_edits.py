@@ -134,7 +134,7 @@ def test_the_base_is_whole_after_an_exception_in_the_middle(world: World, settin
 def test_the_base_is_whole_when_making_the_edit_fails(world: World, monkeypatch) -> None:
     backbone = world.backbone
     before, hooks = weights_of(backbone), hook_count(backbone.model)
-    monkeypatch.setattr("unike.methods.training._judged", diverging(float("nan")))
+    monkeypatch.setattr("unike.methods.training._score_rows", diverging(float("nan")))
     for setting in ("paper", "ft"):
         with pytest.raises(FloatingPointError, match="nan after 0 steps"):
             world.edit(setting)

@@ -10,8 +10,11 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from unike.config import combined
 from unike.config.hparams import OPTIONS, HyperParams, UniKEHyperParams
 from unike.config.release import read_edited_layers
+from unike.config.schema import Section, own_options
+from unike.config.sections import SECTIONS, EncoderOptions
 from unike.types import BACKBONES, METRIC_PRESETS, TRACKERS, BackboneSpec, UserError
 
 RELEASE = Path(__file__).parent / "fixtures" / "release_minigpt4.yaml"
@@ -251,6 +254,32 @@ def test_every_option_is_described():
     assert all(option.help and option.group for option in OPTIONS.values())
     assert {name for name, option in OPTIONS.items() if option.required} == {"model_name", "name"}
     assert set(OPTIONS) | {"ignored", "source"} == {f.name for f in dataclasses.fields(HyperParams)}
+
+
+def test_hyper_parameters_are_every_section_and_each_option_is_in_one():
+    whole = [value for value in vars(combined).values() if isinstance(value, type)]
+    assert all(issubclass(HyperParams, section) for section in [*SECTIONS, *whole])
+    assert sum(len(own_options(section)) for section in SECTIONS) == len(OPTIONS)
+    assert not any(own_options(section) for section in set(whole) - set(SECTIONS) - {Section})
+
+
+def test_a_section_alone_checks_its_values_and_names_their_source():
+    made = EncoderOptions(encoder_lr="1e-3", seed=3)
+    assert (made.encoder_lr, made.encoder_steps, made.seed) == (1e-3, 2000, 3)
+    assert made.get_values(EncoderOptions).keys() == own_options(EncoderOptions).keys()
+    assert "seed" not in own_options(EncoderOptions)
+    assert problems_of(EncoderOptions, encoder_lr=0, encoder_steps="x", source="f.yaml") == (
+        "f.yaml: encoder_lr: expected a number above 0, got int 0",
+        "f.yaml: encoder_steps: expected a whole number at least 0, got str 'x'",
+    )
+    with pytest.raises(TypeError):
+        EncoderOptions(k=3)
+
+
+def test_a_large_limit_is_written_in_full():
+    assert problems_of(HyperParams, **BASE, seed=2**32) == (
+        "hparams: seed: expected a whole number between 0 and 4294967295, got int 4294967296",
+    )
 
 
 def test_the_release_file_loads_as_legacy(caplog):

@@ -22,7 +22,7 @@ from unike.backbones.vlm import VisionLanguageBackbone
 from unike.config.hparams import HyperParams
 from unike.edits.deltas import LowRankDelta
 from unike.methods.base import build
-from unike.methods.meta_training import Lessons, TrainableMethod, edit_losses, meta_train
+from unike.methods.meta_training import Lessons, TrainableMethod, compute_edit_losses, meta_train
 from unike.methods.preparation.editors import ensure_editor, find_editor, load_editor
 from unike.types import Case, EditRequest, Probe, Query, UserError
 
@@ -278,7 +278,7 @@ def test_training_lowers_what_it_is_judged_by(world: World, name: str, tmp_path:
     assert progress.step == 12
     with torch.no_grad():
         lessons = Lessons(backbone, prefixes)
-        again = [method.validation(backbone, lessons.of(c), prefixes).item() for c in CASES]
+        again = [method.validation(backbone, lessons.adapt(c), prefixes).item() for c in CASES]
     assert sum(again) / len(again) == pytest.approx(progress.best)
     assert_untouched(backbone, before, hooks)
 
@@ -342,7 +342,7 @@ def test_an_edit_to_what_the_base_says_anyway_is_turned_round(worlds, monkeypatc
 def test_locality_is_measured_on_answers_alone(world: World) -> None:
     backbone, edit = world.backbone, world.edit("mend")
     prefixes = world.prefixes("mend")
-    nll, change = edit_losses(backbone, edit, CASES[0], prefixes)
+    nll, change = compute_edit_losses(backbone, edit, CASES[0], prefixes)
     outside = [p.query for p in CASES[0].probes if p.name in ("t_locality", "m_locality")]
     rows = []
     for one in outside:

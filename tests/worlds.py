@@ -22,7 +22,7 @@ from unike.backbones.vlm import VisionLanguageBackbone
 from unike.config.hparams import HyperParams
 from unike.datasets.triplets import triplets_of
 from unike.edits import Edit
-from unike.methods import base, build, ike, needs_knowledge
+from unike.methods import base, build, ike, resolve_needs
 from unike.methods.meta_training import TrainableMethod, meta_train
 from unike.methods.preparation.knowledge import build_knowledge, make_knowledge
 from unike.types import METRICS, Case, EditRequest, Probe, Query
@@ -83,7 +83,7 @@ class World:
 
     def method(self, name: str, changes: dict) -> base.EditMethod:
         hparams = HyperParams.from_dict({**BASE, "method": name, **changes})
-        knowledge = make_knowledge(*self.built[:2], hparams) if needs_knowledge(hparams) else {}
+        knowledge = make_knowledge(*self.built[:2], hparams) if resolve_needs(hparams).knowledge else {}
         method = build(hparams, knowledge, lambda: self.train)
         if not isinstance(method, TrainableMethod):
             return method
@@ -112,7 +112,7 @@ def snapshot(backbone: VisionLanguageBackbone) -> tuple[dict[str, torch.Tensor],
 def world_of(family: str, worlds: dict[str, World], monkeypatch: pytest.MonkeyPatch) -> World:
     """The family's world, made once."""
     # The small decoders know few positions: less is left for the question.
-    monkeypatch.setattr(ike, "ASKING", 40)
+    monkeypatch.setattr(ike, "RESERVED_TOKENS", 40)
     if family not in worlds:
         worlds[family] = World(family)
     return worlds[family]

@@ -24,7 +24,7 @@ from unike.backbones.checkpoint_files import (
     peek,
     reading,
 )
-from unike.config.schema import shorten
+from unike.system.text import shorten
 from unike.types import BackboneSpec, UserError
 
 Parts = dict[str, tuple[str, ...]]

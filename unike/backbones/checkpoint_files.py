@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError, safe_open
 
-from unike.config.schema import shorten
 from unike.system.faults import out_of_memory
-from unike.system.text import one_line
+from unike.system.text import one_line, shorten
 from unike.types import UserError
 
 if TYPE_CHECKING:

@@ -6,13 +6,17 @@ from dataclasses import dataclass
 
 from unike.config.sections import (
     BackboneOptions,
+    DataOptions,
+    EditorOptions,
     EditTrainingOptions,
     EncoderOptions,
     KnowledgeOptions,
     LayerOptions,
+    OutputOptions,
     PatchLossOptions,
     PatchOptions,
     PrefixOptions,
+    ProtocolOptions,
     RetrievalOptions,
     ScopeClassifierOptions,
     ScopeGateOptions,
@@ -69,3 +73,18 @@ class KnowledgePreparationOptions(KnowledgeLoadingOptions, KnowledgeKeyOptions, 
 @dataclass(frozen=True, kw_only=True)
 class ScopePreparationOptions(ScopeClassifierOptions, PrefixOptions):
     """A scope classifier read where it is kept, and trained where it is not."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditorPreparationOptions(EditorOptions, PrefixOptions):
+    """A meta-learned editor read where it is kept, and trained where it is not."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSplitOptions(DataOptions, KnowledgeOptions):
+    """Annotations and images, and how many triplets are taken from the train split."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFolderOptions(ProtocolOptions, OutputOptions):
+    """What names the folder of a run."""

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from unike.config import combined, release, sections
-from unike.config.schema import shorten
 from unike.config.sections import OPTIONS, SPEED
 from unike.config.yaml_reader import parse_yaml, read_yaml
+from unike.system.text import shorten
 from unike.types import UserError
 
 logger = logging.getLogger("unike")
@@ -27,13 +27,12 @@ class HyperParams(
     combined.PatchTrainingOptions,
     combined.KnowledgePreparationOptions,
     combined.ScopePreparationOptions,
-    sections.EditorOptions,
+    combined.EditorPreparationOptions,
     sections.FineTuningOptions,
     sections.IKEOptions,
-    sections.DataOptions,
-    sections.ProtocolOptions,
+    combined.TrainSplitOptions,
+    combined.RunFolderOptions,
     sections.EvaluationOptions,
-    sections.OutputOptions,
     sections.EditBatchOptions,
 ):
     """All that a run depends on; the values are checked however the object is made."""
@@ -48,7 +47,7 @@ class HyperParams(
         for name, value in checked.items():
             object.__setattr__(self, name, value)
 
-    def decisive(self) -> dict[str, Any]:
+    def decisive(self) -> dict[str, object]:
         """Of ``to_dict`` what the results of a run depend on: all but what makes it fast, and where it
         is written and followed."""
         without = {"results_dir", "log_to", *(("eval_batch",) if self.batch_invariant else ())}
@@ -58,7 +57,7 @@ class HyperParams(
             if OPTIONS[name].group != SPEED and name not in without
         }
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Plain values, as ``from_dict`` and a YAML file take them."""
         values = {name: copy.deepcopy(getattr(self, name)) for name in OPTIONS}
         return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
@@ -77,20 +76,20 @@ class HyperParams(
     @classmethod
     def from_dict(
         cls,
-        values: Mapping[str, Any],
+        values: Mapping[str, object],
         source: str = "hparams",
         overrides: Sequence[str] = (),
         legacy: bool = False,
     ) -> HyperParams:
         """Like ``from_hparams``, from values; ``source`` names them in error messages."""
-        return cls._build(dict(values), source, {}, [], overrides, legacy)
+        return cls._build(dict(values.items()), source, {}, [], overrides, legacy)
 
     @classmethod
     def _build(
         cls,
-        values: dict[Any, Any],
+        values: dict[object, object],
         source: str,
-        where: dict[Any, str],
+        where: dict[object, str],
         problems: list[str],
         overrides: Sequence[str],
         legacy: bool,
@@ -100,7 +99,7 @@ class HyperParams(
             values, ignored = release.translate(values, frozenset(OPTIONS) | frozenset(_ALIASES))
             where = {release.RENAMED.get(key, key): at for key, at in where.items() if key not in ignored}
         values, found = _rename(values, where, source)
-        where = {_ALIASES.get(key, key): at for key, at in where.items()}
+        where = {_resolve_alias(key): at for key, at in where.items()}
         values, changed, more = _apply_overrides(values, overrides, source)
         where = where | dict.fromkeys(changed, f"{source} (override)")
         checked, wrong = _check(values, where, source)
@@ -112,7 +111,7 @@ class HyperParams(
         return cls(**checked, ignored=ignored, source=source)
 
 
-def _replace_entry(base: Any, keys: Sequence[str], value: Any) -> Any:
+def _replace_entry(base: object, keys: Sequence[str], value: object) -> object:
     """``base`` with the entry under ``keys`` replaced."""
     if not keys:
         return value
@@ -122,10 +121,11 @@ def _replace_entry(base: Any, keys: Sequence[str], value: Any) -> Any:
 
 
 def _apply_overrides(
-    values: dict[Any, Any], overrides: Sequence[str], source: str
-) -> tuple[dict[Any, Any], list[Any], list[str]]:
+    values: dict[object, object], overrides: Sequence[str], source: str
+) -> tuple[dict[object, object], list[object], list[str]]:
     """``values`` after ``key=value`` and ``key.entry=value``, the keys changed, and the problems."""
-    values, changed, problems = dict(values), [], []
+    values, problems = dict(values), list[str]()
+    changed: list[object] = []
     for text in overrides:
         key, sign, raw = text.partition("=")
         if not sign or not key.strip():
@@ -144,13 +144,17 @@ def _apply_overrides(
     return values, changed, problems
 
 
+def _resolve_alias(key: object) -> object:
+    return _ALIASES.get(key, key) if isinstance(key, str) else key
+
+
 def _rename(
-    values: Mapping[Any, Any], where: Mapping[Any, str], source: str
-) -> tuple[dict[Any, Any], list[str]]:
-    renamed: dict[Any, Any] = {}
+    values: Mapping[object, object], where: Mapping[object, str], source: str
+) -> tuple[dict[object, object], list[str]]:
+    renamed: dict[object, object] = {}
     problems = []
     for key, value in values.items():
-        name = _ALIASES.get(key, key)
+        name = _resolve_alias(key)
         if name in renamed:
             problems.append(
                 f"{where.get(key, source)}: {shorten(key)}: another name of {name}, which is given too"
@@ -160,7 +164,7 @@ def _rename(
 
 
 def _check(
-    values: Mapping[Any, Any], where: Mapping[Any, str], source: str
+    values: Mapping[object, object], where: Mapping[object, str], source: str
 ) -> tuple[dict[str, Any], list[str]]:
     """The values in their own types, and every problem, one line each."""
     checked: dict[str, Any] = {}

@@ -8,32 +8,26 @@ documentation.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from dataclasses import replace as changed
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from unike.config.schema import (
-    Kind,
-    Option,
-    Section,
+from unike.config.kinds import (
+    ANNOTATIONS,
+    DEVICE,
+    LAYERS,
+    METHOD,
+    Annotations,
     choice,
     choices,
     mapping,
     nullable,
     number,
-    option,
-    own_options,
-    read_mapping,
-    read_text,
-    read_whole,
-    required,
     switch,
     text,
     whole,
     word_or,
 )
+from unike.config.schema import Option, Section, option, own_options, required
 from unike.types import BACKBONES, BACKENDS, METRIC_PRESETS, PROTOCOLS, TRACKERS, BackboneSpec
 
 # Options of this group change how fast a run is, and how much memory it takes, not what it finds.
@@ -79,16 +73,6 @@ class PrefixOptions(BatchOptions):
 # ---------------------------------------------------------------- backbone
 
 
-def _read_device(value: object) -> str:
-    name = value.lower() if isinstance(value, str) else f"cuda:{read_whole(value)}"
-    if re.fullmatch(r"auto|cpu|mps|(cuda|xpu)(:[0-9]+)?", name) is None:
-        raise ValueError
-    return name
-
-
-DEVICE = Kind("auto, cpu, cuda, cuda:N, the number N, mps or xpu", _read_device)
-
-
 @dataclass(frozen=True, kw_only=True)
 class BackboneOptions(Section):
     """The model that is edited, and where it is put."""
@@ -101,7 +85,7 @@ class BackboneOptions(Section):
     pretrained_ckpt: str | None = option(nullable(text()), "MiniGPT-4's projection weights", None)
     qformer_name_or_path: str | None = option(nullable(text()), "accepted in old files; not needed", None)
     image_size: int | None = option(
-        nullable(whole(low=1)), "pixels per side; null: as the folder says, 364 with original files", None
+        nullable(whole(low=1)), "pixels per side; null: the model's own, 364 with original files", None
     )
     dtype: str = option(choice("float32", "bfloat16", "float16"), "precision of the weights", "float32")
     device: str = option(DEVICE, "where the model runs; auto: a GPU where there is one", "auto")
@@ -123,22 +107,6 @@ class BackboneOptions(Section):
 
 
 # ---------------------------------------------------------------- method
-
-
-def _read_layers(value: object) -> int | tuple[int, ...]:
-    if not isinstance(value, (list, tuple)):
-        count = read_whole(value)
-        if count < 1:
-            raise ValueError
-        return count
-    numbers = sorted(read_whole(number) for number in value)
-    if not numbers or numbers[0] < 0 or len(set(numbers)) < len(numbers):
-        raise ValueError
-    return tuple(numbers)
-
-
-METHOD = Kind("the name of a method", lambda value: read_text(value).lower())
-LAYERS = Kind("a number of layers from 1 on, or a list of different layer numbers", _read_layers)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,7 +141,7 @@ class UniKEOptions(Section):
     )
     alpha: str | float = option(
         word_or("adaptive", number(low=0, high=1)),
-        "weight of in-context knowledge: computed for each token, or a fixed number",
+        "weight of in-context knowledge: computed for each prompt, or a fixed number",
         "adaptive",
     )
     k: int = option(whole(low=1), "knowledge items retrieved for a prompt", 40)
@@ -198,7 +166,7 @@ class ScopeGateOptions(Section):
 
     scope_gate: str = option(
         choice("none", "threshold", "nearest"),
-        "when an edit applies: always, near its prompt, or near it and nearest of all edits",
+        "when an edit applies: always, to prompts near its own, or to those of them that it is nearest to",
         "none",
     )
     scope_threshold: float | None = option(
@@ -213,7 +181,7 @@ class ScopeGateOptions(Section):
     )
     scope_halves: str = option(
         choice("intrinsic", "both"),
-        "what the gate switches: the extra pairs alone, or the edit's own knowledge states too",
+        "what the gate switches: the extra pairs, or the edit's own knowledge states too",
         "intrinsic",
     )
 
@@ -370,7 +338,7 @@ class EditorTrainingOptions(MethodOptions, ClipOptions, SeedOptions):
     editor_patience: int = option(
         whole(low=1), "validations without improvement after which training stops", 6
     )
-    c_edit: float = option(number(low=0), "weight of the loss on the edit and its rephrasings", 0.1)
+    c_edit: float = option(number(low=0), "weight of the loss on the edit and its neighbours", 0.1)
     c_loc: float = option(number(low=0), "weight of the loss on unrelated probes", 1.0)
     ke_margin: float = option(number(low=0), "KE: change on unrelated probes that costs nothing", 1e-3)
     serac_scope: str = option(
@@ -390,27 +358,11 @@ class EditorOptions(EditorTrainingOptions):
 # ---------------------------------------------------------------- data, protocol, run
 
 
-def _read_annotations(value: object) -> dict[str, Any]:
-    tasks = read_mapping(value)
-    if not set(tasks) <= {"vqa", "caption"}:
-        raise ValueError
-    for files in tasks.values():
-        if not isinstance(files, Mapping) or not set(files) <= {"train", "eval"}:
-            raise ValueError
-        for path in files.values():
-            if path is not None:
-                read_text(path)
-    return tasks
-
-
-ANNOTATIONS = Kind("{vqa: {train: file, eval: file}, caption: {train: file, eval: file}}", _read_annotations)
-
-
 @dataclass(frozen=True, kw_only=True)
 class DataOptions(Section):
     """Annotation files and images."""
 
-    data: dict[str, Any] = option(ANNOTATIONS, "annotation files by task and split", {})
+    data: Annotations = option(ANNOTATIONS, "annotation files by task and split", {})
     image_root: str | None = option(nullable(text()), "folder of the images", None, aliases=("coco_image",))
     rephrase_root: str | None = option(
         nullable(text()), "folder of the rephrased images", None, aliases=("rephrase_image",)
@@ -470,18 +422,18 @@ SECTIONS: dict[type[Section], str] = {
     UniKEOptions: "method",
     ScopeGateOptions: "method",
     ScopeClassifierOptions: "method",
-    ScopeTrainingOptions: "scope training",
+    ScopeTrainingOptions: "scope classifier training",
     PatchOptions: "intrinsic",
     EditTrainingOptions: "intrinsic",
     ClipOptions: "intrinsic",
     PatchLossOptions: "intrinsic",
     FineTuningOptions: "fine-tuning",
-    IKEOptions: "ike",
+    IKEOptions: "IKE",
     EncoderOptions: "encoders",
     KnowledgeOptions: "knowledge",
     RetrievalOptions: "knowledge",
-    EditorOptions: "editor",
-    EditorTrainingOptions: "editor",
+    EditorOptions: "meta-learned editors",
+    EditorTrainingOptions: "meta-learned editors",
     DataOptions: "data",
     ProtocolOptions: "protocol",
     EvaluationOptions: "protocol",
@@ -492,7 +444,7 @@ SECTIONS: dict[type[Section], str] = {
     PrefixOptions: SPEED,
 }
 OPTIONS: dict[str, Option] = {
-    name: changed(known, group=group)
+    name: replace(known, group=group)
     for section, group in SECTIONS.items()
     for name, known in own_options(section).items()
 }

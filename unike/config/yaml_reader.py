@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from unike.config.schema import describe_value, shorten
+from unike.system.text import describe_value, shorten
 from unike.types import UserError
 
 # Far above any real file; the parser takes seconds for what is larger.
@@ -62,9 +62,9 @@ def _check_size(root: yaml.Node) -> None:
 _YAML_FAULTS = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError)
 
 
-def parse_yaml(text: str, source: str) -> tuple[Any, dict[Any, str], list[str]]:
+def parse_yaml(text: str, source: str) -> tuple[object, dict[object, str], list[str]]:
     """The value of a YAML text, where its top-level keys stand, and its repeated keys."""
-    where: dict[Any, str] = {}
+    where: dict[object, str] = {}
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
@@ -83,7 +83,7 @@ def parse_yaml(text: str, source: str) -> tuple[Any, dict[Any, str], list[str]]:
     return value, where, problems
 
 
-def read_yaml(source: str) -> tuple[dict[Any, Any], dict[Any, str], list[str]]:
+def read_yaml(source: str) -> tuple[dict[object, object], dict[object, str], list[str]]:
     """The mapping in a YAML file, where its keys stand, and its repeated keys."""
     path = Path(source)
     if path.is_dir():

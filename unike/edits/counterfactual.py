@@ -13,7 +13,7 @@ from torch import nn
 
 from unike.backbones.base import Backbone
 from unike.backbones.hooks import transform
-from unike.edits import Edit, Together, same_weights
+from unike.edits.base import Edit, Together, same_weights
 from unike.edits.content import Content, Shared, digest
 
 

@@ -14,14 +14,15 @@ import torch
 from tqdm import tqdm
 
 from unike.backbones.base import Backbone
+from unike.config.combined import RunFolderOptions
 from unike.config.hparams import HyperParams
+from unike.config.sections import ProtocolOptions
 from unike.edits import Edit, EditStore
 from unike.evaluation.protocols import one_step_many
 from unike.evaluation.reader import Reader
 from unike.evaluation.summary import RunningMeans
-from unike.methods import needs_cases, needs_knowledge
-from unike.methods.base import edited_layers, needs_scope
-from unike.methods.preparation.editors import find_editor, learns, wants_cases
+from unike.methods import resolve_layers, resolve_needs
+from unike.methods.preparation.editors import find_editor, wants_cases
 from unike.methods.preparation.scope import find_scope_classifier
 from unike.runs.inputs import (
     TASKS,
@@ -68,7 +69,9 @@ def drawn(hparams: HyperParams, draw: Callable[[HyperParams], object]) -> None:
 # ---------------------------------------------------------------- the run and its folder
 
 
-def run_directory(hparams: HyperParams, task: str, output: str | None = None, resume: bool = False) -> Path:
+def run_directory(
+    hparams: RunFolderOptions, task: str, output: str | None = None, resume: bool = False
+) -> Path:
     """Where a run is recorded: ``output``, or ``<results_dir>/<yaml>-<task>``, followed by the protocol
     if it is not one-step, with ``-2``, ``-3`` ... where that is taken; ``resume`` takes the latest.
 
@@ -101,7 +104,7 @@ def _taken(directory: Path) -> bool:
     return directory.is_file() or (directory.is_dir() and any(directory.iterdir()))
 
 
-def edit_store(hparams: HyperParams, folder: str | None) -> EditStore | None:
+def edit_store(hparams: ProtocolOptions, folder: str | None) -> EditStore | None:
     """Where ``--save_edits`` keeps a run's edits, if anywhere; UserError for a folder of something else,
     and for several sequences, which may edit a record anew."""
     if folder is None:
@@ -115,13 +118,14 @@ def edit_store(hparams: HyperParams, folder: str | None) -> EditStore | None:
 def checksums(hparams: HyperParams, task: str) -> dict[str, str]:
     """SHA-256 of every data file that a run reads, by YAML key."""
     files = {f"data.{n}.eval": annotation_file(hparams, n, "eval") for n in parts_of(task)}
-    if wants_triplets(hparams) or needs_cases(hparams) or wants_cases(hparams):
+    needs = resolve_needs(hparams)
+    if wants_triplets(hparams, needs) or needs.cases or wants_cases(hparams, needs):
         files |= {f"data.{n}.train": path for n, path in train_files(hparams).items()}
-    elif needs_knowledge(hparams):
+    elif needs.knowledge:
         files["knowledge_dir"] = str(Path(str(hparams.knowledge_dir)) / "knowledge.safetensors")
-    elif learns(hparams):
+    elif needs.training:
         files["editor_dir"] = str(Path(str(find_editor(hparams))) / "editor.safetensors")
-    if needs_scope(hparams) and (kept := find_scope_classifier(hparams)) is not None:
+    if needs.scope and (kept := find_scope_classifier(hparams)) is not None:
         files["scope_dir"] = str(kept / "scope.safetensors")
     return {key: sha256_of(path) for key, path in files.items()}
 
@@ -248,10 +252,10 @@ def edits_at_once(hparams: HyperParams, backbone: Backbone) -> int:
     an eighth of the memory takes, at most ``AT_ONCE``: the same on the same machine, whatever else runs."""
     if isinstance(hparams.edit_batch_size, int):
         return hparams.edit_batch_size
-    width, layers = backbone.layout.width, len(edited_layers(hparams, backbone))
+    width, layers = backbone.layout.width, len(resolve_layers(hparams, backbone))
     trained = layers * width * (3 * hparams.n_keys + (hparams.encoder_dim or width))
     if hparams.method == "ft":
-        edited = (backbone.layout.layer(i) for i in edited_layers(hparams, backbone))
+        edited = (backbone.layout.layer(i) for i in resolve_layers(hparams, backbone))
         trained = sum(p.numel() for layer in edited for p in layer.parameters())
     # Each with its gradient and two moments; and a few dozen states a token and layer for the gradient.
     need = 4 * 4 * trained + 4 * layers * width * 40 * TOKENS

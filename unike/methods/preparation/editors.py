@@ -9,17 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from safetensors.torch import load_file, save_file
 
 from unike.backbones.base import Backbone
 from unike.config.hparams import HyperParams
 from unike.config.sections import EditorOptions, EditorTrainingOptions
-from unike.methods.base import build, methods
-from unike.methods.meta_training import Progress, TrainableMethod, copied, meta_train
-from unike.methods.preparation.folders import find_folder, hash_facts
-from unike.methods.preparation.scope import wants_scope
+from unike.methods.meta_training import Progress, TrainableMethod, copy_tensors, meta_train
+from unike.methods.preparation.folders import Facts, find_folder, hash_facts
+from unike.methods.preparation.scope import find_scope_classifier
+from unike.methods.registry import MethodNeeds
 from unike.system import processes
 from unike.system.files import check_tensors, write_index
 from unike.system.progress import Tick, ignore_progress
@@ -28,7 +27,7 @@ from unike.types import Case, UserError
 HELD_OUT = 10
 
 
-def list_editor_options(hparams: EditorTrainingOptions) -> dict[str, Any]:
+def list_editor_options(hparams: EditorTrainingOptions) -> Facts:
     """The options that a trained editor depends on: of KE's and SERAC's own ones, those of its method."""
     shared = {"method": hparams.method, "clip_norm": hparams.clip_norm, "seed": hparams.seed}
     own = hparams.get_values(EditorTrainingOptions).items()
@@ -37,7 +36,7 @@ def list_editor_options(hparams: EditorTrainingOptions) -> dict[str, Any]:
     }
 
 
-def describe_editor(backbone: Backbone, method: TrainableMethod) -> dict[str, Any]:
+def describe_editor(backbone: Backbone, method: TrainableMethod) -> Facts:
     """The backbone's weights, the layers and the options that a trained editor fits."""
     return {
         "backbone": backbone.fingerprint,
@@ -46,35 +45,30 @@ def describe_editor(backbone: Backbone, method: TrainableMethod) -> dict[str, An
     }
 
 
-def learns(hparams: HyperParams) -> bool:
-    """Whether the method is trained on cases before it edits."""
-    return hparams.method in methods() and isinstance(build(hparams), TrainableMethod)
-
-
-def wants_cases(hparams: HyperParams) -> bool:
-    """Whether train annotations are needed for an editor or a scope classifier that is still to be
-    trained."""
-    if learns(hparams):
+def wants_cases(hparams: HyperParams, needs: MethodNeeds) -> bool:
+    """Whether the train annotations are needed to train an editor or a scope classifier: not where they
+    are kept."""
+    if needs.training:
         return find_editor(hparams) is None
-    return hparams.method in methods() and wants_scope(hparams)
+    return needs.scope and find_scope_classifier(hparams) is None
 
 
-def find_editor(hparams: EditorOptions, facts: dict[str, Any] | None = None) -> Path | None:
+def find_editor(hparams: EditorOptions, facts: Facts | None = None) -> Path | None:
     """The folder of the YAML's editor under ``editor_dir``, None where it has not been trained.
 
     Without ``facts`` the editor may be of any weights and layers. UserError where ``editor_dir`` is missing.
     """
     if hparams.editor_dir is None:
         raise UserError(f"{hparams.source}: editor_dir: missing; expected a folder for trained editors")
-    wanted = {"options": list_editor_options(hparams)} if facts is None else facts
+    wanted: Facts = {"options": list_editor_options(hparams)} if facts is None else facts
     return find_folder(Path(hparams.editor_dir, hparams.method), "editor.json", wanted)
 
 
-def save_editor(method: TrainableMethod, facts: dict[str, Any], progress: Progress, folder: Path) -> None:
+def save_editor(method: TrainableMethod, facts: Facts, progress: Progress, folder: Path) -> None:
     """Writes the trained network, its index last, and deletes the checkpoint."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "editor.safetensors"
-    save_file(copied(method.trained.state_dict()), path)
+    save_file(copy_tensors(method.trained.state_dict()), path)
     write_index(folder / "editor.json", {**facts, "training": asdict(progress)}, path)
     for left in folder.glob("checkpoint*"):
         left.unlink()

@@ -5,17 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
 
 from unike.system.files import read_index
 
+Facts = dict[str, object]
 
-def hash_facts(facts: dict[str, Any]) -> str:
+
+def hash_facts(facts: Facts) -> str:
     """The name of a folder: 16 hexadecimal digits."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def find_folder(parent: Path, index: str, facts: dict[str, Any]) -> Path | None:
+def find_folder(parent: Path, index: str, facts: Facts) -> Path | None:
     """The first folder under ``parent`` whose ``index`` holds these facts."""
     for path in sorted(parent.glob(f"*/{index}")):
         kept = read_index(path)

@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from safetensors import safe_open
@@ -32,6 +32,7 @@ from unike.datasets.triplets import Triplet
 from unike.edits import LayerKnowledge
 from unike.knowledge.encoders import Disentangler, FitReport, KnowledgeStates, fit
 from unike.knowledge.index import open_memory
+from unike.methods.preparation.folders import Facts
 from unike.system import processes
 from unike.system.faults import give_back
 from unike.system.files import check_tensors, checksum_in, read_index, write_index
@@ -179,10 +180,10 @@ def ensure_knowledge(
         )
     folder = Path(hparams.knowledge_dir)
     facts = _describe_knowledge(backbone, layers, hparams)
-    if not processes.first(lambda: _fits(folder, facts)):
+    if not processes.first(lambda: _fits(folder, facts, layers)):
         collected = triplets()
         keyed = folder = folder / compute_knowledge_key(backbone, collected, hparams)
-        if not processes.first(lambda: _fits(keyed, facts)):
+        if not processes.first(lambda: _fits(keyed, facts, layers)):
             prefixes = open_prefixes(hparams, backbone, min(layers), memory=False)
             states = extract_states(backbone, collected, layers, hparams.states_batch, tick, prefixes)
             processes.first(
@@ -201,15 +202,13 @@ def read_knowledge(
     return known
 
 
-def _list_options(hparams: KnowledgeKeyOptions) -> dict[str, Any]:
+def _list_options(hparams: KnowledgeKeyOptions) -> Facts:
     """The options that knowledge depends on, without ``layers``. Their order is part of the checksum."""
     encoders = hparams.get_values(EncoderOptions)
     return {"triplets": hparams.triplets, **encoders, "seed": hparams.seed}
 
 
-def _describe_knowledge(
-    backbone: Backbone, layers: Sequence[int], hparams: KnowledgeKeyOptions
-) -> dict[str, Any]:
+def _describe_knowledge(backbone: Backbone, layers: Sequence[int], hparams: KnowledgeKeyOptions) -> Facts:
     return {"backbone": backbone.fingerprint, "layers": list(layers), "options": _list_options(hparams)}
 
 
@@ -220,12 +219,12 @@ def find_knowledge(hparams: KnowledgeKeyOptions, backbone: Backbone, triplets: S
     return keyed if (keyed / "knowledge.json").is_file() else parent
 
 
-def _fits(folder: Path, facts: dict[str, Any]) -> bool:
-    """Whether a folder's index was written for these weights, layers and options."""
+def _fits(folder: Path, facts: Facts, layers: Sequence[int]) -> bool:
+    """Whether a folder's index was written for these weights and options, and for these layers or more."""
     kept = read_index(folder / "knowledge.json")
     # A method that edits fewer layers can read what was prepared for more.
-    layers = set(facts["layers"]) <= set(kept.get("layers", ()))
-    return layers and all(kept.get(name) == value for name, value in facts.items() if name != "layers")
+    covered = set(layers) <= set(kept.get("layers", ()))
+    return covered and all(kept.get(name) == value for name, value in facts.items() if name != "layers")
 
 
 def build_knowledge(
@@ -267,7 +266,7 @@ def save_knowledge(
     states: dict[int, LayerStates],
     encoders: dict[int, Disentangler],
     reports: dict[int, FitReport],
-    meta: dict[str, Any],
+    meta: Facts,
 ) -> None:
     """Writes the folder: states in half precision, encoders in full, and the items' texts.
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -18,12 +17,10 @@ from unike.backbones.base import Backbone
 from unike.backbones.hooks import capture
 from unike.backbones.prefix import PrefixCache, open_prefixes
 from unike.config.combined import ScopePreparationOptions
-from unike.config.hparams import HyperParams
 from unike.config.sections import ScopeClassifierOptions, ScopeTrainingOptions
 from unike.knowledge.scope import HELD_OUT, ScopeEncoder, ScopeMeasure, ScopeReport, ScopeSamples, fit_scope
-from unike.methods.base import needs_scope
-from unike.methods.meta_training import copied
-from unike.methods.preparation.folders import find_folder, hash_facts
+from unike.methods.meta_training import copy_tensors
+from unike.methods.preparation.folders import Facts, find_folder, hash_facts
 from unike.system import processes
 from unike.system.files import check_tensors, read_index, write_index
 from unike.system.progress import Tick, ignore_progress
@@ -95,20 +92,16 @@ def draw_scope_encoder(backbone: Backbone, hparams: ScopeTrainingOptions) -> Sco
         ).to(backbone.device)
 
 
-def describe_scope(
-    hparams: ScopeTrainingOptions, backbone: Backbone | None = None, first: int = 0
-) -> dict[str, Any]:
+def describe_scope(hparams: ScopeTrainingOptions, backbone: Backbone | None = None, first: int = 0) -> Facts:
     """What a trained classifier belongs to: options, and with ``backbone`` its weights and the layer."""
     options = hparams.get_values(ScopeTrainingOptions) | {"seed": hparams.seed}
-    facts: dict[str, Any] = {"options": options}
+    facts: Facts = {"options": options}
     if backbone is not None:
         facts |= {"backbone": backbone.fingerprint, "layer": first}
     return facts
 
 
-def find_scope_classifier(
-    hparams: ScopeClassifierOptions, facts: dict[str, Any] | None = None
-) -> Path | None:
+def find_scope_classifier(hparams: ScopeClassifierOptions, facts: Facts | None = None) -> Path | None:
     """The folder of the YAML's classifier, None where it has not been trained.
 
     Without ``facts`` it may be of any weights and layer. UserError where ``scope_dir`` is missing.
@@ -119,11 +112,6 @@ def find_scope_classifier(
         )
     wanted = describe_scope(hparams) if facts is None else facts
     return find_folder(Path(hparams.scope_dir), "scope.json", wanted)
-
-
-def wants_scope(hparams: HyperParams) -> bool:
-    """Whether train annotations are needed for a classifier that is still to be trained."""
-    return needs_scope(hparams) and find_scope_classifier(hparams) is None
 
 
 def ensure_scope(
@@ -168,10 +156,10 @@ def ensure_scope(
     return load_scope(folder, draw_scope_encoder(backbone, hparams))
 
 
-def save_scope(folder: Path, encoder: ScopeEncoder, report: ScopeReport, facts: dict[str, Any]) -> None:
+def save_scope(folder: Path, encoder: ScopeEncoder, report: ScopeReport, facts: Facts) -> None:
     """Writes the classifier in half precision, its index last."""
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {k: v.half() for k, v in copied(encoder.state_dict()).items()}
+    tensors = {k: v.half() for k, v in copy_tensors(encoder.state_dict()).items()}
     path = folder / "scope.safetensors"
     save_file(tensors, path)
     names = INSIDE + OUTSIDE
