@@ -22,9 +22,8 @@ from unike import runs
 from unike.backbones import Backbone, load_backbone
 from unike.config.hparams import HyperParams
 from unike.methods import MethodNeeds, build, resolve_needs
-from unike.methods.preparation.editors import find_editor, wants_cases
+from unike.methods.preparation.folders import find_editor, find_scope_classifier, wants_cases
 from unike.methods.preparation.knowledge import find_knowledge
-from unike.methods.preparation.scope import find_scope_classifier
 from unike.report.terminal import as_text
 from unike.runs import inputs
 from unike.system import launching, processes

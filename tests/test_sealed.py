@@ -13,9 +13,8 @@ from test_run_edit import ROOT, start
 
 from unike.config.hparams import HyperParams
 from unike.knowledge.encoders import Disentangler, KnowledgeStates
-from unike.methods.preparation.editors import find_editor
+from unike.methods.preparation.folders import find_editor, find_scope_classifier
 from unike.methods.preparation.knowledge import LayerStates, load_states, save_knowledge
-from unike.methods.preparation.scope import find_scope_classifier
 from unike.runs.check import findings
 from unike.runs.records import RecordWriter, read_manifest, read_records
 from unike.system import files as sealed

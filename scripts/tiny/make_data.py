@@ -42,7 +42,7 @@ from unike.backbones import Backbone, load_backbone
 from unike.config.hparams import HyperParams
 from unike.datasets.answers import normalise_answer
 from unike.methods import resolve_needs
-from unike.methods.preparation.editors import wants_cases
+from unike.methods.preparation.folders import wants_cases
 from unike.system.files import write_text
 from unike.types import UserError
 

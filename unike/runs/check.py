@@ -19,8 +19,7 @@ from unike.config.schema import Section
 from unike.config.sections import BackboneOptions, DataOptions
 from unike.knowledge.index import check_faiss
 from unike.methods import check_method, resolve_needs_if_valid
-from unike.methods.preparation.editors import find_editor
-from unike.methods.preparation.scope import find_scope_classifier
+from unike.methods.preparation.folders import find_editor, find_scope_classifier
 from unike.runs import inputs
 from unike.runs.tracking import check_trackers
 from unike.system.files import read_index

@@ -20,7 +20,7 @@ from unike.datasets.triplets import Triplet, triplets_of
 from unike.evaluation.sequences import sequences_of
 from unike.knowledge.index import check_faiss
 from unike.methods import MethodNeeds, check_method, resolve_needs, resolve_needs_if_valid
-from unike.methods.preparation.editors import wants_cases
+from unike.methods.preparation.folders import wants_cases
 from unike.runs.tracking import check_trackers
 from unike.types import Case, UserError
 

@@ -22,8 +22,7 @@ from unike.evaluation.protocols import one_step_many
 from unike.evaluation.reader import Reader
 from unike.evaluation.summary import RunningMeans
 from unike.methods import resolve_layers, resolve_needs
-from unike.methods.preparation.editors import find_editor, wants_cases
-from unike.methods.preparation.scope import find_scope_classifier
+from unike.methods.preparation.folders import find_editor, find_scope_classifier, wants_cases
 from unike.runs.inputs import (
     TASKS,
     annotation_file,

@@ -1,12 +1,28 @@
-"""Folders of what is prepared: one per checksum of the facts that it depends on."""
+"""Folders of what is prepared: one per checksum of the facts that it depends on.
+
+Nothing here imports torch, so that what is missing is reported at once.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from unike.config.hparams import HyperParams
+from unike.config.sections import (
+    EditorOptions,
+    EditorTrainingOptions,
+    ScopeClassifierOptions,
+    ScopeTrainingOptions,
+)
+from unike.methods.registry import MethodNeeds
 from unike.system.files import read_index
+from unike.types import UserError
+
+if TYPE_CHECKING:
+    from unike.backbones.base import Backbone
 
 Facts = dict[str, object]
 
@@ -23,3 +39,59 @@ def find_folder(parent: Path, index: str, facts: Facts) -> Path | None:
         if all(kept.get(name) == value for name, value in facts.items()):
             return path.parent
     return None
+
+
+def wants_cases(hparams: HyperParams, needs: MethodNeeds) -> bool:
+    """Whether the train annotations are needed to train an editor or a scope classifier: not where they
+    are kept."""
+    if needs.training:
+        return find_editor(hparams) is None
+    return needs.scope and find_scope_classifier(hparams) is None
+
+
+# ---------------------------------------------------------------- meta-learned editors
+
+
+def list_editor_options(hparams: EditorTrainingOptions) -> Facts:
+    """The options that a trained editor depends on: of KE's and SERAC's own ones, those of its method."""
+    shared = {"method": hparams.method, "clip_norm": hparams.clip_norm, "seed": hparams.seed}
+    own = hparams.get_values(EditorTrainingOptions).items()
+    return shared | {
+        n: v for n, v in own if not n.startswith(("ke_", "serac_")) or n.startswith(f"{hparams.method}_")
+    }
+
+
+def find_editor(hparams: EditorOptions, facts: Facts | None = None) -> Path | None:
+    """The folder of the YAML's editor under ``editor_dir``, None where it has not been trained.
+
+    Without ``facts`` the editor may be of any weights and layers. UserError where ``editor_dir`` is missing.
+    """
+    if hparams.editor_dir is None:
+        raise UserError(f"{hparams.source}: editor_dir: missing; expected a folder for trained editors")
+    wanted: Facts = {"options": list_editor_options(hparams)} if facts is None else facts
+    return find_folder(Path(hparams.editor_dir, hparams.method), "editor.json", wanted)
+
+
+# ---------------------------------------------------------------- scope classifiers
+
+
+def describe_scope(hparams: ScopeTrainingOptions, backbone: Backbone | None = None, first: int = 0) -> Facts:
+    """What a trained classifier belongs to: options, and with ``backbone`` its weights and the layer."""
+    options = hparams.get_values(ScopeTrainingOptions) | {"seed": hparams.seed}
+    facts: Facts = {"options": options}
+    if backbone is not None:
+        facts |= {"backbone": backbone.fingerprint, "layer": first}
+    return facts
+
+
+def find_scope_classifier(hparams: ScopeClassifierOptions, facts: Facts | None = None) -> Path | None:
+    """The folder of the YAML's classifier, None where it has not been trained.
+
+    Without ``facts`` it may be of any weights and layer. UserError where ``scope_dir`` is missing.
+    """
+    if hparams.scope_dir is None:
+        raise UserError(
+            f"{hparams.source}: scope_dir: missing; expected a folder for trained scope classifiers"
+        )
+    wanted = describe_scope(hparams) if facts is None else facts
+    return find_folder(Path(hparams.scope_dir), "scope.json", wanted)
