@@ -25,7 +25,7 @@ from unike.methods import MethodNeeds, build, resolve_needs
 from unike.methods.preparation.folders import find_editor, find_scope_classifier, wants_cases
 from unike.methods.preparation.knowledge import find_knowledge
 from unike.report.terminal import as_text
-from unike.runs import inputs
+from unike.runs import checks, inputs
 from unike.system import launching, processes
 from unike.types import UserError
 
@@ -58,7 +58,7 @@ def train(hparams: HyperParams, needs: MethodNeeds, skip_broken: bool) -> int:
             print(f"editor: {find_editor(hparams)}")
         return 0
     backbone = loaded(hparams)
-    cases = processes.in_turn(lambda: inputs.training_cases(hparams, skip_broken))
+    cases = processes.in_turn(lambda: inputs.read_train_cases(hparams, skip_broken))
     runs.assemble(hparams, backbone, cases=lambda: cases)
     if not processes.is_main():
         return 0
@@ -74,14 +74,14 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
     if launching.wants_launch(args.num_processes):
         return launching.launch(args.num_processes, main, argv)
     processes.join(hparams.device)
-    processes.in_turn(lambda: inputs.require_backbone(hparams))
+    processes.in_turn(lambda: checks.require_backbone(hparams))
     needs = resolve_needs(hparams)
     if needs.training:
         return train(hparams, needs, args.skip_broken)
     if not needs.knowledge:
         raise UserError(f"{hparams.source}: method: {hparams.method} with these options needs no knowledge")
     backbone = loaded(hparams)
-    triplets = processes.in_turn(lambda: inputs.knowledge_triplets(hparams, skip_broken=args.skip_broken))
+    triplets = processes.in_turn(lambda: inputs.read_triplets(hparams, skip_broken=args.skip_broken))
     layers = build(hparams).layers(backbone)
     runs.prepare(hparams, backbone, layers, triplets=lambda: triplets)
     if not processes.is_main():

@@ -31,9 +31,10 @@ from unike.backbones import load_backbone
 from unike.backbones.prefix import PrefixCache
 from unike.config.hparams import OPTIONS
 from unike.evaluation.reader import Reader
-from unike.runs import inputs
+from unike.runs import checks, inputs
 from unike.runs.parts import Parts
 from unike.runs.records import read_manifest
+from unike.system import findings
 from unike.system.launching import cores, deaf, die_with_parent, threads_each
 from unike.types import UserError
 
@@ -61,7 +62,7 @@ def ensure(planned: Sequence[Run], jobs: int | None = None) -> Outcome:
     for run in planned:
         by_folder.setdefault(run.folder, run)
     todo = [run for run in by_folder.values() if not is_complete(run)]
-    inputs.require(*(partial(_unchanged, run) for run in by_folder.values() if is_complete(run)))
+    findings.require(*(partial(_unchanged, run) for run in by_folder.values() if is_complete(run)))
     if not todo:
         return Outcome()
     check(todo)
@@ -89,9 +90,11 @@ def default_jobs() -> int:
 def check(todo: Sequence[Run]) -> None:
     """Everything that the runs read, before a model is loaded; UserError with every problem. The
     embedded backbones' benchmark is drawn where it is missing."""
-    inputs.require(*(partial(inputs.require_backbone, run.hparams) for run in _distinct(todo, by_yaml=True)))
-    inputs.require(*(partial(_draw, run) for run in _distinct(todo) if run.hparams.generate_data))
-    inputs.require(*(partial(runs.preflight, r.hparams, r.task, r.size) for r in _distinct(todo)))
+    findings.require(
+        *(partial(checks.require_backbone, run.hparams) for run in _distinct(todo, by_yaml=True))
+    )
+    findings.require(*(partial(_draw, run) for run in _distinct(todo) if run.hparams.generate_data))
+    findings.require(*(partial(runs.read_checked_cases, r.hparams, r.task, r.size) for r in _distinct(todo)))
 
 
 def _draw(run: Run) -> None:
@@ -119,7 +122,7 @@ def _distinct(todo: Sequence[Run], by_yaml: bool = False) -> list[Run]:
 def _unchanged(run: Run) -> None:
     """UserError where the data have changed since the run; without the data there is nothing to compare."""
     try:
-        now = runs.checksums(run.hparams, run.task)
+        now = runs.compute_checksums(run.hparams, run.task)
     except UserError:
         return
     kept = read_manifest(run.folder).get("data", {})

@@ -22,12 +22,13 @@ from unike.backbones.placement import build_quantization_config, check_placement
 from unike.backbones.prefix import PrefixCache
 from unike.config.hparams import HyperParams
 from unike.methods import build, check_method, resolve_layers
-from unike.runs import check
-from unike.runs.inputs import require_backbone
+from unike.runs.checks import MODEL_CHECKS, find_all, require_backbone
+from unike.runs.request import RunRequest
 from unike.system import processes
 from unike.types import BackboneSpec, EditRequest, Query, UserError
 
 ROOT = Path(__file__).parents[1]
+PLACEMENT = [check for check in MODEL_CHECKS if check.name == "placement"]
 OPTIONS = {
     "model_name": "blip2", "name": "unused", "layers": 2, "external": "none", "zeta": "none",
     "n_keys": 4, "lr": 5e-2, "max_steps": 80,
@@ -172,15 +173,14 @@ def test_quantization_without_cuda_is_refused_before_loading(
     assert "quantization: int8: needs a CUDA device" in lines[0]
     assert "bitsandbytes is not installed; pip install 'unike[quantization]'" in lines[1]
     assert all(line.startswith(str(blip2_project.yaml)) for line in lines)
-    (found,) = check._placement(hparams)
-    assert not found.ok
-    assert "bitsandbytes" in found.what
+    found = find_all(RunRequest(hparams), PLACEMENT)
+    assert [finding.line for finding in found if not finding.ok] == list(lines)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(placement, "find_spec", lambda name: object())
     check_placement(spec(quantization="int8"))
     with pytest.raises(UserError, match="needs a CUDA device"):
         check_placement(spec(quantization="int8", device="cpu"))
-    assert check._placement(HyperParams.from_hparams(blip2_project.yaml)) == []
+    assert find_all(RunRequest(HyperParams.from_hparams(blip2_project.yaml)), PLACEMENT) == []
 
 
 def test_weights_in_int8_are_not_trained() -> None:

@@ -18,11 +18,12 @@ from unike.backbones import load_backbone
 from unike.backbones.base import encode_queries
 from unike.backbones.hooks import transform
 from unike.backbones.images import FeatureCache, content_key
-from unike.backbones.prefix import PrefixCache, check_prefix_dir, open_prefixes
+from unike.backbones.prefix import PrefixCache, open_prefixes
 from unike.backbones.store import RowStore, row_key
 from unike.backbones.vlm import VisionLanguageBackbone
 from unike.config.hparams import HyperParams
 from unike.edits.deltas import WeightDelta
+from unike.runs.checks import check_prefix_dir
 from unike.types import Query, UserError
 
 FIRST = 4

@@ -19,7 +19,8 @@ from unike.datasets.mmedit import VQA_TEMPLATE
 from unike.editor import MultimodalEditor
 from unike.edits.explain import Active, Asked, deeds, strength, whose
 from unike.edits.store import EditStore
-from unike.runs.inputs import require, require_backbone
+from unike.runs.checks import require_backbone
+from unike.system.findings import require
 from unike.system.text import one_line
 from unike.types import UserError
 

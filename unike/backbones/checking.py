@@ -18,12 +18,12 @@ from unike.backbones.checkpoint_files import (
     MINIGPT4,
     QFORMER_OPT,
     QFORMER_T5,
-    Finding,
     Kind,
     load_state,
     peek,
     reading,
 )
+from unike.system.findings import Finding
 from unike.system.text import shorten
 from unike.types import BackboneSpec, UserError
 
@@ -294,7 +294,7 @@ def require_files(spec: BackboneSpec) -> None:
     """Raises one ``UserError`` with all that is wrong with the spec's files."""
     bad = [finding for finding in check_spec(spec) if not finding.ok]
     if bad:
-        raise UserError(*(f"{spec.source}: {f.what}" + (f"; {f.remedy}" if f.remedy else "") for f in bad))
+        raise UserError(*(f"{spec.source}: {f.line}" for f in bad))
 
 
 def _free_bytes() -> int | None:

@@ -46,15 +46,6 @@ BROKEN = (
 
 
 @dataclass(frozen=True)
-class Finding:
-    """One line of a check: ``ok`` with a ``remedy`` is a note, not ``ok`` stops the run."""
-
-    ok: bool
-    what: str
-    remedy: str | None = None
-
-
-@dataclass(frozen=True)
 class Kind:
     """A kind of original file: what it is, the keys that give it away, where it comes from."""
 

@@ -26,13 +26,12 @@ from transformers import (
 )
 
 from unike.backbones.checking import check_spec, memory_finding, require_files
-from unike.backbones.checkpoint_files import DTYPE_BYTES, Finding, get_dtype, load_state, reading
+from unike.backbones.checkpoint_files import DTYPE_BYTES, get_dtype, load_state, reading
 from unike.backbones.original import State, names, read_shape, read_states, require_whole
 from unike.backbones.placement import build_quantization_config
 from unike.types import BackboneSpec, UserError
 
 __all__ = [
-    "Finding",
     "build_configs",
     "check_spec",
     "convert_eva",

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from unike.backbones.hooks import marks
 from unike.backbones.images import content_key
 from unike.backbones.store import RowStore, row_key
 from unike.config.sections import PrefixOptions
-from unike.types import Query, UserError
+from unike.types import Query
 
 GB = 10**9
 
@@ -171,16 +170,6 @@ def open_prefixes(
     kept = int(hparams.prefix_memory_gb * GB) if memory else 0
     alone = hparams.batch_invariant
     return PrefixCache(backbone, first, kept, batch or hparams.eval_batch, store, alone)
-
-
-def check_prefix_dir(hparams: PrefixOptions) -> None:
-    """UserError where ``prefix_dir`` cannot be a folder."""
-    if hparams.prefix_dir is None:
-        return
-    path = Path(hparams.prefix_dir)
-    there = next(p for p in (path, *path.absolute().parents) if p.exists())
-    if not there.is_dir():
-        raise UserError(f"{hparams.source}: prefix_dir: {there} is a file; expected a folder")
 
 
 def _key(query: Query) -> Any:

@@ -91,10 +91,11 @@ class RecordWriter:
         given = {"hparams": fingerprint, "weights": weights, "data": data}
         inputs = {name: to_json_types(value) for name, value in given.items()}
         _make_folder(self.directory)
-        former = _former_manifest(self.directory, resume)
+        former = _read_former(self.directory, resume)
         if former is None:
             manifest = inputs | to_json_types(about) | {"versions": versions(), "started": _now()}
         else:
+            _remove_leftovers(self.directory)
             _check_inputs(self.directory, former, inputs)
             manifest = former | {"resumed": [*former.get("resumed", []), _now()]}
         merge(self.directory)
@@ -258,19 +259,32 @@ def _make_folder(directory: Path) -> None:
         raise UserError(f"{directory}: cannot be made a run folder: {fault.strerror}") from None
 
 
-def _former_manifest(directory: Path, resume: bool) -> dict[str, Any] | None:
-    """The manifest of the run to go on with; None where the folder is fresh."""
-    entries = list(directory.iterdir())
-    left = [path for path in entries if path.name.startswith(".") and path.name.endswith(".tmp")]
-    if len(left) == len(entries):
+def check_resumable(directory: Path, resume: bool, fingerprint: Mapping[str, Any]) -> None:
+    """UserError where a writer of this ``fingerprint`` would refuse the folder; weights and data are compared
+    when it is opened."""
+    if directory.is_dir() and (former := _read_former(directory, resume)) is not None:
+        _check_inputs(directory, former, {"hparams": to_json_types(fingerprint)})
+
+
+def _read_former(directory: Path, resume: bool) -> dict[str, Any] | None:
+    """The manifest of the run to resume; None where the folder is fresh."""
+    if len(_list_leftovers(directory)) == len(list(directory.iterdir())):
         return None
     if not resume:
         raise UserError(f"{directory}: holds a run already; resume it, or name another folder")
     if not (directory / MANIFEST).exists():
         raise UserError(f"{directory}: holds files but no {MANIFEST}; expected a run to resume")
-    for path in left:
-        path.unlink()
     return read_manifest(directory)
+
+
+def _list_leftovers(directory: Path) -> list[Path]:
+    """What a killed process left half written."""
+    return [path for path in directory.iterdir() if path.name[0] == "." and path.name.endswith(".tmp")]
+
+
+def _remove_leftovers(directory: Path) -> None:
+    for path in _list_leftovers(directory):
+        path.unlink()
 
 
 def _check_inputs(directory: Path, former: Mapping[str, Any], inputs: Mapping[str, Any]) -> None:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
@@ -59,9 +60,14 @@ def guarded(work: Callable[[], int]) -> int:
 
 def wants_launch(number: int | None) -> bool:
     """Whether ``--num_processes`` asks for processes that nobody has started. UserError under 1."""
+    check_number(number)
+    return (number or 1) > 1 and planned() == 1
+
+
+def check_number(number: int | None) -> None:
+    """UserError for ``--num_processes`` under 1."""
     if number is not None and number < 1:
         raise UserError(f"num_processes: {number}; expected 1 or more")
-    return (number or 1) > 1 and planned() == 1
 
 
 def launch(number: int, main: Callable[[list[str]], int], argv: Sequence[str]) -> int:
@@ -177,14 +183,18 @@ def threads_each(number: int) -> Iterator[None]:
             del os.environ[name]
 
 
-def of_checkout(name: str) -> ModuleType:
+def import_from_checkout(name: str) -> ModuleType:
     """A module that the project's folder has and an installed package has not; UserError without it."""
-    try:
-        return import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not name.startswith(error.name):
-            raise
+    require_checkout(name)
+    return import_module(name)
+
+
+def require_checkout(name: str) -> None:
+    """UserError where ``import_from_checkout`` would not find the module, which is not imported."""
+    parts = name.split(".")
+    # ``find_spec`` imports the parents: the first one that is missing ends the search.
+    if not all(find_spec(".".join(parts[: n + 1])) for n in range(len(parts))):
         raise UserError(
-            f"generate_data: the embedded benchmark is drawn by {name}, which is not installed; "
+            f"generate_data: the bundled benchmark is drawn by {name}, which is not installed; "
             "expected python run_edit.py in the project's folder"
-        ) from error
+        )

@@ -98,23 +98,38 @@ def join(device: str = "auto") -> None:
     global _team
     if planned() == 1 or _team is not None:
         return
-    import torch
-
     if not is_main():
         from transformers.utils import logging as theirs
 
         logging.getLogger("unike").setLevel(logging.ERROR)
         theirs.set_verbosity_error()
         theirs.disable_progress_bar()
-    cpu = device == "cpu" or not torch.accelerator.is_available()
-    if ":" in device:
-        raise UserError(f"device: {device}: one device for {planned()} processes; expected auto or cpu")
-    here = int(os.environ.get("LOCAL_WORLD_SIZE") or planned())
-    if not cpu and here > torch.accelerator.device_count():
-        found = torch.accelerator.device_count()
-        raise UserError(f"num_processes: {here}; found {found} devices, expected no more than these")
+    check_devices(device, planned(), int(os.environ.get("LOCAL_WORLD_SIZE") or planned()))
     listen()
-    _team = _Team(cpu)
+    _team = _Team(cpu=not _has_accelerator(device))
+
+
+def check_devices(device: str, number: int, here: int | None = None) -> None:
+    """UserError where ``number`` processes, ``here`` of them on this machine, can't have a device each.
+    ``here`` is all of them by default."""
+    if ":" in device:
+        raise UserError(f"device: {device}: one device for {number} processes; expected auto or cpu")
+    if not _has_accelerator(device):
+        return
+    import torch
+
+    found, wanted = torch.accelerator.device_count(), number if here is None else here
+    if wanted > found:
+        raise UserError(f"num_processes: {wanted}; found {found} devices, expected no more than these")
+
+
+def _has_accelerator(device: str) -> bool:
+    """Whether a process with this ``device`` in its YAML takes one of the machine's accelerators."""
+    if device == "cpu":
+        return False
+    import torch
+
+    return torch.accelerator.is_available()
 
 
 def leave() -> None:

@@ -14,6 +14,7 @@ from unike.config.hparams import HyperParams
 from unike.config.sections import (
     EditorOptions,
     EditorTrainingOptions,
+    KnowledgeOptions,
     ScopeClassifierOptions,
     ScopeTrainingOptions,
 )
@@ -47,6 +48,25 @@ def wants_cases(hparams: HyperParams, needs: MethodNeeds) -> bool:
     if needs.training:
         return find_editor(hparams) is None
     return needs.scope and find_scope_classifier(hparams) is None
+
+
+# ---------------------------------------------------------------- memory and encoders
+
+
+def find_shipped_knowledge(hparams: KnowledgeOptions) -> Path | None:
+    """``knowledge_dir``, where it is a folder of knowledge itself and not the parent of several."""
+    folder = None if hparams.knowledge_dir is None else Path(hparams.knowledge_dir)
+    return folder if folder is not None and (folder / "knowledge.json").is_file() else None
+
+
+def list_changed_options(folder: Path, hparams: HyperParams) -> list[str]:
+    """The options that knowledge was made with and that the YAML has other values of. UserError where the
+    index is damaged. Only the model tells whether its weights and layers fit."""
+    index = folder / "knowledge.json"
+    options = read_index(index).get("options")
+    if not isinstance(options, dict):
+        raise UserError(f"{index}: is damaged: it has no options; delete the folder")
+    return [name for name, value in options.items() if getattr(hparams, name, None) != value]
 
 
 # ---------------------------------------------------------------- meta-learned editors
