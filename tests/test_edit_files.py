@@ -45,7 +45,7 @@ def logits(world: World, edit: Edit) -> torch.Tensor:
 
 
 def loaded(world: World, folder: Path, row: tuple[str, dict]) -> Edit:
-    return Edit.load(folder, world.backbone, **vars(world.method(*row).shared_parts()))
+    return Edit.load(folder, world.backbone, **vars(world.method(*row).get_shared_parts()))
 
 
 # ---------------------------------------------------------------- what is saved comes back
@@ -92,7 +92,7 @@ def test_edits_of_all_kinds_together(world: World, tmp_path) -> None:
         edit = world.edit(row, i % len(COLORS))
         whole = edit if whole is None else whole | edit
     whole.save(tmp_path / "all")
-    parts = vars(world.method("unike", {}).shared_parts()) | {"network": world.learnt["serac"].network}
+    parts = vars(world.method("unike", {}).get_shared_parts()) | {"network": world.learnt["serac"].network}
     again = Edit.load(tmp_path / "all", world.backbone, **parts)
     assert torch.equal(logits(world, again), logits(world, whole))
     assert again.origins == whole.origins
@@ -194,7 +194,7 @@ def refused(world: World, folder: Path, *words: str, **shared: Any) -> None:
     """Loading ends with one line, and the model is as before."""
     before, hooks = snapshot(world.backbone)
     with pytest.raises(UserError) as caught:
-        Edit.load(folder, world.backbone, **(shared or vars(world.method("unike", {}).shared_parts())))
+        Edit.load(folder, world.backbone, **(shared or vars(world.method("unike", {}).get_shared_parts())))
     (line,) = caught.value.problems
     assert all(word in line for word in words), line
     assert "\n" not in line

@@ -161,10 +161,10 @@ def test_a_method_of_the_former_shape_works_with_a_warning(
     assert resolve_needs(hparams(name)) == MethodNeeds(training=name == "trained")
     backbone = load_small("blip2")
     if isinstance(method, TrainableMethod):
-        assert method.shared_parts().network is None
+        assert method.get_shared_parts().network is None
     elif name != "derived":
         assert method.layers(backbone) == [len(backbone.layout) - 1]
-        assert method.shared_parts().network == "network"
+        assert method.get_shared_parts().network == "network"
     prefixes = PrefixCache(backbone, method.layers(backbone)[0])
     requests = [case(0).request, case(1).request]
     alone, together = (

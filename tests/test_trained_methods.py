@@ -12,11 +12,10 @@ import pytest
 import torch
 from original_files import FAMILIES, make_spec
 from PIL import Image
-from untouched import assert_untouched, weights_of
+from untouched import assert_untouched, hook_count, weights_of
 
 from unike.backbones import load_backbone
 from unike.backbones.base import Batch, encode_queries
-from unike.backbones.hooks import hook_count
 from unike.backbones.prefix import PrefixCache
 from unike.backbones.vlm import VisionLanguageBackbone
 from unike.config.hparams import HyperParams
@@ -329,11 +328,11 @@ def test_an_editor_is_kept_under_its_weights_and_options(worlds, name: str, tmp_
 def test_an_edit_to_what_the_base_says_anyway_is_turned_round(worlds, monkeypatch) -> None:
     backbone = worlds["blip2"].backbone
     prefixes = PrefixCache(backbone, 4, batch=1)
-    assert Lessons(backbone, prefixes).of(CASES[0]) is CASES[0]
+    assert Lessons(backbone, prefixes).adapt(CASES[0]) is CASES[0]
     labels = prefixes.state([query(0)]).labels
     said = torch.nn.functional.one_hot(labels.roll(-1, 1).clamp(min=0)).float()
     monkeypatch.setattr(backbone, "suffix", lambda _: said)
-    turned = Lessons(backbone, prefixes).of(CASES[0])
+    turned = Lessons(backbone, prefixes).adapt(CASES[0])
     assert turned.request.query.target == "nothing"
     targets = {p.name: p.query.target for p in turned.probes}
     assert {targets[n] for n in ("reliability", "t_generality", "m_generality")} == {"nothing"}

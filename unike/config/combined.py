@@ -81,6 +81,11 @@ class EditorPreparationOptions(EditorOptions, PrefixOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TrainedPartsOptions(EditorOptions, ScopeClassifierOptions):
+    """What is trained on train records: an editor, a scope classifier."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainSplitOptions(DataOptions, KnowledgeOptions):
     """Annotations and images, and how many triplets are taken from the train split."""
 

@@ -82,7 +82,7 @@ class EditMethod(ABC):
                 self._sign(outcome, backbone, request)
         return outcomes
 
-    def shared_parts(self) -> Shared:
+    def get_shared_parts(self) -> Shared:
         """What the method's edits share and do not keep themselves."""
         return Shared(self.knowledge)
 
@@ -206,7 +206,7 @@ class _Adapted(EditMethod):
     def layers(self, backbone: Backbone) -> list[int]:
         return self.method.layers(backbone)
 
-    def shared_parts(self) -> Shared:
+    def get_shared_parts(self) -> Shared:
         return Shared(self.knowledge, getattr(self.method, "network", None))
 
     def _edit(

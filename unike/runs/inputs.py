@@ -10,7 +10,7 @@ from typing import TypedDict
 
 from unike.config.combined import TrainSplitOptions
 from unike.config.hparams import HyperParams
-from unike.config.sections import DataOptions
+from unike.config.sections import DataOptions, KnowledgeOptions
 from unike.datasets.images import PathLike
 from unike.datasets.mmedit import CaptionDataset, CapVQADataset, VQADataset
 from unike.datasets.triplets import Triplet, make_triplets
@@ -164,7 +164,7 @@ def _select_complete(cases: Iterable[Case], size: int | None) -> tuple[list[Case
 # ---------------------------------------------------------------- the train split
 
 
-def wants_triplets(hparams: TrainSplitOptions, needs: MethodNeeds) -> bool:
+def wants_triplets(hparams: KnowledgeOptions, needs: MethodNeeds) -> bool:
     """Whether the train annotations may be needed: not where ``knowledge_dir`` is such a folder itself."""
     if not needs.knowledge:
         return False

@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from unike.config.combined import TrainedPartsOptions
 from unike.config.hparams import HyperParams
 from unike.config.sections import (
     EditorOptions,
@@ -42,9 +43,9 @@ def find_folder(parent: Path, index: str, facts: Facts) -> Path | None:
     return None
 
 
-def wants_cases(hparams: HyperParams, needs: MethodNeeds) -> bool:
-    """Whether the train annotations are needed to train an editor or a scope classifier: not where they
-    are kept."""
+def wants_cases(hparams: TrainedPartsOptions, needs: MethodNeeds) -> bool:
+    """Whether train annotations are needed for an editor or a scope classifier that is still to be
+    trained."""
     if needs.training:
         return find_editor(hparams) is None
     return needs.scope and find_scope_classifier(hparams) is None
