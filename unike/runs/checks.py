@@ -286,10 +286,10 @@ DATA_CHECKS = (
 )
 CHECKS = (
     *MODEL_CHECKS,
-    *DATA_CHECKS,
     Check("processes", lambda r: r.num_processes is not None or r.process_count > 1, inspect_processes),
     Check("output", applies_always, inspect_output),
     Check("edit store", lambda r: r.save_edits is not None, inspect_edit_store),
+    *DATA_CHECKS,
     Check("packages", applies_always, lambda r: check_packages(r.hparams.backend)),
 )
 
