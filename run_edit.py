@@ -50,13 +50,13 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
     if args.check:
         return check.report(request)
     processes.join(hparams.device)
-    processes.in_turn(lambda: checks.require(request))
+    processes.run_in_turn(lambda: checks.require(request))
     if launching.wants_launch(args.num_processes):
         return launching.launch(args.num_processes, main, argv)
-    directory = processes.first(request.choose_directory)
+    directory = processes.run_once(request.choose_directory)
     store = runs.open_edit_store(hparams, args.save_edits)
     checks.draw_data(request)
-    editor = unike.MultimodalEditor(hparams, processes.each(lambda: unike.load_backbone(hparams)))
+    editor = unike.MultimodalEditor(hparams, processes.run_everywhere(lambda: unike.load_backbone(hparams)))
     parts = editor.prepare(skip_broken=args.skip_broken)
     with runs.open_run(parts, request.task, directory, args.resume, args.generated) as writer:
         summary = runs.run_cases(parts, request.cases, writer, args.generated, args.skip_broken, store=store)
@@ -68,8 +68,8 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] == ["ask"]:
-        return launching.guarded(lambda: import_module("unike.ask").run(argv[1:]))
-    return launching.guarded(lambda: run(arguments(argv), argv))
+        return launching.run_guarded(lambda: import_module("unike.ask").run(argv[1:]))
+    return launching.run_guarded(lambda: run(arguments(argv), argv))
 
 
 if __name__ == "__main__":

@@ -193,4 +193,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(launching.guarded(main))
+    sys.exit(launching.run_guarded(main))

@@ -35,7 +35,7 @@ from unike.runs import checks, inputs
 from unike.runs.parts import Parts
 from unike.runs.records import read_manifest
 from unike.system import findings
-from unike.system.launching import cores, deaf, die_with_parent, threads_each
+from unike.system.launching import count_cores, die_with_parent, ignore_interrupts, share_cores
 from unike.types import UserError
 
 PATIENCE = 60.0
@@ -84,7 +84,7 @@ def ensure(planned: Sequence[Run], jobs: int | None = None) -> Outcome:
 
 def default_jobs() -> int:
     """One process per core that this one may use; a GPU is not shared."""
-    return 1 if torch.cuda.is_available() else cores()
+    return 1 if torch.cuda.is_available() else count_cores()
 
 
 def check(todo: Sequence[Run]) -> None:
@@ -247,7 +247,7 @@ class _Crew:
 
     def run(self) -> None:
         try:
-            with threads_each(self.jobs):
+            with share_cores(self.jobs):
                 while (self.left or self.at_work) and not self.stop.is_set():
                     while self.left and len(self.at_work) < self.jobs:
                         self._start(self.left.pop(0))
@@ -262,7 +262,7 @@ class _Crew:
         target = (group, self.locks[group[0].backbone], self.reports, self.stop)
         process = self.context.Process(target=_child, args=target, name=group[0].name)
         # A child is deaf to Ctrl-C until it can end well: it would print tracebacks while it imports.
-        with deaf():
+        with ignore_interrupts():
             process.start()
         self.at_work.append(process)
 

@@ -56,7 +56,7 @@ def logits(backbone: Any) -> torch.Tensor:
 def test_auto_is_what_accelerate_picks(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = torch.accelerator.current_accelerator() or torch.device("cpu")
     assert pick_device("auto").type == expected.type
-    monkeypatch.setattr(processes, "default_device", lambda: torch.device("xpu"))
+    monkeypatch.setattr(processes, "get_default_device", lambda: torch.device("xpu"))
     assert pick_device("auto").type == "xpu"
     assert pick_device("cpu").type == "cpu"
 

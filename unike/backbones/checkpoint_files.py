@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError, safe_open
 
-from unike.system.faults import out_of_memory
+from unike.system.faults import is_out_of_memory
 from unike.system.text import one_line, shorten
 from unike.types import UserError
 
@@ -95,7 +95,7 @@ def reading(what: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # tokenizers raises nothing but Exception itself
-        if out_of_memory(error):
+        if is_out_of_memory(error):
             raise
         raise UserError(f"{what}: {one_line(error) or type(error).__name__}") from error
 

@@ -37,7 +37,7 @@ def pick_device(wanted: str) -> torch.device:
     import torch
 
     if wanted == "auto":
-        device: torch.device = processes.default_device()
+        device: torch.device = processes.get_default_device()
         return device
     device = torch.device(wanted)
     found = _count_devices(device.type)
@@ -45,7 +45,7 @@ def pick_device(wanted: str) -> torch.device:
         raise UserError(
             f"device: {wanted}; found {found} {device.type.upper()} devices, expected auto or cpu"
         )
-    if processes.joined() and device.type == processes.default_device().type:
+    if processes.has_joined() and device.type == processes.get_default_device().type:
         return pick_device("auto")
     return device
 

@@ -68,7 +68,7 @@ def _require_free(port: int) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = arguments(argv)
-    return launching.guarded(lambda: run(args))
+    return launching.run_guarded(lambda: run(args))
 
 
 if __name__ == "__main__":

@@ -216,7 +216,7 @@ def run(args: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = arguments(argv)
-    return launching.guarded(lambda: run(args))
+    return launching.run_guarded(lambda: run(args))
 
 
 if __name__ == "__main__":

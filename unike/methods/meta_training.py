@@ -264,9 +264,9 @@ class _Run:
 
     def start_alike(self) -> None:
         """Gives every process the main one's network: devices may round differently."""
-        if processes.joined():
+        if processes.has_joined():
             network = self.method.trained
-            network.load_state_dict(processes.first(lambda: copy_tensors(network.state_dict())))
+            network.load_state_dict(processes.run_once(lambda: copy_tensors(network.state_dict())))
 
     def step(self) -> None:
         own = [p for group in self.optimiser.param_groups for p in group["params"]]

@@ -326,5 +326,5 @@ def draw_data(request: RunRequest) -> None:
     then. The YAML's backbone answers its questions: ``require`` the model first."""
     if request.hparams.generate_data:
         draw = launching.import_from_checkout(DRAWING_SCRIPT).ensure
-        processes.first(lambda: draw(request.hparams))
-        processes.in_turn(lambda: require(request, DATA_CHECKS))
+        processes.run_once(lambda: draw(request.hparams))
+        processes.run_in_turn(lambda: require(request, DATA_CHECKS))

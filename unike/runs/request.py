@@ -56,7 +56,7 @@ class RunRequest:
     @property
     def process_count(self) -> int:
         """How many processes share the run."""
-        planned = processes.planned()
+        planned = processes.count_planned()
         return planned if planned > 1 else self.num_processes or 1
 
     # ------------------------------------------------------------ the bundled benchmark

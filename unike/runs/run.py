@@ -56,7 +56,7 @@ def compute_checksums(hparams: HyperParams, task: str) -> dict[str, str]:
 
 def open_run(parts: Parts, task: str, directory: Path, resume: bool, generated: bool = True) -> RecordWriter:
     """The run's folder with its manifest; UserError where the run to resume was made differently."""
-    return processes.in_turn(
+    return processes.run_in_turn(
         lambda: RecordWriter(
             directory,
             resume,
@@ -64,7 +64,7 @@ def open_run(parts: Parts, task: str, directory: Path, resume: bool, generated: 
             seed=parts.hparams.seed,
             weights={"backbone": parts.backbone.fingerprint},
             data=compute_checksums(parts.hparams, task),
-            rank=processes.rank() if processes.joined() else None,
+            rank=processes.get_rank() if processes.has_joined() else None,
             about={"machine": machine(parts)},
         )
     )
@@ -152,7 +152,7 @@ def _records(
         yield from one_step_many(parts.backbone, parts.method, cases, reader, keep)
         return
     except (UserError, RuntimeError, MemoryError) as error:
-        full = faults.out_of_memory(error)
+        full = faults.is_out_of_memory(error)
         if not full and not (skip_broken and isinstance(error, UserError)):
             raise
         reason = "out of memory" if full else str(error)

@@ -80,7 +80,7 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
+def write_json(path: Path, value: Mapping[str, object]) -> None:
     """Writes a JSON file atomically; values as ``to_json_types`` takes them."""
     write_text(path, json.dumps(to_json_types(value), indent=2) + "\n")
 
@@ -110,7 +110,7 @@ def sha256_of(path: str | os.PathLike[str]) -> str:
     return digest.hexdigest()
 
 
-def write_index(path: Path, values: Mapping[str, Any], tensors: Path) -> None:
+def write_index(path: Path, values: Mapping[str, object], tensors: Path) -> None:
     """Writes JSON atomically, with the checksums of its ``values`` and of the file ``tensors`` beside it."""
     values = json.loads(json.dumps(values))
     sums = {_OWN: _digest(values), tensors.name: sha256_of(tensors)}

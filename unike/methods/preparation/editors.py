@@ -66,7 +66,7 @@ def ensure_editor(
     train one editor together. UserError where no case is left to hold out.
     """
     hparams, facts = method.hparams, describe_editor(backbone, method)
-    folder = processes.first(lambda: find_editor(hparams, facts))
+    folder = processes.run_once(lambda: find_editor(hparams, facts))
     if folder is None:
         trained = folder = Path(str(hparams.editor_dir), hparams.method, hash_facts(facts))
         records = cases()
@@ -78,6 +78,6 @@ def ensure_editor(
             )
         val = held_out[: hparams.editor_val_cases]
         progress = meta_train(method, backbone, train, val, hparams, folder, tick, facts)
-        processes.first(lambda: save_editor(method, facts, progress, trained))
+        processes.run_once(lambda: save_editor(method, facts, progress, trained))
     load_editor(method, backbone, folder)
     return folder

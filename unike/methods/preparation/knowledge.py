@@ -110,7 +110,7 @@ def extract_states(
         negative = _read_ends(backbone, prefixes, [n for _, n in part], layers)
         found = {i: [positive[i][0], positive[i][1], negative[i][1], positive[i][2]] for i in layers}
         # What is sent to other processes would come back on this one's device.
-        return {i: [t.cpu() for t in own] for i, own in found.items()} if processes.joined() else found
+        return {i: [t.cpu() for t in own] for i, own in found.items()} if processes.has_joined() else found
 
     parts = processes.spread(
         _split(pairs, batch), read, lambda part: tick("extracting knowledge states", len(part))
@@ -180,13 +180,13 @@ def ensure_knowledge(
         )
     folder = Path(hparams.knowledge_dir)
     facts = _describe_knowledge(backbone, layers, hparams)
-    if not processes.first(lambda: _fits(folder, facts, layers)):
+    if not processes.run_once(lambda: _fits(folder, facts, layers)):
         collected = triplets()
         keyed = folder = folder / compute_knowledge_key(backbone, collected, hparams)
-        if not processes.first(lambda: _fits(keyed, facts, layers)):
+        if not processes.run_once(lambda: _fits(keyed, facts, layers)):
             prefixes = open_prefixes(hparams, backbone, min(layers), memory=False)
             states = extract_states(backbone, collected, layers, hparams.states_batch, tick, prefixes)
-            processes.first(
+            processes.run_once(
                 lambda: save_knowledge(keyed, states, *fit_encoders(states, hparams, tick), facts)
             )
     return read_knowledge(folder, hparams, backbone.device)

@@ -130,7 +130,7 @@ def ensure_scope(
         save_scope(folder, encoder, report, facts | {"records": len(records)})
         return folder
 
-    folder = processes.first(find_or_train)
+    folder = processes.run_once(find_or_train)
     return load_scope(folder, draw_scope_encoder(backbone, hparams))
 
 
