@@ -190,7 +190,7 @@ GOOD = [
     Command(
         "more than the memory takes",
         "",
-        lambda _, m: m.setattr("unike.backbones.checking._free_bytes", lambda: 1000),
+        lambda _, m: m.setattr("unike.backbones.checking._measure_free_memory", lambda: 1000),
     ),
 ]
 BAD = [
@@ -469,7 +469,7 @@ def test_the_number_of_problems_is_counted(copied: Project, capsys: pytest.Captu
 
 
 def test_memory_is_a_note(copied: Project, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
-    monkeypatch.setattr("unike.backbones.checking._free_bytes", lambda: 1000)
+    monkeypatch.setattr("unike.backbones.checking._measure_free_memory", lambda: 1000)
     assert start(copied, "--check") == 0
     (line,) = (line for line in capsys.readouterr().out.splitlines() if "memory: " in line)
     assert line.startswith("\N{BULLET} memory: the weights take")

@@ -25,7 +25,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from unike.backbones.checking import check_spec, memory_finding, require_files
+from unike.backbones.checking import check_spec, estimate_memory, require_files
 from unike.backbones.checkpoint_files import DTYPE_BYTES, get_dtype, load_state, reading
 from unike.backbones.original import State, names, read_shape, read_states, require_whole
 from unike.backbones.placement import build_quantization_config
@@ -37,9 +37,9 @@ __all__ = [
     "convert_eva",
     "convert_qformer",
     "convert_states",
+    "estimate_memory",
     "load_original",
     "load_state",
-    "memory_finding",
     "require_files",
 ]
 

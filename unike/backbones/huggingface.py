@@ -25,7 +25,7 @@ from transformers import (
 from transformers.utils import logging
 
 from unike.backbones.architecture import Architecture
-from unike.backbones.checking import decoders
+from unike.backbones.checking import list_decoders
 from unike.backbones.checkpoint_files import get_dtype, reading
 from unike.backbones.checkpoints import load_original
 from unike.backbones.dialogue import Chat, Dialogue
@@ -78,8 +78,8 @@ def load_huggingface(
     else:
         model, folder = _load_folder(spec, architecture, device, layers), spec.name
     decoder = model.config.get_text_config().model_type
-    if decoder not in decoders(spec):
-        expected = " or ".join(decoders(spec))
+    if decoder not in list_decoders(spec):
+        expected = " or ".join(list_decoders(spec))
         raise UserError(
             f"{spec.source}: name: {spec.name} holds a {decoder} decoder; "
             f"model_name {spec.model_name} expects {expected}"

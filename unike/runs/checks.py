@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from unike.backbones.checking import check_spec, memory_finding
+from unike.backbones.checking import check_spec, estimate_memory
 from unike.backbones.placement import check_device, check_placement
 from unike.config.hparams import HyperParams
 from unike.config.sections import PrefixOptions
@@ -88,7 +88,7 @@ def inspect_weights(request: RunRequest) -> list[Finding]:
 
 def inspect_memory(request: RunRequest) -> list[Finding]:
     # A note, since it is an estimate: quantized weights, or weights on accelerators, may fit all the same.
-    return [replace(memory_finding(request.hparams.backbone), ok=True)]
+    return [replace(estimate_memory(request.hparams.backbone), ok=True)]
 
 
 def inspect_prefix_dir(request: RunRequest) -> list[Finding]:

@@ -18,7 +18,7 @@ from unike.methods.preparation.knowledge import ensure_knowledge
 from unike.methods.preparation.scope import SCOPE_READING, SCOPE_TRAINING, ensure_scope
 from unike.runs.inputs import read_method_cases, read_train_cases, read_triplets
 from unike.system import processes
-from unike.system.progress import bars
+from unike.system.progress import show_progress
 
 TripletSource = Callable[[], Sequence[Triplet]]
 
@@ -63,7 +63,7 @@ def prepare(
         SCOPE_READING: hparams.scope_records,
         SCOPE_TRAINING: hparams.scope_steps,
     }
-    with bars(totals, progress and processes.is_main()) as tick:
+    with show_progress(totals, progress and processes.is_main()) as tick:
         known = ensure_knowledge(backbone, hparams, layers, source, tick)
         if needs.scope:
             teaching = cases or (lambda: read_train_cases(hparams))
@@ -88,6 +88,6 @@ def assemble(
     method = build(hparams, prepare(hparams, backbone, layers, progress, triplets, cases), cases)
     if isinstance(method, TrainableMethod):
         totals = {TRAINING: hparams.editor_steps * hparams.editor_batch}
-        with bars(totals, progress and processes.is_main()) as tick:
+        with show_progress(totals, progress and processes.is_main()) as tick:
             ensure_editor(method, backbone, cases, tick)
     return Parts(hparams, backbone, method)
