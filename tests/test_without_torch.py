@@ -8,6 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from test_edit_store import made
+
+from unike.edits import EditStore
 
 ROOT = Path(__file__).parents[1]
 
@@ -42,6 +45,10 @@ MISSING = ("--hparams_dir", "hparams/minigpt4.yaml")
         (("run_edit.py", "--hparams_dir", "hparams/nothing.yaml"), 2, "no such file"),
         (("run_edit.py", "--hparams_dir", "hparams/tiny_blip2.yaml", "--check"), 0, "ready to run"),
         (("run_edit.py", "--help"), 0, "--sequence_length"),
+        (("run_edit.py", "ask", *MISSING, "--edits", "nowhere", "what is it?"), 2, "nowhere: no such folder"),
+        (("unike.edits", "list", "nowhere"), 2, "nowhere: no such folder"),
+        (("unike.edits", "show", "nowhere", "vqa-0"), 2, "nowhere: no such folder"),
+        (("unike.tables", "compare", "nowhere", "elsewhere"), 2, "nowhere"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
@@ -52,3 +59,20 @@ def test_torch_is_not_imported_to_say_what_is_missing(
     assert done.returncode == code, done.stderr
     assert shown in done.stdout + done.stderr
     assert done.stdout.splitlines()[-1] == "no torch"
+
+
+def test_edits_are_listed_without_torch(tmp_path: Path) -> None:
+    EditStore(tmp_path / "edits").add(made("a"))
+    for command in (("list",), ("show", "a")):
+        done = in_shell("unike.edits", command[0], str(tmp_path / "edits"), *command[1:])
+        assert done.returncode == 0, done.stderr
+        assert "a fox" in done.stdout
+        assert done.stdout.splitlines()[-1] == "no torch"
+
+
+def test_every_kind_of_edit_is_known_where_nothing_else_is_imported() -> None:
+    code = (
+        "from unike.edits.base import kind_of\ntry: kind_of('none')\nexcept ValueError as error: print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "expected one of factors, memory, mixed, prompt, routed, weights" in done.stdout

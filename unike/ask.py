@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console
@@ -16,13 +17,17 @@ from rich.text import Text
 from unike.config.hparams import HyperParams
 from unike.datasets.images import open_image
 from unike.datasets.mmedit import VQA_TEMPLATE
-from unike.editor import MultimodalEditor
-from unike.edits.explain import EditReport, Explanation, describe_activity, describe_item, rate_strength
 from unike.edits.store import EditStore
 from unike.runs.checks import require_backbone
 from unike.system.findings import require
 from unike.system.text import one_line
 from unike.types import UserError
+
+if TYPE_CHECKING:
+    from unike.edits.explain import EditReport, Explanation
+
+# The editor and what explains its answers come late, since torch comes with them: a missing file should not
+# wait for it.
 
 
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -31,7 +36,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--hparams_dir", required=True, metavar="FILE", help="YAML that the edits were made with")
     add("--edits", required=True, metavar="DIR", help="a store of edits: all of them are attached, in order")
     add("--only", action="append", metavar="ID", help="attach this edit alone; may be given again")
-    add("--image", metavar="FILE", help="the picture; without one the language model alone is asked")
+    add("--image", metavar="FILE", help="the image; without one the language model alone is asked")
     add("--template", default=VQA_TEMPLATE, help="what the question goes into, '{}' for none: %(default)s")
     add("--top", type=int, default=5, metavar="N", help="retrieved items and edits to show: %(default)s")
     add("--json", action="store_true", help="print all that is known, as JSON")
@@ -47,10 +52,12 @@ def run(argv: Sequence[str]) -> int:
     folders: list[Path] = []
     require(
         lambda: require_backbone(hparams),
-        lambda: _question(args),
+        lambda: _check_question(args),
         lambda: args.image is None or open_image(args.image),
-        lambda: folders.extend(_chosen(args.edits, args.only)),
+        lambda: folders.extend(_select_folders(args.edits, args.only)),
     )
+    from unike.editor import MultimodalEditor
+
     editor = MultimodalEditor.from_hparams(hparams, progress=not args.json)
     for folder in folders:
         editor.attach(editor.load(folder))
@@ -62,7 +69,7 @@ def run(argv: Sequence[str]) -> int:
     return 0
 
 
-def _question(args: argparse.Namespace) -> None:
+def _check_question(args: argparse.Namespace) -> None:
     problems = []
     if not args.question.strip():
         problems.append("question: is empty; expected a text")
@@ -74,7 +81,7 @@ def _question(args: argparse.Namespace) -> None:
         raise UserError(*problems)
 
 
-def _chosen(folder: str, only: Sequence[str] | None) -> list[Path]:
+def _select_folders(folder: str, only: Sequence[str] | None) -> list[Path]:
     """The folders of the store's edits that are attached, in its order."""
     if not os.path.isdir(folder):
         raise UserError(f"{one_line(folder)}: no such folder; expected a store of edits")
@@ -91,6 +98,8 @@ def _chosen(folder: str, only: Sequence[str] | None) -> list[Path]:
 
 def show(asked: Explanation, top: int, console: Console | None = None) -> None:
     """Prints the answers, the edits that were active, and what was retrieved."""
+    from unike.edits.explain import rate_strength
+
     out = console or Console()
     for name, value in (("asked", asked.prompt), ("before", asked.before), ("after", asked.after)):
         out.print(Text(f"{name:<7} {value}"))
@@ -100,12 +109,14 @@ def show(asked: Explanation, top: int, console: Console | None = None) -> None:
     active = sorted((e for e in asked.edits if e.active), key=rate_strength, reverse=True)
     gates = "".join(f"; {name} gate opens at {at:.3f}" for name, at in asked.gates.items())
     out.print(Text(f"\n{len(active)} of {len(asked.edits)} edits could speak{gates}"))
-    out.print(_edits(active[:top] or asked.edits[:top]))
+    out.print(_make_edits_table(active[:top] or asked.edits[:top]))
     if asked.layers:
-        out.print(_items(asked))
+        out.print(_make_items_table(asked))
 
 
-def _edits(edits: Sequence[EditReport]) -> Table:
+def _make_edits_table(edits: Sequence[EditReport]) -> Table:
+    from unike.edits.explain import describe_activity
+
     table = Table(box=box.SIMPLE_HEAD)
     for name in ("edit", "method", "its question", "its answer", "scope", "what it did"):
         table.add_column(name, justify="right" if name == "scope" else "left", overflow="fold")
@@ -123,7 +134,9 @@ def _edits(edits: Sequence[EditReport]) -> Table:
     return table
 
 
-def _items(asked: Explanation) -> Table:
+def _make_items_table(asked: Explanation) -> Table:
+    from unike.edits.explain import describe_item
+
     caption = "alpha: knowledge's share of attention; weight: the item's share of that"
     table = Table(box=box.SIMPLE_HEAD, caption=caption, caption_justify="left")
     for name in ("layer", "alpha", "weight", "similarity"):

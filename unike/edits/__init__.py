@@ -1,16 +1,53 @@
 """Edits: what a method hands over."""
 
-from unike.edits.base import Edit, Mixed, Together, compose, same_weights
-from unike.edits.counterfactual import SeracEdit
-from unike.edits.deltas import LowRankDelta, WeightDelta
-from unike.edits.origin import Origin
-from unike.edits.prompt import Fact, PromptEdit, Shown
-from unike.edits.routed import RoutedEdit, RoutedTogether
-from unike.edits.shares import EditRecord, LayerKnowledge, LayerShare, Routing
-from unike.edits.store import EditStore
+from typing import TYPE_CHECKING, Any
+
+from unike.system.lazy import load_attribute
+
+if TYPE_CHECKING:
+    from unike.edits.base import Edit, Mixed, Together, compose, same_weights
+    from unike.edits.counterfactual import SeracEdit
+    from unike.edits.deltas import LowRankDelta, WeightDelta
+    from unike.edits.origin import Origin
+    from unike.edits.prompt import Fact, PromptEdit, Shown
+    from unike.edits.routed import RoutedEdit, RoutedTogether
+    from unike.edits.shares import EditRecord, LayerKnowledge, LayerShare, Routing
+    from unike.edits.store import EditStore
 
 __all__ = [
-    "Edit", "EditRecord", "EditStore", "Fact", "LayerKnowledge", "LayerShare", "LowRankDelta", "Mixed",
-    "Origin", "PromptEdit", "RoutedEdit", "RoutedTogether", "Routing", "SeracEdit", "Shown", "Together",
-    "WeightDelta", "compose", "same_weights",
-]  # fmt: skip
+    "Edit",
+    "EditRecord",
+    "EditStore",
+    "Fact",
+    "LayerKnowledge",
+    "LayerShare",
+    "LowRankDelta",
+    "Mixed",
+    "Origin",
+    "PromptEdit",
+    "RoutedEdit",
+    "RoutedTogether",
+    "Routing",
+    "SeracEdit",
+    "Shown",
+    "Together",
+    "WeightDelta",
+    "compose",
+    "same_weights",
+]
+
+_HOMES = {
+    **dict.fromkeys(("Edit", "Mixed", "Together", "compose", "same_weights"), "unike.edits.base"),
+    "SeracEdit": "unike.edits.counterfactual",
+    **dict.fromkeys(("LowRankDelta", "WeightDelta"), "unike.edits.deltas"),
+    "Origin": "unike.edits.origin",
+    **dict.fromkeys(("Fact", "PromptEdit", "Shown"), "unike.edits.prompt"),
+    **dict.fromkeys(("RoutedEdit", "RoutedTogether"), "unike.edits.routed"),
+    **dict.fromkeys(("EditRecord", "LayerKnowledge", "LayerShare", "Routing"), "unike.edits.shares"),
+    "EditStore": "unike.edits.store",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # On first use: whoever only lists edits should not wait for torch.
+    return load_attribute(__name__, name, _HOMES)

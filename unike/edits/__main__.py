@@ -17,22 +17,26 @@ import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from unike.backbones.images import content_key
 from unike.config.hparams import HyperParams
 from unike.datasets.answers import normalise_answer
-from unike.edits import EditStore, Origin, compose
 from unike.edits.files import SavedEdit
+from unike.edits.origin import Origin
+from unike.edits.store import EditStore
 from unike.system import launching
 from unike.system.text import one_line
 from unike.types import Query, UserError
+
+if TYPE_CHECKING:
+    import torch
+
+# Torch takes seconds to import: it comes late, where tensors are compared or a model is loaded.
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -96,6 +100,8 @@ def shown(saved: SavedEdit) -> str:
 
 def differences(one: SavedEdit, other: SavedEdit) -> Table:
     """A row for each value that differs, and one for each tensor, with the length of the difference."""
+    import torch
+
     table = table_of("what", one.id, other.id)
     mine, theirs = _facts(one), _facts(other)
     for name in sorted({*mine, *theirs}):
@@ -149,6 +155,7 @@ def applied(store: EditStore, args: argparse.Namespace) -> tuple[Table, str]:
     else:
         origins = [_origin(args.prompt, args.image, saved[0].origins[0])]
     from unike.editor import MultimodalEditor
+    from unike.edits.base import compose
 
     editor = MultimodalEditor.from_hparams(hparams)
     backbone = editor.backbone
@@ -176,6 +183,8 @@ def applied(store: EditStore, args: argparse.Namespace) -> tuple[Table, str]:
 
 def _origin(prompt: str, image: str | None, like: Origin) -> Origin:
     """A question that no edit was made for. UserError for a picture that can't be read."""
+    from unike.backbones.images import content_key
+
     key = None if image is None else content_key(image)
     return Origin("-", "-", prompt, "-", image, key, {}, like.backbone, like.model)
 
@@ -185,6 +194,8 @@ def _picture_problem(origin: Origin) -> str | None:
         return None if origin.image is None else "(its picture was not read)"
     if origin.image is None:
         return "(its picture was in memory only)"
+    from unike.backbones.images import content_key
+
     try:
         return None if content_key(origin.image) == origin.image_key else "(its picture has changed)"
     except (UserError, ValueError):

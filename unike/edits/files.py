@@ -13,13 +13,10 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 import yaml
-from safetensors import torch as safetensors
 
-from unike.backbones.base import Backbone
 from unike.edits.content import Content
 from unike.edits.origin import Origin
 from unike.system.faults import writing
@@ -27,6 +24,11 @@ from unike.system.files import replace_atomically
 from unike.system.text import one_line
 from unike.system.versions import versions
 from unike.types import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from unike.backbones.base import Backbone
 
 FORMAT = 1
 INDEX, TENSORS, CARD = "edit.json", "edit.safetensors", "README.md"
@@ -85,6 +87,8 @@ class SavedEdit:
         data = _read(path, self.bytes)
         if len(data) != self.bytes or hashlib.sha256(data).hexdigest() != self.sha256:
             raise UserError(f"{one_line(path)}: is damaged: its checksum is another one than {INDEX} has")
+        from safetensors import torch as safetensors
+
         try:
             return {name: tensor.clone() for name, tensor in safetensors.load(data).items()}
         except Exception as error:  # the library's errors have no common type
@@ -118,6 +122,8 @@ def render_files(edit: UnsavedEdit) -> tuple[dict[str, bytes], str]:
     content, origins = edit.content, edit.origins
     if not origins or len({origin.backbone for origin in origins}) > 1:
         raise UserError(f"edit {edit.id or 'without origins'}: expected the origins of one backbone's edits")
+    from safetensors import torch as safetensors
+
     tensors = {name: t.detach().cpu().contiguous().clone() for name, t in content.tensors.items()}
     data = safetensors.save(tensors)
     needs, last = edit.needs, origins[-1].hparams

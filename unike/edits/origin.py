@@ -6,11 +6,12 @@ import os
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from unike.backbones.base import Backbone
-from unike.backbones.images import content_key
 from unike.types import EditRequest, UserError
+
+if TYPE_CHECKING:
+    from unike.backbones.base import Backbone
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,9 @@ class Origin:
         cls, request: EditRequest, hparams: Mapping[str, Any], backbone: Backbone, info: Mapping[str, Any]
     ) -> Origin:
         """``hparams`` name the method and the model."""
+        # Imported late: whoever only reads an origin should not wait for torch.
+        from unike.backbones.images import content_key
+
         image, key = request.query.image, None
         with suppress(UserError):
             key = None if image is None else content_key(image)

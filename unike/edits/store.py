@@ -14,18 +14,21 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
-from torch import nn
 
-from unike.backbones.base import Backbone
-from unike.edits.base import Edit, load_edit
 from unike.edits.content import Shared
 from unike.edits.files import SavedEdit, read_edit, render_files, write_folder
 from unike.system.faults import writing
 from unike.system.text import one_line
 from unike.types import UserError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from unike.backbones.base import Backbone
+    from unike.edits.base import Edit
 
 INDEX, FORMAT = "index.jsonl", 1
 _FOLDER = re.compile(r"[\w-][\w.-]*", re.ASCII)
@@ -126,6 +129,9 @@ class EditStore:
         network: nn.Module | None = None,
     ) -> Edit:
         """The edit of that id, as ``Edit.load``."""
+        # Imported late: whoever only lists edits should not wait for torch.
+        from unike.edits.base import load_edit
+
         return load_edit(self.read(name), backbone, Shared(knowledge or {}, network))
 
     def require(self, *names: str) -> None:
