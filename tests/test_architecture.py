@@ -299,7 +299,7 @@ RULES = (
     Rule(
         wrong_imports, ("unike/",), "unike/system/files.py",
         caught=("from unike.config import OPTIONS", "def late():\n    from unike.runs.records import merge"),
-        passed=("from unike.types import UserError", "from unike.system.faults import writing"),
+        passed=("from unike.types import UserError", "from unike.system.faults import explain_write_errors"),
     ),
     Rule(
         wrong_imports, ("unike/",), "unike/runs/check.py",

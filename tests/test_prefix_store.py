@@ -361,7 +361,7 @@ def test_prefix_dir_must_be_able_to_be_a_folder(tmp_path):
 
 def test_memory_is_handed_back_after_pictures_are_seen_not_when_they_are_kept(plain, monkeypatch):
     given = []
-    monkeypatch.setattr("unike.backbones.images.give_back", lambda: given.append(1))
+    monkeypatch.setattr("unike.backbones.images.release_memory", lambda: given.append(1))
     cache, picture = FeatureCache(plain.vision.see), Image.new("RGB", (84, 84), "teal")
     for _ in range(2):
         cache.seen([picture], plain.vision.pixels)

@@ -19,9 +19,9 @@ from unike.backbones.checkpoint_files import (
     QFORMER_OPT,
     QFORMER_T5,
     OriginalFile,
+    explain_read_errors,
     load_state,
     peek,
-    reading,
 )
 from unike.system.findings import Finding
 from unike.system.text import shorten
@@ -199,7 +199,7 @@ def _check_folder(spec: BackboneSpec, whole: bool) -> list[Finding]:
     if not folder.is_dir():
         return [Finding(False, f"{at}: is a file, not a folder", expected)]
     try:
-        with reading(f"{folder}: is damaged"):
+        with explain_read_errors(f"{folder}: is damaged"):
             config = _read_json(folder / "config.json")
             if wrong := _describe_mismatch(spec, config, whole):
                 raise UserError(f"{folder}: {wrong}")

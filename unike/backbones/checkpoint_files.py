@@ -88,7 +88,7 @@ def get_dtype(name: str) -> torch.dtype:
 
 
 @contextmanager
-def reading(what: str) -> Iterator[None]:
+def explain_read_errors(what: str) -> Iterator[None]:
     """Whatever a library makes of a damaged file inside the block becomes a UserError that says ``what``."""
     try:
         yield

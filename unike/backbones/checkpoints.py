@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from unike.backbones.checking import check_spec, estimate_memory, require_files
-from unike.backbones.checkpoint_files import DTYPE_BYTES, get_dtype, load_state, reading
+from unike.backbones.checkpoint_files import DTYPE_BYTES, explain_read_errors, get_dtype, load_state
 from unike.backbones.original import State, names, read_shape, read_states, require_whole
 from unike.backbones.placement import build_quantization_config
 from unike.types import BackboneSpec, UserError
@@ -178,7 +178,7 @@ def _language_model(spec: BackboneSpec, dtype: torch.dtype, device: torch.device
     loader: Any = AutoModelForCausalLM
     config = build_quantization_config(spec, dtype)
     more = {} if config is None else {"quantization_config": config, "device_map": {"": device}}
-    with reading(f"name: {spec.name}: the language model does not load"):
+    with explain_read_errors(f"name: {spec.name}: the language model does not load"):
         model, info = loader.from_pretrained(spec.name, dtype=dtype, output_loading_info=True, **more)
     require_whole(spec, info)
     return model
@@ -200,7 +200,7 @@ def load_original(spec: BackboneSpec, device: torch.device | None = None) -> Bli
         raise UserError(f"{spec.source}: dtype `{spec.dtype}`; expected one of {', '.join(DTYPE_BYTES)}")
     require_files(spec)
     dtype, states = get_dtype(spec.dtype), read_states(spec)
-    with reading(f"{spec.source}: the configuration does not fit"):
+    with explain_read_errors(f"{spec.source}: the configuration does not fit"):
         text_config = AutoConfig.from_pretrained(spec.name)
         config = build_configs(spec, text_config, states)
         with torch.device("meta"):

@@ -26,7 +26,7 @@ from transformers.utils import logging
 
 from unike.backbones.architecture import Architecture
 from unike.backbones.checking import list_decoders
-from unike.backbones.checkpoint_files import get_dtype, reading
+from unike.backbones.checkpoint_files import explain_read_errors, get_dtype
 from unike.backbones.checkpoints import load_original
 from unike.backbones.dialogue import Chat, Dialogue
 from unike.backbones.original import require_whole
@@ -84,12 +84,12 @@ def load_huggingface(
             f"{spec.source}: name: {spec.name} holds a {decoder} decoder; "
             f"model_name {spec.model_name} expects {expected}"
         )
-    with reading(f"{spec.source}: name: {spec.name}: the tokenizer does not load"):
+    with explain_read_errors(f"{spec.source}: name: {spec.name}: the tokenizer does not load"):
         tokenizer = AutoTokenizer.from_pretrained(spec.name)
     if spec.device_map is None and not getattr(model, "is_quantized", False):
         model.to(device)
     size = None if spec.original_files else spec.image_size
-    with reading(f"{spec.source}: name: {spec.name}: what stands beside the weights does not load"):
+    with explain_read_errors(f"{spec.source}: name: {spec.name}: the files other than weights do not load"):
         dialogue = architecture.dialogue or _chat(spec, architecture, tokenizer)
         return VisionLanguageBackbone(model, tokenizer, architecture, dialogue, folder, size, limit)
 
@@ -106,7 +106,7 @@ def _chat(spec: BackboneSpec, architecture: Architecture, tokenizer: PreTrainedT
         raise UserError(f"{at}: its tokenizer has no token {chat.image}")
     # A template that does not work would end a run at its first question.
     for shown in (False, True):
-        with reading(f"{at}: its chat template does not work"):
+        with explain_read_errors(f"{at}: its chat template does not work"):
             written = chat.text(tokenizer, "a", shown).count(chat.image)
         if written != shown:
             raise UserError(
@@ -125,7 +125,7 @@ def _load_folder(
 ) -> PreTrainedModel:
     dtype, more = get_dtype(spec.dtype), {}
     kind = "folder" if Path(spec.name).exists() else "hub name"
-    with reading(f"{spec.source}: name: {kind} {spec.name} cannot be loaded"):
+    with explain_read_errors(f"{spec.source}: name: {kind} {spec.name} cannot be loaded"):
         if (config := build_quantization_config(spec, dtype)) is not None:
             more = {"quantization_config": config, "device_map": {"": device}}
         elif spec.device_map is not None:

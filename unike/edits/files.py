@@ -19,10 +19,10 @@ import yaml
 
 from unike.edits.content import Content
 from unike.edits.origin import Origin
-from unike.system.faults import writing
+from unike.system.faults import explain_write_errors
 from unike.system.files import replace_atomically
 from unike.system.text import one_line
-from unike.system.versions import versions
+from unike.system.versions import collect_versions
 from unike.types import UserError
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ class SavedEdit:
 def save(edit: UnsavedEdit, folder: str | os.PathLike[str]) -> None:
     """See ``Edit.save``."""
     folder = Path(folder)
-    with writing(folder, resumable=False):
+    with explain_write_errors(folder, resumable=False):
         if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
             raise UserError(f"{folder}: is not empty; expected a new folder for the edit")
         files, _ = render_files(edit)
@@ -138,7 +138,7 @@ def render_files(edit: UnsavedEdit) -> tuple[dict[str, bytes], str]:
         "places": {name: last.get(PLACES[name]) for name in needs},
         "values": content.values,
         "info": edit.info,
-        "versions": versions(),
+        "versions": collect_versions(),
         "licence": LICENCE,
         "bytes": len(data),
         "sha256": hashlib.sha256(data).hexdigest(),

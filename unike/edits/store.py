@@ -20,7 +20,7 @@ from filelock import FileLock
 
 from unike.edits.content import Shared
 from unike.edits.files import SavedEdit, read_edit, render_files, write_folder
-from unike.system.faults import writing
+from unike.system.faults import explain_write_errors
 from unike.system.text import one_line
 from unike.types import UserError
 
@@ -76,7 +76,7 @@ class EditStore:
         UserError where the id is taken, where the edit is of another model, or where nothing can be
         written; the store is then as before.
         """
-        with writing(self.folder, resumable=False):
+        with explain_write_errors(self.folder, resumable=False):
             files, checksum = render_files(edit.unsaved())
             self.folder.mkdir(parents=True, exist_ok=True)
             with self._locked():
@@ -106,7 +106,7 @@ class EditStore:
 
     def remove(self, name: str) -> None:
         """Takes an edit out; UserError where there is none of that id."""
-        with writing(self.folder, resumable=False), self._locked():
+        with explain_write_errors(self.folder, resumable=False), self._locked():
             folder = self._folder_of(name)
             self._append({"id": name, "removed": True})
             shutil.rmtree(folder, ignore_errors=True)

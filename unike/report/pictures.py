@@ -13,7 +13,7 @@ from PIL import Image
 from unike.config.hparams import OPTIONS, HyperParams
 from unike.datasets.images import open_image
 from unike.runs.inputs import find_annotations, list_parts, open_eval_split
-from unike.system.files import sha256_of
+from unike.system.files import compute_sha256
 from unike.types import UserError
 
 # The longer side of a picture, where a page has at most so many of them.
@@ -83,7 +83,7 @@ def shown_in(manifest: Mapping[str, Any]) -> tuple[Shown, str]:
         task = str(values.get("task"))
         for name in list_parts(task):
             path = find_annotations(hparams, name, "eval")
-            if sha256_of(path) != checksums.get(f"data.{name}.eval"):
+            if compute_sha256(path) != checksums.get(f"data.{name}.eval"):
                 raise UserError(f"{path} has changed since the run")
         cases = open_eval_split(hparams, task, skip_broken=True)
     except UserError as error:

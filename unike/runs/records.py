@@ -19,10 +19,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from unike.system.faults import writing
+from unike.system.faults import explain_write_errors
 from unike.system.files import to_json_types, write_json, write_text
 from unike.system.text import one_line
-from unike.system.versions import versions
+from unike.system.versions import collect_versions
 from unike.types import UserError
 
 logger = logging.getLogger("unike")
@@ -76,7 +76,7 @@ class RecordWriter:
             self.manifest = read_manifest(self.directory)
         else:
             made = {"seed": seed, "command": list(sys.argv if command is None else command), **(about or {})}
-            with writing(self.directory):
+            with explain_write_errors(self.directory):
                 self.manifest = self._start(resume, fingerprint, weights or {}, data or {}, made)
         self._done = {str(record["id"]) for record in read_records(self.directory)}
         name = RECORDS if rank is None else f"records.{rank}.jsonl"
@@ -93,7 +93,7 @@ class RecordWriter:
         _make_folder(self.directory)
         former = _read_former(self.directory, resume)
         if former is None:
-            manifest = inputs | to_json_types(about) | {"versions": versions(), "started": _now()}
+            manifest = inputs | to_json_types(about) | {"versions": collect_versions(), "started": _now()}
         else:
             _remove_leftovers(self.directory)
             _check_inputs(self.directory, former, inputs)
@@ -128,7 +128,7 @@ class RecordWriter:
         if name in self._done:
             raise ValueError(f"record {name} is already written")
         line = json.dumps(to_json_types(record)).encode() + b"\n"
-        with writing(self.directory):
+        with explain_write_errors(self.directory):
             start = os.fstat(self._file.fileno()).st_size
             try:
                 written = 0
@@ -155,13 +155,13 @@ class RecordWriter:
         """Closes the file, and brings all records together, in the ``order`` of their ids."""
         self.close()
         if not self.rank:
-            with writing(self.directory):
+            with explain_write_errors(self.directory):
                 merge(self.directory, order)
                 (self.directory / _STOP).unlink(missing_ok=True)
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write ``summary.json`` in one step."""
-        with writing(self.directory):
+        with explain_write_errors(self.directory):
             write_json(self.directory / SUMMARY, summary)
 
 

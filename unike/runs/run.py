@@ -27,7 +27,7 @@ from unike.runs.sequences import run_sequences
 from unike.runs.sharing import SharedRun
 from unike.runs.tracking import track
 from unike.system import faults, processes
-from unike.system.files import sha256_of
+from unike.system.files import compute_sha256
 from unike.types import Case, UserError
 
 logger = logging.getLogger("unike")
@@ -51,7 +51,7 @@ def compute_checksums(hparams: HyperParams, task: str) -> dict[str, str]:
         files["editor_dir"] = str(Path(str(find_editor(hparams))) / "editor.safetensors")
     if needs.scope and (kept := find_scope_classifier(hparams)) is not None:
         files["scope_dir"] = str(kept / "scope.safetensors")
-    return {key: sha256_of(path) for key, path in files.items()}
+    return {key: compute_sha256(path) for key, path in files.items()}
 
 
 def open_run(parts: Parts, task: str, directory: Path, resume: bool, generated: bool = True) -> RecordWriter:

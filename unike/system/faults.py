@@ -33,7 +33,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _FULL_MEMORY)
 
 
-def give_back() -> None:
+def release_memory() -> None:
     """Hands freed memory back to the system, as glibc does by itself only at the end of its heap."""
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
@@ -42,7 +42,7 @@ def give_back() -> None:
 
 
 @contextmanager
-def writing(what: object, resumable: bool = True) -> Iterator[None]:
+def explain_write_errors(what: object, resumable: bool = True) -> Iterator[None]:
     """An OSError inside the block becomes a UserError that names ``what`` and, where a run is
     ``resumable``, how to go on."""
     try:

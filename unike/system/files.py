@@ -101,7 +101,7 @@ def to_json_types(value: object) -> Any:
 # ---------------------------------------------------------------- indexes with checksums
 
 
-def sha256_of(path: str | os.PathLike[str]) -> str:
+def compute_sha256(path: str | os.PathLike[str]) -> str:
     """A file's checksum, read in blocks."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
@@ -113,7 +113,7 @@ def sha256_of(path: str | os.PathLike[str]) -> str:
 def write_index(path: Path, values: Mapping[str, object], tensors: Path) -> None:
     """Writes JSON atomically, with the checksums of its ``values`` and of the file ``tensors`` beside it."""
     values = json.loads(json.dumps(values))
-    sums = {_OWN: _digest(values), tensors.name: sha256_of(tensors)}
+    sums = {_OWN: _digest(values), tensors.name: compute_sha256(tensors)}
     write_text(path, json.dumps({**values, _SUMS: sums}, indent=1) + "\n")
 
 
@@ -122,7 +122,7 @@ def read_index(path: Path) -> dict[str, Any]:
     return _read(path)[0] if path.is_file() else {}
 
 
-def checksum_in(path: Path, tensors: Path) -> str:
+def read_checksum(path: Path, tensors: Path) -> str:
     """The checksum of the file that the index at ``path`` has, without reading the file. UserError where
     the index is damaged."""
     return str(_read(path)[1].get(tensors.name))
@@ -130,7 +130,7 @@ def checksum_in(path: Path, tensors: Path) -> str:
 
 def check_tensors(path: Path, tensors: Path) -> None:
     """UserError unless the file is the one that the index at ``path`` was written for."""
-    if checksum_in(path, tensors) != sha256_of(tensors):
+    if read_checksum(path, tensors) != compute_sha256(tensors):
         raise UserError(f"{tensors}: is damaged: its checksum is another one than {path.name} has; {_REMEDY}")
 
 

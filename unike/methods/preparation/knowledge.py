@@ -34,8 +34,8 @@ from unike.knowledge.encoders import Disentangler, FitReport, KnowledgeStates, f
 from unike.knowledge.index import open_memory
 from unike.methods.preparation.folders import Facts
 from unike.system import processes
-from unike.system.faults import give_back
-from unike.system.files import check_tensors, checksum_in, read_index, write_index
+from unike.system.faults import release_memory
+from unike.system.files import check_tensors, read_checksum, read_index, write_index
 from unike.system.progress import Tick, ignore_progress
 from unike.types import KnowledgeItem, Query, UserError
 
@@ -198,7 +198,7 @@ def read_knowledge(
     """What ``save_knowledge`` wrote, with the YAML's kind of zeta, by layer. UserError as
     ``iterate_layers``."""
     known = {i: _make_layer(i, s, e, hparams, folder) for i, s, e in iterate_layers(folder, device)}
-    give_back()
+    release_memory()
     return known
 
 
@@ -378,7 +378,7 @@ def _make_layer(
 ) -> LayerKnowledge:
     place, origin, checksum = None, "", ""
     if folder is not None:
-        checksum = checksum_in(folder / "knowledge.json", folder / "knowledge.safetensors")
+        checksum = read_checksum(folder / "knowledge.json", folder / "knowledge.safetensors")
         stat = (folder / "knowledge.safetensors").stat()
         place, origin = folder / f"memory-{i}", f"{stat.st_size}-{stat.st_mtime_ns}"
     bank = open_memory(
