@@ -257,7 +257,9 @@ BAD = [
         ),
         ("num_processes: 3; found 1 devices",),
     ),
-    Command("an output with files", "--output {root}/data", problems=("is not empty; go on with --resume",)),
+    Command(
+        "an output with files", "--output {root}/data", problems=("is not empty; continue with --resume",)
+    ),
     Command("an output below a file", "--output {root}/small.yaml/run", problems=("cannot be written",)),
     Command("resume of something else", "--output {root}/data --resume", problems=(f"no {MANIFEST}",)),
     Command(

@@ -69,7 +69,9 @@ _WHOLE = {
         "llava", ("llama", "mistral", "qwen2"), "a LLaVA-1.5 folder: `llava-hf/llava-1.5-7b-hf`", _CHAT
     ),
     "llava_onevision": Folder(
-        "llava_onevision", ("qwen2",), "a LLaVA-OneVision folder: `llava-hf/llava-onevision-qwen2-7b-ov-hf`",
+        "llava_onevision",
+        ("qwen2",),
+        "a LLaVA-OneVision folder: `llava-hf/llava-onevision-qwen2-7b-ov-hf`",
         _CHAT,
     ),
     "qwen2_vl": Folder(
@@ -79,10 +81,12 @@ _WHOLE = {
         "qwen2_5_vl", ("qwen2_5_vl_text",), "a Qwen2.5-VL folder: `Qwen/Qwen2.5-VL-7B-Instruct`", _CHAT
     ),
     "instructblip": Folder(
-        "instructblip", ("llama",), "an InstructBLIP folder: `Salesforce/instructblip-vicuna-7b`",
+        "instructblip",
+        ("llama",),
+        "an InstructBLIP folder: `Salesforce/instructblip-vicuna-7b`",
         {**_IMAGES, "Q-Former's tokenizer": ("qformer_tokenizer",)},
     ),
-}  # fmt: skip
+}
 # Far above any real model.
 LAYERS = 1024
 # Torch's names of number types, as a config.json has them: ``float8_e4m3fn`` takes 8 bits.

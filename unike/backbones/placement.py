@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 # Torch takes seconds to import: it is imported where a device is looked for.
 
-DeviceMap = dict[str, Any]
+DeviceMap = dict[str, int | str]
 # The parts of a vision side, whatever the model.
 VISION = ("vision_model", "qformer", "language_projection", "vision_tower", "multi_modal_projector", "visual")
 # What stays in its own type under `quantization`: bitsandbytes is for language models.
@@ -99,9 +99,11 @@ def build_quantization_config(spec: BackboneSpec, dtype: torch.dtype) -> Any:
     if spec.quantization == "int8":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=list(UNQUANTIZED))
     return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype,
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=dtype,
         llm_int8_skip_modules=list(UNQUANTIZED),
-    )  # fmt: skip
+    )
 
 
 # ---------------------------------------------------------------- several devices
@@ -186,6 +188,9 @@ def dispatch(model: Any, placed: DeviceMap, force_hooks: bool = False) -> Any:
         # Parameters have no module of their own name; the hook of the whole places them.
         warnings.filterwarnings("ignore", message=".*do not match any submodules")
         return dispatch_model(
-            model, placed, main_device=placed[embeddings], skip_keys=model._skip_keys_device_placement,
+            model,
+            placed,
+            main_device=placed[embeddings],
+            skip_keys=model._skip_keys_device_placement,
             force_hooks=force_hooks,
-        )  # fmt: skip
+        )

@@ -55,22 +55,22 @@ class Check:
     only_notes: bool = False
 
 
-def applies_always(request: RunRequest) -> bool:
+def _apply_always(request: RunRequest) -> bool:
     return True
 
 
 # ---------------------------------------------------------------- method, device, weights
 
 
-def inspect_method(request: RunRequest) -> list[Finding]:
+def _inspect_method(request: RunRequest) -> list[Finding]:
     return find_problems(lambda: check_method(request.hparams), f"method: {request.hparams.method}")
 
 
-def inspect_device(request: RunRequest) -> list[Finding]:
+def _inspect_device(request: RunRequest) -> list[Finding]:
     return find_problems(lambda: check_device(request.hparams.device), f"device: {request.hparams.device}")
 
 
-def inspect_placement(request: RunRequest) -> list[Finding]:
+def _inspect_placement(request: RunRequest) -> list[Finding]:
     what = ", ".join(f"{key}: {value}" for key, value in _list_placement(request).items())
     return find_problems(lambda: check_placement(request.hparams.backbone, request.process_count), what)
 
@@ -81,17 +81,17 @@ def _list_placement(request: RunRequest) -> dict[str, str]:
     return {key: value for key, value in named.items() if value is not None and value != "none"}
 
 
-def inspect_weights(request: RunRequest) -> list[Finding]:
+def _inspect_weights(request: RunRequest) -> list[Finding]:
     spec = request.hparams.backbone
     return [f if f.ok else replace(f, what=f"{spec.source}: {f.what}") for f in check_spec(spec)]
 
 
-def inspect_memory(request: RunRequest) -> list[Finding]:
+def _inspect_memory(request: RunRequest) -> list[Finding]:
     # A note, since it is an estimate: quantized weights, or weights on accelerators, may fit all the same.
     return [replace(estimate_memory(request.hparams.backbone), ok=True)]
 
 
-def inspect_prefix_dir(request: RunRequest) -> list[Finding]:
+def _inspect_prefix_dir(request: RunRequest) -> list[Finding]:
     what = f"prefix_dir: {request.hparams.prefix_dir}"
     return find_problems(lambda: check_prefix_dir(request.hparams), what)
 
@@ -106,7 +106,7 @@ def check_prefix_dir(hparams: PrefixOptions) -> None:
         raise UserError(f"{hparams.source}: prefix_dir: {there} is a file; expected a folder")
 
 
-def inspect_faiss(request: RunRequest) -> list[Finding]:
+def _inspect_faiss(request: RunRequest) -> list[Finding]:
     # Imported late, as torch comes with it.
     from unike.knowledge.index import check_faiss
 
@@ -115,7 +115,7 @@ def inspect_faiss(request: RunRequest) -> list[Finding]:
     )
 
 
-def inspect_trackers(request: RunRequest) -> list[Finding]:
+def _inspect_trackers(request: RunRequest) -> list[Finding]:
     what = f"log_to: {', '.join(request.hparams.log_to)}"
     return find_problems(lambda: check_trackers(request.hparams), what)
 
@@ -123,7 +123,7 @@ def inspect_trackers(request: RunRequest) -> list[Finding]:
 # ---------------------------------------------------------------- arguments
 
 
-def inspect_processes(request: RunRequest) -> list[Finding]:
+def _inspect_processes(request: RunRequest) -> list[Finding]:
     def check() -> None:
         launching.check_number(request.num_processes)
         if request.process_count > 1:
@@ -132,7 +132,7 @@ def inspect_processes(request: RunRequest) -> list[Finding]:
     return find_problems(check, f"num_processes: {request.process_count}")
 
 
-def inspect_output(request: RunRequest) -> list[Finding]:
+def _inspect_output(request: RunRequest) -> list[Finding]:
     """The run's folder, and where it is resumed, whether it was made in the same way."""
     try:
         directory = request.choose_directory()
@@ -143,7 +143,7 @@ def inspect_output(request: RunRequest) -> list[Finding]:
     return [Finding(True, f"output: {directory}")]
 
 
-def inspect_edit_store(request: RunRequest) -> list[Finding]:
+def _inspect_edit_store(request: RunRequest) -> list[Finding]:
     store = request.save_edits
     return find_problems(lambda: open_edit_store(request.hparams, store), f"save_edits: {store}")
 
@@ -151,13 +151,13 @@ def inspect_edit_store(request: RunRequest) -> list[Finding]:
 # ---------------------------------------------------------------- data
 
 
-def inspect_drawing(request: RunRequest) -> list[Finding]:
+def _inspect_drawing(request: RunRequest) -> list[Finding]:
     undrawn = request.undrawn_splits
     problems = collect_problems(lambda: check_drawing(request.hparams, bool(undrawn)))
     return [Finding(False, problem) for problem in problems]
 
 
-def inspect_eval_data(request: RunRequest) -> list[Finding]:
+def _inspect_eval_data(request: RunRequest) -> list[Finding]:
     parts = list_parts(request.task)
     if request.is_eval_undrawn:
         return [finding for part in parts for finding in _inspect_undrawn(request, part)]
@@ -179,7 +179,7 @@ def _inspect_undrawn(request: RunRequest, part: str) -> list[Finding]:
     return find_problems(lambda: find_annotations(request.hparams, part, "eval"), what)
 
 
-def inspect_sequences(request: RunRequest) -> list[Finding]:
+def _inspect_sequences(request: RunRequest) -> list[Finding]:
     hparams = request.hparams
     what = f"protocol: {hparams.protocol}: {hparams.sequences} sequences of {hparams.sequence_length} edits"
     if request.is_eval_undrawn:
@@ -193,7 +193,7 @@ def inspect_sequences(request: RunRequest) -> list[Finding]:
 # ---------------------------------------------------------------- what is prepared
 
 
-def inspect_knowledge(request: RunRequest) -> list[Finding]:
+def _inspect_knowledge(request: RunRequest) -> list[Finding]:
     """Memory and encoders: shipped, saved by a former run, or to be built from the train data."""
     hparams = request.hparams
     if problems := collect_problems(lambda: wants_triplets(hparams, request.needs)):
@@ -227,11 +227,11 @@ def _require_triplets(request: RunRequest) -> list[Finding]:
     return [Finding(False, problem) for problem in problems]
 
 
-def inspect_scope(request: RunRequest) -> list[Finding]:
+def _inspect_scope(request: RunRequest) -> list[Finding]:
     return _inspect_trained(request, "scope_dir", "scope classifier", find_scope_classifier)
 
 
-def inspect_editor(request: RunRequest) -> list[Finding]:
+def _inspect_editor(request: RunRequest) -> list[Finding]:
     return _inspect_trained(request, "editor_dir", "editor", find_editor)
 
 
@@ -254,7 +254,7 @@ def _inspect_trained(
     return [Finding(False, problem) for problem in problems] or [note]
 
 
-def inspect_train_cases(request: RunRequest) -> list[Finding]:
+def _inspect_train_cases(request: RunRequest) -> list[Finding]:
     """Train records that the method reads while it edits."""
     if request.is_train_undrawn:
         return [Finding(True, "data: train records: not there yet", "drawn on first use")]
@@ -266,31 +266,31 @@ def inspect_train_cases(request: RunRequest) -> list[Finding]:
 
 
 MODEL_CHECKS = (
-    Check("method", applies_always, inspect_method),
-    Check("device", applies_always, inspect_device),
-    Check("placement", lambda r: bool(_list_placement(r)), inspect_placement),
-    Check("weights", applies_always, inspect_weights),
-    Check("memory", applies_always, inspect_memory, only_notes=True),
-    Check("prefix_dir", lambda r: r.hparams.prefix_dir is not None, inspect_prefix_dir),
-    Check("faiss", lambda r: r.hparams.retrieval == "faiss", inspect_faiss),
-    Check("trackers", lambda r: bool(r.hparams.log_to), inspect_trackers),
+    Check("method", _apply_always, _inspect_method),
+    Check("device", _apply_always, _inspect_device),
+    Check("placement", lambda r: bool(_list_placement(r)), _inspect_placement),
+    Check("weights", _apply_always, _inspect_weights),
+    Check("memory", _apply_always, _inspect_memory, only_notes=True),
+    Check("prefix_dir", lambda r: r.hparams.prefix_dir is not None, _inspect_prefix_dir),
+    Check("faiss", lambda r: r.hparams.retrieval == "faiss", _inspect_faiss),
+    Check("trackers", lambda r: bool(r.hparams.log_to), _inspect_trackers),
 )
 DATA_CHECKS = (
-    Check("drawing", lambda r: r.hparams.generate_data, inspect_drawing),
-    Check("eval data", applies_always, inspect_eval_data),
-    Check("sequences", lambda r: r.hparams.protocol != "one_step", inspect_sequences),
-    Check("knowledge", lambda r: r.needs.knowledge, inspect_knowledge),
-    Check("scope", lambda r: r.needs.scope, inspect_scope),
-    Check("editor", lambda r: r.needs.training, inspect_editor),
-    Check("train cases", lambda r: r.needs.cases, inspect_train_cases),
+    Check("drawing", lambda r: r.hparams.generate_data, _inspect_drawing),
+    Check("eval data", _apply_always, _inspect_eval_data),
+    Check("sequences", lambda r: r.hparams.protocol != "one_step", _inspect_sequences),
+    Check("knowledge", lambda r: r.needs.knowledge, _inspect_knowledge),
+    Check("scope", lambda r: r.needs.scope, _inspect_scope),
+    Check("editor", lambda r: r.needs.training, _inspect_editor),
+    Check("train cases", lambda r: r.needs.cases, _inspect_train_cases),
 )
 CHECKS = (
     *MODEL_CHECKS,
-    Check("processes", lambda r: r.num_processes is not None or r.process_count > 1, inspect_processes),
-    Check("output", applies_always, inspect_output),
-    Check("edit store", lambda r: r.save_edits is not None, inspect_edit_store),
+    Check("processes", lambda r: r.num_processes is not None or r.process_count > 1, _inspect_processes),
+    Check("output", _apply_always, _inspect_output),
+    Check("edit store", lambda r: r.save_edits is not None, _inspect_edit_store),
     *DATA_CHECKS,
-    Check("packages", applies_always, lambda r: check_packages(r.hparams.backend)),
+    Check("packages", _apply_always, lambda r: check_packages(r.hparams.backend)),
 )
 
 

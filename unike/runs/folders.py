@@ -26,7 +26,7 @@ def choose_directory(
     """
     if output is not None:
         if _is_taken(output) and not resume:
-            raise UserError(f"{output}: is not empty; go on with --resume, or name another --output")
+            raise UserError(f"{output}: is not empty; continue with --resume, or name another --output")
         return _require_writable(Path(output))
     protocol = "" if hparams.protocol == "one_step" else f"-{hparams.protocol}"
     stem = Path(hparams.results_dir) / f"{Path(hparams.source).stem}-{task}{protocol}"

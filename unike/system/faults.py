@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 from unike.types import UserError
 
-GO_ON = "what is recorded is kept, go on with --resume"
+GO_ON = "what is recorded is kept, continue with --resume"
 # What a disk, a quota or a folder's rights refuse; other errors of the system are bugs until shown otherwise.
 _REFUSED = {
     getattr(errno, name)

@@ -128,7 +128,7 @@ def _choose_exit_code(codes: Sequence[int | None]) -> int:
             # A process that dies leaves the line of its bar open.
             print("" if i else "\n", end="", file=sys.stderr)
             line = f"process {i + 1} of {len(codes)} ended with {how}; what is recorded is kept"
-            print(f"error: {line}, go on with --resume", file=sys.stderr)
+            print(f"error: {line}, continue with --resume", file=sys.stderr)
             return 1
     return next((code for code in codes if code not in (0, _LOST_CODE)), int(_LOST_CODE in codes)) or 0
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 S = TypeVar("S")
 
-LOST = "another process of this run has ended; what is recorded is kept, go on with --resume"
+LOST = "another process of this run has ended; what is recorded is kept, continue with --resume"
 # One process may work for hours while the others wait for it.
 _PATIENCE = timedelta(days=30)
 
