@@ -200,7 +200,7 @@ def _with_keys(linear: Any, keys: nn.Parameter, bias: nn.Parameter | None) -> An
 
 def _with_values(linear: Any, patch: KeyValuePatch) -> Any:
     def forward(x: torch.Tensor) -> torch.Tensor:
-        values = patch.edited_values().T.to(linear.weight.dtype)
+        values = patch.edited_values.T.to(linear.weight.dtype)
         return F.linear(x, torch.cat([linear.weight, values], dim=1), linear.bias)
 
     return forward

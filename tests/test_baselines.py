@@ -89,7 +89,7 @@ def test_the_memory_loss_keeps_new_keys_silent_elsewhere(world: World) -> None:
         method = world.method("tpatcher", {"memory_loss": weight, "stop_loss": 0.0})
         edit = method.edit(world.backbone, case(0).request, world.prefixes(method))
         patch, known = edit.records[0].layers[5].patch, method.knowledge[5].ffn_queries
-        fired.append(patch.scores(known).exp().mean().item())
+        fired.append(patch.pairs.scores(known).exp().mean().item())
     assert fired[1] < fired[0]
 
 

@@ -14,12 +14,11 @@ import pytest
 import torch
 from helpers import Project
 from test_run_edit import errors, start
-from untouched import assert_untouched, weights_of
+from untouched import assert_untouched, hook_count, weights_of
 
 from benchmarks.kill import comparable
 from unike import runs
 from unike.backbones import load_backbone
-from unike.backbones.hooks import hook_count
 from unike.config.hparams import HyperParams
 from unike.methods import EditMethod, training
 from unike.runs import inputs

@@ -13,10 +13,10 @@ from helpers import Project
 from original_files import FAMILIES, make_spec
 from PIL import Image
 from transformers import Blip2ForConditionalGeneration
+from untouched import hook_count
 
 from unike.backbones import huggingface, loading, placement
 from unike.backbones.base import encode_queries
-from unike.backbones.hooks import hook_count
 from unike.backbones.loading import load_backbone
 from unike.backbones.placement import check_placement, device_map, pick_device, quantization_config
 from unike.backbones.prefix import PrefixCache

@@ -10,11 +10,12 @@ from test_methods import IDS, ROWS
 from worlds import BASE, World, case, query
 
 from unike.backbones.base import encode_queries
+from unike.backbones.prefix import _key
 from unike.config.hparams import HyperParams
 from unike.evaluation.protocols import one_step, one_step_many
 from unike.evaluation.reader import Reader
 from unike.knowledge.batching import OwnedMemory, Owners
-from unike.knowledge.memory import Growing, KnowledgeMemory
+from unike.knowledge.memory import GrowingRows, KnowledgeMemory
 from unike.knowledge.scope import ScopeEncoder, ScopeMeasure
 from unike.methods import build
 from unike.types import Case, Query
@@ -115,7 +116,8 @@ def test_one_that_diverges_leaves_the_others_what_they_are(world: World) -> None
     requests = [c.request for c in CASES]
     state = prefixes.state([requests[1].query])
     fine = method.edit_many(backbone, [requests[i] for i in (0, 2, 3)], prefixes)
-    spoilt = next(r for k, r in prefixes._rows.items() if torch.equal(r.labels, state.labels[0]))
+    spoilt = prefixes._rows.get(_key(requests[1].query))
+    assert torch.equal(spoilt.labels, state.labels[0])
     kept = spoilt.hidden.clone()
     try:
         spoilt.hidden.fill_(float("nan"))
@@ -190,12 +192,12 @@ def test_an_owned_item_is_found_by_its_row_alone(items: int) -> None:
 
 
 def test_rows_grow_without_moving_what_is_there() -> None:
-    first = Growing(torch.zeros(1, 2))
+    first = GrowingRows(torch.zeros(1, 2))
     chain = [first]
     for i in range(1, 9):
         chain.append(chain[-1].extended(torch.full((1, 2), float(i))))
     other = chain[3].extended(torch.full((2, 2), -1.0))
     for count, grown in enumerate(chain, 1):
-        assert torch.equal(grown.rows[:, 0], torch.arange(float(count)))
-    assert other.rows[:, 0].tolist() == [0, 1, 2, 3, -1, -1]
-    assert chain[5].rows.data_ptr() == chain[6].rows.data_ptr()
+        assert torch.equal(grown.tensor[:, 0], torch.arange(float(count)))
+    assert other.tensor[:, 0].tolist() == [0, 1, 2, 3, -1, -1]
+    assert chain[5].tensor.data_ptr() == chain[6].tensor.data_ptr()

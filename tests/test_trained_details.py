@@ -11,11 +11,12 @@ import torch
 from helpers import Project
 from original_files import FAMILIES
 from test_trained_methods import BASE, CASES, World, hparams, query
+from untouched import hook_count
 
 import run_edit
 from scripts import prepare
 from unike.backbones.base import encode_queries
-from unike.backbones.hooks import hook_count, tape
+from unike.backbones.hooks import tape
 from unike.backbones.prefix import PrefixCache
 from unike.methods.base import build
 from unike.methods.training import compute_answer_gradients

@@ -12,11 +12,10 @@ import pytest
 import torch
 from original_files import FAMILIES, make_spec
 from PIL import Image
-from untouched import assert_untouched, weights_of
+from untouched import assert_untouched, hook_count, weights_of
 
 from unike.backbones import load_backbone
 from unike.backbones.base import Batch, encode_queries
-from unike.backbones.hooks import hook_count
 from unike.backbones.prefix import PrefixCache
 from unike.backbones.vlm import VisionLanguageBackbone
 from unike.config.hparams import HyperParams

@@ -12,11 +12,10 @@ import torch
 from original_files import make_spec
 from PIL import Image
 from todays import TODAY, save_folder, todays_spec
-from untouched import weights_of
+from untouched import hook_count, weights_of
 
 from unike.backbones import load_backbone
 from unike.backbones.base import encode_queries
-from unike.backbones.hooks import hook_count
 from unike.backbones.prefix import PrefixCache
 from unike.backbones.vlm import VisionLanguageBackbone
 from unike.config.hparams import HyperParams

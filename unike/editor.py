@@ -24,7 +24,7 @@ from unike.edits import Edit, compose
 from unike.edits.attached import EditedModel, Slot
 from unike.edits.base import load_edit
 from unike.edits.content import Shared
-from unike.edits.explain import Asked, ask
+from unike.edits.explain import Explanation, ask
 from unike.edits.files import read_edit
 from unike.evaluation.protocols import one_step
 from unike.evaluation.summary import summarise
@@ -134,7 +134,7 @@ class MultimodalEditor:
         """
         return self._slot.generate(self.edits if edited else (), image, prompt, max_new_tokens)
 
-    def ask(self, image: ImageLike | None, prompt: str, top: int = 5) -> Asked:
+    def ask(self, image: ImageLike | None, prompt: str, top: int = 5) -> Explanation:
         """The answers before and after the attached edits, and what was active for this prompt.
 
         Of each layer's retrieved items the ``top`` most attended ones are told. UserError for a picture

@@ -27,7 +27,7 @@ class FineTuning(EditMethod):
         self, backbone: Backbone, request: EditRequest, prefixes: PrefixCache, history: Edit | None
     ) -> WeightDelta:
         """New values of the weights, started from those of ``history``."""
-        former = history.weights if isinstance(history, WeightDelta) else {}
+        former = {} if history is None else history.weights
         start = {name: former.get(name, p).detach() for name, p in self._find_trained(backbone).items()}
         if self.hparams.ft_target == "layers":
             state = prefixes.state([request.query])

@@ -156,7 +156,7 @@ class _BatchedPatches:
 
     def _gather(self, edits: Sequence[RoutedEdit]) -> RoutedTogether | None:
         together = edits[0].together(edits)
-        assert isinstance(together, RoutedTogether), "edits of one method agree in what they are"
+        assert together is not None, "edits of one method agree in what they are"
         return together
 
     def watch(self, stack: ExitStack) -> None:
@@ -178,7 +178,7 @@ class _BatchedPatches:
     def scores(self, index: int, queries: torch.Tensor) -> torch.Tensor:
         """``(b, T, d)`` or ``(T, d)`` to ``(b, T, n)``."""
         assert self.together is not None
-        return self.together.patches[index].scores(queries)
+        return self.together.patches[index].pairs.scores(queries)
 
     def extra_loss(self) -> torch.Tensor | None:
         """T-Patcher's activation and memory losses, weighted as in the YAML."""
@@ -217,7 +217,7 @@ class _StackedPatch(_BatchedPatches):
     def scores(self, index: int, queries: torch.Tensor) -> torch.Tensor:
         patch = self.edits[0].records[0].layers[index].patch
         assert patch is not None
-        found = patch.scores(queries)
+        found = patch.pairs.scores(queries)
         return found if found.ndim == 3 else found[None]
 
     def keep(self, rows: torch.Tensor) -> None:
