@@ -58,7 +58,7 @@ class _Keeper(EditMethod):
         self, backbone: Backbone, request: EditRequest, prefixes: PrefixCache, history: Edit | None
     ) -> Edit:
         self.last = None
-        self.last = self.method._edit(backbone, request, prefixes, history)
+        self.last = self.method.edit(backbone, request, prefixes, history)
         return self.last
 
 
