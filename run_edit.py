@@ -42,26 +42,24 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
     hparams = unike.HyperParams.from_hparams(args.hparams_dir, [*args.overrides, *args.named])
-    args.task = args.task or ("cross" if hparams.protocol == "cross_task" else "vqa")
-    if not args.check and launching.wants_launch(args.num_processes):
-        return launching.launch(args.num_processes, main, argv)
-    # Imported late: torch takes seconds, and a typing error in the YAML should not.
+    # Imported late: a typing error in the YAML should not wait for it, nor a missing file for torch.
     from unike import report, runs
-    from unike.backbones import load_backbone
-    from unike.runs import check
+    from unike.runs import check, checks
 
+    request = runs.RunRequest.from_arguments(hparams, args)
     if args.check:
-        return check.report(check.findings(hparams, args.task))
+        return check.report(request)
     processes.join(hparams.device)
-    directory = processes.first(lambda: runs.run_directory(hparams, args.task, args.output, args.resume))
-    store = runs.edit_store(hparams, args.save_edits)
-    if hparams.generate_data:
-        processes.first(lambda: runs.drawn(hparams, launching.of_checkout("scripts.tiny.make_data").ensure))
-    cases = processes.in_turn(lambda: runs.preflight(hparams, args.task, args.size, args.skip_broken))
-    editor = unike.MultimodalEditor(hparams, processes.each(lambda: load_backbone(hparams)))
+    processes.run_in_turn(lambda: checks.require(request))
+    if launching.wants_launch(args.num_processes):
+        return launching.launch(args.num_processes, main, argv)
+    directory = processes.run_once(request.choose_directory)
+    store = runs.open_edit_store(hparams, args.save_edits)
+    checks.draw_data(request)
+    editor = unike.MultimodalEditor(hparams, processes.run_everywhere(lambda: unike.load_backbone(hparams)))
     parts = editor.prepare(skip_broken=args.skip_broken)
-    with runs.open_run(parts, args.task, directory, args.resume, args.generated) as writer:
-        summary = runs.run_cases(parts, cases, writer, args.generated, args.skip_broken, store=store)
+    with runs.open_run(parts, request.task, directory, args.resume, args.generated) as writer:
+        summary = runs.run_cases(parts, request.cases, writer, args.generated, args.skip_broken, store=store)
     if processes.is_main():
         report.show(summary, directory, args.report)
     return 130 if summary["interrupted"] else 0
@@ -70,8 +68,8 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] == ["ask"]:
-        return launching.guarded(lambda: import_module("unike.ask").run(argv[1:]))
-    return launching.guarded(lambda: run(arguments(argv), argv))
+        return launching.run_guarded(lambda: import_module("unike.ask").run(argv[1:]))
+    return launching.run_guarded(lambda: run(arguments(argv), argv))
 
 
 if __name__ == "__main__":

@@ -251,7 +251,7 @@ def tiny_world(given: argparse.Namespace) -> World:
     """An embedded backbone with its knowledge, on the embedded benchmark's E-VQA."""
     hparams = HyperParams.from_hparams(ROOT / "hparams" / f"{given.model}.yaml", ["device=cpu"])
     count = (given.rounds + 1) * given.batch
-    cases = runs.preflight(hparams, "vqa", count)
+    cases = runs.read_checked_cases(hparams, "vqa", count)
     if len(cases) < count:
         raise UserError(f"--rounds {given.rounds} --batch {given.batch}: {len(cases)} records are there")
     backbone = load_backbone(hparams)

@@ -168,4 +168,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(launching.guarded(main))
+    sys.exit(launching.run_guarded(main))

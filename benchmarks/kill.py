@@ -182,7 +182,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     hparams = HyperParams.from_hparams(
         args.hparams_dir, ["edit_batch_size=4", f"protocol={args.protocol}", *args.overrides]
     )
-    cases = runs.preflight(hparams, args.task, args.size)
+    cases = runs.read_checked_cases(hparams, args.task, args.size)
     parts = runs.assemble(hparams, load_backbone(hparams), progress=False)
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
@@ -193,4 +193,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(launching.guarded(main))
+    sys.exit(launching.run_guarded(main))

@@ -107,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows.write(given.json)
         return 0
 
-    return launching.guarded(run)
+    return launching.run_guarded(run)
 
 
 if __name__ == "__main__":

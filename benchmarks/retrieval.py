@@ -171,4 +171,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(launching.guarded(main))
+    sys.exit(launching.run_guarded(main))

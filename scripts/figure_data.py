@@ -16,13 +16,14 @@ from unike import runs
 from unike.backbones import load_backbone
 from unike.config.hparams import HyperParams
 from unike.datasets.mmedit import VQA_TEMPLATE
-from unike.datasets.triplets import Triplet, triplets_of
+from unike.datasets.triplets import Triplet, make_triplets
 from unike.evaluation.metrics import bootstrap_interval
 from unike.methods import build, resolve_needs
 from unike.methods.preparation.knowledge import extract_states, find_knowledge, load_states
 from unike.report.paper import published
 from unike.report.paper.figures import Answer, Cell, Example, Interval, Point, Space, Sweep, require
-from unike.runs import inputs
+from unike.runs import checks, inputs
+from unike.system import findings
 from unike.types import Case, UserError
 
 GENERALITY, LOCALITY = ("t_generality", "m_generality"), ("t_locality", "m_locality")
@@ -132,7 +133,7 @@ def held_out(hparams: HyperParams) -> HyperParams:
         root = Path(hparams.image_root or "")
         found = {task: str(root / f"{task}_val.json") for task in hparams.data}
     else:
-        found = {task: inputs.annotation_file(hparams, task, "eval") for task in hparams.data}
+        found = {task: inputs.find_annotations(hparams, task, "eval") for task in hparams.data}
     return replace(hparams, data={task: {"eval": path} for task, path in found.items()})
 
 
@@ -140,21 +141,21 @@ def held_out_triplets(hparams: HyperParams, size: int | None = None) -> list[Tri
     """The first ``size`` triplets of ``held_out`` data, the tasks in turn, all pictures in place."""
     found = held_out(hparams)
     task = "cross" if len(found.data) > 1 else next(iter(found.data), "vqa")
-    return triplets_of(inputs.open_datasets(found, task, size))
+    return make_triplets(inputs.open_datasets(found, task, size))
 
 
 def check_spaces(hparams: HyperParams, layer: int | None, size: int | None) -> None:
     """UserError with everything that ``spaces`` lacks; the embedded benchmark is drawn where it is
     missing."""
-    inputs.require_backbone(hparams)
+    checks.require_backbone(hparams)
     if hparams.generate_data:
         from scripts.tiny import make_data
 
         make_data.ensure(hparams)
         make_data.ensure(hparams, ("val",))
-    inputs.require(
+    findings.require(
         lambda: held_out_triplets(hparams, size),
-        lambda: inputs.wants_triplets(hparams, resolve_needs(hparams)) and inputs.knowledge_triplets(hparams),
+        lambda: inputs.wants_triplets(hparams, resolve_needs(hparams)) and inputs.read_triplets(hparams),
     )
 
 
@@ -168,7 +169,7 @@ def spaces(hparams: HyperParams, layer: int | None, size: int | None) -> tuple[d
     at = layers[-1] if layer is None else layer
     runs.prepare(hparams, backbone, layers)
     wanted = inputs.wants_triplets(hparams, resolve_needs(hparams))
-    triplets = inputs.knowledge_triplets(hparams) if wanted else ()
+    triplets = inputs.read_triplets(hparams) if wanted else ()
     folder = find_knowledge(hparams, backbone, triplets)
     encoders = load_states(folder, backbone.device)[1][at]
     states = extract_states(backbone, held_out_triplets(hparams, size), [at], hparams.eval_batch)[at].states

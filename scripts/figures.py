@@ -25,7 +25,7 @@ from scripts.workers import ensure
 from unike.config.hparams import HyperParams
 from unike.report.paper import figures
 from unike.report.paper.tables import rewritten
-from unike.runs import inputs
+from unike.system import findings
 from unike.types import UserError
 
 # Where in the plan a figure's runs stand.
@@ -161,7 +161,7 @@ def check(args: argparse.Namespace) -> tuple[dict[str, list[Run]], list[HyperPar
     planned: dict[str, list[Run]] = {}
     own: list[HyperParams] = []
     spaces = "5a" in args.figures
-    inputs.require(
+    findings.require(
         lambda: figures.require("matplotlib"),
         lambda: spaces and figures.require("sklearn"),
         lambda: args.write and with_blocks(args.write, dict.fromkeys(args.figures, "")),
@@ -171,7 +171,7 @@ def check(args: argparse.Namespace) -> tuple[dict[str, list[Run]], list[HyperPar
             for b in (args.backbones if spaces else ())
         ),
     )
-    inputs.require(*(lambda h=h: data.check_spaces(h, args.layer, args.size) for h in own))
+    findings.require(*(lambda h=h: data.check_spaces(h, args.layer, args.size) for h in own))
     return planned, own
 
 

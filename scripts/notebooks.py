@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{path.name}: {path.stat().st_size / 1000:.0f} KB")
         return 0
 
-    return launching.guarded(run)
+    return launching.run_guarded(run)
 
 
 if __name__ == "__main__":

@@ -24,8 +24,9 @@ from unike.config.yaml_reader import read_yaml
 from unike.evaluation.summary import summarise
 from unike.report.paper import published
 from unike.report.paper.tables import EXTRAS
+from unike.runs.inputs import TASKS
 from unike.runs.records import SUMMARY, read_records
-from unike.runs.run import TASKS, problems_of
+from unike.system.findings import collect_problems
 from unike.types import PROTOCOLS, UserError
 
 PLAN = Path("hparams/tables.yaml")
@@ -167,7 +168,7 @@ def read_plan(
             changes["sequences"] = min(sequences, changes.get("sequences", sequences))
         made: list[HyperParams] = []
         make = partial(_changed, changes, f"{path}: {row.name}", overrides)
-        problems += problems_of(lambda: made.append(make(checked(file))))  # noqa: B023
+        problems += collect_problems(lambda: made.append(make(checked(file))))  # noqa: B023
         if made:
             folder = _folder(output, backbone, task, made[0], size, row.name, folders)
             out.append(Run(name, row, backbone, task, length, made[0], size, folder))

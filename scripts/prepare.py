@@ -22,11 +22,10 @@ from unike import runs
 from unike.backbones import Backbone, load_backbone
 from unike.config.hparams import HyperParams
 from unike.methods import MethodNeeds, build, resolve_needs
-from unike.methods.preparation.editors import find_editor, wants_cases
+from unike.methods.preparation.folders import find_editor, find_scope_classifier, wants_cases
 from unike.methods.preparation.knowledge import find_knowledge
-from unike.methods.preparation.scope import find_scope_classifier
 from unike.report.terminal import as_text
-from unike.runs import inputs
+from unike.runs import checks, inputs
 from unike.system import launching, processes
 from unike.types import UserError
 
@@ -44,22 +43,22 @@ def fit_table(fits: Mapping[str, Mapping[str, float]], title: str) -> Table:
 
 def loaded(hparams: HyperParams) -> Backbone:
     """The backbone, in every process, and its train data, drawn by one of them."""
-    backbone = processes.each(lambda: load_backbone(hparams))
+    backbone = processes.run_everywhere(lambda: load_backbone(hparams))
     if hparams.generate_data:
         from scripts.tiny import make_data
 
-        processes.first(lambda: make_data.ensure(hparams, ("train",), backbone))
+        processes.run_once(lambda: make_data.ensure(hparams, ("train",), backbone))
     return backbone
 
 
 def train(hparams: HyperParams, needs: MethodNeeds, skip_broken: bool) -> int:
     """Loads the editor or trains it."""
-    if not processes.first(lambda: wants_cases(hparams, needs)):
+    if not processes.run_once(lambda: wants_cases(hparams, needs)):
         if processes.is_main():
             print(f"editor: {find_editor(hparams)}")
         return 0
     backbone = loaded(hparams)
-    cases = processes.in_turn(lambda: inputs.training_cases(hparams, skip_broken))
+    cases = processes.run_in_turn(lambda: inputs.read_train_cases(hparams, skip_broken))
     runs.assemble(hparams, backbone, cases=lambda: cases)
     if not processes.is_main():
         return 0
@@ -75,14 +74,14 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
     if launching.wants_launch(args.num_processes):
         return launching.launch(args.num_processes, main, argv)
     processes.join(hparams.device)
-    processes.in_turn(lambda: inputs.require_backbone(hparams))
+    processes.run_in_turn(lambda: checks.require_backbone(hparams))
     needs = resolve_needs(hparams)
     if needs.training:
         return train(hparams, needs, args.skip_broken)
     if not needs.knowledge:
         raise UserError(f"{hparams.source}: method: {hparams.method} with these options needs no knowledge")
     backbone = loaded(hparams)
-    triplets = processes.in_turn(lambda: inputs.knowledge_triplets(hparams, skip_broken=args.skip_broken))
+    triplets = processes.run_in_turn(lambda: inputs.read_triplets(hparams, skip_broken=args.skip_broken))
     layers = build(hparams).layers(backbone)
     runs.prepare(hparams, backbone, layers, triplets=lambda: triplets)
     if not processes.is_main():
@@ -109,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_intermixed_args(argv)
-    return launching.guarded(lambda: run(args, argv))
+    return launching.run_guarded(lambda: run(args, argv))
 
 
 if __name__ == "__main__":

@@ -31,10 +31,11 @@ from unike.backbones import load_backbone
 from unike.backbones.prefix import PrefixCache
 from unike.config.hparams import OPTIONS
 from unike.evaluation.reader import Reader
-from unike.runs import inputs
+from unike.runs import checks, inputs
 from unike.runs.parts import Parts
 from unike.runs.records import read_manifest
-from unike.system.launching import cores, deaf, die_with_parent, threads_each
+from unike.system import findings
+from unike.system.launching import count_cores, die_with_parent, ignore_interrupts, share_cores
 from unike.types import UserError
 
 PATIENCE = 60.0
@@ -61,7 +62,7 @@ def ensure(planned: Sequence[Run], jobs: int | None = None) -> Outcome:
     for run in planned:
         by_folder.setdefault(run.folder, run)
     todo = [run for run in by_folder.values() if not is_complete(run)]
-    inputs.require(*(partial(_unchanged, run) for run in by_folder.values() if is_complete(run)))
+    findings.require(*(partial(_unchanged, run) for run in by_folder.values() if is_complete(run)))
     if not todo:
         return Outcome()
     check(todo)
@@ -83,15 +84,17 @@ def ensure(planned: Sequence[Run], jobs: int | None = None) -> Outcome:
 
 def default_jobs() -> int:
     """One process per core that this one may use; a GPU is not shared."""
-    return 1 if torch.cuda.is_available() else cores()
+    return 1 if torch.cuda.is_available() else count_cores()
 
 
 def check(todo: Sequence[Run]) -> None:
     """Everything that the runs read, before a model is loaded; UserError with every problem. The
     embedded backbones' benchmark is drawn where it is missing."""
-    inputs.require(*(partial(inputs.require_backbone, run.hparams) for run in _distinct(todo, by_yaml=True)))
-    inputs.require(*(partial(_draw, run) for run in _distinct(todo) if run.hparams.generate_data))
-    inputs.require(*(partial(runs.preflight, r.hparams, r.task, r.size) for r in _distinct(todo)))
+    findings.require(
+        *(partial(checks.require_backbone, run.hparams) for run in _distinct(todo, by_yaml=True))
+    )
+    findings.require(*(partial(_draw, run) for run in _distinct(todo) if run.hparams.generate_data))
+    findings.require(*(partial(runs.read_checked_cases, r.hparams, r.task, r.size) for r in _distinct(todo)))
 
 
 def _draw(run: Run) -> None:
@@ -119,7 +122,7 @@ def _distinct(todo: Sequence[Run], by_yaml: bool = False) -> list[Run]:
 def _unchanged(run: Run) -> None:
     """UserError where the data have changed since the run; without the data there is nothing to compare."""
     try:
-        now = runs.checksums(run.hparams, run.task)
+        now = runs.compute_checksums(run.hparams, run.task)
     except UserError:
         return
     kept = read_manifest(run.folder).get("data", {})
@@ -244,7 +247,7 @@ class _Crew:
 
     def run(self) -> None:
         try:
-            with threads_each(self.jobs):
+            with share_cores(self.jobs):
                 while (self.left or self.at_work) and not self.stop.is_set():
                     while self.left and len(self.at_work) < self.jobs:
                         self._start(self.left.pop(0))
@@ -259,7 +262,7 @@ class _Crew:
         target = (group, self.locks[group[0].backbone], self.reports, self.stop)
         process = self.context.Process(target=_child, args=target, name=group[0].name)
         # A child is deaf to Ctrl-C until it can end well: it would print tracebacks while it imports.
-        with deaf():
+        with ignore_interrupts():
             process.start()
         self.at_work.append(process)
 

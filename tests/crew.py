@@ -18,7 +18,7 @@ def talk(argv: list[str]) -> int:
 
     def body() -> int:
         processes.join("cpu")
-        rank = processes.rank()
+        rank = processes.get_rank()
 
         def fails_there(n: int) -> int:
             if n == 3:
@@ -28,17 +28,17 @@ def talk(argv: list[str]) -> int:
         heard: list[int] = []
         found: dict[str, Any] = {
             "gathered": processes.gather(rank + 10),
-            "first": processes.first(lambda: f"from {rank}"),
-            "in turn": processes.in_turn(lambda: rank),
+            "first": processes.run_once(lambda: f"from {rank}"),
+            "in turn": processes.run_in_turn(lambda: rank),
             "spread": processes.spread(list(range(5)), lambda n: (n, rank), heard.append),
             "heard": sorted(heard),
             "share": list(processes.share(range(5))),
         }
         for name, work in (
             ("spread fails", lambda: processes.spread([1, 2, 3, 3], fails_there)),
-            ("each fails", lambda: processes.each(lambda: fails_there(2 + rank))),
-            ("first fails", lambda: processes.first(lambda: fails_there(3))),
-            ("in turn fails", lambda: processes.in_turn(lambda: fails_there(2 + rank))),
+            ("each fails", lambda: processes.run_everywhere(lambda: fails_there(2 + rank))),
+            ("first fails", lambda: processes.run_once(lambda: fails_there(3))),
+            ("in turn fails", lambda: processes.run_in_turn(lambda: fails_there(2 + rank))),
         ):
             try:
                 work()
@@ -55,12 +55,12 @@ def talk(argv: list[str]) -> int:
         Path(argv[0], f"{rank}.json").write_text(json.dumps(found))
         return 0
 
-    return launching.guarded(body)
+    return launching.run_guarded(body)
 
 
 def die(argv: list[str]) -> int:
     """Ends as told, by rank."""
-    how = argv[processes.rank()]
+    how = argv[processes.get_rank()]
     if how == "wait":
         try:
             time.sleep(60)

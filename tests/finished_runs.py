@@ -12,7 +12,7 @@ from helpers import OPTIONS, record, save_pictures
 from unike.config.hparams import HyperParams
 from unike.evaluation.summary import KEPT
 from unike.runs.records import MANIFEST, RECORDS
-from unike.system.files import sha256_of
+from unike.system.files import compute_sha256
 from unike.types import FIVE_METRICS
 
 PER_CASE = {
@@ -61,7 +61,7 @@ def save_run(
             save_pictures(data)
             annotations.write_text(json.dumps([record(i) for i in range(9)]))
         options |= {"image_root": str(data), "data": {"vqa": {"eval": str(annotations)}}}
-        checksums = {"data.vqa.eval": sha256_of(annotations)}
+        checksums = {"data.vqa.eval": compute_sha256(annotations)}
     hparams = HyperParams.from_dict(options).decisive() | {"task": "vqa", "generated": True}
     folder.mkdir(parents=True, exist_ok=True)
     made = {

@@ -147,6 +147,7 @@ def too_long(path: str, source: str) -> Iterator[str]:
 
 HOOKS = {"register_forward_hook", "register_forward_pre_hook"}
 UNSAFE_YAML = re.compile(r"(full_|unsafe_)?load(_all)?|(C?Full|C?Unsafe|C)?Loader")
+REPLACING = {"replace", "rename", "renames", "move"}
 # OPT's, LLaMA's and EVA's widths: code that knows one works for one size only.
 WIDTHS = {1408, 2560, 4096, 5120}
 
@@ -191,6 +192,20 @@ def pickles(path: str, source: str) -> Iterator[str]:
         else:
             continue
         yield from (f"{path}:{node.lineno}: {name}" for name in bad)
+
+
+def second_writers(path: str, source: str) -> Iterator[str]:
+    """Whatever puts one file in another one's place."""
+    for node in ast.walk(ast.parse(source)):
+        at = f"{path}:{getattr(node, 'lineno', 0)}: {ast.unparse(node)}"
+        if isinstance(node, ast.ImportFrom) and node.module in ("os", "shutil"):
+            yield from (at for a in node.names if a.name in REPLACING)
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            module, name = ast.unparse(node.func.value), node.func.attr
+            # ``str.replace`` takes two texts, ``Path.replace`` one path.
+            one = len(node.args) == 1 and not node.keywords and name in ("replace", "rename")
+            if (module in ("os", "shutil") and name in REPLACING) or (one and module != "dataclasses"):
+                yield at
 
 
 def wired_in(path: str, source: str) -> Iterator[str]:
@@ -284,7 +299,7 @@ RULES = (
     Rule(
         wrong_imports, ("unike/",), "unike/system/files.py",
         caught=("from unike.config import OPTIONS", "def late():\n    from unike.runs.records import merge"),
-        passed=("from unike.types import UserError", "from unike.system.faults import writing"),
+        passed=("from unike.types import UserError", "from unike.system.faults import explain_write_errors"),
     ),
     Rule(
         wrong_imports, ("unike/",), "unike/runs/check.py",
@@ -343,6 +358,24 @@ RULES = (
             "import dill",
         ),
         passed=("import pickle\ntry: f()\nexcept pickle.UnpicklingError: pass",),
+    ),
+    Rule(
+        second_writers, SHIPPED, METHOD,
+        caught=(
+            "import os\nos.replace(part, path)",
+            "import os\nos.rename(part, path)",
+            "from os import replace",
+            "import shutil\nshutil.move(part, path)",
+            "part.replace(path)",
+            "Path(part).rename(path)",
+        ),
+        passed=(
+            "from unike.system.files import replace_atomically\nwith replace_atomically(p) as part: f(part)",
+            "text.replace(a, b)",
+            "from dataclasses import replace\nreplace(query, image=None)",
+            "store.add(edit, replace=True)",
+        ),
+        but=("unike/system/files.py",),
     ),
     Rule(
         wired_in, SHIPPED, METHOD,

@@ -17,7 +17,7 @@ from original_files import FILES, make_spec
 from safetensors.torch import load_file, save_file
 
 from unike.backbones import checking
-from unike.backbones.checkpoints import check_spec, load_original, load_state, memory_finding, require_files
+from unike.backbones.checkpoints import check_spec, estimate_memory, load_original, load_state, require_files
 from unike.types import BackboneSpec, UserError
 
 
@@ -224,20 +224,20 @@ def test_absent_weights_never_become_random_ones(copied: Path) -> None:
 
 def test_memory_is_compared_with_what_is_free(monkeypatch: pytest.MonkeyPatch, copied: Path) -> None:
     spec = make_spec("minigpt4")
-    assert memory_finding(spec).ok
-    monkeypatch.setattr(checking, "_free_bytes", lambda: 1_000_000)
-    full = memory_finding(spec)
+    assert estimate_memory(spec).ok
+    monkeypatch.setattr(checking, "_measure_free_memory", lambda: 1_000_000)
+    full = estimate_memory(spec)
     assert not full.ok
     assert "1.0 MB are free" in full.what
     assert "bfloat16" in (full.remedy or "")
-    assert memory_finding(dataclasses.replace(spec, dtype="bfloat16")).ok
-    monkeypatch.setattr(checking, "_free_bytes", lambda: None)
-    assert memory_finding(spec).ok
-    assert not memory_finding(dataclasses.replace(spec, dtype="float")).ok
+    assert estimate_memory(dataclasses.replace(spec, dtype="bfloat16")).ok
+    monkeypatch.setattr(checking, "_measure_free_memory", lambda: None)
+    assert estimate_memory(spec).ok
+    assert not estimate_memory(dataclasses.replace(spec, dtype="float")).ok
     (copied / "eva_vit.pth").unlink()
-    assert "cannot be estimated" in memory_finding(make_spec("minigpt4", copied)).what
+    assert "cannot be estimated" in estimate_memory(make_spec("minigpt4", copied)).what
 
 
 def test_free_memory_is_known_here() -> None:
-    free = checking._free_bytes()
+    free = checking._measure_free_memory()
     assert free is None or free > 0

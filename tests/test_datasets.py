@@ -18,9 +18,9 @@ from unike.datasets.mmedit import (
     CaptionDataset,
     CapVQADataset,
     VQADataset,
+    has_nothing_to_edit,
+    list_record_problems,
     load_records,
-    nothing_to_edit,
-    record_problems,
 )
 from unike.system.text import one_line
 from unike.types import FIVE_METRICS, METRICS, Case, Query, UserError
@@ -256,7 +256,7 @@ def test_missing_images(write, tmp_path):
     Image.new("RGB", (1, 1)).save(tmp_path / "val" / "a.jpg")
     data = VQADataset(write([hard_record(), record()]), image_root=tmp_path)
     names = ("re/a.png", "val/b.jpg", "val/c.jpg")
-    assert data.missing_images() == [str(tmp_path / name) for name in names]
+    assert data.list_missing_images() == [str(tmp_path / name) for name in names]
 
 
 def mixed(write, vqa: int, caption: int, **kwargs: Any) -> CapVQADataset:
@@ -295,7 +295,7 @@ def test_the_mixed_set_adds_up_what_was_left_out(write, tmp_path):
     assert [case.request.id for case in data] == ["vqa-2"]
     assert data.cleaned == 2
     assert [message.split(":")[0] for message in data.skipped] == [str(vqa), str(caption)]
-    assert len(data.missing_images()) == 3
+    assert len(data.list_missing_images()) == 3
 
 
 @pytest.mark.parametrize(
@@ -384,7 +384,7 @@ def test_any_json_gives_cases_or_one_line(content):
 @quick
 @given(sound_records, sound_records)
 def test_every_sound_record_is_a_case_with_stripped_texts(first, second):
-    assert record_problems(first, 0) == []
+    assert list_record_problems(first, 0) == []
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "sound.json"
         path.write_text(json.dumps([first, second]))
@@ -392,7 +392,9 @@ def test_every_sound_record_is_a_case_with_stripped_texts(first, second):
         mixture = CapVQADataset(path, path)
         assert len(vqa) == len(caption) == 2
         assert list(mixture) == [vqa[0], caption[0], vqa[1], caption[1]]
-        assert VQADataset(path, clean=True).cleaned == nothing_to_edit(first) + nothing_to_edit(second)
+        assert VQADataset(path, clean=True).cleaned == has_nothing_to_edit(first) + has_nothing_to_edit(
+            second
+        )
     for case, source in ((vqa[0], first), (caption[1], second)):
         assert case.request.query.target == source["alt"].strip()
         assert source["src"].strip() in case.request.query.prompt

@@ -112,8 +112,8 @@ def test_without_a_picture_the_language_model_is_asked(desk: Desk) -> None:
         (None, QUESTION, TARGET, ["picture: missing; choose one or upload one"]),
         ("0.png", "", " ", ["question: is empty", "right answer: is empty"]),
         ("0.png", "x" * (MOST_CHARACTERS + 1), TARGET, ["question: 501 characters; expected at most 500"]),
-        ("bad.png", QUESTION, TARGET, ["bad.png: not a picture"]),
-        ("lost.png", QUESTION, TARGET, ["lost.png: picture does not exist"]),
+        ("bad.png", QUESTION, TARGET, ["bad.png: not an image"]),
+        ("lost.png", QUESTION, TARGET, ["lost.png: image does not exist"]),
     ],
 )
 def test_bad_input_is_told_and_changes_nothing(

@@ -149,7 +149,7 @@ def test_uploads(page: Browser, served: tuple[Desk, str], blip2_project: Project
     page.wait("return document.querySelectorAll('#picture img').length === 1")
     write(page, "#question", "<b>what</b> is it?")
     press(page, "#ask")
-    says(page, "bad.png: not a picture")
+    says(page, "bad.png: not an image")
     assert answers(page) == ["", ""]
     assert "Traceback" not in page.driver.page_source
     press(page, "#picture button[aria-label]")

@@ -181,9 +181,9 @@ def test_a_clone_does_not_hide_the_package_from_its_parent_folder(tmp_path: Path
 
 
 def test_what_a_checkout_alone_has_is_said_in_one_line() -> None:
-    assert launching.of_checkout("scripts.reference") is reference
+    assert launching.import_from_checkout("scripts.reference") is reference
     with pytest.raises(UserError, match=r"scripts\.nothing, which is not installed"):
-        launching.of_checkout("scripts.nothing")
+        launching.import_from_checkout("scripts.nothing")
 
 
 @pytest.mark.slow

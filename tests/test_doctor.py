@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from unike.datasets import doctor
-from unike.datasets.doctor import DIRT, audit, leakage, main
+from unike.datasets.doctor import DIRT, audit, find_leakage, main
 from unike.datasets.mmedit import CaptionDataset, CapVQADataset, VQADataset
 from unike.types import FIVE_METRICS, UserError
 
@@ -59,7 +59,7 @@ def pictures(tmp_path):
     return folder
 
 
-def counts(report: doctor.Report) -> dict[str, int]:
+def counts(report: doctor.AuditReport) -> dict[str, int]:
     return {finding.name: finding.count for finding in report.findings if finding.count}
 
 
@@ -128,7 +128,7 @@ def test_pictures(write, pictures):
     cut.write_bytes((pictures / "a.png").read_bytes()[:60])
     report = audit(path, pictures)
     assert report["missing_pictures"].records == (1, 2)
-    assert report["missing_pictures"].details == (f"{pictures / 'gone.png'}: picture does not exist",)
+    assert report["missing_pictures"].details == (f"{pictures / 'gone.png'}: image does not exist",)
     assert report["unreadable_pictures"].records == (2,)
     assert str(cut) in report["unreadable_pictures"].details[0]
     assert report.errors == 3
@@ -154,7 +154,7 @@ def test_leakage(write):
             record(alt=...),
         ]
     )
-    report = leakage(train, evaluation)
+    report = find_leakage(train, evaluation)
     assert report.records == 5
     assert report["leaked_image"].records == (1,)
     assert report["leaked_m_loc"].records == (2,)
@@ -245,7 +245,7 @@ def test_mmedits_own_counts_vqa():
     train, evaluation = MMEDIT / "vqa_train.json", MMEDIT / "vqa_eval.json"
     for position, path in enumerate((train, evaluation)):
         assert counts(audit(path)) == {name: pair[position] for name, pair in expected.items()}
-    assert counts(leakage(train, evaluation)) == {
+    assert counts(find_leakage(train, evaluation)) == {
         "leaked_image": 1380,
         "leaked_m_loc_pair": 2093,
         "leaked_m_loc": 2093,
@@ -257,7 +257,7 @@ def test_mmedits_own_counts_captions():
     train, evaluation = MMEDIT / "caption_train_edit.json", MMEDIT / "caption_eval_edit.json"
     assert counts(audit(train)) == {"alt_whitespace": 413}
     assert counts(audit(evaluation)) == {"alt_whitespace": 144}
-    assert counts(leakage(train, evaluation)) == {"leaked_m_loc_pair": 1000, "leaked_m_loc": 745}
+    assert counts(find_leakage(train, evaluation)) == {"leaked_m_loc_pair": 1000, "leaked_m_loc": 745}
 
 
 @needs_mmedit

@@ -47,7 +47,7 @@ def test_a_limit_of_the_system_on_files(copied: Project) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (size * 5 // 8, resource.RLIM_INFINITY))
 
     (line,) = said(shell(copied, "--output", "run", preexec_fn=limit), 2)
-    assert "run: cannot be written: File too large; what is recorded is kept, go on with --resume" in line
+    assert "run: cannot be written: File too large; what is recorded is kept, continue with --resume" in line
     assert lines(copied.root / "run") == lines(copied.root / "whole")[:2]
     assert said(shell(copied, "--output", "run", "--resume"), 0) == []
     assert same_end(copied.root / "run", copied.root / "whole")

@@ -131,7 +131,7 @@ def test_an_embedding_is_the_same_for_a_seed_and_keeps_clusters_apart() -> None:
 def test_the_spaces_are_of_questions_that_the_encoders_were_not_trained_on(blip2_project: Project) -> None:
     hparams = HyperParams.from_hparams(blip2_project.yaml)
     held = {(t.query.image, t.query.prompt) for t in data.held_out_triplets(hparams)}
-    trained = {(t.query.image, t.query.prompt) for t in inputs.knowledge_triplets(hparams)}
+    trained = {(t.query.image, t.query.prompt) for t in inputs.read_triplets(hparams)}
     assert held
     assert not held & trained
 

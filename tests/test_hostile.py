@@ -26,8 +26,8 @@ from unike.backbones.checkpoint_files import load_state
 from unike.config.hparams import HyperParams
 from unike.datasets.images import open_image
 from unike.datasets.mmedit import IMAGE_FIELDS, load_records
+from unike.runs.inputs import open_datasets
 from unike.runs.records import read_records
-from unike.runs.run import open_datasets
 from unike.types import UserError
 
 SECONDS = 5
@@ -107,7 +107,7 @@ ANNOTATIONS = {
     "infinity": (SOUND[:-2] + ', "x": -Infinity}]', "-Infinity is no JSON value"),
     "twice": (SOUND[:-2] + ', "alt": "another"}]', "record 0: field 'alt' is given twice"),
     "huge number": (SOUND[:-2] + ', "x": ' + "9" * 10**6 + "}]", "cannot be read"),
-    "null byte": (json.dumps([record(5) | {"image": "5\0.png"}]), "missing picture"),
+    "null byte": (json.dumps([record(5) | {"image": "5\0.png"}]), "missing image"),
     "surrogate": (json.dumps([record(5) | {"alt": "\ud800"}]), "half of a surrogate pair"),
     "no text": ('[{"src": "\udcff"}]'.encode("utf-8", "surrogateescape"), "not UTF-8"),
 }
@@ -204,7 +204,7 @@ def test_a_picture_with_a_bomb_for_a_comment(tmp_path: Path) -> None:
     path = tmp_path / "bomb.png"
     path.write_bytes(text_bomb())
     assert path.stat().st_size < 1 << 20
-    with pytest.raises(UserError, match=r"bomb\.png: picture cannot be read"):
+    with pytest.raises(UserError, match=r"bomb\.png: image cannot be read"):
         open_image(path)
 
 

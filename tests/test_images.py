@@ -130,7 +130,7 @@ def test_broken_exif_does_not_cost_the_picture(picture, monkeypatch):
 
 
 def test_missing_file_directory_and_empty_name(tmp_path):
-    assert one_problem("gone.png", tmp_path) == f"{tmp_path / 'gone.png'}: picture does not exist"
+    assert one_problem("gone.png", tmp_path) == f"{tmp_path / 'gone.png'}: image does not exist"
     assert str(tmp_path) in one_problem(tmp_path)
     assert "directory" in one_problem(tmp_path)
     assert "empty" in one_problem("", tmp_path)

@@ -24,7 +24,7 @@ from untouched import assert_untouched, hook_count, weights_of
 from unike.backbones import load_backbone
 from unike.backbones.checking import check_spec, require_files
 from unike.config.hparams import HyperParams
-from unike.runs.check import versions
+from unike.runs.packages import check_packages
 from unike.types import BackboneSpec, UserError
 
 ROOT = Path(__file__).parents[1]
@@ -55,7 +55,7 @@ def test_without_lavis_one_line_says_how_to_get_it() -> None:
     lines = [line for line in ran.stdout.splitlines() if "salesforce-lavis" in line]
     assert ran.returncode == 2
     assert len(lines) == 1
-    assert lines[0].startswith("✗ backend: lavis:")
+    assert lines[0].startswith(f"✗ {YAML}: backend: lavis:")
     assert "pip install -r requirements-lavis.txt" in lines[0]
     with pytest.raises(UserError, match="salesforce-lavis is not installed"):
         load_backbone(make_spec("lavis"))
@@ -108,9 +108,9 @@ def test_the_yaml_is_that_of_our_own_blip2_through_lavis() -> None:
 def test_the_environment_is_checked_by_its_own_versions(monkeypatch) -> None:
     if not LAVIS:
         # One line says all: that LAVIS is not here.
-        assert versions("lavis") == []
-        monkeypatch.setattr("unike.runs.check.importlib.util.find_spec", lambda _: object())
-    found = versions("lavis")
+        assert check_packages("lavis") == []
+        monkeypatch.setattr("unike.runs.packages.importlib.util.find_spec", lambda _: object())
+    found = check_packages("lavis")
     named = {finding.what.split()[0].rstrip(":") for finding in found}
     assert {"salesforce-lavis", "transformers", "torch", "torchvision", "accelerate"} <= named
     assert all(finding.ok for finding in found) == LAVIS

@@ -18,16 +18,17 @@ from untouched import hook_count
 from unike.backbones import huggingface, loading, placement
 from unike.backbones.base import encode_queries
 from unike.backbones.loading import load_backbone
-from unike.backbones.placement import check_placement, device_map, pick_device, quantization_config
+from unike.backbones.placement import build_quantization_config, check_placement, map_devices, pick_device
 from unike.backbones.prefix import PrefixCache
 from unike.config.hparams import HyperParams
 from unike.methods import build, check_method, resolve_layers
-from unike.runs import check
-from unike.runs.inputs import require_backbone
+from unike.runs.checks import MODEL_CHECKS, find_all, require_backbone
+from unike.runs.request import RunRequest
 from unike.system import processes
 from unike.types import BackboneSpec, EditRequest, Query, UserError
 
 ROOT = Path(__file__).parents[1]
+PLACEMENT = [check for check in MODEL_CHECKS if check.name == "placement"]
 OPTIONS = {
     "model_name": "blip2", "name": "unused", "layers": 2, "external": "none", "zeta": "none",
     "n_keys": 4, "lr": 5e-2, "max_steps": 80,
@@ -55,19 +56,19 @@ def logits(backbone: Any) -> torch.Tensor:
 def test_auto_is_what_accelerate_picks(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = torch.accelerator.current_accelerator() or torch.device("cpu")
     assert pick_device("auto").type == expected.type
-    monkeypatch.setattr(processes, "default_device", lambda: torch.device("xpu"))
+    monkeypatch.setattr(processes, "get_default_device", lambda: torch.device("xpu"))
     assert pick_device("auto").type == "xpu"
     assert pick_device("cpu").type == "cpu"
 
 
 @pytest.mark.parametrize("wanted", ["cuda", "cuda:1", "mps", "xpu:2"])
 def test_a_device_that_is_not_there(wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(placement, "_found", lambda kind: 0)
+    monkeypatch.setattr(placement, "_count_devices", lambda kind: 0)
     name = wanted.split(":")[0].upper()
     with pytest.raises(UserError, match=f"device: {wanted}; found 0 {name} devices, expected auto or cpu"):
         pick_device(wanted)
     assert HyperParams.from_dict({**OPTIONS, "device": wanted}).device == wanted
-    monkeypatch.setattr(placement, "_found", lambda kind: 3)
+    monkeypatch.setattr(placement, "_count_devices", lambda kind: 3)
     assert pick_device(wanted) == torch.device(wanted)
 
 
@@ -79,7 +80,7 @@ def test_edited_layers_lie_with_embeddings_and_head(family: str) -> None:
     model: Any = load_backbone(make_spec(family)).model
     whole = sum(p.nbytes for p in model.parameters())
     limits = dict.fromkeys(range(4), int(0.55 * whole))
-    placed = device_map(model, torch.float32, 2, limits)
+    placed = map_devices(model, torch.float32, 2, limits)
     # Every weight has one place, and no device more than it can hold.
     held: dict[int, int] = {}
     for name, tensor in model.named_parameters():
@@ -94,10 +95,10 @@ def test_edited_layers_lie_with_embeddings_and_head(family: str) -> None:
     others = [d for name, d in placed.items() if name.startswith("language_model.") and "layers." not in name]
     assert set(others) == {0}
     # Without need, everything lies on one device.
-    assert set(device_map(model, torch.float32, 2, {0: 2 * whole}).values()) == {0}
+    assert set(map_devices(model, torch.float32, 2, {0: 2 * whole}).values()) == {0}
     with pytest.raises(UserError, match="do not fit the 2 devices"):
-        device_map(model, torch.float32, 2, {0: whole // 4, 1: whole // 4})
-    half = device_map(model, torch.bfloat16, 2, dict.fromkeys(range(4), int(0.55 * whole)))
+        map_devices(model, torch.float32, 2, {0: whole // 4, 1: whole // 4})
+    half = map_devices(model, torch.bfloat16, 2, dict.fromkeys(range(4), int(0.55 * whole)))
     assert list(half.values()).count(0) > list(placed.values()).count(0)
 
 
@@ -106,8 +107,8 @@ def test_edits_work_through_accelerates_hooks(family: str) -> None:
     backbone = load_backbone(make_spec(family))
     before = logits(backbone)
     expected = edit(backbone).state_dict()
-    placed = dict.fromkeys(placement._units(backbone.model), "cpu")
-    backbone.model = placement.dispatched(backbone.model, placed, force_hooks=True)
+    placed = dict.fromkeys(placement._list_units(backbone.model), "cpu")
+    backbone.model = placement.dispatch(backbone.model, placed, force_hooks=True)
     layer: Any = backbone.layout.layer(0)
     assert hasattr(layer, "_hf_hook"), "the layers carry accelerate's hooks"
     hooks = hook_count(backbone.model)
@@ -128,10 +129,10 @@ def test_a_folder_and_original_files_load_with_a_device_map(blip2_project: Proje
 
     def mapped(model: Any, dtype: torch.dtype, last: int, limits: Any = None) -> dict[str, Any]:
         seen.append(last)
-        return device_map(model, dtype, last, limits)
+        return map_devices(model, dtype, last, limits)
 
     monkeypatch.setattr("accelerate.utils.get_max_memory", lambda: {"cpu": 1 << 40})
-    monkeypatch.setattr(huggingface, "device_map", mapped)
+    monkeypatch.setattr(huggingface, "map_devices", mapped)
     hparams = HyperParams.from_hparams(blip2_project.yaml)
     plain = load_backbone(hparams)
     changes = {"device": "auto", "device_map": "auto"}
@@ -172,15 +173,14 @@ def test_quantization_without_cuda_is_refused_before_loading(
     assert "quantization: int8: needs a CUDA device" in lines[0]
     assert "bitsandbytes is not installed; pip install 'unike[quantization]'" in lines[1]
     assert all(line.startswith(str(blip2_project.yaml)) for line in lines)
-    (found,) = check._placement(hparams)
-    assert not found.ok
-    assert "bitsandbytes" in found.what
+    found = find_all(RunRequest(hparams), PLACEMENT)
+    assert [finding.line for finding in found if not finding.ok] == list(lines)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(placement, "find_spec", lambda name: object())
     check_placement(spec(quantization="int8"))
     with pytest.raises(UserError, match="needs a CUDA device"):
         check_placement(spec(quantization="int8", device="cpu"))
-    assert check._placement(HyperParams.from_hparams(blip2_project.yaml)) == []
+    assert find_all(RunRequest(HyperParams.from_hparams(blip2_project.yaml)), PLACEMENT) == []
 
 
 def test_weights_in_int8_are_not_trained() -> None:
@@ -203,9 +203,9 @@ def test_a_device_map_wants_all_devices_to_itself(monkeypatch: pytest.MonkeyPatc
 
 
 def test_the_configuration_of_quantized_weights() -> None:
-    assert quantization_config(spec(), torch.bfloat16) is None
-    eight = quantization_config(spec(quantization="int8"), torch.bfloat16)
-    four = quantization_config(spec(quantization="int4"), torch.bfloat16)
+    assert build_quantization_config(spec(), torch.bfloat16) is None
+    eight = build_quantization_config(spec(quantization="int8"), torch.bfloat16)
+    four = build_quantization_config(spec(quantization="int4"), torch.bfloat16)
     assert eight.load_in_8bit
     assert not eight.load_in_4bit
     assert four.load_in_4bit

@@ -18,11 +18,12 @@ from unike.backbones import load_backbone
 from unike.backbones.base import encode_queries
 from unike.backbones.hooks import transform
 from unike.backbones.images import FeatureCache, content_key
-from unike.backbones.prefix import PrefixCache, check_prefix_dir, open_prefixes
+from unike.backbones.prefix import PrefixCache, open_prefixes
 from unike.backbones.store import RowStore, row_key
 from unike.backbones.vlm import VisionLanguageBackbone
 from unike.config.hparams import HyperParams
 from unike.edits.deltas import WeightDelta
+from unike.runs.checks import check_prefix_dir
 from unike.types import Query, UserError
 
 FIRST = 4
@@ -360,7 +361,7 @@ def test_prefix_dir_must_be_able_to_be_a_folder(tmp_path):
 
 def test_memory_is_handed_back_after_pictures_are_seen_not_when_they_are_kept(plain, monkeypatch):
     given = []
-    monkeypatch.setattr("unike.backbones.images.give_back", lambda: given.append(1))
+    monkeypatch.setattr("unike.backbones.images.release_memory", lambda: given.append(1))
     cache, picture = FeatureCache(plain.vision.see), Image.new("RGB", (84, 84), "teal")
     for _ in range(2):
         cache.get([picture], plain.vision.pixels)

@@ -207,9 +207,11 @@ def test_alone_nothing_is_shared(tmp_path: Path) -> None:
     assert processes.share([1, 2, 3]) == [1, 2, 3]
     assert processes.spread([1, 2], lambda n: -n) == [-1, -2]
     assert processes.gather("x") == ["x"]
-    assert (processes.rank(), processes.count(), processes.joined()) == (0, 1, False)
+    assert (processes.get_rank(), processes.count(), processes.has_joined()) == (0, 1, False)
     with pytest.raises(UserError) as caught:
-        processes.first(lambda: processes.each(lambda: (_ for _ in ()).throw(UserError("a", "b"))))
+        processes.run_once(
+            lambda: processes.run_everywhere(lambda: (_ for _ in ()).throw(UserError("a", "b")))
+        )
     assert caught.value.problems == ("a", "b")
 
 
@@ -248,12 +250,12 @@ def test_a_commands_end(fault: BaseException, code: int, said: list[str], monkey
     def work() -> int:
         raise fault
 
-    assert launching.guarded(work) == code
+    assert launching.run_guarded(work) == code
     assert capsys.readouterr().err.splitlines() == said
     monkeypatch.setenv("RANK", "1")
-    assert launching.guarded(work) == code
+    assert launching.run_guarded(work) == code
     assert capsys.readouterr().err == "", "the first process says it"
-    assert launching.guarded(lambda: 5) == 5
+    assert launching.run_guarded(lambda: 5) == 5
 
 
 @pytest.mark.parametrize(
@@ -263,4 +265,4 @@ def test_processes_need_a_device_each(device: str, message: str, monkeypatch) ->
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match=message):
         processes.join(device)
-    assert not processes.joined()
+    assert not processes.has_joined()

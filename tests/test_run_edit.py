@@ -20,7 +20,7 @@ import run_edit  # noqa: E402
 from scripts import prepare  # noqa: E402
 from unike import runs  # noqa: E402
 from unike.config.hparams import HyperParams  # noqa: E402
-from unike.runs import check, inputs  # noqa: E402
+from unike.runs import inputs, packages  # noqa: E402
 from unike.runs import run as loop  # noqa: E402
 from unike.runs.records import RecordWriter, read_manifest, read_records  # noqa: E402
 from unike.types import FIVE_METRICS, UserError  # noqa: E402
@@ -154,16 +154,16 @@ def test_a_run_cut_off_within_a_batch_resumes_to_the_same_bytes(copied: Project,
 def test_runs_are_numbered(copied: Project) -> None:
     hparams = HyperParams.from_hparams(copied.yaml)
     results = copied.root / "results"
-    assert runs.run_directory(hparams, "vqa") == results / "small-vqa"
-    assert runs.run_directory(hparams, "vqa", resume=True) == results / "small-vqa"
+    assert runs.choose_directory(hparams, "vqa") == results / "small-vqa"
+    assert runs.choose_directory(hparams, "vqa", resume=True) == results / "small-vqa"
     for name in ("small-vqa", "small-vqa-2"):
         (results / name).mkdir(parents=True)
         (results / name / "records.jsonl").write_text("")
-    assert runs.run_directory(hparams, "vqa") == results / "small-vqa-3"
-    assert runs.run_directory(hparams, "vqa", resume=True) == results / "small-vqa-2"
-    assert runs.run_directory(hparams, "caption") == results / "small-caption"
+    assert runs.choose_directory(hparams, "vqa") == results / "small-vqa-3"
+    assert runs.choose_directory(hparams, "vqa", resume=True) == results / "small-vqa-2"
+    assert runs.choose_directory(hparams, "caption") == results / "small-caption"
     with pytest.raises(UserError, match="is not empty"):
-        runs.run_directory(hparams, "vqa", str(results / "small-vqa"))
+        runs.choose_directory(hparams, "vqa", str(results / "small-vqa"))
 
 
 def test_knowledge_is_built_once(copied: Project, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,7 +176,7 @@ def test_knowledge_is_built_once(copied: Project, monkeypatch: pytest.MonkeyPatc
 
 
 def test_triplets_come_from_all_tasks_in_turn(copied: Project) -> None:
-    triplets = inputs.knowledge_triplets(HyperParams.from_hparams(copied.yaml))
+    triplets = inputs.read_triplets(HyperParams.from_hparams(copied.yaml))
     assert len(triplets) == 6
     assert ["photo" in t.query.prompt for t in triplets] == [False, True] * 3
 
@@ -248,7 +248,7 @@ def broken_train(project: Project) -> None:
 
 
 BAD: list[tuple[Callable[[Project], None], tuple[str, ...]]] = [
-    (no_picture, ("vqa_eval.json: 1 missing picture: ", "5.png")),
+    (no_picture, ("vqa_eval.json: 1 missing image: ", "5.png")),
     (no_alt, ("vqa_eval.json: record 1: field 'alt' is missing",)),
     (empty_target, ("record 0: field 'alt' is empty",)),
     (broken_json, ("vqa_eval.json: broken JSON at line 1",)),
@@ -361,10 +361,10 @@ def test_check_names_remedies(copied: Project, capsys: pytest.CaptureFixture[str
 
 def test_check_compares_versions(monkeypatch: pytest.MonkeyPatch) -> None:
     found = {"torch": "1.13.0", "transformers": "5.21.0", "numpy": "2.4.6"}
-    real = check.metadata.version
-    monkeypatch.setattr(check.metadata, "version", lambda name: found.get(name) or real(name))
-    monkeypatch.setattr(check, "_tested", lambda _: {"transformers": "5.24.0", "numpy": "2.4.6"})
-    by_name = {finding.what.split()[0]: finding for finding in check.versions()}
+    real = packages.metadata.version
+    monkeypatch.setattr(packages.metadata, "version", lambda name: found.get(name) or real(name))
+    monkeypatch.setattr(packages, "_read_pins", lambda _: {"transformers": "5.24.0", "numpy": "2.4.6"})
+    by_name = {finding.what.split()[0]: finding for finding in packages.check_packages()}
     assert not by_name["torch"].ok
     assert by_name["transformers"].ok
     assert by_name["transformers"].remedy == "tested with 5.24.0"

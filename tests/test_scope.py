@@ -29,13 +29,13 @@ from unike.knowledge.scope import (
     select_edits,
 )
 from unike.methods import check_method
+from unike.methods.preparation.folders import find_scope_classifier
 from unike.methods.preparation.scope import (
     INSIDE,
     OUTSIDE,
     build_scope_queries,
     collect_scope_samples,
     ensure_scope,
-    find_scope_classifier,
 )
 from unike.types import Case, Probe, UserError
 

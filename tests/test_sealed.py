@@ -13,11 +13,11 @@ from test_run_edit import ROOT, start
 
 from unike.config.hparams import HyperParams
 from unike.knowledge.encoders import Disentangler, KnowledgeStates
-from unike.methods.preparation.editors import find_editor
+from unike.methods.preparation.folders import find_editor, find_scope_classifier
 from unike.methods.preparation.knowledge import LayerStates, load_states, save_knowledge
-from unike.methods.preparation.scope import find_scope_classifier
-from unike.runs.check import findings
+from unike.runs.checks import find_all
 from unike.runs.records import RecordWriter, read_manifest, read_records
+from unike.runs.request import RunRequest
 from unike.system import files as sealed
 from unike.types import UserError
 
@@ -93,10 +93,11 @@ def test_a_damaged_index_is_found_by_the_check(copied: Project, knowledge: Path)
     index, tensors = knowledge / "knowledge.json", knowledge / "knowledge.safetensors"
 
     def found() -> tuple[bool, str]:
-        (one,) = (f for f in findings(hparams, "vqa") if f.what.startswith("knowledge_dir"))
+        (one,) = (f for f in find_all(RunRequest(hparams)) if "knowledge_dir" in f.what)
         return one.ok, one.what
 
-    assert found() == (False, f"knowledge_dir: {index}: is damaged: it has no options")
+    problem = f"hparams: knowledge_dir: {index}: is damaged: it has no options; delete the folder"
+    assert found() == (False, problem)
     sealed.write_index(index, {"layers": [1], "options": {"seed": hparams.seed}}, tensors)
     assert found() == (True, f"knowledge_dir: {knowledge}: memory and encoders are there")
     index.write_text(index.read_text().replace('"seed": ', '"seed": 1'))

@@ -398,4 +398,4 @@ def test_runs_of_protocols_have_their_own_folders(copied: Project) -> None:
     from unike import runs
 
     hparams = HyperParams.from_hparams(copied.yaml, ["protocol=sequential"])
-    assert runs.run_directory(hparams, "vqa").name == "small-vqa-sequential"
+    assert runs.choose_directory(hparams, "vqa").name == "small-vqa-sequential"

@@ -11,7 +11,7 @@ from unike.config.hparams import HyperParams
 from unike.config.schema import list_own_options
 from unike.config.sections import EditorTrainingOptions, ScopeTrainingOptions
 from unike.datasets.triplets import Triplet
-from unike.methods.preparation import editors, knowledge, scope
+from unike.methods.preparation import folders, knowledge
 from unike.methods.preparation.folders import hash_facts
 from unike.system.files import read_index
 from unike.types import Query
@@ -29,13 +29,13 @@ def load(name: str, monkeypatch: pytest.MonkeyPatch) -> HyperParams:
 @pytest.mark.parametrize("name", EDITORS)
 def test_shipped_editors_are_found_under_their_key(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     hparams = load(name, monkeypatch)
-    folder = editors.find_editor(hparams)
+    folder = folders.find_editor(hparams)
     assert folder is not None
     index = read_index(folder / "editor.json")
-    facts = {k: index[k] for k in ("backbone", "layers")} | {"options": editors.list_editor_options(hparams)}
+    facts = {k: index[k] for k in ("backbone", "layers")} | {"options": folders.list_editor_options(hparams)}
     assert hash_facts(facts) == folder.name
     other = replace(hparams, editor_rank=hparams.editor_rank + 1)
-    assert editors.find_editor(other) is None
+    assert folders.find_editor(other) is None
 
 
 @pytest.mark.parametrize("name", [name for name in TINY if "/scoped/" in name])
@@ -43,12 +43,12 @@ def test_shipped_scope_classifiers_are_found_under_their_key(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hparams = load(name, monkeypatch)
-    folder = scope.find_scope_classifier(hparams)
+    folder = folders.find_scope_classifier(hparams)
     assert folder is not None
     index = read_index(folder / "scope.json")
-    facts = scope.describe_scope(hparams) | {k: index[k] for k in ("backbone", "layer")}
+    facts = folders.describe_scope(hparams) | {k: index[k] for k in ("backbone", "layer")}
     assert hash_facts(facts) == folder.name
-    assert scope.find_scope_classifier(replace(hparams, scope_lr=1.0)) is None
+    assert folders.find_scope_classifier(replace(hparams, scope_lr=1.0)) is None
 
 
 @pytest.mark.parametrize("name", [name for name in TINY if name.count("/") == 1])

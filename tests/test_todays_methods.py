@@ -27,7 +27,7 @@ from unike.backbones.base import encode_queries
 from unike.backbones.checking import check_spec
 from unike.backbones.huggingface import ARCHITECTURES
 from unike.backbones.layout import DecoderLayout
-from unike.backbones.placement import device_map
+from unike.backbones.placement import map_devices
 from unike.config.hparams import HyperParams
 from unike.runs.records import read_records
 from unike.types import BACKBONES, Query, UserError
@@ -323,7 +323,7 @@ def test_the_sites_of_the_published_size(family: str, tmp_path: Path) -> None:
 def test_edited_layers_lie_with_embeddings_and_head(family: str, folders) -> None:
     model: Any = load_backbone(todays_spec(family, folders(family))).model
     whole = sum(p.nbytes for p in model.parameters())
-    placed = device_map(model, torch.float32, 2, dict.fromkeys(range(4), int(0.6 * whole)))
+    placed = map_devices(model, torch.float32, 2, dict.fromkeys(range(4), int(0.6 * whole)))
     for name, _ in model.named_parameters():
         owners = [unit for unit in placed if name == unit or name.startswith(f"{unit}.")]
         assert len(owners) == 1, (name, owners)

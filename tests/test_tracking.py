@@ -13,9 +13,10 @@ from helpers import OPTIONS
 
 from unike.config.hparams import HyperParams
 from unike.evaluation.summary import RunningMeans
-from unike.runs import inputs, tracking
+from unike.runs import checks, tracking
 from unike.runs.records import RecordWriter
 from unike.runs.tracking import Tracker, run_id, track
+from unike.system import findings
 from unike.types import FIVE_METRICS, UserError
 
 
@@ -78,12 +79,14 @@ def test_what_is_told() -> None:
 def test_what_is_not_installed_is_said_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tracking.importlib.util, "find_spec", lambda name: None)
     hp = hparams(log_to=["tensorboard", "wandb"], name="nowhere")
-    problems = [p for p in inputs.problems_of(lambda: inputs.require_backbone(hp)) if "log_to" in p]
+    problems = [p for p in findings.collect_problems(lambda: checks.require_backbone(hp)) if "log_to" in p]
     assert problems == [
         f"hparams: log_to: {name} is not installed; pip install '.[logging]'"
         for name in ("tensorboard", "wandb")
     ]
-    assert not [p for p in inputs.problems_of(lambda: inputs.require_backbone(hparams())) if "log_to" in p]
+    assert not [
+        p for p in findings.collect_problems(lambda: checks.require_backbone(hparams())) if "log_to" in p
+    ]
 
 
 def test_nothing_is_written_unless_asked_for(tmp_path: Path) -> None:

@@ -22,7 +22,8 @@ from unike.config.hparams import HyperParams
 from unike.edits.deltas import LowRankDelta
 from unike.methods.base import build
 from unike.methods.meta_training import Lessons, TrainableMethod, compute_edit_losses, meta_train
-from unike.methods.preparation.editors import ensure_editor, find_editor, load_editor
+from unike.methods.preparation.editors import ensure_editor, load_editor
+from unike.methods.preparation.folders import find_editor
 from unike.types import Case, EditRequest, Probe, Query, UserError
 
 METHODS = ("mend", "serac", "ke")

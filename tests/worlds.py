@@ -19,7 +19,7 @@ from unike.backbones.base import encode_queries
 from unike.backbones.prefix import PrefixCache
 from unike.backbones.vlm import VisionLanguageBackbone
 from unike.config.hparams import HyperParams
-from unike.datasets.triplets import triplets_of
+from unike.datasets.triplets import make_triplets
 from unike.edits import Edit
 from unike.methods import base, build, ike, resolve_needs
 from unike.methods.meta_training import TrainableMethod, meta_train
@@ -76,7 +76,7 @@ class World:
         self.backbone.max_new_tokens = 3
         self.train = [case(i, "two dogs") for i in range(len(COLORS))]
         self.built = build_knowledge(
-            self.backbone, triplets_of(self.train), [4, 5], HyperParams.from_dict(BASE)
+            self.backbone, make_triplets(self.train), [4, 5], HyperParams.from_dict(BASE)
         )
         self.learnt: dict[str, TrainableMethod] = {}
 

@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console
@@ -16,12 +17,17 @@ from rich.text import Text
 from unike.config.hparams import HyperParams
 from unike.datasets.images import open_image
 from unike.datasets.mmedit import VQA_TEMPLATE
-from unike.editor import MultimodalEditor
-from unike.edits.explain import EditReport, Explanation, describe_activity, describe_item, rate_strength
 from unike.edits.store import EditStore
-from unike.runs.inputs import require, require_backbone
+from unike.runs.checks import require_backbone
+from unike.system.findings import require
 from unike.system.text import one_line
 from unike.types import UserError
+
+if TYPE_CHECKING:
+    from unike.edits.explain import EditReport, Explanation
+
+# The editor and what explains its answers come late, since torch comes with them: a missing file should not
+# wait for it.
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -50,6 +56,8 @@ def run(argv: Sequence[str]) -> int:
         lambda: args.image is None or open_image(args.image),
         lambda: folders.extend(_choose_edits(args.edits, args.only)),
     )
+    from unike.editor import MultimodalEditor
+
     editor = MultimodalEditor.from_hparams(hparams, progress=not args.json)
     for folder in folders:
         editor.attach(editor.load(folder))
@@ -90,6 +98,8 @@ def _choose_edits(folder: str, only: Sequence[str] | None) -> list[Path]:
 
 def print_explanation(explanation: Explanation, top: int, console: Console | None = None) -> None:
     """Prints the answers, the edits that were active, and what was retrieved."""
+    from unike.edits.explain import rate_strength
+
     out = console or Console()
     for name, value in (
         ("asked", explanation.prompt),
@@ -109,6 +119,8 @@ def print_explanation(explanation: Explanation, top: int, console: Console | Non
 
 
 def _tabulate_edits(edits: Sequence[EditReport]) -> Table:
+    from unike.edits.explain import describe_activity
+
     table = Table(box=box.SIMPLE_HEAD)
     for name in ("edit", "method", "its question", "its answer", "scope", "what it did"):
         table.add_column(name, justify="right" if name == "scope" else "left", overflow="fold")
@@ -127,6 +139,8 @@ def _tabulate_edits(edits: Sequence[EditReport]) -> Table:
 
 
 def _tabulate_items(explanation: Explanation) -> Table:
+    from unike.edits.explain import describe_item
+
     caption = "alpha: knowledge's share of attention; weight: the item's share of that"
     table = Table(box=box.SIMPLE_HEAD, caption=caption, caption_justify="left")
     for name in ("layer", "alpha", "weight", "similarity"):

@@ -19,7 +19,7 @@ from unike.backbones.prefix import PrefixCache
 from unike.backbones.store import row_key
 from unike.config.hparams import HyperParams
 from unike.datasets.mmedit import CapVQADataset
-from unike.datasets.triplets import Triplet, triplets_of
+from unike.datasets.triplets import Triplet, make_triplets
 from unike.edits import Edit, compose
 from unike.edits.attached import EditedModel, Slot
 from unike.edits.base import load_edit
@@ -29,7 +29,7 @@ from unike.edits.shares import Shared
 from unike.evaluation.protocols import one_step
 from unike.evaluation.summary import summarise
 from unike.methods.base import EditMethod
-from unike.runs import inputs
+from unike.runs import checks, inputs
 from unike.types import Case, EditRequest, Expectation, ImageLike, Probe, Query, UserError
 
 METRIC_KEYS = {
@@ -58,7 +58,7 @@ class _Keeper(EditMethod):
         self, backbone: Backbone, request: EditRequest, prefixes: PrefixCache, history: Edit | None
     ) -> Edit:
         self.last = None
-        self.last = self.method._edit(backbone, request, prefixes, history)
+        self.last = self.method.edit(backbone, request, prefixes, history)
         return self.last
 
 
@@ -81,7 +81,7 @@ class MultimodalEditor:
         """Loads the backbone; UserError with all problems of method, device and weights before that."""
         if not isinstance(hparams, HyperParams):
             hparams = HyperParams.from_hparams(hparams)
-        inputs.require_backbone(hparams)
+        checks.require_backbone(hparams)
         return cls(hparams, load_backbone(hparams), progress)
 
     def prepare(self, train_ds: Iterable[Case] | None = None, skip_broken: bool = False) -> runs.Parts:
@@ -89,11 +89,11 @@ class MultimodalEditor:
 
         def triplets() -> list[Triplet]:
             if train_ds is not None:
-                return triplets_of(train_ds, self.hparams.triplets)
-            return inputs.knowledge_triplets(self.hparams, skip_broken)
+                return make_triplets(train_ds, self.hparams.triplets)
+            return inputs.read_triplets(self.hparams, skip_broken)
 
         def cases() -> Sequence[Case]:
-            return inputs.train_cases(self.hparams, skip_broken, train_ds)
+            return inputs.read_method_cases(self.hparams, skip_broken, train_ds)
 
         if self._parts is None or train_ds is not None:
             with self._slot.only(()):

@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"written: {write_comparison(found, args.a, args.html)}")
         return 0
 
-    return launching.guarded(run)
+    return launching.run_guarded(run)
 
 
 if __name__ == "__main__":

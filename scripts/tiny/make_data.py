@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import zlib
 from dataclasses import dataclass
@@ -42,14 +41,19 @@ from scripts.tiny.scenes import (
 from unike.backbones import Backbone, load_backbone
 from unike.config.hparams import HyperParams
 from unike.datasets.answers import normalise_answer
-from unike.methods import resolve_needs
-from unike.methods.preparation.editors import wants_cases
+from unike.runs.drawing import (
+    TASKS,
+    choose_splits,
+    get_drawing_folder,
+    get_drawn_file,
+    list_missing_splits,
+)
+from unike.system.files import write_text
 from unike.types import UserError
 
 VERSION = 1
 TEXTURES = Path("data/cache/openmoji.safetensors")
 SPLITS = ("train", "val", "eval")
-TASKS = ("vqa", "caption")
 SIZES = {"train": 600, "val": 100, "eval": 200}
 # Where the backbone errs on its own: rare objects, disturbed pictures.
 RARE_SHARE, DISTURBED_SHARE = 0.5, 0.35
@@ -222,40 +226,26 @@ def make(
         written[task] = [artist.record(task, i, c) for i, c in enumerate(found)]
     artist.paint(out)
     for task, rows in written.items():
-        path = out / f"{task}_{split}.json"
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-        os.replace(partial, path)
+        write_text(get_drawn_file(out, task, split), json.dumps(rows, indent=1) + "\n")
     about = {"version": VERSION, "seed": seed, "records": records, "backbone": backbone.fingerprint}
-    (out / f"{split}.about.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    write_text(out / f"{split}.about.json", json.dumps(about, indent=1) + "\n")
 
 
 def ensure(
     hparams: HyperParams, splits: tuple[str, ...] | None = None, backbone: Backbone | None = None
 ) -> None:
     """Draws what is not there yet: eval, and train where memory, encoders or editor are still to be made."""
-    if hparams.image_root is None:
-        raise UserError(
-            f"{hparams.source}: image_root: missing; expected the folder to draw the benchmark into"
-        )
-    out = Path(hparams.image_root)
-    kept = hparams.knowledge_dir is not None and (Path(hparams.knowledge_dir) / "knowledge.json").is_file()
-    needs = resolve_needs(hparams)
-    kept = (kept or needs.training) and not wants_cases(hparams, needs)
-    wanted = splits or (("eval",) if kept else ("train", "eval"))
-    if not _missing(out, wanted):
+    out = get_drawing_folder(hparams)
+    wanted = splits or choose_splits(hparams)
+    if not list_missing_splits(out, wanted):
         return
     out.parent.mkdir(parents=True, exist_ok=True)
     # Of two runs that are started at once, each would draw over what the other one reads.
     with FileLock(out.parent / ".drawing.lock"):
-        for split in _missing(out, wanted):
+        for split in list_missing_splits(out, wanted):
             backbone = backbone or load_backbone(hparams)
-            print(f"drawing the embedded benchmark's {split} split into {out}", file=sys.stderr)
+            print(f"drawing the bundled benchmark's {split} split into {out}", file=sys.stderr)
             make(backbone, out, split, SIZES[split], hparams.seed)
-
-
-def _missing(out: Path, splits: tuple[str, ...]) -> list[str]:
-    return [s for s in splits if not all((out / f"{t}_{s}.json").is_file() for t in TASKS)]
 
 
 def main() -> int:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import csv
 import io
 import math
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
+
+from unike.system.files import replace_atomically
 
 SIZE = 64
 TEXTURE_SIZES = (64, 32)
@@ -179,9 +180,8 @@ def textures(cache: Path | None = None) -> dict[int, torch.Tensor]:
         drawn[size] = (drawn[size] * 255).round() / 255
     if cache is not None:
         cache.parent.mkdir(parents=True, exist_ok=True)
-        part = cache.with_suffix(f".{os.getpid()}.partial")
-        save_file({str(k): (v * 255).round().to(torch.uint8) for k, v in drawn.items()}, part)
-        os.replace(part, cache)
+        with replace_atomically(cache) as temporary:
+            save_file({str(k): (v * 255).round().to(torch.uint8) for k, v in drawn.items()}, temporary)
     return drawn
 
 

@@ -12,20 +12,18 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from unike.backbones.checkpoint_files import (
-    DTYPES,
+    DTYPE_BYTES,
     EVA,
     MINIGPT4,
     QFORMER_OPT,
     QFORMER_T5,
-    Finding,
-    Kind,
+    OriginalFile,
+    explain_read_errors,
     load_state,
     peek,
-    reading,
 )
+from unike.system.findings import Finding
 from unike.system.text import shorten
 from unike.types import BackboneSpec, UserError
 
@@ -59,9 +57,9 @@ _LANGUAGE = {
     ),
 }
 _TOKENIZER: Parts = {"tokenizer": ("tokenizer.json", "tokenizer.model", "vocab.json")}
-_PICTURES: Parts = {"image processor": ("preprocessor_config.json", "processor_config.json")}
+_IMAGES: Parts = {"image processor": ("preprocessor_config.json", "processor_config.json")}
 _CHAT: Parts = {
-    **_PICTURES,
+    **_IMAGES,
     "chat template": ("chat_template.jinja", "chat_template.json", "tokenizer_config.json:chat_template"),
 }
 _WHOLE = {
@@ -71,7 +69,9 @@ _WHOLE = {
         "llava", ("llama", "mistral", "qwen2"), "a LLaVA-1.5 folder: `llava-hf/llava-1.5-7b-hf`", _CHAT
     ),
     "llava_onevision": Folder(
-        "llava_onevision", ("qwen2",), "a LLaVA-OneVision folder: `llava-hf/llava-onevision-qwen2-7b-ov-hf`",
+        "llava_onevision",
+        ("qwen2",),
+        "a LLaVA-OneVision folder: `llava-hf/llava-onevision-qwen2-7b-ov-hf`",
         _CHAT,
     ),
     "qwen2_vl": Folder(
@@ -81,12 +81,16 @@ _WHOLE = {
         "qwen2_5_vl", ("qwen2_5_vl_text",), "a Qwen2.5-VL folder: `Qwen/Qwen2.5-VL-7B-Instruct`", _CHAT
     ),
     "instructblip": Folder(
-        "instructblip", ("llama",), "an InstructBLIP folder: `Salesforce/instructblip-vicuna-7b`",
-        {**_PICTURES, "Q-Former's tokenizer": ("qformer_tokenizer",)},
+        "instructblip",
+        ("llama",),
+        "an InstructBLIP folder: `Salesforce/instructblip-vicuna-7b`",
+        {**_IMAGES, "Q-Former's tokenizer": ("qformer_tokenizer",)},
     ),
-}  # fmt: skip
+}
 # Far above any real model.
 LAYERS = 1024
+# Torch's names of number types, as a config.json has them: ``float8_e4m3fn`` takes 8 bits.
+_STORED_TYPE = re.compile(r"(?:b?float|u?int)(8|16|32|64)(?:_\w+)?")
 # Of LAVIS's `blip2_opt`; it looks for their files itself.
 _LAVIS_TYPES = ("pretrain_opt2.7b", "pretrain_opt6.7b", "caption_coco_opt2.7b", "caption_coco_opt6.7b")
 # The tokeniser that LAVIS asks for is not the fast one.
@@ -94,17 +98,17 @@ _LAVIS_TOKENIZER: Parts = {"vocabulary": ("vocab.json",), "merges": ("merges.txt
 _FOLDER_HAS = ("state_dict_file", "qformer_checkpoint", "pretrained_ckpt", "image_size")
 
 
-def original_kinds(spec: BackboneSpec) -> Mapping[str, Kind]:
+def get_original_files(spec: BackboneSpec) -> Mapping[str, OriginalFile]:
     """The original files that this backbone needs, by YAML key; none where it only comes as a folder."""
     return _FILES.get(spec.model_name, {})
 
 
-def decoders(spec: BackboneSpec) -> tuple[str, ...]:
+def list_decoders(spec: BackboneSpec) -> tuple[str, ...]:
     """The families of language models that the backbone may have."""
     return _WHOLE[spec.model_name].decoders
 
 
-def _check_file(key: str, value: str | None, kind: Kind) -> Finding:
+def _check_file(key: str, value: str | None, kind: OriginalFile) -> Finding:
     if value is None:
         return Finding(False, f"{key}: is not set; expected {kind.title}", kind.remedy)
     try:
@@ -119,7 +123,7 @@ def _check_file(key: str, value: str | None, kind: Kind) -> Finding:
     return Finding(True, f"{key}: {value}: {kind.title}")
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def _list_weight_files(folder: Path) -> list[Path]:
     """The files that transformers would read, in its order of preference; every shard must be there."""
     for name in ("model.safetensors", "pytorch_model.bin"):
         index = folder / f"{name}.index.json"
@@ -142,13 +146,13 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _wrong_model(spec: BackboneSpec, config: Mapping[str, Any], whole: bool) -> str | None:
+def _describe_mismatch(spec: BackboneSpec, config: Mapping[str, Any], whole: bool) -> str | None:
     """Why a folder's model isn't the one that the spec needs."""
     kind, wanted = config.get("model_type"), _WHOLE[spec.model_name]
     if whole:
         if kind != wanted.kind:
             hint = "with a language model alone, state_dict_file and qformer_checkpoint name the vision side"
-            return f"holds a `{kind}` model" + (f"; {hint}" if original_kinds(spec) else "")
+            return f"holds a `{kind}` model" + (f"; {hint}" if get_original_files(spec) else "")
         text = config.get("text_config") or config
         # Transformers would build its default, of 7B parameters. Qwen2-VL's lies flat.
         if text is config and "hidden_size" not in config:
@@ -176,7 +180,7 @@ def _require_buildable(folder: Path, config: Mapping[str, Any]) -> None:
                 )
 
 
-def _there(folder: Path, part: str) -> bool:
+def _has_part(folder: Path, part: str) -> bool:
     """Whether a folder has a file, or in a JSON file (``name:key``) a key."""
     name, _, key = part.partition(":")
     try:
@@ -199,18 +203,18 @@ def _check_folder(spec: BackboneSpec, whole: bool) -> list[Finding]:
     if not folder.is_dir():
         return [Finding(False, f"{at}: is a file, not a folder", expected)]
     try:
-        with reading(f"{folder}: is damaged"):
+        with explain_read_errors(f"{folder}: is damaged"):
             config = _read_json(folder / "config.json")
-            if wrong := _wrong_model(spec, config, whole):
+            if wrong := _describe_mismatch(spec, config, whole):
                 raise UserError(f"{folder}: {wrong}")
             _require_buildable(folder, config)
-            for file in _weight_files(folder):
+            for file in _list_weight_files(folder):
                 peek(file, "weights")
             text = (config.get("text_config") if whole else config) or {}
             context = int(text.get("max_position_embeddings", 0))
     except UserError as error:
-        return [Finding(False, f"name: {error}", expected), *_lost_parts(spec, whole)]
-    if lost := _lost_parts(spec, whole):
+        return [Finding(False, f"name: {error}", expected), *_list_missing_parts(spec, whole)]
+    if lost := _list_missing_parts(spec, whole):
         return lost
     findings = [Finding(True, f"{at}: `{config['model_type']}`")]
     # Vicuna v1.5 comes from LLaMA-2 and shows it by its context; V0 and v1.1 have 2048 tokens.
@@ -220,18 +224,18 @@ def _check_folder(spec: BackboneSpec, whole: bool) -> list[Finding]:
     return findings
 
 
-def _lost_parts(spec: BackboneSpec, whole: bool) -> list[Finding]:
+def _list_missing_parts(spec: BackboneSpec, whole: bool) -> list[Finding]:
     """What a folder lacks beside its weights."""
     tokenizer = _LAVIS_TOKENIZER if spec.backend == "lavis" else _TOKENIZER
     parts = tokenizer | (_WHOLE[spec.model_name].parts if whole else {})
     return [
         Finding(False, f"name: {spec.name}: holds no {what}", f"expected one of {', '.join(names)}")
         for what, names in parts.items()
-        if not any(_there(Path(spec.name), name) for name in names)
+        if not any(_has_part(Path(spec.name), name) for name in names)
     ]
 
 
-def _unfit_keys(spec: BackboneSpec) -> list[Finding]:
+def _list_unfit_keys(spec: BackboneSpec) -> list[Finding]:
     """Keys of the YAML that a backbone which only comes as a folder has no use for."""
     given = {key: getattr(spec, key) for key in (*_FOLDER_HAS, "vision_config", "qformer_config")}
     what = f"{spec.model_name} comes as a Hugging Face folder, which has its own"
@@ -247,12 +251,14 @@ def check_spec(spec: BackboneSpec) -> list[Finding]:
 def _check_weights(spec: BackboneSpec) -> list[Finding]:
     if spec.backend == "lavis" and not spec.original_files:
         return [_check_type(spec.name)]
-    if not original_kinds(spec):
-        return [*_unfit_keys(spec), *_check_folder(spec, whole=True)]
+    if not get_original_files(spec):
+        return [*_list_unfit_keys(spec), *_check_folder(spec, whole=True)]
     original = spec.original_files or spec.pretrained_ckpt is not None
     findings = []
     if original:
-        findings = [_check_file(key, getattr(spec, key), kind) for key, kind in original_kinds(spec).items()]
+        findings = [
+            _check_file(key, getattr(spec, key), kind) for key, kind in get_original_files(spec).items()
+        ]
     return findings + _check_folder(spec, whole=not original)
 
 
@@ -294,10 +300,10 @@ def require_files(spec: BackboneSpec) -> None:
     """Raises one ``UserError`` with all that is wrong with the spec's files."""
     bad = [finding for finding in check_spec(spec) if not finding.ok]
     if bad:
-        raise UserError(*(f"{spec.source}: {f.what}" + (f"; {f.remedy}" if f.remedy else "") for f in bad))
+        raise UserError(*(f"{spec.source}: {f.line}" for f in bad))
 
 
-def _free_bytes() -> int | None:
+def _measure_free_memory() -> int | None:
     """Memory that can be had now: the kernel's estimate, or this container's limit if that is less."""
     limits = []
     try:
@@ -314,32 +320,36 @@ def _free_bytes() -> int | None:
     return min(limits)
 
 
-def _stored_numbers(spec: BackboneSpec) -> int:
+def _count_stored_numbers(spec: BackboneSpec) -> int:
     """How many numbers the spec's weight files hold."""
-    originals = original_kinds(spec) if spec.original_files else {}
+    originals = get_original_files(spec) if spec.original_files else {}
     states = (load_state(getattr(spec, key) or "", kind.title) for key, kind in originals.items())
     count = sum(tensor.numel() for state in states for tensor in state.values())
     folder = Path(spec.name)
     config = _read_json(folder / "config.json")
-    stored = getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "float32"), None)
-    width = stored.itemsize if isinstance(stored, torch.dtype) else 4
-    return count + sum(file.stat().st_size // width for file in _weight_files(folder))
+    stored = _STORED_TYPE.fullmatch(str(config.get("dtype") or config.get("torch_dtype") or "float32"))
+    width = int(stored[1]) // 8 if stored else 4
+    return count + sum(file.stat().st_size // width for file in _list_weight_files(folder))
 
 
-def _size(count: int) -> str:
+def _format_size(count: int) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
-def memory_finding(spec: BackboneSpec) -> Finding:
+def estimate_memory(spec: BackboneSpec) -> Finding:
     """Whether the weights, in ``spec.dtype``, fit into the memory that is free now."""
-    if spec.dtype not in DTYPES:
-        return Finding(False, f"dtype: `{spec.dtype}` is unknown", f"expected one of {', '.join(DTYPES)}")
+    if spec.dtype not in DTYPE_BYTES:
+        return Finding(
+            False, f"dtype: `{spec.dtype}` is unknown", f"expected one of {', '.join(DTYPE_BYTES)}"
+        )
     try:
-        needed = _stored_numbers(spec) * DTYPES[spec.dtype].itemsize
+        needed = _count_stored_numbers(spec) * DTYPE_BYTES[spec.dtype]
     except UserError as error:
         return Finding(True, "memory: cannot be estimated before the files are there", error.problems[0])
-    free, amount = _free_bytes(), f"memory: the weights take {_size(needed)} in {spec.dtype}"
+    free, amount = _measure_free_memory(), f"memory: the weights take {_format_size(needed)} in {spec.dtype}"
     if free is None:
         return Finding(True, f"{amount}; this system does not say how much is free")
     smaller = "free some memory" + ("" if spec.dtype != "float32" else ", or halve it with dtype: bfloat16")
-    return Finding(needed <= free, f"{amount}, {_size(free)} are free", smaller if needed > free else None)
+    return Finding(
+        needed <= free, f"{amount}, {_format_size(free)} are free", smaller if needed > free else None
+    )

@@ -9,17 +9,22 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
-from torch import Tensor
 
-from unike.system.faults import out_of_memory
+from unike.system.faults import is_out_of_memory
 from unike.system.text import one_line, shorten
 from unike.types import UserError
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+# Torch takes seconds to import: it is imported where tensors are read, not where a file is missing.
+
+# Bytes of a number, by the names that ``dtype`` in a YAML may have.
+DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 _LAVIS = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2/"
 _QFORMER_KEYS = (
@@ -41,16 +46,7 @@ BROKEN = (
 
 
 @dataclass(frozen=True)
-class Finding:
-    """One line of a check: ``ok`` with a ``remedy`` is a note, not ``ok`` stops the run."""
-
-    ok: bool
-    what: str
-    remedy: str | None = None
-
-
-@dataclass(frozen=True)
-class Kind:
+class OriginalFile:
     """A kind of original file: what it is, the keys that give it away, where it comes from."""
 
     title: str
@@ -58,40 +54,48 @@ class Kind:
     remedy: str
 
 
-EVA = Kind(
+EVA = OriginalFile(
     "EVA ViT-g of LAVIS (eva_vit_g.pth)",
     ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight"),
     f"get {_LAVIS}eva_vit_g.pth",
 )
-QFORMER_OPT = Kind(
+QFORMER_OPT = OriginalFile(
     "BLIP-2's Q-Former for OPT (blip2_pretrained_opt2.7b.pth)",
     (*_QFORMER_KEYS, "opt_proj.weight"),
     f"get {_LAVIS}blip2_pretrained_opt2.7b.pth",
 )
-QFORMER_T5 = Kind(
+QFORMER_T5 = OriginalFile(
     "BLIP-2's Q-Former for FlanT5-xxl (blip2_pretrained_flant5xxl.pth)",
     (*_QFORMER_KEYS, "t5_proj.weight"),
     f"get {_LAVIS}blip2_pretrained_flant5xxl.pth",
 )
-MINIGPT4 = Kind(
+MINIGPT4 = OriginalFile(
     "MiniGPT-4's projection (pretrained_minigpt4_7b.pth)",
     ("llama_proj.weight", "llama_proj.bias"),
     "get the `MiniGPT-4 (Vicuna 7B)` checkpoint linked in https://github.com/Vision-CAIR/MiniGPT-4",
 )
 
 
+def get_dtype(name: str) -> torch.dtype:
+    """Torch's type of the ``name``, one of ``DTYPE_BYTES``."""
+    import torch
+
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
 # ---------------------------------------------------------------- reading files
 
 
 @contextmanager
-def reading(what: str) -> Iterator[None]:
+def explain_read_errors(what: str) -> Iterator[None]:
     """Whatever a library makes of a damaged file inside the block becomes a UserError that says ``what``."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:  # tokenizers raises nothing but Exception itself
-        if out_of_memory(error):
+        if is_out_of_memory(error):
             raise
         raise UserError(f"{what}: {one_line(error) or type(error).__name__}") from error
 
@@ -135,8 +139,10 @@ def _refuse_bombs(path: Path, expected: str) -> None:
         raise UserError(f"{path}: {reason}; expected {expected}")
 
 
-def _held(tensor: Tensor) -> bool:
+def _is_stored_whole(tensor: Tensor) -> bool:
     """Whether the file holds all numbers of a tensor: strides of 0 would claim any number of them."""
+    import torch
+
     if tensor.layout is not torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
         return False
     return tensor.numel() * tensor.itemsize <= tensor.untyped_storage().nbytes()
@@ -149,6 +155,9 @@ def load_state(path: str | os.PathLike[str], expected: str = "a checkpoint of te
     """
     path = Path(path)
     refuse_by_first_bytes(path, expected)
+    import torch
+    from safetensors.torch import load_file
+
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -165,10 +174,10 @@ def load_state(path: str | os.PathLike[str], expected: str = "a checkpoint of te
             content = content[wrapper]
             break
     tensors = content.items() if isinstance(content, Mapping) else ()
-    state = {str(key): value for key, value in tensors if isinstance(value, Tensor)}
+    state = {str(key): value for key, value in tensors if isinstance(value, torch.Tensor)}
     if not state:
         raise UserError(f"{path}: holds no named tensors; expected {expected}")
-    if lost := next((name for name, tensor in state.items() if not _held(tensor)), None):
+    if lost := next((name for name, tensor in state.items() if not _is_stored_whole(tensor)), None):
         raise UserError(f"{path}: does not hold all numbers of `{shorten(lost)}`; expected {expected}")
     return state
 
@@ -179,7 +188,8 @@ def peek(path: Path, expected: str) -> set[str]:
         return set(load_state(path, expected))
     refuse_by_first_bytes(path, expected)
     try:
-        with safe_open(path, framework="pt") as file:
+        # Keys are the same for every framework, and numpy is imported faster than torch.
+        with safe_open(path, framework="numpy") as file:
             return set(file.keys())
     except BROKEN as error:
         raise UserError(f"{path}: is truncated or not a checkpoint; expected {expected}") from error

@@ -25,22 +25,21 @@ from transformers import (
     PreTrainedModel,
 )
 
-from unike.backbones.checking import check_spec, memory_finding, require_files
-from unike.backbones.checkpoint_files import DTYPES, Finding, load_state, reading
+from unike.backbones.checking import check_spec, estimate_memory, require_files
+from unike.backbones.checkpoint_files import DTYPE_BYTES, explain_read_errors, get_dtype, load_state
 from unike.backbones.original import State, names, read_shape, read_states, require_whole
-from unike.backbones.placement import quantization_config
+from unike.backbones.placement import build_quantization_config
 from unike.types import BackboneSpec, UserError
 
 __all__ = [
-    "Finding",
     "build_configs",
     "check_spec",
     "convert_eva",
     "convert_qformer",
     "convert_states",
+    "estimate_memory",
     "load_original",
     "load_state",
-    "memory_finding",
     "require_files",
 ]
 
@@ -177,9 +176,9 @@ def _check_fit(spec: BackboneSpec, model: Blip2ForConditionalGeneration, weights
 
 def _language_model(spec: BackboneSpec, dtype: torch.dtype, device: torch.device | None) -> PreTrainedModel:
     loader: Any = AutoModelForCausalLM
-    config = quantization_config(spec, dtype)
+    config = build_quantization_config(spec, dtype)
     more = {} if config is None else {"quantization_config": config, "device_map": {"": device}}
-    with reading(f"name: {spec.name}: the language model does not load"):
+    with explain_read_errors(f"name: {spec.name}: the language model does not load"):
         model, info = loader.from_pretrained(spec.name, dtype=dtype, output_loading_info=True, **more)
     require_whole(spec, info)
     return model
@@ -197,11 +196,11 @@ def load_original(spec: BackboneSpec, device: torch.device | None = None) -> Bli
 
     Never holds two copies: the skeleton has no memory, and each mapped tensor is copied once.
     """
-    if spec.dtype not in DTYPES:
-        raise UserError(f"{spec.source}: dtype `{spec.dtype}`; expected one of {', '.join(DTYPES)}")
+    if spec.dtype not in DTYPE_BYTES:
+        raise UserError(f"{spec.source}: dtype `{spec.dtype}`; expected one of {', '.join(DTYPE_BYTES)}")
     require_files(spec)
-    dtype, states = DTYPES[spec.dtype], read_states(spec)
-    with reading(f"{spec.source}: the configuration does not fit"):
+    dtype, states = get_dtype(spec.dtype), read_states(spec)
+    with explain_read_errors(f"{spec.source}: the configuration does not fit"):
         text_config = AutoConfig.from_pretrained(spec.name)
         config = build_configs(spec, text_config, states)
         with torch.device("meta"):

@@ -25,12 +25,12 @@ from transformers import (
 from transformers.utils import logging
 
 from unike.backbones.architecture import Architecture
-from unike.backbones.checking import decoders
-from unike.backbones.checkpoint_files import DTYPES, reading
+from unike.backbones.checking import list_decoders
+from unike.backbones.checkpoint_files import explain_read_errors, get_dtype
 from unike.backbones.checkpoints import load_original
 from unike.backbones.dialogue import Chat, Dialogue
 from unike.backbones.original import require_whole
-from unike.backbones.placement import device_map, dispatched, quantization_config
+from unike.backbones.placement import build_quantization_config, dispatch, map_devices
 from unike.backbones.vision import Blip2Vision, GridVision, InstructVision, ProjectorVision, SplitVision
 from unike.backbones.vlm import VisionLanguageBackbone
 from unike.types import BackboneSpec, UserError
@@ -73,23 +73,23 @@ def load_huggingface(
         model, folder = load_original(spec, device), None
         if spec.device_map is not None:
             depth = model.language_model.config.num_hidden_layers
-            placed = device_map(model, DTYPES[spec.dtype], _last(layers, depth))
-            model = dispatched(model, placed)
+            placed = map_devices(model, get_dtype(spec.dtype), _last(layers, depth))
+            model = dispatch(model, placed)
     else:
         model, folder = _load_folder(spec, architecture, device, layers), spec.name
     decoder = model.config.get_text_config().model_type
-    if decoder not in decoders(spec):
-        expected = " or ".join(decoders(spec))
+    if decoder not in list_decoders(spec):
+        expected = " or ".join(list_decoders(spec))
         raise UserError(
             f"{spec.source}: name: {spec.name} holds a {decoder} decoder; "
             f"model_name {spec.model_name} expects {expected}"
         )
-    with reading(f"{spec.source}: name: {spec.name}: the tokenizer does not load"):
+    with explain_read_errors(f"{spec.source}: name: {spec.name}: the tokenizer does not load"):
         tokenizer = AutoTokenizer.from_pretrained(spec.name)
     if spec.device_map is None and not getattr(model, "is_quantized", False):
         model.to(device)
     size = None if spec.original_files else spec.image_size
-    with reading(f"{spec.source}: name: {spec.name}: what stands beside the weights does not load"):
+    with explain_read_errors(f"{spec.source}: name: {spec.name}: the files other than weights do not load"):
         dialogue = architecture.dialogue or _chat(spec, architecture, tokenizer)
         return VisionLanguageBackbone(model, tokenizer, architecture, dialogue, folder, size, limit)
 
@@ -106,7 +106,7 @@ def _chat(spec: BackboneSpec, architecture: Architecture, tokenizer: PreTrainedT
         raise UserError(f"{at}: its tokenizer has no token {chat.image}")
     # A template that does not work would end a run at its first question.
     for shown in (False, True):
-        with reading(f"{at}: its chat template does not work"):
+        with explain_read_errors(f"{at}: its chat template does not work"):
             written = chat.text(tokenizer, "a", shown).count(chat.image)
         if written != shown:
             raise UserError(
@@ -123,16 +123,16 @@ def _last(layers: int | tuple[int, ...], depth: int) -> int:
 def _load_folder(
     spec: BackboneSpec, architecture: Architecture, device: torch.device, layers: int | tuple[int, ...]
 ) -> PreTrainedModel:
-    dtype, more = DTYPES[spec.dtype], {}
+    dtype, more = get_dtype(spec.dtype), {}
     kind = "folder" if Path(spec.name).exists() else "hub name"
-    with reading(f"{spec.source}: name: {kind} {spec.name} cannot be loaded"):
-        if (config := quantization_config(spec, dtype)) is not None:
+    with explain_read_errors(f"{spec.source}: name: {kind} {spec.name} cannot be loaded"):
+        if (config := build_quantization_config(spec, dtype)) is not None:
             more = {"quantization_config": config, "device_map": {"": device}}
         elif spec.device_map is not None:
             with torch.device("meta"):
                 skeleton: Any = architecture.model(AutoConfig.from_pretrained(spec.name))
             depth = skeleton.config.get_text_config().num_hidden_layers
-            more = {"device_map": device_map(skeleton, dtype, _last(layers, depth))}
+            more = {"device_map": map_devices(skeleton, dtype, _last(layers, depth))}
         with _quiet(Path(spec.name)):
             loader: Any = architecture.model
             model, info = loader.from_pretrained(spec.name, dtype=dtype, output_loading_info=True, **more)

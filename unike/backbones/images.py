@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from PIL import Image
 
-from unike.backbones.checkpoint_files import reading
+from unike.backbones.checkpoint_files import explain_read_errors
 from unike.backbones.store import RowStore, row_key
 from unike.datasets.images import open_image
 from unike.system.cache import BoundedCache
-from unike.system.faults import give_back
+from unike.system.faults import release_memory
 from unike.types import ImageLike, UserError
 
 # An image, or what the vision side computed of it: tensors by name.
@@ -32,7 +32,7 @@ def load_image_processor(folder: str | None, size: int) -> Any:
 
     square = {"height": size, "width": size}
     if folder is not None and (Path(folder) / "preprocessor_config.json").is_file():
-        with reading(f"{folder}: preprocessor_config.json cannot be read"):
+        with explain_read_errors(f"{folder}: preprocessor_config.json cannot be read"):
             return BlipImageProcessorPil.from_pretrained(folder, size=square)
     return BlipImageProcessorPil(size=square, image_mean=CLIP_MEAN, image_std=CLIP_STD)
 
@@ -96,7 +96,7 @@ class FeatureCache:
             if self.store is not None:
                 self.store.put({row_key(k): state for k, state in new.items()})
         if waiting:
-            give_back()
+            release_memory()
         for key in keys:
             self._kept.put(key, found[key])
         return [found[k] for k in keys]

@@ -22,7 +22,7 @@ from torch import nn
 
 from unike.backbones.architecture import Architecture
 from unike.backbones.base import Batch
-from unike.backbones.checkpoint_files import DTYPES, reading
+from unike.backbones.checkpoint_files import explain_read_errors, get_dtype
 from unike.backbones.dialogue import Dialogue
 from unike.backbones.images import Parts
 from unike.backbones.original import Shape, State, names, read_shape, read_states, require_whole
@@ -95,11 +95,11 @@ def load_lavis(spec: BackboneSpec, device: torch.device, limit: int) -> LavisBac
 
     Raises UserError where LAVIS cannot load it, or the files do not fit each other.
     """
-    with reading(f"{spec.source}: name: {spec.name} cannot be loaded by LAVIS"):
+    with explain_read_errors(f"{spec.source}: name: {spec.name} cannot be loaded by LAVIS"):
         model = _from_files(spec) if spec.original_files else load_model(MODEL, spec.name)
     # As in LAVIS, what lies between tower and decoder stays in single precision.
     for part in (model.visual_encoder, model.opt_model):
-        part.to(DTYPES[spec.dtype])
+        part.to(get_dtype(spec.dtype))
     _hand_on_cache(model.opt_model)
     architecture = Architecture(type(model), LavisVision, decoder="opt_model", dialogue=DIALOGUE)
     return LavisBackbone(model.to(device), model.opt_tokenizer, architecture, DIALOGUE, max_new_tokens=limit)
@@ -127,7 +127,7 @@ def _from_files(spec: BackboneSpec) -> Any:
     _fill(spec, model, states["qformer_checkpoint"], beside=("opt_model.", "visual_encoder."))
     # LAVIS reads OPT in half precision, as it is published: a folder in another one would be rounded.
     if OPTConfig.from_pretrained(spec.name).torch_dtype != torch.float16:
-        dtype = DTYPES[spec.dtype]
+        dtype = get_dtype(spec.dtype)
         model.opt_model, info = OPTForCausalLM.from_pretrained(
             spec.name, torch_dtype=dtype, output_loading_info=True
         )
@@ -175,7 +175,7 @@ def _built_from(spec: BackboneSpec, eva: State, shape: Shape) -> Any:
 def _fill(spec: BackboneSpec, module: nn.Module, state: State, beside: tuple[str, ...] = ()) -> None:
     """Every parameter gets its tensor, but those whose names begin as ``beside`` says."""
     wanted = [name for name, _ in module.named_parameters() if not name.startswith(beside)]
-    with reading(f"{spec.source}: the original files do not fit"):
+    with explain_read_errors(f"{spec.source}: the original files do not fit"):
         module.load_state_dict({name: state[name] for name in wanted if name in state}, strict=False)
     if missing := [name for name in wanted if name not in state]:
         raise UserError(f"{spec.source}: the original files lack {names(missing)}")

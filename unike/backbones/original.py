@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from unike.backbones.checking import original_kinds
+from unike.backbones.checking import get_original_files
 from unike.backbones.checkpoint_files import load_state
 from unike.types import BackboneSpec, UserError
 
@@ -21,7 +21,7 @@ DEFAULT_IMAGE_SIZE = 364
 
 def read_states(spec: BackboneSpec) -> dict[str, dict[str, Tensor]]:
     """The original files by YAML key."""
-    kinds = original_kinds(spec)
+    kinds = get_original_files(spec)
     states = {key: load_state(getattr(spec, key), kind.title) for key, kind in kinds.items()}
     # A fine-tuned BLIP-2 file carries its own visual encoder; as in LAVIS, it wins over EVA's file.
     prefix = "visual_encoder."

@@ -5,15 +5,18 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
-from typing import Any
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from unike.system import processes
 from unike.types import BackboneSpec, UserError
 
-DeviceMap = dict[str, Any]
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+# Torch takes seconds to import: it is imported where a device is looked for.
+
+DeviceMap = dict[str, int | str]
 # The parts of a vision side, whatever the model.
 VISION = ("vision_model", "qformer", "language_projection", "vision_tower", "multi_modal_projector", "visual")
 # What stays in its own type under `quantization`: bitsandbytes is for language models.
@@ -22,44 +25,57 @@ UNQUANTIZED = (*VISION, "lm_head")
 _FREE_SHARE = 0.9
 
 
+def check_device(wanted: str) -> None:
+    """UserError where the wanted device is not there. ``auto`` and ``cpu`` always are."""
+    if wanted not in ("auto", "cpu"):
+        pick_device(wanted)
+
+
 def pick_device(wanted: str) -> torch.device:
     """``auto`` takes this process's accelerator where there is one (CUDA, MPS, XPU, ...), as
     ``accelerate`` picks it; UserError where the wanted device is not there."""
+    import torch
+
     if wanted == "auto":
-        device: torch.device = processes.default_device()
+        device: torch.device = processes.get_default_device()
         return device
     device = torch.device(wanted)
-    found = _found(device.type)
+    found = _count_devices(device.type)
     if device.type != "cpu" and (device.index or 0) >= found:
         raise UserError(
             f"device: {wanted}; found {found} {device.type.upper()} devices, expected auto or cpu"
         )
-    if processes.joined() and device.type == processes.default_device().type:
+    if processes.has_joined() and device.type == processes.get_default_device().type:
         return pick_device("auto")
     return device
 
 
-def _found(kind: str) -> int:
+def _count_devices(kind: str) -> int:
     """Devices of a kind; 0 of one that this torch does not know."""
+    import torch
+
     try:
         return int(torch.get_device_module(kind).device_count())
     except RuntimeError:
         return 0
 
 
-def check_placement(spec: BackboneSpec) -> None:
-    """UserError, one line per problem, for what ``device_map`` and ``quantization`` can't do here."""
+def check_placement(spec: BackboneSpec, process_count: int | None = None) -> None:
+    """UserError, one line per problem, for what ``device_map`` and ``quantization`` can't do here.
+
+    ``process_count`` is that of the run, None for that of the processes at work.
+    """
     problems = []
     if spec.device_map is not None:
         if spec.device != "auto":
             problems.append(f"device_map: {spec.device_map}: expected device: auto, got {spec.device}")
-        if processes.count() > 1:
+        if (process_count or processes.count()) > 1:
             problems.append(f"device_map: {spec.device_map}: takes all devices; expected one process")
     if spec.quantization != "none":
         at = f"quantization: {spec.quantization}"
         if spec.device_map is not None:
             problems.append(f"{at}: expected device_map: null, got {spec.device_map}")
-        if not torch.cuda.is_available() or spec.device == "cpu":
+        if spec.device == "cpu" or not _has_cuda():
             problems.append(f"{at}: needs a CUDA device; expected quantization: none on this one")
         if find_spec("bitsandbytes") is None:
             problems.append(f"{at}: bitsandbytes is not installed; pip install 'unike[quantization]'")
@@ -67,7 +83,13 @@ def check_placement(spec: BackboneSpec) -> None:
         raise UserError(*(f"{spec.source}: {problem}" for problem in problems))
 
 
-def quantization_config(spec: BackboneSpec, dtype: torch.dtype) -> Any:
+def _has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def build_quantization_config(spec: BackboneSpec, dtype: torch.dtype) -> Any:
     """``BitsAndBytesConfig`` of the spec, None for plain weights: LLM.int8(), or NF4 that computes in
     ``dtype``. Linear modules of the language model only, without its head."""
     if spec.quantization == "none":
@@ -77,15 +99,17 @@ def quantization_config(spec: BackboneSpec, dtype: torch.dtype) -> Any:
     if spec.quantization == "int8":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=list(UNQUANTIZED))
     return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype,
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=dtype,
         llm_int8_skip_modules=list(UNQUANTIZED),
-    )  # fmt: skip
+    )
 
 
 # ---------------------------------------------------------------- several devices
 
 
-def device_map(
+def map_devices(
     model: Any, dtype: torch.dtype, last: int, limits: Mapping[int, int] | None = None
 ) -> DeviceMap:
     """Which device each part of a model goes to, for ``accelerate``; on a machine without
@@ -108,15 +132,15 @@ def device_map(
     stack = model.get_decoder().get_decoder().layers
     decoder = next(f"{name}." for name, module in model.named_modules() if module is stack)
 
-    def at_home(name: str) -> bool:
+    def is_at_home(name: str) -> bool:
         if name.startswith(decoder):
             return int(name.removeprefix(decoder).split(".")[0]) >= len(stack) - last
         # A model's own parameters (query tokens) lie where accelerate's hook of the whole puts them.
         return not set(name.split(".")) & set(VISION)
 
-    units = list(_units(model))
+    units = list(_list_units(model))
     home, left = next(iter(limits)), dict(limits)
-    placed: DeviceMap = {name: home for name in units if at_home(name)}
+    placed: DeviceMap = {name: home for name in units if is_at_home(name)}
     # Tied weights (OPT's head and embeddings) count twice here, which errs on the safe side.
     left[home] -= sum(sizes[name] for name in placed)
     devices = iter(limits)
@@ -136,9 +160,11 @@ def device_map(
     return {name: placed[name] for name in units}
 
 
-def _units(module: nn.Module, at: str = "") -> Iterator[str]:
-    """What is not split, in forward order: items of module lists, what lies beside these, and
-    parameters that belong to no smaller module."""
+def _list_units(module: nn.Module, at: str = "") -> Iterator[str]:
+    """What is not split, in forward order: items of module lists, the modules after and before these,
+    and parameters that belong to no smaller module."""
+    from torch import nn
+
     if not any(isinstance(m, nn.ModuleList) for m in module.modules()):
         yield at.removesuffix(".")
         return
@@ -147,10 +173,10 @@ def _units(module: nn.Module, at: str = "") -> Iterator[str]:
         if isinstance(child, nn.ModuleList):
             yield from (f"{at}{name}.{i}" for i in range(len(child)))
         else:
-            yield from _units(child, f"{at}{name}.")
+            yield from _list_units(child, f"{at}{name}.")
 
 
-def dispatched(model: Any, placed: DeviceMap, force_hooks: bool = False) -> Any:
+def dispatch(model: Any, placed: DeviceMap, force_hooks: bool = False) -> Any:
     """A model that is loaded already, moved to its devices; with ``force_hooks``, accelerate's hooks are
     set where there is but one, too."""
     if placed == {"": "cpu"}:
@@ -162,6 +188,9 @@ def dispatched(model: Any, placed: DeviceMap, force_hooks: bool = False) -> Any:
         # Parameters have no module of their own name; the hook of the whole places them.
         warnings.filterwarnings("ignore", message=".*do not match any submodules")
         return dispatch_model(
-            model, placed, main_device=placed[embeddings], skip_keys=model._skip_keys_device_placement,
+            model,
+            placed,
+            main_device=placed[embeddings],
+            skip_keys=model._skip_keys_device_placement,
             force_hooks=force_hooks,
-        )  # fmt: skip
+        )

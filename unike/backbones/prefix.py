@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 
@@ -14,7 +13,7 @@ from unike.backbones.images import content_key
 from unike.backbones.store import RowStore, row_key
 from unike.config.sections import PrefixOptions
 from unike.system.cache import BoundedCache
-from unike.types import Query, UserError
+from unike.types import Query
 
 GB = 10**9
 # Image, prompt and target.
@@ -162,16 +161,6 @@ def open_prefixes(
     kept = int(hparams.prefix_memory_gb * GB) if memory else 0
     alone = hparams.batch_invariant
     return PrefixCache(backbone, first, kept, batch or hparams.eval_batch, store, alone)
-
-
-def check_prefix_dir(hparams: PrefixOptions) -> None:
-    """UserError where ``prefix_dir`` cannot be a folder."""
-    if hparams.prefix_dir is None:
-        return
-    path = Path(hparams.prefix_dir)
-    there = next(p for p in (path, *path.absolute().parents) if p.exists())
-    if not there.is_dir():
-        raise UserError(f"{hparams.source}: prefix_dir: {there} is a file; expected a folder")
 
 
 def _make_key(query: Query) -> QueryKey:

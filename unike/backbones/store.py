@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import secrets
 import time
 import zlib
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+
+from unike.system.files import replace_atomically
 
 logger = logging.getLogger("unike")
 
@@ -72,13 +73,13 @@ class RowStore:
             self.writing = False
             return
         name = f"{_START}{hashlib.sha256(repr(sorted(own)).encode()).hexdigest()[:32]}{_END}"
-        temporary = self.folder / f".{name}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
         tensors = {f"{key}.{n}": t for key, row in own.items() for n, t in row.items()}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             before = os.stat(self.folder).st_mtime_ns
-            save_file(tensors, temporary, metadata={key: _checksum(row) for key, row in own.items()})
-            os.replace(temporary, self.folder / name)
+            # Not durable: rows that a crash loses are computed again.
+            with replace_atomically(self.folder / name, is_durable=False) as temporary:
+                save_file(tensors, temporary, metadata={key: _checksum(row) for key, row in own.items()})
             # Only files that others wrote in between have to be looked for.
             self._stamp = os.stat(self.folder).st_mtime_ns if before == self._stamp else -1
         except (OSError, SafetensorError) as error:
@@ -89,9 +90,6 @@ class RowStore:
             self._files.add(name)
             self._used.add(self.folder / name)
             self._where.update(dict.fromkeys(own, name))
-        finally:
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
 
     def _look(self) -> None:
         """Takes up files that this store or another process has written since."""

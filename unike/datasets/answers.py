@@ -7,27 +7,16 @@ import string
 import unicodedata
 
 ARTICLES = frozenset({"a", "an", "the"})
-
-
 _COUNTING = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
     "sixteen seventeen eighteen nineteen twenty"
 )
-
-
 NUMBER_WORDS = {word: str(number) for number, word in enumerate(_COUNTING.split())}
-
 
 # VQA's own map counts "none" as an answer to "how many".
 _DIGITS = {**NUMBER_WORDS, "none": "0"}
-
-
 _APOSTROPHE = re.compile(r"(?<=\w)['\u2019](?=\w)")
-
-
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
-
-
 _INSIDE_NUMBER = re.compile(r"(?<=\d)[.:](?=\d)")
 
 

@@ -8,9 +8,9 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal, cast
 
 from rich.console import Console
 from rich.table import Table
@@ -21,10 +21,11 @@ from unike.datasets.images import PathLike, image_path, lies_outside, open_image
 from unike.datasets.mmedit import (
     IMAGE_FIELDS,
     KNOWN_FIELDS,
+    Annotation,
+    has_nothing_to_edit,
+    list_record_problems,
+    list_unknown_fields,
     load_records,
-    nothing_to_edit,
-    record_problems,
-    unknown_fields,
 )
 from unike.system.text import one_line
 from unike.types import UserError
@@ -40,7 +41,7 @@ Severity = Literal["error", "warning"]
 
 
 @dataclass(frozen=True)
-class Finding:
+class AuditFinding:
     """One kind of dirt in one file: the records that have it (counted from 0), and words about them."""
 
     name: str
@@ -56,26 +57,26 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Report:
+class AuditReport:
     """What was found in one file, or in an evaluation file against its training file."""
 
     title: str
     records: int
-    findings: tuple[Finding, ...] = field(default=())
+    findings: tuple[AuditFinding, ...] = field(default=())
 
     @property
     def errors(self) -> int:
         """The number of records with an error, summed over the kinds of error."""
         return sum(finding.count for finding in self.findings if finding.severity == "error")
 
-    def __getitem__(self, name: str) -> Finding:
+    def __getitem__(self, name: str) -> AuditFinding:
         """The finding of that name; KeyError if the audit has none."""
         for finding in self.findings:
             if finding.name == name:
                 return finding
         raise KeyError(name)
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """The report in JSON's types."""
         findings = [
             {
@@ -91,69 +92,69 @@ class Report:
         return {"title": self.title, "records": self.records, "findings": findings}
 
 
-def starts_with_stray_quote(record: dict[str, str]) -> bool:
+def starts_with_stray_quote(record: Annotation) -> bool:
     """Whether the rephrased prompt opens with a quotation mark."""
     return record["rephrase"].lstrip().startswith(QUOTES)
 
 
-def rephrase_equals_src(record: dict[str, str]) -> bool:
+def rephrase_equals_src(record: Annotation) -> bool:
     """Whether the rephrased prompt is the prompt."""
     return record["rephrase"].strip() == record["src"].strip()
 
 
-def yes_no_with_wh_rephrase(record: dict[str, str]) -> bool:
+def yes_no_with_wh_rephrase(record: Annotation) -> bool:
     """Whether the target is yes or no and the rephrased prompt's first word asks what, where, how..."""
     first = re.search(r"[a-z]+", record["rephrase"].lower())
     return normalise_answer(record["alt"]) in ("yes", "no") and bool(first and first[0] in WH_WORDS)
 
 
-def pred_equals_alt(record: dict[str, str]) -> bool:
+def pred_equals_alt(record: Annotation) -> bool:
     """Whether both answers are equal in lower case, without a leading article, a lone number word a digit."""
     pred = (record.get("pred") or "").strip()
-    return bool(pred) and _plain(pred) == _plain(record["alt"])
+    return bool(pred) and _simplify(pred) == _simplify(record["alt"])
 
 
-def _plain(answer: str) -> str:
+def _simplify(answer: str) -> str:
     bare = _LEADING_ARTICLE.sub("", answer.strip().lower())
     return NUMBER_WORDS.get(bare, bare)
 
 
-def alt_with_edge_whitespace(record: dict[str, str]) -> bool:
+def alt_with_edge_whitespace(record: Annotation) -> bool:
     """Whether the target begins or ends in whitespace or has a line break."""
     return record["alt"] != record["alt"].strip() or "\n" in record["alt"]
 
 
-def rephrase_with_newline(record: dict[str, str]) -> bool:
+def rephrase_with_newline(record: Annotation) -> bool:
     """Whether the rephrased prompt has a line break."""
     return "\n" in record["rephrase"]
 
 
-DIRT: dict[str, tuple[str, Callable[[dict[str, str]], bool]]] = {
+DIRT: dict[str, tuple[str, Callable[[Annotation], bool]]] = {
     "stray_quote": ("rephrase starts with a quotation mark", starts_with_stray_quote),
     "rephrase_equals_src": ("rephrase is src", rephrase_equals_src),
     "yes_no_wh": ("yes/no target, rephrase asks what, how...", yes_no_with_wh_rephrase),
     "pred_equals_alt": ("pred is alt but for article or number word", pred_equals_alt),
-    "nothing_to_edit": ("pred is alt by VQA's rules (see clean)", nothing_to_edit),
+    "nothing_to_edit": ("pred is alt by VQA's rules (see clean)", has_nothing_to_edit),
     "alt_whitespace": ("alt has edge whitespace or a line break", alt_with_edge_whitespace),
     "rephrase_newline": ("rephrase has a line break", rephrase_with_newline),
 }
 
 
-def audit(path: PathLike, images: PathLike | None = None) -> Report:
-    """Examines one annotation file; with ``images``, also every picture that it names under that folder.
+def audit(path: PathLike, images: PathLike | None = None) -> AuditReport:
+    """Examines one annotation file; with ``images``, also every image that it names under that folder.
 
-    Errors are records that cannot become a case and pictures that cannot be opened; duplicates,
+    Errors are records that cannot become a case and images that cannot be opened; duplicates,
     unknown fields and the kinds in ``DIRT`` are warnings. Only sound records are searched for dirt.
 
     Raises:
         UserError: one line, if the file or the folder is unusable.
     """
     records = load_records(path)
-    problems = {index: record_problems(record, index) for index, record in enumerate(records)}
-    sound = {index: record for index, record in enumerate(records) if not problems[index]}
+    problems = {index: list_record_problems(record, index) for index, record in enumerate(records)}
+    sound = {i: cast(Annotation, record) for i, record in enumerate(records) if not problems[i]}
     broken = tuple(index for index in problems if index not in sound)
     findings = [
-        Finding(
+        AuditFinding(
             "fields",
             "a field is missing, empty or ill-typed",
             "error",
@@ -162,23 +163,24 @@ def audit(path: PathLike, images: PathLike | None = None) -> Report:
         )
     ]
     if images is not None:
-        findings += _picture_findings(sound, images)
-    findings += [_duplicates(records), _unknown(records)]
+        findings += _find_bad_images(sound, images)
+    findings += [_find_duplicates(records), _find_unknown_fields(records)]
     for name, (meaning, test) in DIRT.items():
         findings.append(
-            Finding(name, meaning, "warning", tuple(i for i, record in sound.items() if test(record)))
+            AuditFinding(name, meaning, "warning", tuple(i for i, record in sound.items() if test(record)))
         )
-    return Report(one_line(path), len(records), tuple(findings))
+    return AuditReport(one_line(path), len(records), tuple(findings))
 
 
-def leakage(train: PathLike, evaluation: PathLike) -> Report:
+def find_leakage(train: PathLike, evaluation: PathLike) -> AuditReport:
     """Which evaluation records use what the training file has too; broken records are passed over.
 
     Raises:
         UserError: one line, if a file is unusable.
     """
-    seen = [record for index, record in enumerate(load_records(train)) if not record_problems(record, index)]
-    asked = load_records(evaluation)
+    seen = _select_sound(load_records(train)).values()
+    records = load_records(evaluation)
+    sound = _select_sound(records)
     kinds = {
         "leaked_image": ("image also in train", ("image",)),
         "leaked_m_loc_pair": ("m_loc and m_loc_q also in train", ("m_loc", "m_loc_q")),
@@ -187,16 +189,18 @@ def leakage(train: PathLike, evaluation: PathLike) -> Report:
     findings = []
     for name, (meaning, fields) in kinds.items():
         known = {tuple(record[key] for key in fields) for record in seen}
-        leaked = tuple(
-            index
-            for index, record in enumerate(asked)
-            if not record_problems(record, index) and tuple(record[key] for key in fields) in known
-        )
-        findings.append(Finding(name, meaning, "warning", leaked))
-    return Report(f"{one_line(evaluation)} against {one_line(train)}", len(asked), tuple(findings))
+        leaked = (i for i, record in sound.items() if tuple(record[key] for key in fields) in known)
+        findings.append(AuditFinding(name, meaning, "warning", tuple(leaked)))
+    return AuditReport(f"{one_line(evaluation)} against {one_line(train)}", len(records), tuple(findings))
 
 
-def _duplicates(records: Sequence[Any]) -> Finding:
+def _select_sound(records: Sequence[object]) -> dict[int, Mapping[str, object]]:
+    """The records that can become a case, by their place in the file."""
+    numbered = enumerate(records)
+    return {i: cast(Mapping[str, object], r) for i, r in numbered if not list_record_problems(r, i)}
+
+
+def _find_duplicates(records: Sequence[object]) -> AuditFinding:
     first: dict[str, int] = {}
     repeated, details = [], []
     for index, record in enumerate(records):
@@ -204,49 +208,51 @@ def _duplicates(records: Sequence[Any]) -> Finding:
         if original != index:
             repeated.append(index)
             details.append(f"record {index}: same as record {original}")
-    return Finding("duplicates", "identical to an earlier record", "warning", tuple(repeated), tuple(details))
+    return AuditFinding(
+        "duplicates", "identical to an earlier record", "warning", tuple(repeated), tuple(details)
+    )
 
 
-def _unknown(records: Sequence[Any]) -> Finding:
+def _find_unknown_fields(records: Sequence[object]) -> AuditFinding:
     found = {
-        index: unknown_fields(record) for index, record in enumerate(records) if isinstance(record, dict)
+        index: list_unknown_fields(record) for index, record in enumerate(records) if isinstance(record, dict)
     }
     found = {index: keys for index, keys in found.items() if keys}
     names = dict.fromkeys(key for keys in found.values() for key in keys)
-    details = tuple(f"field {one_line(repr(key), 80)} is not read{_meant(key)}" for key in names)
-    return Finding("unknown_fields", "has fields that are not read", "warning", tuple(found), details)
+    details = tuple(f"field {one_line(repr(key), 80)} is not read{_suggest(key)}" for key in names)
+    return AuditFinding("unknown_fields", "has fields that are not read", "warning", tuple(found), details)
 
 
-def _meant(key: str) -> str:
+def _suggest(key: str) -> str:
     close = difflib.get_close_matches(key, KNOWN_FIELDS, n=1, cutoff=0.7)
     return f"; is it meant to be {close[0]!r}?" if close else ""
 
 
-def _picture_findings(sound: dict[int, dict[str, Any]], images: PathLike) -> list[Finding]:
+def _find_bad_images(sound: Mapping[int, Annotation], images: PathLike) -> list[AuditFinding]:
     if not os.path.isdir(images):
-        raise UserError(f"{one_line(images)}: is not a directory; expected the folder of the pictures")
+        raise UserError(f"{one_line(images)}: is not a directory; expected the folder of the images")
     kinds = {
-        "missing_pictures": "a picture does not exist",
-        "unreadable_pictures": "a picture cannot be decoded",
-        "outside_pictures": "a picture lies outside of the folder",
+        "missing_pictures": "an image does not exist",
+        "unreadable_pictures": "an image cannot be decoded",
+        "outside_pictures": "an image lies outside of the folder",
     }
     checked: dict[str, tuple[str, str] | None] = {}
     concerned: dict[str, dict[int, None]] = {kind: {} for kind in kinds}
     for index, record in sound.items():
         for name in (record[key] for key in IMAGE_FIELDS if key in record):
             if name not in checked:
-                checked[name] = _picture_problem(images, name)
+                checked[name] = _diagnose_image(images, name)
             problem = checked[name]
             if problem:
                 concerned[problem[0]][index] = None
     findings = []
     for kind, meaning in kinds.items():
         details = tuple(problem[1] for problem in checked.values() if problem and problem[0] == kind)
-        findings.append(Finding(kind, meaning, "error", tuple(concerned[kind]), details))
+        findings.append(AuditFinding(kind, meaning, "error", tuple(concerned[kind]), details))
     return findings
 
 
-def _picture_problem(images: PathLike, name: str) -> tuple[str, str] | None:
+def _diagnose_image(images: PathLike, name: str) -> tuple[str, str] | None:
     if lies_outside(images, name):
         return "outside_pictures", f"{one_line(name)}: lies outside of {one_line(images)}"
     try:
@@ -257,7 +263,7 @@ def _picture_problem(images: PathLike, name: str) -> tuple[str, str] | None:
     return None
 
 
-def render(report: Report) -> Table:
+def render(report: AuditReport) -> Table:
     """The report as a table: a row for each kind of finding, with the first records concerned."""
     table = Table()
     table.add_column("finding")
@@ -273,7 +279,7 @@ def render(report: Report) -> Table:
     return table
 
 
-def _print(console: Console, report: Report) -> None:
+def _print(console: Console, report: AuditReport) -> None:
     console.print(Text(f"{report.title}: {report.records:,} records", style="bold"), soft_wrap=True)
     console.print(render(report))
     for finding in report.findings:
@@ -293,13 +299,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         "with the first (training before evaluation).",
     )
     parser.add_argument("files", nargs="+", metavar="FILE", help="a JSON file of MMEdit records")
-    parser.add_argument("--images", metavar="DIR", help="also open every picture, under this folder")
+    parser.add_argument("--images", metavar="DIR", help="also open every image, under this folder")
     parser.add_argument("--json", action="store_true", help="print JSON in place of tables")
     arguments = parser.parse_args(argv)
     try:
         reports = [audit(file, arguments.images) for file in arguments.files]
         if len(arguments.files) == 2:
-            reports.append(leakage(*arguments.files))
+            reports.append(find_leakage(*arguments.files))
     except UserError as error:
         print(error, file=sys.stderr)
         return 2

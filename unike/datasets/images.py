@@ -1,11 +1,10 @@
-"""Pictures from files: any mode that Pillow reads, as 8-bit RGB, or one line saying what is wrong."""
+"""Images from files: any mode that Pillow reads, as 8-bit RGB, or one line saying what is wrong."""
 
 from __future__ import annotations
 
 import os
 import warnings
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -35,15 +34,15 @@ def lies_outside(root: PathLike | None, name: str) -> bool:
     return real != inside and not real.startswith(os.path.join(inside, ""))
 
 
-def open_image(source: Any, root: PathLike | None = None) -> Image.Image:
-    """The picture as a new 8-bit RGB image, upright, transparency laid on white.
+def open_image(source: object, root: PathLike | None = None) -> Image.Image:
+    """The file as a new 8-bit RGB image, upright, transparency laid on white.
 
     ``source`` is a path, absolute or relative to ``root``, or a PIL image (left untouched). Grey levels
     of 16 bits are scaled to 8, not clipped; of an animation, the first frame.
 
     Raises:
-        UserError: one line naming the file, if it is missing, not a regular file, truncated or not a
-            picture, or if ``source`` is something else.
+        UserError: one line naming the file, if it is missing, not a regular file, truncated or not an
+            image, or if ``source`` is something else.
     """
     if isinstance(source, Image.Image):
         name = one_line(getattr(source, "filename", "") or "image in memory")
@@ -51,7 +50,7 @@ def open_image(source: Any, root: PathLike | None = None) -> Image.Image:
     if not isinstance(source, (str, os.PathLike)):
         raise UserError(f"image: expected a path or a PIL image, got {type(source).__name__}")
     if not os.fspath(source):
-        raise UserError("image: path is empty; expected a picture's file name")
+        raise UserError("image: path is empty; expected an image's file name")
     path = image_path(root, source)
     name = one_line(path)
     _require_file(path, name)
@@ -60,23 +59,25 @@ def open_image(source: Any, root: PathLike | None = None) -> Image.Image:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(path)
     except Image.UnidentifiedImageError as error:
-        raise UserError(f"{name}: not a picture in a known format") from error
+        raise UserError(f"{name}: not an image in a known format") from error
     except Exception as error:  # format plugins raise anything, from struct.error to SyntaxError
-        raise UserError(f"{name}: picture cannot be read: {_reason(error)}") from error
+        raise UserError(f"{name}: image cannot be read: {_describe_error(error)}") from error
     with image:
         if image.format in _PROGRAMS:
-            raise UserError(f"{name}: {image.format} pictures are not taken: another program would run them")
+            raise UserError(
+                f"{name}: {image.format} images are not supported: another program would run them"
+            )
         return _decode(image, name)
 
 
 def _require_file(path: Path, name: str) -> None:
     # os.path, not Path: these also answer False to names that no file system accepts.
     if os.path.isdir(path):
-        raise UserError(f"{name}: is a directory; expected a picture")
+        raise UserError(f"{name}: is a directory; expected an image")
     if not os.path.exists(path):
-        raise UserError(f"{name}: picture does not exist")
+        raise UserError(f"{name}: image does not exist")
     if not os.path.isfile(path):
-        raise UserError(f"{name}: is not a regular file; expected a picture")
+        raise UserError(f"{name}: is not a regular file; expected an image")
 
 
 def _decode(image: Image.Image, name: str) -> Image.Image:
@@ -86,21 +87,21 @@ def _decode(image: Image.Image, name: str) -> Image.Image:
         raise UserError(f"{name}: {pixels} pixels; expected at most {most} (PIL.Image.MAX_IMAGE_PIXELS)")
     try:
         image.load()
-        return _to_rgb(_upright(image))
+        return _convert_to_rgb(_turn_upright(image))
     except Exception as error:  # see open_image
-        raise UserError(f"{name}: picture cannot be read: {_reason(error)}") from error
+        raise UserError(f"{name}: image cannot be read: {_describe_error(error)}") from error
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def _turn_upright(image: Image.Image) -> Image.Image:
     try:
         return ImageOps.exif_transpose(image)
     except Exception:  # the pixels are sound (already loaded); only the metadata is not
         return image
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _convert_to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
-        return Image.fromarray(_eight_bits(np.asarray(image), image.mode)).convert("RGB")
+        return Image.fromarray(_scale_to_eight_bits(np.asarray(image), image.mode)).convert("RGB")
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, "white")
@@ -108,7 +109,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _eight_bits(levels: np.ndarray, mode: str) -> np.ndarray:
+def _scale_to_eight_bits(levels: np.ndarray, mode: str) -> np.ndarray:
     """Grey levels ``(H, W)`` of a deep mode as uint8.
 
     Mode "I;16" has a known range; "I" and "F" say nothing about theirs, so it is the smallest usual
@@ -125,5 +126,5 @@ def _eight_bits(levels: np.ndarray, mode: str) -> np.ndarray:
     return np.clip(np.rint(values * (255.0 / full)), 0, 255).astype(np.uint8)
 
 
-def _reason(error: Exception) -> str:
+def _describe_error(error: Exception) -> str:
     return one_line(error) or type(error).__name__

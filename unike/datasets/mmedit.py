@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from itertools import chain, zip_longest
 from pathlib import Path
-from typing import Any, ClassVar, overload
+from typing import ClassVar, Literal, TypedDict, cast, overload
 
 from unike.datasets.answers import normalise_answer
 from unike.datasets.images import PathLike, image_path, lies_outside
@@ -35,20 +35,43 @@ PAIRED_FIELDS = (("same_question_image", "same_question_a"), ("same_image_q", "s
 KNOWN_FIELDS = (*REQUIRED_FIELDS, "pred", *chain.from_iterable(PAIRED_FIELDS), "joint")
 # Far above any real question, caption or file: longer ones are a mistake, or meant to take memory and time.
 TEXT_LENGTH, FILE_BYTES = 20_000, 1 << 30
-IMAGE_FIELDS = ("image", "image_rephrase", "m_loc", "same_question_image")
+ImageField = Literal["image", "image_rephrase", "m_loc", "same_question_image"]
+IMAGE_FIELDS: tuple[ImageField, ...] = ("image", "image_rephrase", "m_loc", "same_question_image")
 
 
-class _Doubled(dict[str, Any]):
+class Annotation(TypedDict, total=False):
+    """A sound record. Of the texts, all of ``REQUIRED_FIELDS`` are there, and of ``PAIRED_FIELDS`` both or
+    none."""
+
+    src: str
+    rephrase: str
+    alt: str
+    image: str
+    image_rephrase: str
+    loc: str
+    loc_ans: str
+    m_loc: str
+    m_loc_q: str
+    m_loc_a: str
+    same_question_image: str
+    same_question_a: str
+    same_image_q: str
+    same_image_a: str
+    pred: str | None
+    joint: bool
+
+
+class _RepeatedField(dict[str, object]):
     """A JSON object that gives a field more than once: which of the values is meant, nobody knows."""
 
-    def __init__(self, pairs: list[tuple[str, Any]]) -> None:
+    def __init__(self, pairs: list[tuple[str, object]]) -> None:
         super().__init__(pairs)
-        ((self.doubled, _),) = Counter(name for name, _ in pairs).most_common(1)
+        ((self.repeated, _),) = Counter(name for name, _ in pairs).most_common(1)
 
 
 _JSON_NAMES = {
     dict: "an object",
-    _Doubled: "an object",
+    _RepeatedField: "an object",
     list: "a list",
     str: "a string",
     bool: "a boolean",
@@ -56,8 +79,8 @@ _JSON_NAMES = {
 }
 
 
-def load_records(path: PathLike) -> list[Any]:
-    """The JSON list in the file, its items unchecked (see ``record_problems``).
+def load_records(path: PathLike) -> list[object]:
+    """The JSON list in the file, its items unchecked (see ``list_record_problems``).
 
     Raises:
         UserError: one line naming the file, if it is missing, not a regular file, not UTF-8, not JSON
@@ -74,7 +97,9 @@ def load_records(path: PathLike) -> list[Any]:
         if os.path.getsize(path) > FILE_BYTES:
             raise UserError(f"{name}: more than {FILE_BYTES} bytes; expected a list of records")
         records = json.loads(
-            Path(path).read_text(encoding="utf-8-sig"), object_pairs_hook=_object, parse_constant=_no_json
+            Path(path).read_text(encoding="utf-8-sig"),
+            object_pairs_hook=_make_object,
+            parse_constant=_refuse_constant,
         )
     except json.JSONDecodeError as error:
         place = f"line {error.lineno}, column {error.colno}"
@@ -88,16 +113,16 @@ def load_records(path: PathLike) -> list[Any]:
     return records
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _make_object(pairs: list[tuple[str, object]]) -> dict[str, object]:
     record = dict(pairs)
-    return record if len(record) == len(pairs) else _Doubled(pairs)
+    return record if len(record) == len(pairs) else _RepeatedField(pairs)
 
 
-def _no_json(name: str) -> None:
+def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON value")
 
 
-def record_problems(record: Any, index: int) -> list[str]:
+def list_record_problems(record: object, index: int) -> list[str]:
     """What keeps a record from being a case, one line each; empty for a sound record.
 
     Each line names the record (counted from 0), the field and what was expected. Fields that are not
@@ -106,13 +131,13 @@ def record_problems(record: Any, index: int) -> list[str]:
     where = f"record {index}"
     if not isinstance(record, dict):
         return [f"{where}: expected an object with the fields of MMEdit, got {_describe(record)}"]
-    if isinstance(record, _Doubled):
-        return [f"{where}: field {one_line(repr(record.doubled), 80)} is given twice; expected it once"]
+    if isinstance(record, _RepeatedField):
+        return [f"{where}: field {one_line(repr(record.repeated), 80)} is given twice; expected it once"]
     needed = list(REQUIRED_FIELDS)
     for pair in PAIRED_FIELDS:
         if any(field in record for field in pair):
             needed += pair
-    problems = [_text_problem(record, field) for field in needed]
+    problems = [_diagnose_text(record, field) for field in needed]
     if record.get("pred") is not None and not isinstance(record["pred"], str):
         problems.append(f"field 'pred': expected a string or null, got {_describe(record['pred'])}")
     if not isinstance(record.get("joint", False), bool):
@@ -120,14 +145,14 @@ def record_problems(record: Any, index: int) -> list[str]:
     return [f"{where}: {problem}" for problem in problems if problem]
 
 
-def unknown_fields(record: dict[str, Any]) -> list[str]:
+def list_unknown_fields(record: dict[str, object]) -> list[str]:
     """The record's keys which are no field of MMEdit or of the hard probes."""
     return [key for key in record if key not in KNOWN_FIELDS]
 
 
-def _text_problem(record: dict[str, Any], field: str) -> str | None:
+def _diagnose_text(record: dict[str, object], field: str) -> str | None:
     if field not in record:
-        close = difflib.get_close_matches(field, unknown_fields(record), n=1, cutoff=0.7)
+        close = difflib.get_close_matches(field, list_unknown_fields(record), n=1, cutoff=0.7)
         hint = f"; is {one_line(repr(close[0]), 80)} meant to be {field!r}?" if close else ""
         return f"field {field!r} is missing; expected a string{hint}"
     value = record[field]
@@ -148,25 +173,25 @@ def _is_unicode(value: str) -> bool:
     return True
 
 
-def _describe(value: Any) -> str:
+def _describe(value: object) -> str:
     return _JSON_NAMES.get(type(value), "a number")
 
 
-def nothing_to_edit(record: dict[str, Any]) -> bool:
+def has_nothing_to_edit(record: Annotation) -> bool:
     """Whether the model's own answer ``pred`` already is the right one under ``normalise_answer``."""
-    pred = _optional_text(record.get("pred"))
+    pred = _strip_or_none(record.get("pred"))
     return pred is not None and normalise_answer(pred) == normalise_answer(record["alt"])
 
 
-def _optional_text(value: str | None) -> str | None:
+def _strip_or_none(value: str | None) -> str | None:
     return (value or "").strip() or None
 
 
 class _CaseSequence(Sequence[Case]):
-    """What the datasets share: indexing over ``len`` and ``_case``, and the audit of their pictures."""
+    """What the datasets share: indexing over ``len`` and ``_make_case``, and which images are missing."""
 
     @abstractmethod
-    def _case(self, position: int) -> Case: ...
+    def _make_case(self, position: int) -> Case: ...
 
     @overload
     def __getitem__(self, index: int) -> Case: ...
@@ -175,11 +200,11 @@ class _CaseSequence(Sequence[Case]):
     def __getitem__(self, index: int | slice) -> Case | list[Case]:
         """The case at a position (negative ones count from the end), or a list of them for a slice."""
         if isinstance(index, slice):
-            return [self._case(position) for position in range(len(self))[index]]
-        return self._case(range(len(self))[index])
+            return [self._make_case(position) for position in range(len(self))[index]]
+        return self._make_case(range(len(self))[index])
 
-    def missing_images(self) -> list[str]:
-        """The picture files that the cases name and that do not exist, each once, in order of use."""
+    def list_missing_images(self) -> list[str]:
+        """The image files that the cases name and that do not exist, each once, in order of use."""
         queries = (query for case in self for query in (case.request.query, *(p.query for p in case.probes)))
         names = dict.fromkeys(query.image for query in queries if query.image is not None)
         return [name for name in names if not os.path.isfile(name)]
@@ -210,83 +235,91 @@ class _MMEditDataset(_CaseSequence):
         self.template = template
         self.skipped: list[str] = []
         self.cleaned = 0
-        self._records: list[tuple[int, dict[str, Any]]] = []
+        self._records: list[tuple[int, Annotation]] = []
         for index, record in enumerate(load_records(path)):
             if size is not None and len(self._records) == size:
                 break
-            problems = record_problems(record, index)
+            problems = list_record_problems(record, index)
+            annotation = cast(Annotation, record)
             if not problems and not allow_outside:
-                problems = self._outside(record, index)
+                problems = self._list_outside_images(annotation, index)
             if problems:
                 message = f"{one_line(path)}: {problems[0]}"
                 if not skip_broken:
                     raise UserError(message)
                 self.skipped.append(message)
-            elif clean and nothing_to_edit(record):
+            elif clean and has_nothing_to_edit(annotation):
                 self.cleaned += 1
             else:
-                self._records.append((index, record))
+                self._records.append((index, annotation))
 
     def __len__(self) -> int:
         """The number of cases kept."""
         return len(self._records)
 
-    def _outside(self, record: dict[str, Any], index: int) -> list[str]:
-        """Pictures of a sound record that lie outside of their folder."""
-        roots = dict.fromkeys(IMAGE_FIELDS, self.image_root) | {"image_rephrase": self.rephrase_root}
+    def _list_outside_images(self, record: Annotation, index: int) -> list[str]:
+        """Images of a sound record that lie outside of their folder."""
+        roots: dict[ImageField, PathLike | None] = dict.fromkeys(IMAGE_FIELDS, self.image_root)
+        roots["image_rephrase"] = self.rephrase_root
         return [
             f"record {index}: field {field!r}: {one_line(record[field], 80)} lies outside of "
-            f"{one_line(root)}; expected a picture in that folder (allow_outside: true takes others)"
+            f"{one_line(root)}; expected an image in that folder (allow_outside: true takes others)"
             for field, root in roots.items()
             if field in record and lies_outside(root, record[field])
         ]
 
     @abstractmethod
-    def _prompt(self, text: str) -> str:
+    def _write_prompt(self, text: str) -> str:
         """The prompt of the edit itself, from ``src`` or ``rephrase``."""
 
-    def _question(self, text: str) -> str:
+    def _write_question(self, text: str) -> str:
         return self.template.replace("{}", text.strip())
 
-    def _image(self, name: str) -> str:
+    def _locate_image(self, name: str) -> str:
         return str(image_path(self.image_root, name))
 
-    def _case(self, position: int) -> Case:
+    def _make_case(self, position: int) -> Case:
         index, record = self._records[position]
-        query = Query(self._image(record["image"]), self._prompt(record["src"]), record["alt"].strip())
-        request = EditRequest(f"{self.task}-{index}", query, _optional_text(record.get("pred")))
-        probes = self._five_probes(record, query) + self._hard_probes(record, query)
+        query = Query(
+            self._locate_image(record["image"]), self._write_prompt(record["src"]), record["alt"].strip()
+        )
+        request = EditRequest(f"{self.task}-{index}", query, _strip_or_none(record.get("pred")))
+        probes = self._make_five_probes(record, query) + self._make_hard_probes(record, query)
         return Case(request, probes, self.task)
 
-    def _five_probes(self, record: dict[str, Any], query: Query) -> tuple[Probe, ...]:
+    def _make_five_probes(self, record: Annotation, query: Query) -> tuple[Probe, ...]:
         rephrased = str(image_path(self.rephrase_root, record["image_rephrase"]))
         text_only = Query(None, record["loc"].strip(), record["loc_ans"].strip())
         unrelated = Query(
-            self._image(record["m_loc"]), self._question(record["m_loc_q"]), record["m_loc_a"].strip()
+            self._locate_image(record["m_loc"]),
+            self._write_question(record["m_loc_q"]),
+            record["m_loc_a"].strip(),
         )
         return (
             Probe("reliability", query, "target"),
             Probe(
-                "t_generality", Query(query.image, self._prompt(record["rephrase"]), query.target), "target"
+                "t_generality",
+                Query(query.image, self._write_prompt(record["rephrase"]), query.target),
+                "target",
             ),
             Probe("m_generality", Query(rephrased, query.prompt, query.target), "target"),
             Probe("t_locality", text_only, "unchanged"),
             Probe("m_locality", unrelated, "unchanged"),
         )
 
-    def _hard_probes(self, record: dict[str, Any], query: Query) -> tuple[Probe, ...]:
+    def _make_hard_probes(self, record: Annotation, query: Query) -> tuple[Probe, ...]:
         probes = []
         if "same_question_image" in record:
-            image = self._image(record["same_question_image"])
-            other_picture = Query(image, query.prompt, record["same_question_a"].strip())
-            probes.append(Probe("same_question", other_picture, "unchanged"))
+            image = self._locate_image(record["same_question_image"])
+            other_image = Query(image, query.prompt, record["same_question_a"].strip())
+            probes.append(Probe("same_question", other_image, "unchanged"))
         if "same_image_q" in record:
-            prompt = self._question(record["same_image_q"])
+            prompt = self._write_question(record["same_image_q"])
             other_question = Query(query.image, prompt, record["same_image_a"].strip())
             probes.append(Probe("same_image", other_question, "unchanged"))
         if record.get("joint"):
             image = str(image_path(self.rephrase_root, record["image_rephrase"]))
-            both = Query(image, self._prompt(record["rephrase"]), query.target)
+            both = Query(image, self._write_prompt(record["rephrase"]), query.target)
             probes.append(Probe("joint", both, "target"))
         return tuple(probes)
 
@@ -295,22 +328,22 @@ class VQADataset(_MMEditDataset):
     """E-VQA: the question goes into ``template``, whose ``{}`` it replaces.
 
     A sequence of ``Case``, whose ids count the records of the file from 0 whatever is left out.
-    Relative picture names lie under ``image_root``, those of ``image_rephrase`` under
+    Relative image names lie under ``image_root``, those of ``image_rephrase`` under
     ``rephrase_root`` (default: ``image_root``). ``size`` keeps the first so many usable cases and
     reads no further. ``clean`` leaves out records with nothing to edit, counted in ``cleaned``.
-    ``skip_broken`` leaves out broken records, with a message for each in ``skipped``. Pictures outside
+    ``skip_broken`` leaves out broken records, with a message for each in ``skipped``. Images outside
     of a folder that is given, also by a symbolic link in it, need ``allow_outside``.
 
     Raises:
         UserError: one line, if the file is unusable (see ``load_records``) or, without
-            ``skip_broken``, for the first record that lacks a field, has an ill-typed one, or names a
-            picture outside of the folder.
+            ``skip_broken``, for the first record that lacks a field, has an ill-typed one, or names an
+            image outside of the folder.
     """
 
     task: ClassVar[str] = "vqa"
 
-    def _prompt(self, text: str) -> str:
-        return self._question(text)
+    def _write_prompt(self, text: str) -> str:
+        return self._write_question(text)
 
 
 class CaptionDataset(_MMEditDataset):
@@ -321,14 +354,14 @@ class CaptionDataset(_MMEditDataset):
 
     task: ClassVar[str] = "caption"
 
-    def _prompt(self, text: str) -> str:
+    def _write_prompt(self, text: str) -> str:
         return text.strip()
 
 
 class CapVQADataset(_CaseSequence):
-    """E-VQA and E-IC mixed: one of each in turn, E-VQA first, then the rest of the longer one.
+    """E-VQA and E-IC mixed: interleaved, E-VQA first, then the rest of the longer one.
 
-    The first ``alternating`` cases are the ones in turn. ``size`` is that of the mixture; the other
+    The first ``alternating`` cases are the interleaved ones. ``size`` is that of the mixture; the other
     arguments go to both datasets, ``skipped`` and ``cleaned`` add theirs up.
 
     Raises:
@@ -362,9 +395,9 @@ class CapVQADataset(_CaseSequence):
         """The number of cases of both tasks."""
         return len(self._order)
 
-    def _case(self, position: int) -> Case:
+    def _make_case(self, position: int) -> Case:
         dataset, index = self._order[position]
-        return dataset._case(index)
+        return dataset._make_case(index)
 
 
 def _check_size(size: int | None) -> None:

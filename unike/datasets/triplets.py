@@ -1,4 +1,4 @@
-"""Knowledge triplets: a question on a picture, its right answer, and a wrong one."""
+"""Knowledge triplets: a question about an image, its right answer, and a wrong one."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Triplet:
         return Query(self.query.image, self.query.prompt, answer)
 
 
-def triplets_of(cases: Iterable[Case], limit: int | None = None) -> list[Triplet]:
+def make_triplets(cases: Iterable[Case], limit: int | None = None) -> list[Triplet]:
     """One triplet per case, in order: the question, its ``alt``, and ``pred`` where it is known.
 
     Questions met before are left out, so that no state stands twice in the memory.

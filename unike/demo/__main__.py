@@ -39,17 +39,18 @@ def run(args: argparse.Namespace) -> int:
     # Gradio looks at it wherever it would call home.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     # Imported late: torch and Gradio take seconds, and a typing error in the YAML should not.
-    from unike import runs
     from unike.demo.desk import Desk
     from unike.demo.page import serve
     from unike.editor import MultimodalEditor
+    from unike.runs import checks
+    from unike.runs.request import RunRequest
 
-    if hparams.generate_data:
-        runs.drawn(hparams, launching.of_checkout("scripts.tiny.make_data").ensure)
-    cases = runs.preflight(hparams, "vqa", EXAMPLES)
+    request = RunRequest(hparams, "vqa", EXAMPLES)
+    checks.require(request, (*checks.MODEL_CHECKS, *checks.DATA_CHECKS))
+    checks.draw_data(request)
     editor = MultimodalEditor.from_hparams(hparams)
     editor.prepare()
-    serve(Desk(editor, cases), HOST, args.port, not args.no_browser)
+    serve(Desk(editor, request.cases), HOST, args.port, not args.no_browser)
     return 0
 
 
@@ -67,7 +68,7 @@ def _require_free(port: int) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = arguments(argv)
-    return launching.guarded(lambda: run(args))
+    return launching.run_guarded(lambda: run(args))
 
 
 if __name__ == "__main__":

@@ -17,21 +17,26 @@ import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
-import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from unike.backbones.images import content_key
 from unike.config.hparams import HyperParams
 from unike.datasets.answers import normalise_answer
-from unike.edits import EditStore, Origin, compose
 from unike.edits.files import SavedEdit
+from unike.edits.origin import Origin
+from unike.edits.store import EditStore
 from unike.system import launching
 from unike.system.text import one_line
 from unike.types import Query, UserError
+
+if TYPE_CHECKING:
+    import torch
+
+# Torch takes seconds to import: it comes late, where tensors are compared or a model is loaded.
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -95,6 +100,8 @@ def format_edit(saved: SavedEdit) -> str:
 
 def compare_edits(one: SavedEdit, other: SavedEdit) -> Table:
     """A row for each value that differs, and for each tensor, with the norm of the difference."""
+    import torch
+
     table = start_table("what", one.id, other.id)
     mine, theirs = _collect_facts(one), _collect_facts(other)
     for name in sorted({*mine, *theirs}):
@@ -148,6 +155,7 @@ def apply_edits(store: EditStore, args: argparse.Namespace) -> tuple[Table, str]
     else:
         origins = [_make_origin(args.prompt, args.image, saved[0].origins[0])]
     from unike.editor import MultimodalEditor
+    from unike.edits.base import compose
 
     editor = MultimodalEditor.from_hparams(hparams)
     backbone = editor.backbone
@@ -175,6 +183,8 @@ def apply_edits(store: EditStore, args: argparse.Namespace) -> tuple[Table, str]
 
 def _make_origin(prompt: str, image: str | None, like: Origin) -> Origin:
     """A question that no edit was made for. UserError for an image that can't be read."""
+    from unike.backbones.images import content_key
+
     key = None if image is None else content_key(image)
     return Origin("-", "-", prompt, "-", image, key, {}, like.backbone, like.model)
 
@@ -185,6 +195,8 @@ def _find_image_problem(origin: Origin) -> str | None:
         return None if origin.image is None else "(its image was not read)"
     if origin.image is None:
         return "(its image was in memory only)"
+    from unike.backbones.images import content_key
+
     try:
         return None if content_key(origin.image) == origin.image_key else "(its image has changed)"
     except (UserError, ValueError):
@@ -217,7 +229,7 @@ def run(args: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_arguments(argv)
-    return launching.guarded(lambda: run(args))
+    return launching.run_guarded(lambda: run(args))
 
 
 if __name__ == "__main__":

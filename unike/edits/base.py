@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from importlib import import_module
 from itertools import count
 from types import MappingProxyType
 from typing import ClassVar, Protocol
@@ -26,6 +27,9 @@ from unike.edits.origin import Origin
 from unike.edits.shares import LayerKnowledge, Shared
 from unike.system.text import one_line
 from unike.types import Query, UserError
+
+# They import this module, and are imported when an edit is loaded; a kind of one's own is known already.
+_MODULES_OF_KINDS = ("counterfactual", "deltas", "prompt", "routed")
 
 
 class Edit(ABC):
@@ -348,6 +352,8 @@ def compose(edits: Sequence[Edit]) -> Edit | None:
 
 def find_kind(name: str | None) -> type[Edit]:
     """The class of a kind of edit; ValueError for an unknown one."""
+    for module in _MODULES_OF_KINDS:
+        import_module(f"{__package__}.{module}")
     known = {kind.kind: kind for kind in Edit.__subclasses__()}
     if name not in known:
         raise ValueError(f"kind: {name!r} is unknown; expected one of {', '.join(sorted(known))}")

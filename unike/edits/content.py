@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 T = TypeVar("T")
-FULL = (torch.float32,)
+# Types of tensors by name, so that whoever only reads an edit's values does without torch.
+FULL = ("torch.float32",)
 # A model's own states and weights.
-ANY = (torch.float32, torch.bfloat16, torch.float16)
+ANY = ("torch.float32", "torch.bfloat16", "torch.float16")
 
 
 class Content:
@@ -40,9 +42,7 @@ class Content:
             raise ValueError(f"{name}: expected texts")
         return found
 
-    def take_tensor(
-        self, name: str, *shape: int | None, dtypes: Sequence[torch.dtype] = FULL
-    ) -> torch.Tensor:
+    def take_tensor(self, name: str, *shape: int | None, dtypes: Sequence[str] = FULL) -> torch.Tensor:
         """A tensor of that shape, None for a side of any length from 1 on, and of one of these types."""
         if name not in self.tensors:
             raise ValueError(f"tensor {name}: missing")
@@ -52,8 +52,8 @@ class Content:
         if found.ndim != len(shape) or not fits:
             wanted = tuple("any" if side is None else side for side in shape)
             raise ValueError(f"tensor {name}: shape {tuple(found.shape)}, expected {wanted}")
-        if found.dtype not in dtypes:
-            raise ValueError(f"tensor {name}: {found.dtype}, expected {' or '.join(map(str, dtypes))}")
+        if str(found.dtype) not in dtypes:
+            raise ValueError(f"tensor {name}: {found.dtype}, expected {' or '.join(dtypes)}")
         if not bool(found.isfinite().all()):
             raise ValueError(f"tensor {name}: holds numbers that are not finite")
         return found
@@ -80,6 +80,8 @@ def merge_contents(parts: list[Content]) -> tuple[list[dict[str, object]], dict[
 
 def digest(tensors: Mapping[str, torch.Tensor]) -> str:
     """A checksum of names, types, shapes and all numbers; the same on every device."""
+    import torch
+
     total = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         raw = tensor.detach().cpu().contiguous()

@@ -63,7 +63,7 @@ class WeightDelta(Edit):
         for name in list(content.tensors):
             if name not in known:
                 raise ValueError(f"tensor {name}: the model has no such parameter")
-            weights[name] = content.take_tensor(name, *known[name].shape, dtypes=(known[name].dtype,))
+            weights[name] = content.take_tensor(name, *known[name].shape, dtypes=(str(known[name].dtype),))
         if not weights:
             raise ValueError("holds no tensor")
         return cls(weights)

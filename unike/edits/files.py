@@ -1,7 +1,7 @@
 """Edits as folders: what an edit is, where it comes from, and a card for whoever finds it.
 
 ``edit.safetensors`` holds the tensors, ``edit.json`` all else, with checksums of both; ``README.md`` is
-the card, as a model hub shows it. A folder is written beside its place and moved there when it is whole.
+the card, as a model hub shows it. A folder appears whole or not at all.
 """
 
 from __future__ import annotations
@@ -10,24 +10,25 @@ import hashlib
 import json
 import os
 import re
-import secrets
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 import yaml
-from safetensors import torch as safetensors
 
-from unike.backbones.base import Backbone
 from unike.edits.content import Content
 from unike.edits.origin import Origin
-from unike.system.faults import writing
+from unike.system.faults import explain_write_errors
+from unike.system.files import replace_atomically
 from unike.system.text import one_line
-from unike.system.versions import versions
+from unike.system.versions import collect_versions
 from unike.types import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from unike.backbones.base import Backbone
 
 FORMAT = 1
 INDEX, TENSORS, CARD = "edit.json", "edit.safetensors", "README.md"
@@ -86,6 +87,8 @@ class SavedEdit:
         data = _read(path, self.bytes)
         if len(data) != self.bytes or hashlib.sha256(data).hexdigest() != self.sha256:
             raise UserError(f"{one_line(path)}: is damaged: its checksum is another one than {INDEX} has")
+        from safetensors import torch as safetensors
+
         try:
             return {name: tensor.clone() for name, tensor in safetensors.load(data).items()}
         except Exception as error:  # the library's errors have no common type
@@ -98,29 +101,31 @@ class SavedEdit:
 def save(edit: UnsavedEdit, folder: str | os.PathLike[str]) -> None:
     """See ``Edit.save``."""
     folder = Path(folder)
-    part = folder.parent / f".{folder.name[:100]}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
-    with writing(folder, resumable=False):
+    with explain_write_errors(folder, resumable=False):
         if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
             raise UserError(f"{folder}: is not empty; expected a new folder for the edit")
-        try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            write(edit, part)
-            os.replace(part, folder)
-            synced(folder.parent)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
+        files, _ = render_files(edit)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        write_folder(folder, files)
 
 
-def write(edit: UnsavedEdit, folder: Path) -> str:
-    """Writes a new folder, every file of it on the disk on return; gives the checksum of ``edit.json``.
+def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Writes a folder of files, by name, atomically; the folder must be absent or empty."""
+    with replace_atomically(folder, is_folder=True) as temporary:
+        for name, content in files.items():
+            (temporary / name).write_bytes(content)
+
+
+def render_files(edit: UnsavedEdit) -> tuple[dict[str, bytes], str]:
+    """The files of an edit's folder by name, and the checksum that ``edit.json`` has of them.
     UserError for an edit that no registered method has made: nobody could say what it belongs to."""
     content, origins = edit.content, edit.origins
     if not origins or len({origin.backbone for origin in origins}) > 1:
         raise UserError(f"edit {edit.id or 'without origins'}: expected the origins of one backbone's edits")
-    folder.mkdir()
+    from safetensors import torch as safetensors
+
     tensors = {name: t.detach().cpu().contiguous().clone() for name, t in content.tensors.items()}
     data = safetensors.save(tensors)
-    (folder / TENSORS).write_bytes(data)
     needs, last = edit.needs, origins[-1].hparams
     index = {
         "format": FORMAT,
@@ -133,7 +138,7 @@ def write(edit: UnsavedEdit, folder: Path) -> str:
         "places": {name: last.get(PLACES[name]) for name in needs},
         "values": content.values,
         "info": edit.info,
-        "versions": versions(),
+        "versions": collect_versions(),
         "licence": LICENCE,
         "bytes": len(data),
         "sha256": hashlib.sha256(data).hexdigest(),
@@ -142,22 +147,8 @@ def write(edit: UnsavedEdit, folder: Path) -> str:
         index = signed(json.loads(json.dumps(index, allow_nan=False, default=str)))
     except (ValueError, TypeError) as error:
         raise UserError(f"edit {one_line(edit.id)}: cannot be written as JSON: {one_line(error)}") from error
-    (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
-    (folder / CARD).write_text(card(edit), encoding="utf-8")
-    for path in (*folder.iterdir(), folder):
-        synced(path)
-    return str(index["checksum"])
-
-
-def synced(path: Path) -> None:
-    """Waits until a file or a folder's entries are on the disk, where the system can."""
-    if path.is_dir() and os.name == "nt":
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    texts = {INDEX: json.dumps(index, indent=1) + "\n", CARD: card(edit)}
+    return {TENSORS: data} | {name: text.encode() for name, text in texts.items()}, str(index["checksum"])
 
 
 def card(edit: UnsavedEdit) -> str:

@@ -6,10 +6,12 @@ import os
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from unike.backbones.base import Backbone
-from unike.backbones.images import content_key
 from unike.types import EditRequest, UserError
+
+if TYPE_CHECKING:
+    from unike.backbones.base import Backbone
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,9 @@ class Origin:
         info: Mapping[str, object],
     ) -> Origin:
         """The origin of a request; ``hparams`` name the method and the model."""
+        # Imported late: whoever only reads an origin should not wait for torch.
+        from unike.backbones.images import content_key
+
         image, key = request.query.image, None
         with suppress(UserError):
             key = None if image is None else content_key(image)

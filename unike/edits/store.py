@@ -10,22 +10,25 @@ from __future__ import annotations
 import json
 import os
 import re
-import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from filelock import FileLock
-from torch import nn
 
-from unike.backbones.base import Backbone
-from unike.edits.base import Edit, load_edit
-from unike.edits.files import SavedEdit, read_edit, synced, write
-from unike.edits.shares import LayerKnowledge, Shared
-from unike.system.faults import writing
+from unike.edits.files import SavedEdit, read_edit, render_files, write_folder
+from unike.system.faults import explain_write_errors
 from unike.system.text import one_line
 from unike.types import UserError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from unike.backbones.base import Backbone
+    from unike.edits.base import Edit
+    from unike.edits.shares import LayerKnowledge
 
 INDEX, FORMAT = "index.jsonl", 1
 _FOLDER = re.compile(r"[\w-][\w.-]*", re.ASCII)
@@ -73,17 +76,13 @@ class EditStore:
         UserError where the id is taken, where the edit is of another model, or where nothing can be
         written; the store is then as before.
         """
-        part = self.folder / f".{os.getpid()}.{secrets.token_hex(4)}.tmp"
-        try:
-            with writing(self.folder, resumable=False):
-                self.folder.mkdir(parents=True, exist_ok=True)
-                checksum = write(edit.as_unsaved(), part)
-                with self._locked():
-                    self._take(edit, part, f"{_plain(edit.id)}-{checksum[:12]}", replace)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
+        with explain_write_errors(self.folder, resumable=False):
+            files, checksum = render_files(edit.as_unsaved())
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with self._locked():
+                self._take(edit, files, f"{_plain(edit.id)}-{checksum[:12]}", replace)
 
-    def _take(self, edit: Edit, part: Path, name: str, replace: bool) -> None:
+    def _take(self, edit: Edit, files: Mapping[str, bytes], name: str, replace: bool) -> None:
         origin, former = edit.origins[0], self._folders.get(edit.id)
         if former is not None and not replace:
             raise UserError(f"{self.folder}: holds an edit {one_line(edit.id)} already; remove it first")
@@ -100,15 +99,14 @@ class EditStore:
             self._append({"format": FORMAT, "backbone": origin.backbone, "model": origin.model})
         # A folder that no line names was left by a process that was killed.
         shutil.rmtree(self.folder / name, ignore_errors=True)
-        os.replace(part, self.folder / name)
-        synced(self.folder)
+        write_folder(self.folder / name, files)
         self._append({"id": edit.id, "folder": name})
         if former not in (None, name):
             shutil.rmtree(self.folder / str(former), ignore_errors=True)
 
     def remove(self, name: str) -> None:
         """Takes an edit out; UserError where there is none of that id."""
-        with writing(self.folder, resumable=False), self._locked():
+        with explain_write_errors(self.folder, resumable=False), self._locked():
             folder = self._folder_of(name)
             self._append({"id": name, "removed": True})
             shutil.rmtree(folder, ignore_errors=True)
@@ -131,6 +129,10 @@ class EditStore:
         network: nn.Module | None = None,
     ) -> Edit:
         """The edit of that id, as ``Edit.load``."""
+        # Imported late: whoever only lists edits should not wait for torch.
+        from unike.edits.base import load_edit
+        from unike.edits.shares import Shared
+
         return load_edit(self.read(name), backbone, Shared(knowledge or {}, network))
 
     def require(self, *names: str) -> None:

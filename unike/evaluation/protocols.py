@@ -28,7 +28,7 @@ from unike.evaluation.metrics import (
 )
 from unike.evaluation.reader import Asked, Reader
 from unike.methods.base import EditMethod
-from unike.system.faults import out_of_memory
+from unike.system.faults import is_out_of_memory
 from unike.types import Case
 
 Keep = Callable[[Edit], object]
@@ -132,7 +132,7 @@ def sequential(
                 whole = edit if whole is None else whole | edit
                 info = {**edit.info, "bytes": edit.nbytes}
         except caught as error:
-            full = out_of_memory(error)
+            full = is_out_of_memory(error)
             if not full and not isinstance(error, failures):
                 raise
             info = {"error": "out of memory" if full else str(error)}

@@ -18,6 +18,19 @@ def sequences_of(hparams: ProtocolOptions, cases: Sequence[Case]) -> list[list[C
         raise UserError(*(f"{hparams.source}: {problem}" for problem in error.problems)) from None
 
 
+def check_sequence_length(hparams: ProtocolOptions, count: int | None = None) -> None:
+    """UserError for sequences that no data can have, or none of at most ``count`` records."""
+    length = hparams.sequence_length
+    if hparams.protocol == "cross_task" and length % 2:
+        raise UserError(f"{hparams.source}: {_describe_odd(length)}")
+    if count is not None and length > count:
+        raise UserError(f"{hparams.source}: sequence_length: {length}; the data hold at most {count} records")
+
+
+def _describe_odd(length: int) -> str:
+    return f"sequence_length: {length}; expected an even number, half of it from each task"
+
+
 def draw_sequences(cases: Sequence[Case], length: int, count: int, seed: int) -> list[list[Case]]:
     """``count`` sequences of ``length`` different cases. No case comes twice before all have come once.
 
@@ -35,7 +48,7 @@ def draw_cross_task(cases: Sequence[Case], length: int, count: int, seed: int) -
     Raises UserError for an odd ``length``, and where a task has too few cases.
     """
     if length % 2:
-        raise UserError(f"sequence_length: {length}; expected an even number, half of it from each task")
+        raise UserError(_describe_odd(length))
     tasks = [case.task for case in cases]
     generator = random.Random(seed)
     halves = []

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from filelock import FileLock
 
+from unike.system.files import write_text
 from unike.types import UserError
 
 ABOUT, LOCK = "pairs.json", "pairs.lock"
@@ -106,15 +107,4 @@ def _read(folder: Path) -> dict[str, Any]:
 
 
 def _write(folder: Path, about: dict[str, Any]) -> None:
-    """In one step, and on the disk on return."""
-    temporary = folder / f".{ABOUT}.{os.getpid()}.tmp"
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(about, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, folder / ABOUT)
-    entry = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(entry)
-    finally:
-        os.close(entry)
+    write_text(folder / ABOUT, json.dumps(about))

@@ -6,7 +6,6 @@ import importlib
 import importlib.util
 import logging
 import math
-import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from filelock import FileLock
 
 from unike.knowledge.disk import DiskPairs
 from unike.knowledge.memory import GrowingRows, KnowledgeMemory, Retrieved, merge_retrieved
+from unike.system.files import replace_atomically
 from unike.types import UserError
 
 logger = logging.getLogger("unike")
@@ -344,8 +344,7 @@ def _saved(folder: Path | None, start: int, stop: int, index: Any) -> _Segment:
     if folder is None:
         return _Segment(start, stop, index)
     path = folder / f"index-{start}-{stop}.faiss"
-    temporary = folder / f".{path.name}.{os.getpid()}.tmp"
     faiss = _faiss()
-    faiss.write_index(index, str(temporary))
-    os.replace(temporary, path)
+    with replace_atomically(path) as temporary:
+        faiss.write_index(index, str(temporary))
     return _Segment(start, stop, faiss.read_index(str(path), faiss.IO_FLAG_MMAP), path)

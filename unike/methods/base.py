@@ -125,7 +125,7 @@ def build(
     if isinstance(method, EditMethod):
         return method
     if isinstance(method, _FormerMethod):
-        return _Adapted(method)
+        return _AdaptedMethod(method)
     at = f"{hparams.source}: method: {hparams.method}"
     raise UserError(f"{at}: {type(method).__name__} makes no edits; expected a subclass of EditMethod")
 
@@ -194,7 +194,7 @@ class _FormerMethod(Protocol):
     ) -> Edit: ...
 
 
-class _Adapted(EditMethod):
+class _AdaptedMethod(EditMethod):
     """A method of the former shape as an ``EditMethod``."""
 
     def __init__(self, method: _FormerMethod) -> None:

@@ -186,15 +186,15 @@ def meta_train(
     prefixes = open_prefixes(hparams, backbone, method.layers(backbone)[0], batch=1)
     lessons = Lessons(backbone, prefixes)
     method.start(backbone)
-    run = _Run(method, hparams, folder, {"facts": facts or {}, "cases": _identify(cases)})
+    run = _EditorTraining(method, hparams, folder, {"facts": facts or {}, "cases": _identify(cases)})
     with torch.random.fork_rng():
         torch.manual_seed(hparams.seed)
         if not run.resume():
             method.calibrate(backbone, [lessons.adapt(c) for c in cases[:CALIBRATION_CASES]], prefixes)
-            run.start_alike()
+            run.share_start()
         else:
             tick(TRAINING, run.progress.step * hparams.editor_batch)
-        while not run.done:
+        while not run.is_done:
             run.optimiser.zero_grad(set_to_none=True)
             batch = _draw_batch(cases, run.progress.step, hparams)
             for case in processes.share(batch):
@@ -236,7 +236,7 @@ def _draw_batch(cases: Sequence[Case], step: int, hparams: EditorTrainingOptions
     return out
 
 
-class _Run:
+class _EditorTraining:
     """Optimiser, progress and best weights of one training, and their checkpoint."""
 
     def __init__(
@@ -252,7 +252,7 @@ class _Run:
         self.best: Tensors = {}
 
     @property
-    def done(self) -> bool:
+    def is_done(self) -> bool:
         p, hp = self.progress, self.hparams
         return p.step >= hp.editor_steps or p.waited >= hp.editor_patience
 
@@ -262,11 +262,11 @@ class _Run:
         step = self.progress.step
         return step % self.hparams.editor_val_every == 0 or step >= self.hparams.editor_steps
 
-    def start_alike(self) -> None:
+    def share_start(self) -> None:
         """Gives every process the main one's network: devices may round differently."""
-        if processes.joined():
+        if processes.has_joined():
             network = self.method.trained
-            network.load_state_dict(processes.first(lambda: copy_tensors(network.state_dict())))
+            network.load_state_dict(processes.run_once(lambda: copy_tensors(network.state_dict())))
 
     def step(self) -> None:
         own = [p for group in self.optimiser.param_groups for p in group["params"]]

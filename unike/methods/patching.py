@@ -175,7 +175,7 @@ class _BatchedPatches:
         with self.together.applied(self.backbone, owners):
             return self.backbone.answer_logits(self.state)
 
-    def scores(self, index: int, queries: torch.Tensor) -> torch.Tensor:
+    def compute_scores(self, index: int, queries: torch.Tensor) -> torch.Tensor:
         """``(b, T, d)`` or ``(T, d)`` to ``(b, T, n)``."""
         assert self.together is not None
         return self.together.patches[index].pairs.scores(queries)
@@ -188,10 +188,10 @@ class _BatchedPatches:
         for index, inputs in self.seen.items():
             queries = inputs.reshape(len(self.state), -1, inputs.shape[-1])[:, :-1]
             if self.hparams.activation_loss:
-                fired = self.scores(index, queries.float())
+                fired = self.compute_scores(index, queries.float())
                 total = total + self.hparams.activation_loss * activation_loss(fired, self.state.answer_mask)
             if self.hparams.memory_loss:
-                silent = self.scores(index, self.knowledge[index].ffn_queries.float())
+                silent = self.compute_scores(index, self.knowledge[index].ffn_queries.float())
                 total = total + self.hparams.memory_loss * memory_loss(silent)
         return total
 
@@ -214,7 +214,7 @@ class _StackedPatch(_BatchedPatches):
     def logits(self) -> torch.Tensor:
         return self.backbone.answer_logits(self.state)
 
-    def scores(self, index: int, queries: torch.Tensor) -> torch.Tensor:
+    def compute_scores(self, index: int, queries: torch.Tensor) -> torch.Tensor:
         patch = self.edits[0].records[0].layers[index].patch
         assert patch is not None
         found = patch.pairs.scores(queries)

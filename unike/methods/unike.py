@@ -1,4 +1,19 @@
-"""UniKE: extra key-value pairs and in-context knowledge states in the same last layers."""
+"""UniKE: extra key-value pairs and in-context knowledge states in the same last layers.
+
+The files of the package that one edit visits, in order:
+
+1. ``evaluation/protocols.py`` reads the base model's answers (``evaluation/reader.py``), asks for the edit.
+2. ``methods/base.py``: ``EditMethod`` calls the method, here by way of ``methods/patching.py``.
+3. ``backbones/prefix.py`` computes what enters the edited layers, or takes it from its cache.
+4. ``methods/patching.py`` reads the edit's own states with ``backbones/hooks.py``.
+5. ``knowledge/patch.py`` draws the extra key-value pairs of each layer.
+6. ``edits/routed.py`` holds the edit: own states, extra pairs, and how both are routed.
+7. ``methods/training.py`` trains the pairs, one pass through the edited layers per step.
+8. ``edits/runtime.py`` is hooked into each of these passes and, later, into those of the probes:
+   ``knowledge/memory.py`` retrieves states, ``knowledge/adapter.py`` attends to them.
+9. ``edits/origin.py`` records what the edit was made from, once ``methods/base.py`` has it back.
+10. ``evaluation/protocols.py`` reads the answers under the edit; ``runs/records.py`` writes the record.
+"""
 
 from __future__ import annotations
 

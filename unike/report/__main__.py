@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(write_report(args.run, args.output, args.cases))
         return 0
 
-    return launching.guarded(write)
+    return launching.run_guarded(write)
 
 
 if __name__ == "__main__":

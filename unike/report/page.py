@@ -18,7 +18,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from unike.report.charts import Chart
-from unike.system.faults import writing
+from unike.system.faults import explain_write_errors
 from unike.system.files import write_text
 
 TEMPLATES = Path(__file__).with_name("templates")
@@ -106,7 +106,7 @@ def render(page: Page) -> str:
 def write_page(page: Page, path: str | os.PathLike[str]) -> Path:
     """Writes the page to ``path`` and gives it. UserError where it cannot be written."""
     out, text = Path(path), render(page)
-    with writing(out, resumable=False):
+    with explain_write_errors(out, resumable=False):
         write_text(out, text)
     return out
 

@@ -12,8 +12,8 @@ from PIL import Image
 
 from unike.config.hparams import OPTIONS, HyperParams
 from unike.datasets.images import open_image
-from unike.runs.inputs import annotation_file, eval_split, parts_of
-from unike.system.files import sha256_of
+from unike.runs.inputs import find_annotations, list_parts, open_eval_split
+from unike.system.files import compute_sha256
 from unike.types import UserError
 
 # The longer side of a picture, where a page has at most so many of them.
@@ -81,11 +81,11 @@ def shown_in(manifest: Mapping[str, Any]) -> tuple[Shown, str]:
             raise UserError("the manifest holds no hyper-parameters or checksums")
         hparams = HyperParams.from_dict({key: v for key, v in values.items() if key in OPTIONS})
         task = str(values.get("task"))
-        for name in parts_of(task):
-            path = annotation_file(hparams, name, "eval")
-            if sha256_of(path) != checksums.get(f"data.{name}.eval"):
+        for name in list_parts(task):
+            path = find_annotations(hparams, name, "eval")
+            if compute_sha256(path) != checksums.get(f"data.{name}.eval"):
                 raise UserError(f"{path} has changed since the run")
-        cases = eval_split(hparams, task, skip_broken=True)
+        cases = open_eval_split(hparams, task, skip_broken=True)
     except UserError as error:
         return {}, f"No pictures: {error.problems[0]}."
     return {

@@ -16,13 +16,9 @@ from unike.methods.meta_training import TRAINING, TrainableMethod
 from unike.methods.preparation.editors import ensure_editor
 from unike.methods.preparation.knowledge import ensure_knowledge
 from unike.methods.preparation.scope import SCOPE_READING, SCOPE_TRAINING, ensure_scope
-from unike.runs.inputs import (
-    knowledge_triplets,
-    train_cases,
-    training_cases,
-)
+from unike.runs.inputs import read_method_cases, read_train_cases, read_triplets
 from unike.system import processes
-from unike.system.progress import bars
+from unike.system.progress import show_progress
 
 TripletSource = Callable[[], Sequence[Triplet]]
 
@@ -59,7 +55,7 @@ def prepare(
     needs = resolve_needs(hparams)
     if not needs.knowledge:
         return {}
-    source = triplets or (lambda: knowledge_triplets(hparams))
+    source = triplets or (lambda: read_triplets(hparams))
     steps = len(layers) * hparams.encoder_steps
     totals = {
         "extracting knowledge states": hparams.triplets,
@@ -67,10 +63,10 @@ def prepare(
         SCOPE_READING: hparams.scope_records,
         SCOPE_TRAINING: hparams.scope_steps,
     }
-    with bars(totals, progress and processes.is_main()) as tick:
+    with show_progress(totals, progress and processes.is_main()) as tick:
         known = ensure_knowledge(backbone, hparams, layers, source, tick)
         if needs.scope:
-            teaching = cases or (lambda: training_cases(hparams))
+            teaching = cases or (lambda: read_train_cases(hparams))
             measure = ensure_scope(backbone, hparams, layers[0], teaching, tick)
             known = {**known, layers[0]: replace(known[layers[0]], scope=measure)}
     return known
@@ -87,11 +83,11 @@ def assemble(
 
     ``triplets`` and ``cases`` take the place of the train annotations that the YAML names.
     """
-    cases = cases or (lambda: train_cases(hparams))
+    cases = cases or (lambda: read_method_cases(hparams))
     layers = build(hparams).layers(backbone)
     method = build(hparams, prepare(hparams, backbone, layers, progress, triplets, cases), cases)
     if isinstance(method, TrainableMethod):
         totals = {TRAINING: hparams.editor_steps * hparams.editor_batch}
-        with bars(totals, progress and processes.is_main()) as tick:
+        with show_progress(totals, progress and processes.is_main()) as tick:
             ensure_editor(method, backbone, cases, tick)
     return Parts(hparams, backbone, method)

@@ -19,10 +19,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from unike.system.faults import writing
-from unike.system.files import _plain, write_json, write_text
+from unike.system.faults import explain_write_errors
+from unike.system.files import to_json_types, write_json, write_text
 from unike.system.text import one_line
-from unike.system.versions import versions
+from unike.system.versions import collect_versions
 from unike.types import UserError
 
 logger = logging.getLogger("unike")
@@ -76,7 +76,7 @@ class RecordWriter:
             self.manifest = read_manifest(self.directory)
         else:
             made = {"seed": seed, "command": list(sys.argv if command is None else command), **(about or {})}
-            with writing(self.directory):
+            with explain_write_errors(self.directory):
                 self.manifest = self._start(resume, fingerprint, weights or {}, data or {}, made)
         self._done = {str(record["id"]) for record in read_records(self.directory)}
         name = RECORDS if rank is None else f"records.{rank}.jsonl"
@@ -89,12 +89,13 @@ class RecordWriter:
     ) -> dict[str, Any]:  # fmt: skip
         """Makes or checks the folder, mends its records, and gives its manifest."""
         given = {"hparams": fingerprint, "weights": weights, "data": data}
-        inputs = {name: _plain(value) for name, value in given.items()}
+        inputs = {name: to_json_types(value) for name, value in given.items()}
         _make_folder(self.directory)
-        former = _former_manifest(self.directory, resume)
+        former = _read_former(self.directory, resume)
         if former is None:
-            manifest = inputs | _plain(about) | {"versions": versions(), "started": _now()}
+            manifest = inputs | to_json_types(about) | {"versions": collect_versions(), "started": _now()}
         else:
+            _remove_leftovers(self.directory)
             _check_inputs(self.directory, former, inputs)
             manifest = former | {"resumed": [*former.get("resumed", []), _now()]}
         merge(self.directory)
@@ -126,8 +127,8 @@ class RecordWriter:
         name = str(record["id"])
         if name in self._done:
             raise ValueError(f"record {name} is already written")
-        line = json.dumps(_plain(record)).encode() + b"\n"
-        with writing(self.directory):
+        line = json.dumps(to_json_types(record)).encode() + b"\n"
+        with explain_write_errors(self.directory):
             start = os.fstat(self._file.fileno()).st_size
             try:
                 written = 0
@@ -154,13 +155,13 @@ class RecordWriter:
         """Closes the file, and brings all records together, in the ``order`` of their ids."""
         self.close()
         if not self.rank:
-            with writing(self.directory):
+            with explain_write_errors(self.directory):
                 merge(self.directory, order)
                 (self.directory / _STOP).unlink(missing_ok=True)
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write ``summary.json`` in one step."""
-        with writing(self.directory):
+        with explain_write_errors(self.directory):
             write_json(self.directory / SUMMARY, summary)
 
 
@@ -258,19 +259,32 @@ def _make_folder(directory: Path) -> None:
         raise UserError(f"{directory}: cannot be made a run folder: {fault.strerror}") from None
 
 
-def _former_manifest(directory: Path, resume: bool) -> dict[str, Any] | None:
-    """The manifest of the run to go on with; None where the folder is fresh."""
-    entries = list(directory.iterdir())
-    left = [path for path in entries if path.name.startswith(".") and path.name.endswith(".tmp")]
-    if len(left) == len(entries):
+def check_resumable(directory: Path, resume: bool, fingerprint: Mapping[str, Any]) -> None:
+    """UserError where a writer of this ``fingerprint`` would refuse the folder; weights and data are compared
+    when it is opened."""
+    if directory.is_dir() and (former := _read_former(directory, resume)) is not None:
+        _check_inputs(directory, former, {"hparams": to_json_types(fingerprint)})
+
+
+def _read_former(directory: Path, resume: bool) -> dict[str, Any] | None:
+    """The manifest of the run to resume; None where the folder is fresh."""
+    if len(_list_leftovers(directory)) == len(list(directory.iterdir())):
         return None
     if not resume:
         raise UserError(f"{directory}: holds a run already; resume it, or name another folder")
     if not (directory / MANIFEST).exists():
         raise UserError(f"{directory}: holds files but no {MANIFEST}; expected a run to resume")
-    for path in left:
-        path.unlink()
     return read_manifest(directory)
+
+
+def _list_leftovers(directory: Path) -> list[Path]:
+    """What a killed process left half written."""
+    return [path for path in directory.iterdir() if path.name[0] == "." and path.name.endswith(".tmp")]
+
+
+def _remove_leftovers(directory: Path) -> None:
+    for path in _list_leftovers(directory):
+        path.unlink()
 
 
 def _check_inputs(directory: Path, former: Mapping[str, Any], inputs: Mapping[str, Any]) -> None:

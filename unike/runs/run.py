@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import os
-from collections.abc import Callable, Iterator, Sequence
-from itertools import count
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,45 +12,23 @@ import torch
 from tqdm import tqdm
 
 from unike.backbones.base import Backbone
-from unike.config.combined import RunFolderOptions
 from unike.config.hparams import HyperParams
-from unike.config.sections import ProtocolOptions
 from unike.edits import Edit, EditStore
 from unike.evaluation.protocols import one_step_many
 from unike.evaluation.reader import Reader
 from unike.evaluation.summary import RunningMeans
 from unike.methods import resolve_layers, resolve_needs
-from unike.methods.preparation.editors import find_editor, wants_cases
-from unike.methods.preparation.scope import find_scope_classifier
-from unike.runs.inputs import (
-    TASKS,
-    annotation_file,
-    knowledge_triplets,
-    open_datasets,
-    parts_of,
-    preflight,
-    problems_of,
-    require,
-    require_backbone,
-    train_cases,
-    train_files,
-    training_cases,
-    wants_triplets,
-)
-from unike.runs.parts import Parts, assemble, prepare
+from unike.methods.preparation.folders import find_editor, find_scope_classifier, wants_cases
+from unike.runs.folders import describe_run
+from unike.runs.inputs import find_annotations, find_train_annotations, list_parts, wants_triplets
+from unike.runs.parts import Parts
 from unike.runs.records import RecordWriter, read_records
 from unike.runs.sequences import run_sequences
 from unike.runs.sharing import SharedRun
 from unike.runs.tracking import track
 from unike.system import faults, processes
-from unike.system.files import sha256_of
+from unike.system.files import compute_sha256
 from unike.types import Case, UserError
-
-__all__ = [
-    "TASKS", "Parts", "annotation_file", "assemble", "checksums", "drawn", "edit_store", "knowledge_triplets",
-    "open_datasets", "open_run", "parts_of", "preflight", "prepare", "problems_of", "require",
-    "require_backbone", "run_cases", "run_directory", "train_cases", "training_cases", "wants_triplets",
-]  # fmt: skip
 
 logger = logging.getLogger("unike")
 
@@ -60,87 +36,35 @@ logger = logging.getLogger("unike")
 AT_ONCE, TOKENS = 32, 128
 
 
-def drawn(hparams: HyperParams, draw: Callable[[HyperParams], object]) -> None:
-    """Draws the data that the YAML names, once its backbone is known to load."""
-    require_backbone(hparams)
-    draw(hparams)
-
-
 # ---------------------------------------------------------------- the run and its folder
 
 
-def run_directory(
-    hparams: RunFolderOptions, task: str, output: str | None = None, resume: bool = False
-) -> Path:
-    """Where a run is recorded: ``output``, or ``<results_dir>/<yaml>-<task>``, followed by the protocol
-    if it is not one-step, with ``-2``, ``-3`` ... where that is taken; ``resume`` takes the latest.
-
-    Raises UserError, before anything is loaded, where ``output`` holds a run and ``resume`` is off, or
-    where the folder can't be written.
-    """
-    if output is not None:
-        if _taken(Path(output)) and not resume:
-            raise UserError(f"{output}: is not empty; go on with --resume, or name another --output")
-        return _writable(Path(output))
-    protocol = "" if hparams.protocol == "one_step" else f"-{hparams.protocol}"
-    stem = Path(hparams.results_dir) / f"{Path(hparams.source).stem}-{task}{protocol}"
-    former = stem
-    for number in count(1):
-        directory = stem if number == 1 else stem.with_name(f"{stem.name}-{number}")
-        if not _taken(directory):
-            return _writable(former if resume else directory)
-        former = directory
-    raise AssertionError("unreachable: there is always a free number")
-
-
-def _writable(directory: Path) -> Path:
-    there = next((p for p in (directory, *directory.parents) if os.path.exists(p)), directory)
-    if not (os.path.isdir(there) and os.access(there, os.W_OK | os.X_OK)):
-        raise UserError(f"{directory}: cannot be made a run folder: {there} cannot be written")
-    return directory
-
-
-def _taken(directory: Path) -> bool:
-    return directory.is_file() or (directory.is_dir() and any(directory.iterdir()))
-
-
-def edit_store(hparams: ProtocolOptions, folder: str | None) -> EditStore | None:
-    """Where ``--save_edits`` keeps a run's edits, if anywhere; UserError for a folder of something else,
-    and for several sequences, which may edit a record anew."""
-    if folder is None:
-        return None
-    if hparams.protocol != "one_step" and hparams.sequences > 1:
-        at = f"{hparams.source}: sequences: {hparams.sequences}"
-        raise UserError(f"{at}; --save_edits keeps one sequence, expected sequences: 1")
-    return EditStore(folder)
-
-
-def checksums(hparams: HyperParams, task: str) -> dict[str, str]:
+def compute_checksums(hparams: HyperParams, task: str) -> dict[str, str]:
     """SHA-256 of every data file that a run reads, by YAML key."""
-    files = {f"data.{n}.eval": annotation_file(hparams, n, "eval") for n in parts_of(task)}
+    files = {f"data.{n}.eval": find_annotations(hparams, n, "eval") for n in list_parts(task)}
     needs = resolve_needs(hparams)
     if wants_triplets(hparams, needs) or needs.cases or wants_cases(hparams, needs):
-        files |= {f"data.{n}.train": path for n, path in train_files(hparams).items()}
+        files |= {f"data.{n}.train": path for n, path in find_train_annotations(hparams).items()}
     elif needs.knowledge:
         files["knowledge_dir"] = str(Path(str(hparams.knowledge_dir)) / "knowledge.safetensors")
     elif needs.training:
         files["editor_dir"] = str(Path(str(find_editor(hparams))) / "editor.safetensors")
     if needs.scope and (kept := find_scope_classifier(hparams)) is not None:
         files["scope_dir"] = str(kept / "scope.safetensors")
-    return {key: sha256_of(path) for key, path in files.items()}
+    return {key: compute_sha256(path) for key, path in files.items()}
 
 
 def open_run(parts: Parts, task: str, directory: Path, resume: bool, generated: bool = True) -> RecordWriter:
     """The run's folder with its manifest; UserError where the run to resume was made differently."""
-    return processes.in_turn(
+    return processes.run_in_turn(
         lambda: RecordWriter(
             directory,
             resume,
-            parts.hparams.decisive() | {"task": task, "generated": generated},
+            describe_run(parts.hparams, task, generated),
             seed=parts.hparams.seed,
             weights={"backbone": parts.backbone.fingerprint},
-            data=checksums(parts.hparams, task),
-            rank=processes.rank() if processes.joined() else None,
+            data=compute_checksums(parts.hparams, task),
+            rank=processes.get_rank() if processes.has_joined() else None,
             about={"machine": machine(parts)},
         )
     )
@@ -228,7 +152,7 @@ def _records(
         yield from one_step_many(parts.backbone, parts.method, cases, reader, keep)
         return
     except (UserError, RuntimeError, MemoryError) as error:
-        full = faults.out_of_memory(error)
+        full = faults.is_out_of_memory(error)
         if not full and not (skip_broken and isinstance(error, UserError)):
             raise
         reason = "out of memory" if full else str(error)

@@ -56,7 +56,7 @@ class SharedRun:
         self.writer.close()
         parts, lost = [mine], False
         try:
-            parts, late = processes.closing_gather(mine)
+            parts, late = processes.gather_at_end(mine)
             self.interrupted = late or any(interrupted for interrupted, _, _ in parts)
         except LostError:
             lost = True

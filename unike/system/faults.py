@@ -1,4 +1,4 @@
-"""Faults of the machine that a run meets: memory that is used up, a disk that takes no more.
+"""Faults of the machine during a run: memory that is used up, a disk that is full.
 
 Nothing of torch is imported here: a command line that fails early should not wait for it.
 """
@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 from unike.types import UserError
 
-GO_ON = "what is recorded is kept, go on with --resume"
+GO_ON = "what is recorded is kept, continue with --resume"
 # What a disk, a quota or a folder's rights refuse; other errors of the system are bugs until shown otherwise.
 _REFUSED = {
     getattr(errno, name)
@@ -25,7 +25,7 @@ _FULL_MEMORY = ("out of memory", "DefaultCPUAllocator", "can't allocate memory",
 _LIBRARIES_WRITE = ("I/O error", "os error", "PytorchStreamWriter", "inline_container")
 
 
-def out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory is used up: Python's, torch's on the CPU, or a device's."""
     if isinstance(error, MemoryError):
         return True
@@ -33,7 +33,7 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _FULL_MEMORY)
 
 
-def give_back() -> None:
+def release_memory() -> None:
     """Hands freed memory back to the system, as glibc does by itself only at the end of its heap."""
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
@@ -42,7 +42,7 @@ def give_back() -> None:
 
 
 @contextmanager
-def writing(what: object, resumable: bool = True) -> Iterator[None]:
+def explain_write_errors(what: object, resumable: bool = True) -> Iterator[None]:
     """An OSError inside the block becomes a UserError that names ``what`` and, where a run is
     ``resumable``, how to go on."""
     try:
@@ -52,9 +52,9 @@ def writing(what: object, resumable: bool = True) -> Iterator[None]:
         raise UserError(f"{what}: cannot be written: {reason}" + f"; {GO_ON}" * resumable) from error
 
 
-def told(error: BaseException) -> str | None:
-    """One line for a fault of the machine; None for any other error."""
-    if out_of_memory(error):
+def describe_fault(error: BaseException) -> str | None:
+    """One line about a fault of the machine; None for any other error."""
+    if is_out_of_memory(error):
         return f"out of memory; make edit_batch_size smaller, or use dtype: bfloat16; {GO_ON}"
     if isinstance(error, OSError) and error.errno in _REFUSED:
         at = "" if error.filename is None else f"{error.filename}: "

@@ -12,11 +12,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
+from importlib.util import find_spec
+from multiprocessing.process import BaseProcess
 from types import ModuleType
-from typing import Any
 
-from unike.system.faults import told
-from unike.system.processes import LostError, SharedError, is_main, joined, leave, listen, planned
+from unike.system.faults import describe_fault
+from unike.system.processes import LostError, SharedError, count_planned, has_joined, is_main, leave, listen
 from unike.types import UserError
 
 _LAUNCHED = "UNIKE_LAUNCHED"
@@ -25,14 +26,14 @@ _LOST_CODE = 3
 _GRACE, _ENDING = 5.0, 60.0
 
 
-def guarded(work: Callable[[], int]) -> int:
+def run_guarded(work: Callable[[], int]) -> int:
     """Runs a command and gives its exit code: the work's own, 2 after a UserError (one line per
     problem) or where memory or disk are full, 130 after Ctrl-C, 1 where another process was lost.
-    Several processes say it once."""
+    Of several processes one reports."""
     try:
         return work()
     except UserError as error:
-        if is_main() or not (isinstance(error, SharedError) or not joined()):
+        if is_main() or not (isinstance(error, SharedError) or not has_joined()):
             print(*(f"error: {problem}" for problem in error.problems), sep="\n", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -46,7 +47,7 @@ def guarded(work: Callable[[], int]) -> int:
             print(f"error: {error}", file=sys.stderr)
         return 1
     except Exception as error:
-        if (line := told(error)) is None:
+        if (line := describe_fault(error)) is None:
             raise
         print(f"error: {line}", file=sys.stderr)
         return 2
@@ -59,16 +60,21 @@ def guarded(work: Callable[[], int]) -> int:
 
 def wants_launch(number: int | None) -> bool:
     """Whether ``--num_processes`` asks for processes that nobody has started. UserError under 1."""
+    check_number(number)
+    return (number or 1) > 1 and count_planned() == 1
+
+
+def check_number(number: int | None) -> None:
+    """UserError for ``--num_processes`` under 1."""
     if number is not None and number < 1:
         raise UserError(f"num_processes: {number}; expected 1 or more")
-    return (number or 1) > 1 and planned() == 1
 
 
 def launch(number: int, main: Callable[[list[str]], int], argv: Sequence[str]) -> int:
     """Runs ``main(argv)`` in ``number`` processes and gives one exit code for all.
 
-    ``main`` is a module's function and ends through ``guarded``. Where a process dies, the others are
-    ended as by Ctrl-C; they keep what they have.
+    ``main`` is a module's function and ends through ``run_guarded``. Where a process dies, the others are
+    ended as by Ctrl-C; what they have recorded is kept.
     """
     context = multiprocessing.get_context("spawn")
     with socket.socket() as probe:
@@ -77,12 +83,12 @@ def launch(number: int, main: Callable[[list[str]], int], argv: Sequence[str]) -
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), _LAUNCHED: "1"}
     place |= {"WORLD_SIZE": str(number), "LOCAL_WORLD_SIZE": str(number)}
     crew = []
-    with threads_each(number):
+    with share_cores(number):
         for i in range(number):
             own = place | {"RANK": str(i), "LOCAL_RANK": str(i)}
-            process = context.Process(target=_child, args=(main, list(argv), own))
-            # Deaf to Ctrl-C until it can end well: it would print tracebacks while it imports.
-            with deaf():
+            process = context.Process(target=_run_child, args=(main, list(argv), own))
+            # It ignores Ctrl-C until it can end well: while it imports, it would print tracebacks.
+            with ignore_interrupts():
                 process.start()
             crew.append(process)
     try:
@@ -91,23 +97,23 @@ def launch(number: int, main: Callable[[list[str]], int], argv: Sequence[str]) -
         _wait(crew, _GRACE)
     except KeyboardInterrupt:
         pass
-    with deaf():
-        _end(crew)
-    return _code([p.exitcode for p in crew])
+    with ignore_interrupts():
+        _end_all(crew)
+    return _choose_exit_code([p.exitcode for p in crew])
 
 
-def _wait(crew: Sequence[Any], seconds: float) -> None:
+def _wait(crew: Sequence[BaseProcess], seconds: float) -> None:
     until = time.monotonic() + seconds
     while any(p.is_alive() for p in crew) and time.monotonic() < until:
         time.sleep(0.05)
 
 
-def _end(crew: Sequence[Any]) -> None:
-    """Ctrl-C for those that are left, again and again since a starting process is deaf, then the end."""
+def _end_all(crew: Sequence[BaseProcess]) -> None:
+    """Sends SIGINT until all have ended (a starting process ignores it), then kills those that are left."""
     until = time.monotonic() + _ENDING
     while any(p.is_alive() for p in crew) and time.monotonic() < until:
         for process in crew:
-            if process.is_alive():
+            if process.is_alive() and process.pid is not None:
                 os.kill(process.pid, signal.SIGINT)
         _wait(crew, 1.0)
     for process in crew:
@@ -115,19 +121,19 @@ def _end(crew: Sequence[Any]) -> None:
         process.join()
 
 
-def _code(codes: Sequence[int | None]) -> int:
+def _choose_exit_code(codes: Sequence[int | None]) -> int:
     for i, code in enumerate(codes):
         if code not in (0, 2, 130, _LOST_CODE):
             how = f"signal {-code}" if code is not None and code < 0 else f"code {code}"
             # A process that dies leaves the line of its bar open.
             print("" if i else "\n", end="", file=sys.stderr)
             line = f"process {i + 1} of {len(codes)} ended with {how}; what is recorded is kept"
-            print(f"error: {line}, go on with --resume", file=sys.stderr)
+            print(f"error: {line}, continue with --resume", file=sys.stderr)
             return 1
     return next((code for code in codes if code not in (0, _LOST_CODE)), int(_LOST_CODE in codes)) or 0
 
 
-def _child(main: Callable[[list[str]], int], argv: list[str], place: dict[str, str]) -> None:
+def _run_child(main: Callable[[list[str]], int], argv: list[str], place: dict[str, str]) -> None:
     os.environ.update(place)
     die_with_parent()
     listen()
@@ -138,7 +144,7 @@ def _child(main: Callable[[list[str]], int], argv: list[str], place: dict[str, s
 
 
 def die_with_parent() -> None:
-    """Ends this process when its parent does: whoever starts the command again must be alone."""
+    """Ends this process when its parent ends: the command may be started again, and must then run alone."""
 
     def watch() -> None:
         parent = multiprocessing.parent_process()
@@ -150,7 +156,7 @@ def die_with_parent() -> None:
 
 
 @contextmanager
-def deaf() -> Iterator[None]:
+def ignore_interrupts() -> Iterator[None]:
     """Ctrl-C is ignored inside the block, and by the processes started there until they listen."""
     former = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
@@ -159,17 +165,17 @@ def deaf() -> Iterator[None]:
         signal.signal(signal.SIGINT, former)
 
 
-def cores() -> int:
+def count_cores() -> int:
     """How many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager
-def threads_each(number: int) -> Iterator[None]:
-    """Processes started inside the block share the cores, unless the environment says otherwise."""
+def share_cores(number: int) -> Iterator[None]:
+    """Processes started inside the block share the cores, unless OMP_NUM_THREADS is set."""
     # Read by the children's torch as it loads.
     name, former = "OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS")
-    os.environ.setdefault(name, str(max(1, cores() // number)))
+    os.environ.setdefault(name, str(max(1, count_cores() // number)))
     try:
         yield
     finally:
@@ -177,14 +183,18 @@ def threads_each(number: int) -> Iterator[None]:
             del os.environ[name]
 
 
-def of_checkout(name: str) -> ModuleType:
+def import_from_checkout(name: str) -> ModuleType:
     """A module that the project's folder has and an installed package has not; UserError without it."""
-    try:
-        return import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not name.startswith(error.name):
-            raise
+    require_checkout(name)
+    return import_module(name)
+
+
+def require_checkout(name: str) -> None:
+    """UserError where ``import_from_checkout`` would not find the module, which is not imported."""
+    parts = name.split(".")
+    # ``find_spec`` imports the parents: the first one that is missing ends the search.
+    if not all(find_spec(".".join(parts[: n + 1])) for n in range(len(parts))):
         raise UserError(
-            f"generate_data: the embedded benchmark is drawn by {name}, which is not installed; "
+            f"generate_data: the bundled benchmark is drawn by {name}, which is not installed; "
             "expected python run_edit.py in the project's folder"
-        ) from error
+        )

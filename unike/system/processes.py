@@ -1,7 +1,7 @@
-"""Several processes at one run: who takes which share, and how they hear of each other.
+"""Several processes at one run: which share each takes, and what they exchange.
 
-``unike.system.launching``, ``accelerate launch`` or torchrun starts them; ``join`` takes the process's place.
-In a process of its own every function here does nothing but its work. Torch and accelerate are imported
+``unike.system.launching``, ``accelerate launch`` or torchrun starts them, and each calls ``join``. In a
+process that runs alone every function here does nothing but its work. Torch and accelerate are imported
 late: a wrong argument should not wait for them.
 """
 
@@ -12,14 +12,17 @@ import os
 import signal
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from unike.types import UserError
+
+if TYPE_CHECKING:
+    import torch
 
 T = TypeVar("T")
 S = TypeVar("S")
 
-LOST = "another process of this run has ended; what is recorded is kept, go on with --resume"
+LOST = "another process of this run has ended; what is recorded is kept, continue with --resume"
 # One process may work for hours while the others wait for it.
 _PATIENCE = timedelta(days=30)
 
@@ -32,7 +35,7 @@ class LostError(Exception):
 
 
 class SharedError(UserError):
-    """A problem that every process has heard of: one of them says it."""
+    """A problem that all processes know: one of them reports it."""
 
 
 class _Team:
@@ -47,8 +50,8 @@ class _Team:
         self.group = torch.distributed.new_group(backend="gloo", timeout=_PATIENCE)
         self.waiting = self.interrupted = False
 
-    def exchange(self, value: Any) -> list[Any]:
-        """Everybody's value, by rank. A Ctrl-C that comes meanwhile is kept for later."""
+    def exchange(self, value: T) -> list[T]:
+        """The value of each process, by rank. A Ctrl-C that comes meanwhile is kept for later."""
         import torch
 
         found: list[Any] = [None] * self.state.num_processes
@@ -65,17 +68,17 @@ class _Team:
 _team: _Team | None = None
 
 
-def planned() -> int:
+def count_planned() -> int:
     """How many processes a launcher has started for this run."""
     return int(os.environ.get("WORLD_SIZE") or 1)
 
 
-def joined() -> bool:
-    """Whether this process works together with others."""
+def has_joined() -> bool:
+    """Whether this process shares its work with others."""
     return _team is not None
 
 
-def rank() -> int:
+def get_rank() -> int:
     """This process's number, from 0."""
     return int(os.environ.get("RANK") or 0) if _team is None else _team.state.process_index
 
@@ -86,39 +89,54 @@ def count() -> int:
 
 
 def is_main() -> bool:
-    """Whether this process speaks and writes for all."""
-    return rank() == 0
+    """Whether this process logs and writes for all."""
+    return get_rank() == 0
 
 
 def join(device: str = "auto") -> None:
-    """Takes this process's place where a launcher has started several. ``device`` is the YAML's.
+    """Connects this process with the others that a launcher has started. ``device`` is the YAML's.
 
     UserError where several processes can't have a device each.
     """
     global _team
-    if planned() == 1 or _team is not None:
+    if count_planned() == 1 or _team is not None:
         return
-    import torch
-
     if not is_main():
         from transformers.utils import logging as theirs
 
         logging.getLogger("unike").setLevel(logging.ERROR)
         theirs.set_verbosity_error()
         theirs.disable_progress_bar()
-    cpu = device == "cpu" or not torch.accelerator.is_available()
-    if ":" in device:
-        raise UserError(f"device: {device}: one device for {planned()} processes; expected auto or cpu")
-    here = int(os.environ.get("LOCAL_WORLD_SIZE") or planned())
-    if not cpu and here > torch.accelerator.device_count():
-        found = torch.accelerator.device_count()
-        raise UserError(f"num_processes: {here}; found {found} devices, expected no more than these")
+    check_devices(device, count_planned(), int(os.environ.get("LOCAL_WORLD_SIZE") or count_planned()))
     listen()
-    _team = _Team(cpu)
+    _team = _Team(cpu=not _has_accelerator(device))
+
+
+def check_devices(device: str, number: int, here: int | None = None) -> None:
+    """UserError where ``number`` processes, ``here`` of them on this machine, can't have a device each.
+    ``here`` is all of them by default."""
+    if ":" in device:
+        raise UserError(f"device: {device}: one device for {number} processes; expected auto or cpu")
+    if not _has_accelerator(device):
+        return
+    import torch
+
+    found, wanted = torch.accelerator.device_count(), number if here is None else here
+    if wanted > found:
+        raise UserError(f"num_processes: {wanted}; found {found} devices, expected no more than these")
+
+
+def _has_accelerator(device: str) -> bool:
+    """Whether a process with this ``device`` in its YAML takes one of the machine's accelerators."""
+    if device == "cpu":
+        return False
+    import torch
+
+    return torch.accelerator.is_available()
 
 
 def leave() -> None:
-    """Gives the place back."""
+    """Disconnects from the others."""
     global _team
     if _team is not None:
         _team = None
@@ -127,11 +145,12 @@ def leave() -> None:
         torch.distributed.destroy_process_group()
 
 
-def default_device() -> Any:
-    """The ``torch.device`` that ``auto`` means: this process's own, as accelerate picks it."""
+def get_default_device() -> torch.device:
+    """What ``auto`` means: this process's own device, as accelerate picks it."""
     from accelerate import PartialState
 
-    return PartialState().default_device if _team is None else _team.state.device
+    device: torch.device = PartialState().default_device if _team is None else _team.state.device
+    return device
 
 
 # ---------------------------------------------------------------- sharing work
@@ -139,11 +158,11 @@ def default_device() -> Any:
 
 def share(items: Sequence[T]) -> Sequence[T]:
     """This process's part of ``items``: every n-th."""
-    return items if count() == 1 else items[rank() :: count()]
+    return items if count() == 1 else items[get_rank() :: count()]
 
 
-def gather(value: Any) -> list[Any]:
-    """Everybody's ``value``, by rank. LostError where a process has ended."""
+def gather(value: T) -> list[T]:
+    """The ``value`` of each process, by rank. LostError where a process has ended."""
     if _team is None:
         return [value]
     found = _team.exchange(value)
@@ -152,69 +171,70 @@ def gather(value: Any) -> list[Any]:
     return found
 
 
-def closing_gather(value: Any) -> tuple[list[Any], bool]:
-    """Like ``gather``, and whether Ctrl-C came meanwhile, which then ends nothing."""
+def gather_at_end(value: T) -> tuple[list[T], bool]:
+    """Like ``gather``, and whether Ctrl-C came meanwhile; it does not end the process."""
     if _team is None:
         return [value], False
     return _team.exchange(value), _team.interrupted
 
 
-def each(work: Callable[[], T]) -> T:
+def run_everywhere(work: Callable[[], T]) -> T:
     """Every process does the work; a UserError of one is raised by all."""
-    done, problems = _tried(work)
+    done, problems = _try_work(work)
     _raise(gather(problems))
     return done  # type: ignore[return-value]
 
 
-def first(work: Callable[[], T]) -> T:
-    """The main process does the work, the others wait and are given what it gave."""
+def run_once(work: Callable[[], T]) -> T:
+    """The main process does the work; the others wait for its result, which all return."""
     if count() == 1:
         return work()
-    done, problems = _tried(work) if is_main() else (None, ())
+    done, problems = _try_work(work) if is_main() else (None, ())
     (done, problems), *_ = gather((done, problems))
     _raise([problems])
     return done  # type: ignore[return-value]
 
 
-def in_turn(work: Callable[[], T]) -> T:
-    """The main process does the work, then all others do: what it has written, they find."""
+def run_in_turn(work: Callable[[], T]) -> T:
+    """The main process does the work, then all others do, which find what it has written."""
     if count() == 1:
         return work()
-    done, problems = _tried(work) if is_main() else (None, ())
+    done, problems = _try_work(work) if is_main() else (None, ())
     _raise(gather(problems)[:1])
     if not is_main():
-        done, problems = _tried(work)
+        done, problems = _try_work(work)
     _raise(gather(problems))
     return done  # type: ignore[return-value]
 
 
 def spread(
-    items: Sequence[S], work: Callable[[S], T], heard: Callable[[S], None] = lambda _: None
+    items: Sequence[S], work: Callable[[S], T], notify: Callable[[S], None] = lambda _: None
 ) -> list[T]:
     """``[work(item) for item in items]``, each item worked on by one process; all get the whole list.
 
-    ``heard`` is called of every item: of one's own when it is done, of the others' at the end.
+    ``notify`` is called with every item: with this process's own when it is done, with the others' at the
+    end.
     """
 
     def own() -> list[T]:
         found = []
         for item in share(items):
             found.append(work(item))
-            heard(item)
+            notify(item)
         return found
 
     if count() == 1:
         return own()
-    found, problems = _tried(own)
-    parts = gather((found, problems))
+    parts = gather(_try_work(own))
     _raise([problems for _, problems in parts])
+    done = [found or [] for found, _ in parts]
     for i, item in enumerate(items):
-        if i % count() != rank():
-            heard(item)
-    return [parts[i % count()][0][i // count()] for i in range(len(items))]
+        if i % count() != get_rank():
+            notify(item)
+    return [done[i % count()][i // count()] for i in range(len(items))]
 
 
-def add_gradients(parameters: Sequence[Any]) -> None:
+def add_gradients(parameters: Sequence[torch.Tensor]) -> None:
     """Each parameter's gradient becomes the sum over all processes; none where none has one."""
     if count() == 1:
         return
@@ -232,7 +252,7 @@ def add_gradients(parameters: Sequence[Any]) -> None:
         parameter.grad = grad.view_as(parameter).to(parameter.dtype) if known else None
 
 
-def _tried(work: Callable[[], T]) -> tuple[T | None, tuple[str, ...]]:
+def _try_work(work: Callable[[], T]) -> tuple[T | None, tuple[str, ...]]:
     if count() == 1:
         return work(), ()
     try:
@@ -250,13 +270,13 @@ def _raise(problems: Sequence[tuple[str, ...]]) -> None:
 
 
 def listen() -> None:
-    """From here on the first Ctrl-C ends the work, and further ones change nothing. A launcher from
-    outside ends its processes by SIGTERM: that counts as one."""
+    """From here on the first Ctrl-C ends the work, and further ones change nothing. SIGTERM, by which
+    accelerate and torchrun end their processes, counts as one."""
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _hear)
+        signal.signal(number, _interrupt)
 
 
-def _hear(*_: Any) -> None:
+def _interrupt(*_: object) -> None:
     """Ctrl-C reaches a process twice, from the terminal and from its launcher: once counts."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)

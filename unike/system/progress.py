@@ -17,7 +17,7 @@ def ignore_progress(stage: str, count: int) -> None:
 
 
 @contextmanager
-def bars(totals: Mapping[str, int], progress: bool = True) -> Iterator[Tick]:
+def show_progress(totals: Mapping[str, int], progress: bool = True) -> Iterator[Tick]:
     """A callback ``tick(stage, n)`` that draws a bar per stage, of the stage's total where it is known."""
     drawn: dict[str, tqdm[Any]] = {}
 

@@ -7,8 +7,8 @@ import sys
 from importlib import metadata
 
 
-def versions() -> dict[str, str | None]:
-    """Of Python and of the packages that numbers depend on; None where one is not installed."""
+def collect_versions() -> dict[str, str | None]:
+    """The versions of Python and of the packages that numbers depend on; None where one is not installed."""
     found: dict[str, str | None] = {"python": platform.python_version()}
     for package in ("torch", "transformers", "unike"):
         try:

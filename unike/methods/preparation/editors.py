@@ -13,27 +13,14 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 
 from unike.backbones.base import Backbone
-from unike.config.combined import TrainedPartsOptions
-from unike.config.sections import EditorOptions, EditorTrainingOptions
 from unike.methods.meta_training import Progress, TrainableMethod, copy_tensors, meta_train
-from unike.methods.preparation.folders import Facts, find_folder, hash_facts
-from unike.methods.preparation.scope import find_scope_classifier
-from unike.methods.registry import MethodNeeds
+from unike.methods.preparation.folders import Facts, find_editor, hash_facts, list_editor_options
 from unike.system import processes
 from unike.system.files import check_tensors, write_index
 from unike.system.progress import Tick, ignore_progress
 from unike.types import Case, UserError
 
 HELD_OUT = 10
-
-
-def list_editor_options(hparams: EditorTrainingOptions) -> Facts:
-    """The options that a trained editor depends on: of KE's and SERAC's own ones, those of its method."""
-    shared = {"method": hparams.method, "clip_norm": hparams.clip_norm, "seed": hparams.seed}
-    own = hparams.get_values(EditorTrainingOptions).items()
-    return shared | {
-        n: v for n, v in own if not n.startswith(("ke_", "serac_")) or n.startswith(f"{hparams.method}_")
-    }
 
 
 def describe_editor(backbone: Backbone, method: TrainableMethod) -> Facts:
@@ -43,25 +30,6 @@ def describe_editor(backbone: Backbone, method: TrainableMethod) -> Facts:
         "layers": method.layers(backbone),
         "options": list_editor_options(method.hparams),
     }
-
-
-def wants_cases(hparams: TrainedPartsOptions, needs: MethodNeeds) -> bool:
-    """Whether train annotations are needed for an editor or a scope classifier that is still to be
-    trained."""
-    if needs.training:
-        return find_editor(hparams) is None
-    return needs.scope and find_scope_classifier(hparams) is None
-
-
-def find_editor(hparams: EditorOptions, facts: Facts | None = None) -> Path | None:
-    """The folder of the YAML's editor under ``editor_dir``, None where it has not been trained.
-
-    Without ``facts`` the editor may be of any weights and layers. UserError where ``editor_dir`` is missing.
-    """
-    if hparams.editor_dir is None:
-        raise UserError(f"{hparams.source}: editor_dir: missing; expected a folder for trained editors")
-    wanted: Facts = {"options": list_editor_options(hparams)} if facts is None else facts
-    return find_folder(Path(hparams.editor_dir, hparams.method), "editor.json", wanted)
 
 
 def save_editor(method: TrainableMethod, facts: Facts, progress: Progress, folder: Path) -> None:
@@ -98,7 +66,7 @@ def ensure_editor(
     train one editor together. UserError where no case is left to hold out.
     """
     hparams, facts = method.hparams, describe_editor(backbone, method)
-    folder = processes.first(lambda: find_editor(hparams, facts))
+    folder = processes.run_once(lambda: find_editor(hparams, facts))
     if folder is None:
         trained = folder = Path(str(hparams.editor_dir), hparams.method, hash_facts(facts))
         records = cases()
@@ -110,6 +78,6 @@ def ensure_editor(
             )
         val = held_out[: hparams.editor_val_cases]
         progress = meta_train(method, backbone, train, val, hparams, folder, tick, facts)
-        processes.first(lambda: save_editor(method, facts, progress, trained))
+        processes.run_once(lambda: save_editor(method, facts, progress, trained))
     load_editor(method, backbone, folder)
     return folder

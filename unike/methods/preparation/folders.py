@@ -1,12 +1,30 @@
-"""Folders of what is prepared: one per checksum of the facts that it depends on."""
+"""Folders of what is prepared: one per checksum of the facts that it depends on.
+
+Nothing here imports torch, so that what is missing is reported at once.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from unike.config.combined import TrainedPartsOptions
+from unike.config.hparams import HyperParams
+from unike.config.sections import (
+    EditorOptions,
+    EditorTrainingOptions,
+    KnowledgeOptions,
+    ScopeClassifierOptions,
+    ScopeTrainingOptions,
+)
+from unike.methods.registry import MethodNeeds
 from unike.system.files import read_index
+from unike.types import UserError
+
+if TYPE_CHECKING:
+    from unike.backbones.base import Backbone
 
 Facts = dict[str, object]
 
@@ -23,3 +41,78 @@ def find_folder(parent: Path, index: str, facts: Facts) -> Path | None:
         if all(kept.get(name) == value for name, value in facts.items()):
             return path.parent
     return None
+
+
+def wants_cases(hparams: TrainedPartsOptions, needs: MethodNeeds) -> bool:
+    """Whether train annotations are needed for an editor or a scope classifier that is still to be
+    trained."""
+    if needs.training:
+        return find_editor(hparams) is None
+    return needs.scope and find_scope_classifier(hparams) is None
+
+
+# ---------------------------------------------------------------- memory and encoders
+
+
+def find_shipped_knowledge(hparams: KnowledgeOptions) -> Path | None:
+    """``knowledge_dir``, where it is a folder of knowledge itself and not the parent of several."""
+    folder = None if hparams.knowledge_dir is None else Path(hparams.knowledge_dir)
+    return folder if folder is not None and (folder / "knowledge.json").is_file() else None
+
+
+def list_changed_options(folder: Path, hparams: HyperParams) -> list[str]:
+    """The options that knowledge was made with and that the YAML has other values of. UserError where the
+    index is damaged. Only the model tells whether its weights and layers fit."""
+    index = folder / "knowledge.json"
+    options = read_index(index).get("options")
+    if not isinstance(options, dict):
+        raise UserError(f"{index}: is damaged: it has no options; delete the folder")
+    return [name for name, value in options.items() if getattr(hparams, name, None) != value]
+
+
+# ---------------------------------------------------------------- meta-learned editors
+
+
+def list_editor_options(hparams: EditorTrainingOptions) -> Facts:
+    """The options that a trained editor depends on: of KE's and SERAC's own ones, those of its method."""
+    shared = {"method": hparams.method, "clip_norm": hparams.clip_norm, "seed": hparams.seed}
+    own = hparams.get_values(EditorTrainingOptions).items()
+    return shared | {
+        n: v for n, v in own if not n.startswith(("ke_", "serac_")) or n.startswith(f"{hparams.method}_")
+    }
+
+
+def find_editor(hparams: EditorOptions, facts: Facts | None = None) -> Path | None:
+    """The folder of the YAML's editor under ``editor_dir``, None where it has not been trained.
+
+    Without ``facts`` the editor may be of any weights and layers. UserError where ``editor_dir`` is missing.
+    """
+    if hparams.editor_dir is None:
+        raise UserError(f"{hparams.source}: editor_dir: missing; expected a folder for trained editors")
+    wanted: Facts = {"options": list_editor_options(hparams)} if facts is None else facts
+    return find_folder(Path(hparams.editor_dir, hparams.method), "editor.json", wanted)
+
+
+# ---------------------------------------------------------------- scope classifiers
+
+
+def describe_scope(hparams: ScopeTrainingOptions, backbone: Backbone | None = None, first: int = 0) -> Facts:
+    """What a trained classifier belongs to: options, and with ``backbone`` its weights and the layer."""
+    options = hparams.get_values(ScopeTrainingOptions) | {"seed": hparams.seed}
+    facts: Facts = {"options": options}
+    if backbone is not None:
+        facts |= {"backbone": backbone.fingerprint, "layer": first}
+    return facts
+
+
+def find_scope_classifier(hparams: ScopeClassifierOptions, facts: Facts | None = None) -> Path | None:
+    """The folder of the YAML's classifier, None where it has not been trained.
+
+    Without ``facts`` it may be of any weights and layer. UserError where ``scope_dir`` is missing.
+    """
+    if hparams.scope_dir is None:
+        raise UserError(
+            f"{hparams.source}: scope_dir: missing; expected a folder for trained scope classifiers"
+        )
+    wanted = describe_scope(hparams) if facts is None else facts
+    return find_folder(Path(hparams.scope_dir), "scope.json", wanted)

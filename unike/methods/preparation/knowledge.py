@@ -34,8 +34,8 @@ from unike.knowledge.encoders import Disentangler, FitReport, KnowledgeStates, f
 from unike.knowledge.index import open_memory
 from unike.methods.preparation.folders import Facts
 from unike.system import processes
-from unike.system.faults import give_back
-from unike.system.files import check_tensors, checksum_in, read_index, write_index
+from unike.system.faults import release_memory
+from unike.system.files import check_tensors, read_checksum, read_index, write_index
 from unike.system.progress import Tick, ignore_progress
 from unike.types import KnowledgeItem, Query, UserError
 
@@ -110,7 +110,7 @@ def extract_states(
         negative = _read_ends(backbone, prefixes, [n for _, n in part], layers)
         found = {i: [positive[i][0], positive[i][1], negative[i][1], positive[i][2]] for i in layers}
         # What is sent to other processes would come back on this one's device.
-        return {i: [t.cpu() for t in own] for i, own in found.items()} if processes.joined() else found
+        return {i: [t.cpu() for t in own] for i, own in found.items()} if processes.has_joined() else found
 
     parts = processes.spread(
         _split(pairs, batch), read, lambda part: tick("extracting knowledge states", len(part))
@@ -180,13 +180,13 @@ def ensure_knowledge(
         )
     folder = Path(hparams.knowledge_dir)
     facts = _describe_knowledge(backbone, layers, hparams)
-    if not processes.first(lambda: _fits(folder, facts, layers)):
+    if not processes.run_once(lambda: _fits(folder, facts, layers)):
         collected = triplets()
         keyed = folder = folder / compute_knowledge_key(backbone, collected, hparams)
-        if not processes.first(lambda: _fits(keyed, facts, layers)):
+        if not processes.run_once(lambda: _fits(keyed, facts, layers)):
             prefixes = open_prefixes(hparams, backbone, min(layers), memory=False)
             states = extract_states(backbone, collected, layers, hparams.states_batch, tick, prefixes)
-            processes.first(
+            processes.run_once(
                 lambda: save_knowledge(keyed, states, *fit_encoders(states, hparams, tick), facts)
             )
     return read_knowledge(folder, hparams, backbone.device)
@@ -198,7 +198,7 @@ def read_knowledge(
     """What ``save_knowledge`` wrote, with the YAML's kind of zeta, by layer. UserError as
     ``iterate_layers``."""
     known = {i: _make_layer(i, s, e, hparams, folder) for i, s, e in iterate_layers(folder, device)}
-    give_back()
+    release_memory()
     return known
 
 
@@ -378,7 +378,7 @@ def _make_layer(
 ) -> LayerKnowledge:
     place, origin, checksum = None, "", ""
     if folder is not None:
-        checksum = checksum_in(folder / "knowledge.json", folder / "knowledge.safetensors")
+        checksum = read_checksum(folder / "knowledge.json", folder / "knowledge.safetensors")
         stat = (folder / "knowledge.safetensors").stat()
         place, origin = folder / f"memory-{i}", f"{stat.st_size}-{stat.st_mtime_ns}"
     bank = open_memory(

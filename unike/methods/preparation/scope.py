@@ -17,10 +17,10 @@ from unike.backbones.base import Backbone
 from unike.backbones.hooks import capture
 from unike.backbones.prefix import PrefixCache, open_prefixes
 from unike.config.combined import ScopePreparationOptions
-from unike.config.sections import ScopeClassifierOptions, ScopeTrainingOptions
+from unike.config.sections import ScopeTrainingOptions
 from unike.knowledge.scope import HELD_OUT, ScopeEncoder, ScopeReport, ScopeSamples, TrainedScope, fit_scope
 from unike.methods.meta_training import copy_tensors
-from unike.methods.preparation.folders import Facts, find_folder, hash_facts
+from unike.methods.preparation.folders import Facts, describe_scope, find_scope_classifier, hash_facts
 from unike.system import processes
 from unike.system.files import check_tensors, read_index, write_index
 from unike.system.progress import Tick, ignore_progress
@@ -92,28 +92,6 @@ def draw_scope_encoder(backbone: Backbone, hparams: ScopeTrainingOptions) -> Sco
         ).to(backbone.device)
 
 
-def describe_scope(hparams: ScopeTrainingOptions, backbone: Backbone | None = None, first: int = 0) -> Facts:
-    """What a trained classifier belongs to: options, and with ``backbone`` its weights and the layer."""
-    options = hparams.get_values(ScopeTrainingOptions) | {"seed": hparams.seed}
-    facts: Facts = {"options": options}
-    if backbone is not None:
-        facts |= {"backbone": backbone.fingerprint, "layer": first}
-    return facts
-
-
-def find_scope_classifier(hparams: ScopeClassifierOptions, facts: Facts | None = None) -> Path | None:
-    """The folder of the YAML's classifier, None where it has not been trained.
-
-    Without ``facts`` it may be of any weights and layer. UserError where ``scope_dir`` is missing.
-    """
-    if hparams.scope_dir is None:
-        raise UserError(
-            f"{hparams.source}: scope_dir: missing; expected a folder for trained scope classifiers"
-        )
-    wanted = describe_scope(hparams) if facts is None else facts
-    return find_folder(Path(hparams.scope_dir), "scope.json", wanted)
-
-
 def ensure_scope(
     backbone: Backbone,
     hparams: ScopePreparationOptions,
@@ -152,7 +130,7 @@ def ensure_scope(
         save_scope(folder, encoder, report, facts | {"records": len(records)})
         return folder
 
-    folder = processes.first(find_or_train)
+    folder = processes.run_once(find_or_train)
     return load_scope(folder, draw_scope_encoder(backbone, hparams))
 
 
