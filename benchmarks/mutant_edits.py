@@ -32,7 +32,7 @@ from unike.edits import (  # fmt: skip
     WeightDelta,
 )
 from unike.edits.deltas import ffn_sites
-from unike.edits.files import INDEX, TENSORS, read_edit, signed
+from unike.edits.files import INDEX, TENSORS, read_edit, sign
 from unike.knowledge.patch import KeyValuePatch
 from unike.types import Query
 
@@ -108,7 +108,7 @@ def _sign(own: Path, index: dict) -> None:
     data = (own / TENSORS).read_bytes()
     index |= {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     try:
-        index = signed(index)
+        index = sign(index)
     except ValueError:
         # What JSON lacks, a hostile file can still hold.
         index["checksum"] = "0"

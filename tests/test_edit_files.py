@@ -169,7 +169,7 @@ def test_a_folder_appears_whole_or_not_at_all(world: World, tmp_path, monkeypatc
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(files, "card", full)
+        patched.setattr(files, "render_card", full)
         with pytest.raises(UserError, match="cannot be written: No space left"):
             edit.save(tmp_path / "fox")
     assert list(tmp_path.iterdir()) == []
@@ -232,7 +232,7 @@ def signed_again(folder: Path, index: dict[str, Any]) -> None:
     """As somebody writes it who knows how: the checksums fit."""
     data = (folder / TENSORS).read_bytes()
     own = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    (folder / INDEX).write_text(json.dumps(files.signed(index | own)))
+    (folder / INDEX).write_text(json.dumps(files.sign(index | own)))
 
 
 TENSOR_CHANGES = {

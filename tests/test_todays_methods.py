@@ -165,9 +165,9 @@ def test_a_vision_tower_without_end_is_not_built(tmp_path, folders, nothing_load
         (
             "{{ messages[0].content[-1].text }}",
             "<image>",
-            "its chat template writes 0 <image> for 1 pictures",
+            "its chat template writes 0 <image> for 1 images",
         ),
-        (CHATS["llava"] + "<image>", "<image>", "its chat template writes 1 <image> for 0 pictures"),
+        (CHATS["llava"] + "<image>", "<image>", "its chat template writes 1 <image> for 0 images"),
         (CHATS["llava"], "<picture>", "its tokenizer has no token <image>"),
     ],
 )

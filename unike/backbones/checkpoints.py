@@ -27,7 +27,7 @@ from transformers import (
 
 from unike.backbones.checking import check_spec, estimate_memory, require_files
 from unike.backbones.checkpoint_files import DTYPE_BYTES, explain_read_errors, get_dtype, load_state
-from unike.backbones.original import State, names, read_shape, read_states, require_whole
+from unike.backbones.original import State, list_names, read_shape, read_states, require_whole
 from unike.backbones.placement import build_quantization_config
 from unike.types import BackboneSpec, UserError
 
@@ -160,9 +160,9 @@ def _check_fit(spec: BackboneSpec, model: Blip2ForConditionalGeneration, weights
     wanted = {k: v for k, v in model.state_dict().items() if not k.startswith("language_model.")}
     problems = []
     if missing := wanted.keys() - weights.keys():
-        problems.append(f"{spec.source}: the original files lack {names(missing)}")
+        problems.append(f"{spec.source}: the original files lack {list_names(missing)}")
     if unexpected := weights.keys() - wanted.keys():
-        problems.append(f"{spec.source}: the original files have unexpected {names(unexpected)}")
+        problems.append(f"{spec.source}: the original files have unexpected {list_names(unexpected)}")
     for key in sorted(wanted.keys() & weights.keys()):
         if wanted[key].shape != weights[key].shape:
             problems.append(
@@ -174,7 +174,9 @@ def _check_fit(spec: BackboneSpec, model: Blip2ForConditionalGeneration, weights
         raise UserError(*problems)
 
 
-def _language_model(spec: BackboneSpec, dtype: torch.dtype, device: torch.device | None) -> PreTrainedModel:
+def _load_language_model(
+    spec: BackboneSpec, dtype: torch.dtype, device: torch.device | None
+) -> PreTrainedModel:
     loader: Any = AutoModelForCausalLM
     config = build_quantization_config(spec, dtype)
     more = {} if config is None else {"quantization_config": config, "device_map": {"": device}}
@@ -184,7 +186,7 @@ def _language_model(spec: BackboneSpec, dtype: torch.dtype, device: torch.device
     return model
 
 
-def _kept_dtype(model: Blip2ForConditionalGeneration, key: str, dtype: torch.dtype) -> torch.dtype:
+def _choose_dtype(model: Blip2ForConditionalGeneration, key: str, dtype: torch.dtype) -> torch.dtype:
     """In fp16, transformers keeps the Q-Former in fp32 and casts on its borders; so do we."""
     kept = model._keep_in_fp32_modules or ()
     return torch.float32 if dtype == torch.float16 and key.split(".")[0] in kept else dtype
@@ -209,11 +211,11 @@ def load_original(spec: BackboneSpec, device: torch.device | None = None) -> Bli
     _check_fit(spec, model, weights)
     states.clear()
     for key in weights:
-        weights[key] = weights[key].to(_kept_dtype(model, key, dtype), copy=True).contiguous()
+        weights[key] = weights[key].to(_choose_dtype(model, key, dtype), copy=True).contiguous()
     model.load_state_dict(weights, strict=False, assign=True)
     # The skeleton's language model has buffers on the meta device that no file holds (rotary
     # frequencies), so it is replaced as a whole instead of being filled.
-    language_model = _language_model(spec, dtype, device)
+    language_model = _load_language_model(spec, dtype, device)
     model.language_model = language_model
     model.config.text_config = language_model.config
     model.config.dtype = dtype

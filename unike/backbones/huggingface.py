@@ -73,7 +73,7 @@ def load_huggingface(
         model, folder = load_original(spec, device), None
         if spec.device_map is not None:
             depth = model.language_model.config.num_hidden_layers
-            placed = map_devices(model, get_dtype(spec.dtype), _last(layers, depth))
+            placed = map_devices(model, get_dtype(spec.dtype), _count_last_layers(layers, depth))
             model = dispatch(model, placed)
     else:
         model, folder = _load_folder(spec, architecture, device, layers), spec.name
@@ -90,12 +90,12 @@ def load_huggingface(
         model.to(device)
     size = None if spec.original_files else spec.image_size
     with explain_read_errors(f"{spec.source}: name: {spec.name}: the files other than weights do not load"):
-        dialogue = architecture.dialogue or _chat(spec, architecture, tokenizer)
+        dialogue = architecture.dialogue or _read_chat(spec, architecture, tokenizer)
         return VisionLanguageBackbone(model, tokenizer, architecture, dialogue, folder, size, limit)
 
 
-def _chat(spec: BackboneSpec, architecture: Architecture, tokenizer: PreTrainedTokenizerBase) -> Chat:
-    """The conversation that the checkpoint was trained on: its processor's template, or its tokeniser's."""
+def _read_chat(spec: BackboneSpec, architecture: Architecture, tokenizer: PreTrainedTokenizerBase) -> Chat:
+    """The checkpoint's chat template: its processor's, or else its tokeniser's."""
     template = ProcessorMixin.get_processor_dict(spec.name)[0].get("chat_template") or tokenizer.chat_template
     if isinstance(template, dict):
         template = template.get("default")
@@ -104,19 +104,17 @@ def _chat(spec: BackboneSpec, architecture: Architecture, tokenizer: PreTrainedT
     chat, at = Chat(template, architecture.image), f"{spec.source}: name: {spec.name}"
     if len(tokenizer(chat.image, add_special_tokens=False).input_ids) != 1:
         raise UserError(f"{at}: its tokenizer has no token {chat.image}")
-    # A template that does not work would end a run at its first question.
+    # Otherwise a template that does not work would end a run at its first question.
     for shown in (False, True):
         with explain_read_errors(f"{at}: its chat template does not work"):
             written = chat.text(tokenizer, "a", shown).count(chat.image)
         if written != shown:
-            raise UserError(
-                f"{at}: its chat template writes {written} {chat.image} for {int(shown)} pictures"
-            )
+            raise UserError(f"{at}: its chat template writes {written} {chat.image} for {int(shown)} images")
     return chat
 
 
-def _last(layers: int | tuple[int, ...], depth: int) -> int:
-    """How many of the decoder's layers are edited or lie above one that is."""
+def _count_last_layers(layers: int | tuple[int, ...], depth: int) -> int:
+    """How many of the decoder's layers are edited, or lie above an edited one."""
     return layers if isinstance(layers, int) else depth - min(layers)
 
 
@@ -132,8 +130,8 @@ def _load_folder(
             with torch.device("meta"):
                 skeleton: Any = architecture.model(AutoConfig.from_pretrained(spec.name))
             depth = skeleton.config.get_text_config().num_hidden_layers
-            more = {"device_map": map_devices(skeleton, dtype, _last(layers, depth))}
-        with _quiet(Path(spec.name)):
+            more = {"device_map": map_devices(skeleton, dtype, _count_last_layers(layers, depth))}
+        with _silence(Path(spec.name)):
             loader: Any = architecture.model
             model, info = loader.from_pretrained(spec.name, dtype=dtype, output_loading_info=True, **more)
     require_whole(spec, info)
@@ -141,9 +139,9 @@ def _load_folder(
 
 
 @contextmanager
-def _quiet(folder: Path) -> Iterator[None]:
-    """A progress bar for weights that load in a moment is noise, and so is transformers' report of what
-    is wrong with them beside our line."""
+def _silence(folder: Path) -> Iterator[None]:
+    """Silences transformers' report of wrong weights, which our error line repeats, and its progress bar
+    where the weights load in a moment."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     size = sum(p.stat().st_size for p in folder.glob("*.safetensors"))

@@ -1,4 +1,4 @@
-"""``backend: lavis``: BLIP2-OPT of ``salesforce-lavis`` itself, its modules and its picture processor.
+"""``backend: lavis``: BLIP2-OPT of ``salesforce-lavis`` itself, its modules and its image processor.
 
 LAVIS runs with a ``transformers`` of its own time only: requirements-lavis.txt describes the environment.
 """
@@ -25,7 +25,7 @@ from unike.backbones.base import Batch
 from unike.backbones.checkpoint_files import explain_read_errors, get_dtype
 from unike.backbones.dialogue import Dialogue
 from unike.backbones.images import Parts
-from unike.backbones.original import Shape, State, names, read_shape, read_states, require_whole
+from unike.backbones.original import Shape, State, list_names, read_shape, read_states, require_whole
 from unike.backbones.vision import FixedVision
 from unike.backbones.vlm import VisionLanguageBackbone
 from unike.types import BackboneSpec, UserError
@@ -47,8 +47,8 @@ class LavisVision(FixedVision):
     def settings(self) -> str:
         return repr(self.processor.transform)
 
-    def read(self, picture: Image.Image) -> torch.Tensor:
-        pixels: torch.Tensor = self.processor(picture)
+    def read(self, image: Image.Image) -> torch.Tensor:
+        pixels: torch.Tensor = self.processor(image)
         return pixels
 
     @torch.no_grad()
@@ -96,16 +96,16 @@ def load_lavis(spec: BackboneSpec, device: torch.device, limit: int) -> LavisBac
     Raises UserError where LAVIS cannot load it, or the files do not fit each other.
     """
     with explain_read_errors(f"{spec.source}: name: {spec.name} cannot be loaded by LAVIS"):
-        model = _from_files(spec) if spec.original_files else load_model(MODEL, spec.name)
+        model = _load_files(spec) if spec.original_files else load_model(MODEL, spec.name)
     # As in LAVIS, what lies between tower and decoder stays in single precision.
     for part in (model.visual_encoder, model.opt_model):
         part.to(get_dtype(spec.dtype))
-    _hand_on_cache(model.opt_model)
+    _pass_cache(model.opt_model)
     architecture = Architecture(type(model), LavisVision, decoder="opt_model", dialogue=DIALOGUE)
     return LavisBackbone(model.to(device), model.opt_tokenizer, architecture, DIALOGUE, max_new_tokens=limit)
 
 
-def _hand_on_cache(decoder: Any) -> None:
+def _pass_cache(decoder: Any) -> None:
     """LAVIS's OPT waits for its cache as ``past``, a name that transformers 4.26 has given up: without this
     each new token would read the whole row again."""
     prepare = decoder.prepare_inputs_for_generation
@@ -117,14 +117,14 @@ def _hand_on_cache(decoder: Any) -> None:
     decoder.prepare_inputs_for_generation = prepare_cached
 
 
-def _from_files(spec: BackboneSpec) -> Any:
+def _load_files(spec: BackboneSpec) -> Any:
     """LAVIS's model in the shape of the files, and with their weights."""
     states = read_states(spec)
     shape = read_shape(spec, states)
-    model = _built_from(spec, states["state_dict_file"], shape)(
+    model = _build_class(spec, states["state_dict_file"], shape)(
         img_size=shape.image_size, vit_precision="fp32", num_query_token=shape.queries, opt_model=spec.name
     )
-    _fill(spec, model, states["qformer_checkpoint"], beside=("opt_model.", "visual_encoder."))
+    _fill(spec, model, states["qformer_checkpoint"], besides=("opt_model.", "visual_encoder."))
     # LAVIS reads OPT in half precision, as it is published: a folder in another one would be rounded.
     if OPTConfig.from_pretrained(spec.name).torch_dtype != torch.float16:
         dtype = get_dtype(spec.dtype)
@@ -135,7 +135,7 @@ def _from_files(spec: BackboneSpec) -> Any:
     return model
 
 
-def _built_from(spec: BackboneSpec, eva: State, shape: Shape) -> Any:
+def _build_class(spec: BackboneSpec, eva: State, shape: Shape) -> Any:
     """LAVIS's class, with what is at hand where it would ask for a download and knows one shape alone."""
     vision, qformer = shape.vision, shape.qformer
 
@@ -172,10 +172,10 @@ def _built_from(spec: BackboneSpec, eva: State, shape: Shape) -> Any:
     return FromFiles
 
 
-def _fill(spec: BackboneSpec, module: nn.Module, state: State, beside: tuple[str, ...] = ()) -> None:
-    """Every parameter gets its tensor, but those whose names begin as ``beside`` says."""
-    wanted = [name for name, _ in module.named_parameters() if not name.startswith(beside)]
+def _fill(spec: BackboneSpec, module: nn.Module, state: State, besides: tuple[str, ...] = ()) -> None:
+    """Fills every parameter from ``state``, but those whose names begin as in ``besides``."""
+    wanted = [name for name, _ in module.named_parameters() if not name.startswith(besides)]
     with explain_read_errors(f"{spec.source}: the original files do not fit"):
         module.load_state_dict({name: state[name] for name in wanted if name in state}, strict=False)
     if missing := [name for name in wanted if name not in state]:
-        raise UserError(f"{spec.source}: the original files lack {names(missing)}")
+        raise UserError(f"{spec.source}: the original files lack {list_names(missing)}")

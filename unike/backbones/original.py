@@ -54,7 +54,7 @@ def read_shape(
     first = "Qformer.bert.encoder.layer.0."
     width, _, patch, _ = eva["patch_embed.proj.weight"].shape
     blocks = _count(eva, r"blocks\.(\d+)\.")
-    vision = _with_overrides(
+    vision = _apply_overrides(
         spec,
         "vision_config",
         known,
@@ -70,7 +70,7 @@ def read_shape(
             "layer_norm_eps": 1e-6,
         },
     )
-    queries = _with_overrides(
+    queries = _apply_overrides(
         spec,
         "qformer_config",
         known,
@@ -95,7 +95,7 @@ def read_shape(
     return Shape(vision, queries, qformer["query_tokens"].shape[1], image_size)
 
 
-def _with_overrides(
+def _apply_overrides(
     spec: BackboneSpec,
     key: str,
     known: Mapping[str, Iterable[str]] | None,
@@ -131,7 +131,7 @@ def _count(state: State, pattern: str) -> int:
     return 1 + max((int(m[1]) for key in state if (m := re.match(pattern, key))), default=-1)
 
 
-def names(keys: Iterable[str], most: int = 4) -> str:
+def list_names(keys: Iterable[str], most: int = 4) -> str:
     """The first of them in alphabetical order, and how many more there are."""
     keys = sorted(keys)
     return ", ".join(keys[:most]) + (f" and {len(keys) - most} more" if len(keys) > most else "")
@@ -140,4 +140,6 @@ def names(keys: Iterable[str], most: int = 4) -> str:
 def require_whole(spec: BackboneSpec, info: Mapping[str, Any]) -> None:
     """UserError where a folder lacks weights: transformers only warns of it, and draws them at random."""
     if info["missing_keys"]:
-        raise UserError(f"{spec.source}: name: {spec.name}: lacks the weights {names(info['missing_keys'])}")
+        raise UserError(
+            f"{spec.source}: name: {spec.name}: lacks the weights {list_names(info['missing_keys'])}"
+        )

@@ -1,4 +1,4 @@
-"""Edits as folders: what an edit is, where it comes from, and a card for whoever finds it.
+"""Edits as folders: the edit, where it comes from, and a card that describes it.
 
 ``edit.safetensors`` holds the tensors, ``edit.json`` all else, with checksums of both; ``README.md`` is
 the card, as a model hub shows it. A folder appears whole or not at all.
@@ -40,7 +40,7 @@ _LARGEST_INDEX = 64 << 20
 
 @dataclass(frozen=True)
 class UnsavedEdit:
-    """All of an edit that its folder will hold, as plain values and tensors."""
+    """All that the folder of an edit will hold, as plain values and tensors."""
 
     id: str
     kind: str
@@ -52,9 +52,9 @@ class UnsavedEdit:
 
 @dataclass(frozen=True)
 class SavedEdit:
-    """An edit's folder, its ``edit.json`` read and found sound; the tensors are read when asked for.
+    """An edit's folder with a valid ``edit.json``; the tensors are only read by ``tensors``.
 
-    ``needs`` holds checksums of what the edit shares with others, ``places`` where its method had it.
+    ``needs`` holds checksums of what the edit shares with others, ``places`` where its method found it.
     """
 
     folder: Path
@@ -74,7 +74,7 @@ class SavedEdit:
     checksum: str
 
     def require(self, backbone: Backbone) -> None:
-        """UserError where the edit is one of another model."""
+        """UserError where the edit was made on another model."""
         if self.backbone != backbone.fingerprint:
             raise UserError(
                 f"{one_line(self.folder)}: is an edit of another model: {one_line(self.model)}, "
@@ -82,9 +82,9 @@ class SavedEdit:
             )
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """All tensors, in memory of their own. UserError where they aren't those that were saved."""
+        """All tensors, in memory of their own. UserError where they are not those that were saved."""
         path = self.folder / TENSORS
-        data = _read(path, self.bytes)
+        data = _read_file(path, self.bytes)
         if len(data) != self.bytes or hashlib.sha256(data).hexdigest() != self.sha256:
             raise UserError(f"{one_line(path)}: is damaged: its checksum is another one than {INDEX} has")
         from safetensors import torch as safetensors
@@ -99,7 +99,7 @@ class SavedEdit:
 
 
 def save(edit: UnsavedEdit, folder: str | os.PathLike[str]) -> None:
-    """See ``Edit.save``."""
+    """Writes the folder of an edit; see ``Edit.save``."""
     folder = Path(folder)
     with explain_write_errors(folder, resumable=False):
         if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
@@ -118,7 +118,7 @@ def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
 
 def render_files(edit: UnsavedEdit) -> tuple[dict[str, bytes], str]:
     """The files of an edit's folder by name, and the checksum that ``edit.json`` has of them.
-    UserError for an edit that no registered method has made: nobody could say what it belongs to."""
+    UserError for an edit that no registered method has made: its model would be unknown."""
     content, origins = edit.content, edit.origins
     if not origins or len({origin.backbone for origin in origins}) > 1:
         raise UserError(f"edit {edit.id or 'without origins'}: expected the origins of one backbone's edits")
@@ -144,15 +144,15 @@ def render_files(edit: UnsavedEdit) -> tuple[dict[str, bytes], str]:
         "sha256": hashlib.sha256(data).hexdigest(),
     }
     try:
-        index = signed(json.loads(json.dumps(index, allow_nan=False, default=str)))
+        index = sign(json.loads(json.dumps(index, allow_nan=False, default=str)))
     except (ValueError, TypeError) as error:
         raise UserError(f"edit {one_line(edit.id)}: cannot be written as JSON: {one_line(error)}") from error
-    texts = {INDEX: json.dumps(index, indent=1) + "\n", CARD: card(edit)}
+    texts = {INDEX: json.dumps(index, indent=1) + "\n", CARD: render_card(edit)}
     return {TENSORS: data} | {name: text.encode() for name, text in texts.items()}, str(index["checksum"])
 
 
-def card(edit: UnsavedEdit) -> str:
-    """The folder's README: front matter as model hubs read it, what was asked, how to load it."""
+def render_card(edit: UnsavedEdit) -> str:
+    """The folder's README: front matter for model hubs, the requests, how to load the edit."""
     methods = sorted({origin.method for origin in edit.origins})
     model = edit.origins[0].model
     about: dict[str, Any] = {
@@ -163,15 +163,17 @@ def card(edit: UnsavedEdit) -> str:
     }
     if re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not Path(model).exists():
         about["base_model"] = model
-    rows = [f"| {_cell(o.prompt)} | {_cell(o.target)} | {o.method} |" for o in edit.origins[:20]]
+    rows = [
+        f"| {_escape_cell(o.prompt)} | {_escape_cell(o.target)} | {o.method} |" for o in edit.origins[:20]
+    ]
     more = [f"\n... and {len(edit.origins) - 20} more"] if len(edit.origins) > 20 else []
     needs = "".join(f" It needs the {name} that its method had: pass it on, or load it by its editor."
                     for name in edit.needs)  # fmt: skip
     return "\n".join(
         [
             "---", yaml.safe_dump(about, sort_keys=False).strip(), "---", "",
-            f"# Edit {_cell(edit.id)}", "",
-            f"An edit of `{_cell(model)}` (fingerprint `{edit.origins[0].backbone}`).{needs}", "",
+            f"# Edit {_escape_cell(edit.id)}", "",
+            f"An edit of `{_escape_cell(model)}` (fingerprint `{edit.origins[0].backbone}`).{needs}", "",
             "| asked | answer | method |", "| --- | --- | --- |", *rows, *more, "",
             "```python",
             "from unike import MultimodalEditor", "",
@@ -183,7 +185,7 @@ def card(edit: UnsavedEdit) -> str:
     )  # fmt: skip
 
 
-def _cell(text: str) -> str:
+def _escape_cell(text: str) -> str:
     return one_line(text).replace("|", "\\|").replace("`", "'")
 
 
@@ -191,29 +193,29 @@ def _cell(text: str) -> str:
 
 
 def read_edit(folder: str | os.PathLike[str]) -> SavedEdit:
-    """What a folder says of its edit, without a model. UserError where it is no edit's, or damaged."""
+    """What a folder says of its edit, without a model. UserError where it holds no edit, or is damaged."""
     folder = Path(folder)
     path = folder / INDEX
     at = one_line(path)
     if not os.path.isdir(folder):
         raise UserError(f"{one_line(folder)}: no such folder; expected a saved edit")
-    data = _read(path, _LARGEST_INDEX)
+    data = _read_file(path, _LARGEST_INDEX)
     try:
-        index = json.loads(data.decode("utf-8"), parse_constant=_no_number)
+        index = json.loads(data.decode("utf-8"), parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{at}: is damaged: {one_line(error)}") from error
     if not isinstance(index, dict) or index.get("format") != FORMAT or isinstance(index["format"], bool):
         given = one_line(index.get("format")) if isinstance(index, dict) else "none"
         raise UserError(f"{at}: format {given}; expected {FORMAT}")
     try:
-        if signed(index) != index:
+        if sign(index) != index:
             raise UserError(f"{at}: is damaged: its checksum is another one")
-        return _saved(folder, index)
+        return _parse_index(folder, index)
     except (ValueError, TypeError, LookupError, RecursionError) as error:
         raise UserError(f"{at}: is no edit's: {one_line(error)}") from error
 
 
-def _saved(folder: Path, index: dict[str, Any]) -> SavedEdit:
+def _parse_index(folder: Path, index: dict[str, Any]) -> SavedEdit:
     kinds = {
         "id": str, "kind": str, "backbone": str, "model": str, "origins": list, "needs": dict, "places": dict,
         "values": dict, "info": dict, "versions": dict, "licence": str, "bytes": int, "sha256": str,
@@ -222,15 +224,15 @@ def _saved(folder: Path, index: dict[str, Any]) -> SavedEdit:
     content = Content({name: index[name] for name in kinds}, {})
     given: dict[str, Any] = {name: content.take_value(name, kind) for name, kind in kinds.items()}
     needs, places = given["needs"], given["places"]
-    if not all(isinstance(c, str) for c in needs.values()) or not _texts(places) or not given["id"]:
+    if not all(isinstance(c, str) for c in needs.values()) or not _are_texts(places) or not given["id"]:
         raise ValueError("id, needs, places: expected texts")
-    given["origins"] = tuple(_origin(values) for values in given["origins"])
+    given["origins"] = tuple(_parse_origin(values) for values in given["origins"])
     if {origin.backbone for origin in given["origins"]} != {given["backbone"]}:
         raise ValueError("origins: expected one or more, of the backbone")
     return SavedEdit(folder=folder, **given)
 
 
-def _origin(values: Any) -> Origin:
+def _parse_origin(values: Any) -> Origin:
     content = Content(dict(values), {})
     names = {field.name for field in fields(Origin)}
     if content.values.keys() != names:
@@ -240,21 +242,21 @@ def _origin(values: Any) -> Origin:
         content.take_value(name, str)
     for name in maps:
         content.take_value(name, dict)
-    if not _texts({name: content.values[name] for name in optional}):
+    if not _are_texts({name: content.values[name] for name in optional}):
         raise ValueError("origins: image: expected texts")
     given: dict[str, Any] = content.values
     return Origin(**given)
 
 
-def _texts(values: Mapping[str, Any]) -> bool:
+def _are_texts(values: Mapping[str, Any]) -> bool:
     return all(value is None or isinstance(value, str) for value in values.values())
 
 
-def _no_number(text: str) -> None:
+def _refuse_constant(text: str) -> None:
     raise ValueError(f"{text} is no number")
 
 
-def _read(path: Path, most: int) -> bytes:
+def _read_file(path: Path, most: int) -> bytes:
     """A regular file of at most ``most`` bytes."""
     try:
         if path.exists() and not path.is_file():
@@ -267,7 +269,7 @@ def _read(path: Path, most: int) -> bytes:
         raise UserError(f"{one_line(path)}: cannot be read: {reason}") from error
 
 
-def signed(index: Mapping[str, Any]) -> dict[str, Any]:
+def sign(index: Mapping[str, Any]) -> dict[str, Any]:
     """The index with the checksum of all else in it. ValueError for what UTF-8 or JSON lack."""
     rest = {name: value for name, value in index.items() if name != "checksum"}
     plain = json.dumps(rest, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)

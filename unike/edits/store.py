@@ -1,8 +1,8 @@
 """Many edits of one model in a folder, in the order in which they were added.
 
-``index.jsonl`` is only ever appended to: its first line names the model, each further one an edit and
-its folder, or an edit that is removed. An edit's folder is whole before its line is written, so that a
-process that is killed leaves no more than a folder that nobody names. Several processes may add at once.
+``index.jsonl`` is only appended to: its first line names the model, each further line an edit and its
+folder, or an edit that is removed. An edit's folder is complete before its line is written, so that a
+process that is killed leaves at most a folder that no line names. Several processes may add at once.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ _FOLDER = re.compile(r"[\w-][\w.-]*", re.ASCII)
 
 
 class EditStore:
-    """The edits under a folder, which the first one added makes.
+    """The edits in a folder, which is made when the first one is added.
 
-    Raises UserError for a folder that holds something else, or an index that is damaged.
+    Raises UserError for a folder that holds something else, and for a damaged index.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
@@ -48,9 +48,10 @@ class EditStore:
         self._folders: dict[str, str] = {}
         # Not ``Path.exists``, which raises where a name is too long or a folder is locked.
         if os.path.exists(self.folder) and not os.path.isfile(self._index):
-            # What another process is about to add lies in folders whose names begin with a dot.
+            # Folders whose names begin with a dot are being written by other processes.
             plain = self.folder.is_dir() and all(p.name[0] == "." for p in self.folder.iterdir())
-            if not plain:
+            # Looked for again: another process may have begun the store in between.
+            if not plain and not os.path.isfile(self._index):
                 raise UserError(f"{self.folder}: holds no {INDEX}; expected a store of edits")
         self._look()
 
@@ -61,17 +62,17 @@ class EditStore:
         return name in self.ids()
 
     def ids(self) -> list[str]:
-        """All ids in the order of adding, those that other processes have added meanwhile too."""
+        """All ids in the order of adding, including those that other processes have added since."""
         self._look()
         return list(self._folders)
 
     @property
     def backbone(self) -> str | None:
-        """The fingerprint of the model that the edits are of; None while there is none."""
+        """The fingerprint of the edits' model; None while there is no edit."""
         return self._model.get("backbone")
 
     def add(self, edit: Edit, replace: bool = False) -> None:
-        """Keeps an edit under its id. With ``replace`` it takes the place of one of the same id.
+        """Stores an edit under its id. With ``replace`` it replaces one of the same id.
 
         UserError where the id is taken, where the edit is of another model, or where nothing can be
         written; the store is then as before.
@@ -79,8 +80,8 @@ class EditStore:
         with explain_write_errors(self.folder, resumable=False):
             files, checksum = render_files(edit.as_unsaved())
             self.folder.mkdir(parents=True, exist_ok=True)
-            with self._locked():
-                self._take(edit, files, f"{_plain(edit.id)}-{checksum[:12]}", replace)
+            with self._lock():
+                self._take(edit, files, f"{_make_file_name(edit.id)}-{checksum[:12]}", replace)
 
     def _take(self, edit: Edit, files: Mapping[str, bytes], name: str, replace: bool) -> None:
         origin, former = edit.origins[0], self._folders.get(edit.id)
@@ -91,8 +92,8 @@ class EditStore:
                 f"{self.folder}: holds edits of another model, fingerprint {one_line(self.backbone, 40)}; "
                 f"edit {one_line(edit.id)} is of {origin.backbone}"
             )
-        # The name has the checksum of what is in it: where it is known, this very edit is there, unless
-        # somebody has deleted the folder.
+        # The name holds a checksum of the content: where it is known, this very edit is stored already,
+        # unless somebody has deleted the folder.
         if former == name and (self.folder / name).is_dir():
             return
         if self.backbone is None:
@@ -105,16 +106,16 @@ class EditStore:
             shutil.rmtree(self.folder / str(former), ignore_errors=True)
 
     def remove(self, name: str) -> None:
-        """Takes an edit out; UserError where there is none of that id."""
-        with explain_write_errors(self.folder, resumable=False), self._locked():
-            folder = self._folder_of(name)
+        """Removes an edit; UserError where there is none of that id."""
+        with explain_write_errors(self.folder, resumable=False), self._lock():
+            folder = self._find_folder(name)
             self._append({"id": name, "removed": True})
             shutil.rmtree(folder, ignore_errors=True)
 
     def read(self, name: str) -> SavedEdit:
-        """What the edit's folder says, without a model."""
+        """What the edit's folder says, without a model; UserError as ``read_edit``."""
         self._look()
-        saved = read_edit(self._folder_of(name))
+        saved = read_edit(self._find_folder(name))
         if saved.id != name:
             raise UserError(
                 f"{one_line(saved.folder)}: is edit {one_line(saved.id)}, another one than {INDEX} has"
@@ -136,27 +137,27 @@ class EditStore:
         return load_edit(self.read(name), backbone, Shared(knowledge or {}, network))
 
     def require(self, *names: str) -> None:
-        """UserError with a line for every id that isn't there."""
+        """UserError with a line for every id that is not in the store."""
         known = self.ids()
         lost = [one_line(name) for name in names if name not in known]
         if lost:
             few = ", ".join(map(one_line, known[:5])) + (", ..." if len(known) > 5 else "")
             raise UserError(*(f"{self.folder}: no edit {name}; there are {few or 'none'}" for name in lost))
 
-    def _folder_of(self, name: str) -> Path:
+    def _find_folder(self, name: str) -> Path:
         if name not in self._folders:
             self.require(name)
         return self.folder / self._folders[name]
 
     @contextmanager
-    def _locked(self) -> Iterator[None]:
-        """Nobody else writes inside the block, and what others wrote is known."""
+    def _lock(self) -> Iterator[None]:
+        """Inside the block no other process writes, and what others wrote is known."""
         with FileLock(self.folder / ".lock"):
             self._look()
             yield
 
     def _look(self) -> None:
-        """Takes up whole lines that were written since; a killed process may leave half a one."""
+        """Reads complete lines that were written since; a killed process may leave an incomplete one."""
         try:
             with open(self._index, "rb") as file:
                 file.seek(self._read)
@@ -198,6 +199,6 @@ class EditStore:
         self._look()
 
 
-def _plain(name: str) -> str:
+def _make_file_name(name: str) -> str:
     """The beginning of an id as every file system takes it."""
     return re.sub(r"[^\w.-]+", "-", name, flags=re.ASCII)[:60].strip(".-") or "edit"

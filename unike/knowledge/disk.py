@@ -1,4 +1,4 @@
-"""Pairs of knowledge states on disk: memory-mapped, appended to, whole after a crash."""
+"""Pairs of knowledge states on disk: memory-mapped, appendable, and intact after a crash."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ _DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float32, torch.float
 class DiskPairs:
     """``keys`` and ``values (m, d)`` in one folder: two raw files, and ``pairs.json``, which counts.
 
-    Opening maps the files and reads nothing. An append is on the disk on return; the count is written
-    last, in one step, so that a crash leaves the items from before. Appending locks the folder: several
-    processes may do so in turn, and see each other's items after ``refresh``.
+    Opening maps the files and reads nothing. An append is on the disk on return; the count is written last,
+    atomically, so that a crash leaves the items from before. Appending locks the folder: several processes
+    may append, and see each other's items after ``refresh``.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
@@ -37,7 +37,8 @@ class DiskPairs:
     def create(
         cls, folder: str | os.PathLike[str], width: int, dtype: torch.dtype = torch.float16, origin: str = ""
     ) -> DiskPairs:
-        """An empty one; ``origin`` says what the pairs are made from. UserError where one lies there."""
+        """An empty one; ``origin`` names what the pairs are made from. UserError where one is there
+        already."""
         path = Path(folder)
         if (path / ABOUT).exists():
             raise UserError(f"{path}: holds pairs already; expected a new folder")
@@ -45,41 +46,43 @@ class DiskPairs:
         for name in ("keys", "values"):
             (path / f"{name}.bin").touch()
         kind = str(dtype).removeprefix("torch.")
-        _write(path, {"format": _FORMAT, "width": width, "dtype": kind, "items": 0, "origin": origin})
+        _write_about(path, {"format": _FORMAT, "width": width, "dtype": kind, "items": 0, "origin": origin})
         return cls(path)
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def refresh(self) -> None:
-        """Takes up what was appended since. UserError where the folder is not what it should be."""
-        self.about = about = _read(self.folder)
+        """Maps what was appended since. UserError where the folder is damaged."""
+        self.about = about = _read_about(self.folder)
         shape, dtype = (about["items"], about["width"]), _DTYPES[about["dtype"]]
-        self.keys, self.values = (_mapped(self.folder / f"{n}.bin", shape, dtype) for n in ("keys", "values"))
+        self.keys, self.values = (
+            _map_file(self.folder / f"{n}.bin", shape, dtype) for n in ("keys", "values")
+        )
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Further pairs ``(n, d)``, kept in the folder's precision."""
+        """Adds further pairs ``(n, d)``, in the folder's precision."""
         shape = (len(keys), self.about["width"])
         if keys.shape != shape or values.shape != shape:
             raise ValueError(f"keys {tuple(keys.shape)}, values {tuple(values.shape)}: expected {shape} both")
         with self.lock:
-            about = _read(self.folder)
+            about = _read_about(self.folder)
             dtype = _DTYPES[about["dtype"]]
             start = about["items"] * about["width"] * dtype.itemsize
             for name, tensor in (("keys", keys), ("values", values)):
                 raw = tensor.detach().to("cpu", dtype).contiguous().reshape(-1)
                 with open(self.folder / f"{name}.bin", "r+b") as file:
-                    # What a crash left behind the counted items is overwritten.
+                    # What a crash left after the counted items is overwritten.
                     file.seek(start)
                     file.write(raw.view(torch.uint8).numpy().data)
                     file.truncate()
                     file.flush()
                     os.fsync(file.fileno())
-            _write(self.folder, about | {"items": about["items"] + len(keys)})
+            _write_about(self.folder, about | {"items": about["items"] + len(keys)})
         self.refresh()
 
 
-def _mapped(path: Path, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+def _map_file(path: Path, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
     count = shape[0] * shape[1]
     try:
         size = path.stat().st_size
@@ -89,11 +92,11 @@ def _mapped(path: Path, shape: tuple[int, int], dtype: torch.dtype) -> torch.Ten
         raise UserError(f"{path}: {size} bytes; expected {count * dtype.itemsize} for {shape[0]} items")
     if count == 0:
         return torch.zeros(shape, dtype=dtype)
-    # Not shared: what is written into the tensor by mistake never reaches the file.
+    # Not shared: a write into the tensor never reaches the file.
     return torch.from_file(str(path), shared=False, size=count, dtype=dtype).view(shape)
 
 
-def _read(folder: Path) -> dict[str, Any]:
+def _read_about(folder: Path) -> dict[str, Any]:
     path = folder / ABOUT
     try:
         about = json.loads(path.read_text(encoding="utf-8"))
@@ -106,5 +109,5 @@ def _read(folder: Path) -> dict[str, Any]:
     return dict(about)
 
 
-def _write(folder: Path, about: dict[str, Any]) -> None:
+def _write_about(folder: Path, about: dict[str, Any]) -> None:
     write_text(folder / ABOUT, json.dumps(about))
