@@ -33,7 +33,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--check", action="store_true", help="only look whether all is there that the run needs")
     add("--num_processes", type=int, metavar="N", help="processes that share the records")
     add("--save_edits", metavar="DIR", help="keep every edit in a store: python -m unike.edits list DIR")
-    add("--no_generated", dest="generated", action="store_false", help="teacher-forced reading only: faster")
+    add("--no_generated", dest="generated", action="store_false", help="teacher-forced mode only: faster")
     add("--report", action="store_true", help="also write report.html, a page to send, into the folder")
     add("overrides", nargs="*", metavar="key=value", help="changes to the YAML")
     return parser.parse_intermixed_args(argv)
@@ -53,10 +53,10 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
     if args.check:
         return check.report(check.findings(hparams, args.task))
     processes.join(hparams.device)
-    directory = processes.first(lambda: runs.run_directory(hparams, args.task, args.output, args.resume))
-    store = runs.edit_store(hparams, args.save_edits)
+    directory = processes.first(lambda: runs.choose_directory(hparams, args.task, args.output, args.resume))
+    store = runs.open_edit_store(hparams, args.save_edits)
     if hparams.generate_data:
-        processes.first(lambda: runs.drawn(hparams, launching.of_checkout("scripts.tiny.make_data").ensure))
+        processes.first(lambda: runs.draw_data(hparams))
     cases = processes.in_turn(lambda: runs.preflight(hparams, args.task, args.size, args.skip_broken))
     editor = MultimodalEditor(hparams, processes.each(lambda: load_backbone(hparams)))
     parts = editor.prepare(skip_broken=args.skip_broken)

@@ -34,7 +34,7 @@ from unike.backbones.prefix import PrefixCache
 from unike.backbones.vlm import VisionLanguageBackbone
 from unike.config.hparams import HyperParams
 from unike.edits import Edit
-from unike.evaluation.protocols import one_step, one_step_many
+from unike.evaluation.protocols import run_one_step, run_one_step_batch
 from unike.evaluation.reader import Reader
 from unike.methods import build
 from unike.methods.base import edit_many, edited_layers
@@ -111,8 +111,8 @@ class Ours:
             self.warm(cases)
         reader = Reader(self.backbone, self.prefixes, generated=False)
         if batched:
-            return timed(lambda: one_step_many(self.backbone, self.method, cases, reader))
-        return timed(lambda: [one_step(self.backbone, self.method, c, reader) for c in cases])
+            return timed(lambda: run_one_step_batch(self.backbone, self.method, cases, reader))
+        return timed(lambda: [run_one_step(self.backbone, self.method, c, reader) for c in cases])
 
     @torch.no_grad()
     def logits(self, cases: Sequence[Case], batched: bool) -> list[list[torch.Tensor]]:

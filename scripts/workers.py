@@ -119,7 +119,7 @@ def _distinct(todo: Sequence[Run], by_yaml: bool = False) -> list[Run]:
 def _unchanged(run: Run) -> None:
     """UserError where the data have changed since the run; without the data there is nothing to compare."""
     try:
-        now = runs.checksums(run.hparams, run.task)
+        now = runs.compute_checksums(run.hparams, run.task)
     except UserError:
         return
     kept = read_manifest(run.folder).get("data", {})

@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     from unike.editor import MultimodalEditor
 
     if hparams.generate_data:
-        runs.drawn(hparams, launching.of_checkout("scripts.tiny.make_data").ensure)
+        runs.draw_data(hparams)
     cases = runs.preflight(hparams, "vqa", EXAMPLES)
     editor = MultimodalEditor.from_hparams(hparams)
     editor.prepare()

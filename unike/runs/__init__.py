@@ -7,18 +7,34 @@ from unike.system.lazy import load_attribute
 if TYPE_CHECKING:
     from unike.runs.inputs import preflight
     from unike.runs.parts import Parts, assemble, prepare
-    from unike.runs.run import checksums, drawn, edit_store, open_run, run_cases, run_directory
+    from unike.runs.run import (
+        choose_directory,
+        compute_checksums,
+        draw_data,
+        open_edit_store,
+        open_run,
+        run_cases,
+    )
 
 __all__ = [
-    "Parts", "assemble", "checksums", "drawn", "edit_store", "open_run", "preflight", "prepare", "run_cases",
-    "run_directory",
-]  # fmt: skip
+    "Parts",
+    "assemble",
+    "choose_directory",
+    "compute_checksums",
+    "draw_data",
+    "open_edit_store",
+    "open_run",
+    "preflight",
+    "prepare",
+    "run_cases",
+]
 
 _HOMES = {
     **dict.fromkeys(("Parts", "assemble", "prepare"), "unike.runs.parts"),
     "preflight": "unike.runs.inputs",
     **dict.fromkeys(
-        ("checksums", "drawn", "edit_store", "open_run", "run_cases", "run_directory"), "unike.runs.run"
+        ("choose_directory", "compute_checksums", "draw_data", "open_edit_store", "open_run", "run_cases"),
+        "unike.runs.run",
     ),
 }
 
