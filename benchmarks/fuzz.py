@@ -41,7 +41,7 @@ from unike.datasets.images import lies_outside, open_image
 from unike.datasets.mmedit import load_records
 from unike.edits import LayerKnowledge
 from unike.knowledge.encoders import Disentangler, KnowledgeStates
-from unike.methods.preparation.knowledge import LayerStates, as_knowledge, load_states, save_knowledge
+from unike.methods.preparation.knowledge import LayerStates, load_states, make_knowledge, save_knowledge
 from unike.runs.inputs import open_datasets
 from unike.types import UserError
 
@@ -200,7 +200,7 @@ def knowledge_target(folder: Path, draw: random.Random) -> Callable[[], bool]:
     def take() -> bool:
         states, encoders = load_states(own, torch.device("cpu"))
         hparams = HyperParams(model_name="blip2", name="x")
-        (known,) = as_knowledge(states, encoders, hparams).values()
+        (known,) = make_knowledge(states, encoders, hparams).values()
         require(isinstance(known, LayerKnowledge), "is no knowledge")
         before, _ = load_states(sound, torch.device("cpu"))
         require(torch.equal(states[1].states.sem, before[1].states.sem), "numbers are others")

@@ -19,7 +19,7 @@ from unike.datasets.triplets import Triplet, triplets_of
 from unike.evaluation.metrics import bootstrap_interval
 from unike.evaluation.record import Record
 from unike.methods import build
-from unike.methods.preparation.knowledge import extract, knowledge_folder, load_states
+from unike.methods.preparation.knowledge import extract_states, find_knowledge, load_states
 from unike.report.paper import published
 from unike.report.paper.figures import (
     EditedAnswer,
@@ -177,9 +177,9 @@ def spaces(hparams: HyperParams, layer: int | None, size: int | None) -> tuple[d
     at = layers[-1] if layer is None else layer
     runs.prepare(hparams, backbone, layers)
     triplets = inputs.knowledge_triplets(hparams) if inputs.wants_triplets(hparams) else ()
-    folder = knowledge_folder(hparams, backbone, triplets)
+    folder = find_knowledge(hparams, backbone, triplets)
     encoders = load_states(folder, backbone.device)[1][at]
-    states = extract(backbone, held_out_triplets(hparams, size), [at], hparams.eval_batch)[at].states
+    states = extract_states(backbone, held_out_triplets(hparams, size), [at], hparams.eval_batch)[at].states
     with torch.no_grad():
         pairs = {
             "raw states": (states.pos, states.neg),

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from unike.config.hparams import OPTIONS, HyperParams
-from unike.config.schema import read_yaml
+from unike.config.yaml_reader import read_yaml
 from unike.evaluation.record import Record
 from unike.evaluation.summary import Summary, summarise
 from unike.report.paper import published

@@ -26,8 +26,8 @@ from unike.backbones.checkpoint_files import load_state
 from unike.config.hparams import HyperParams
 from unike.datasets.images import open_image
 from unike.datasets.mmedit import IMAGE_FIELDS, load_records
+from unike.runs.inputs import open_datasets
 from unike.runs.records import read_lines
-from unike.runs.run import open_datasets
 from unike.types import UserError
 
 SECONDS = 5

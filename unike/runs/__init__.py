@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 from unike.system.lazy import load_attribute
 
 if TYPE_CHECKING:
-    from unike.runs.inputs import preflight
+    from unike.runs.inputs import open_datasets, preflight
     from unike.runs.parts import Parts, assemble, prepare
     from unike.runs.run import (
         choose_directory,
@@ -22,6 +22,7 @@ __all__ = [
     "choose_directory",
     "compute_checksums",
     "draw_data",
+    "open_datasets",
     "open_edit_store",
     "open_run",
     "preflight",
@@ -31,7 +32,7 @@ __all__ = [
 
 _HOMES = {
     **dict.fromkeys(("Parts", "assemble", "prepare"), "unike.runs.parts"),
-    "preflight": "unike.runs.inputs",
+    **dict.fromkeys(("open_datasets", "preflight"), "unike.runs.inputs"),
     **dict.fromkeys(
         ("choose_directory", "compute_checksums", "draw_data", "open_edit_store", "open_run", "run_cases"),
         "unike.runs.run",

@@ -10,15 +10,17 @@ from typing import Protocol
 
 from tqdm import tqdm
 
+from unike.config.combined import RunFolderOptions
 from unike.config.hparams import HyperParams
+from unike.config.sections import ProtocolOptions
 from unike.edits import EditStore
 from unike.evaluation.protocols import Outcome
 from unike.evaluation.reader import Reader
 from unike.evaluation.summary import RunningMeans, Summary
 from unike.methods import needs_cases, needs_knowledge
 from unike.methods.base import needs_scope
-from unike.methods.preparation.editors import kept_editor, learns, wants_cases
-from unike.methods.preparation.scope import kept_scope
+from unike.methods.preparation.editors import find_editor, learns, wants_cases
+from unike.methods.preparation.scope import find_scope_classifier
 from unike.runs.batches import Batches, count_edits_at_once
 from unike.runs.inputs import (
     annotation_file,
@@ -48,7 +50,7 @@ def draw_data(hparams: HyperParams) -> None:
 
 
 def choose_directory(
-    hparams: HyperParams, task: str, output: str | None = None, resume: bool = False
+    hparams: RunFolderOptions, task: str, output: str | None = None, resume: bool = False
 ) -> Path:
     """Where a run is recorded: ``output``, or ``<results_dir>/<yaml>-<task>``, followed by the protocol
     if it is not one-step, with ``-2``, ``-3`` ... where that is taken; ``resume`` takes the latest.
@@ -82,7 +84,7 @@ def _is_taken(directory: Path) -> bool:
     return directory.is_file() or (directory.is_dir() and any(directory.iterdir()))
 
 
-def open_edit_store(hparams: HyperParams, folder: str | None) -> EditStore | None:
+def open_edit_store(hparams: ProtocolOptions, folder: str | None) -> EditStore | None:
     """Where ``--save_edits`` keeps a run's edits, if anywhere; UserError for a folder of something else,
     and for several sequences, which may edit a record anew."""
     if folder is None:
@@ -101,8 +103,8 @@ def compute_checksums(hparams: HyperParams, task: str) -> dict[str, str]:
     elif needs_knowledge(hparams):
         files["knowledge_dir"] = str(Path(str(hparams.knowledge_dir)) / "knowledge.safetensors")
     elif learns(hparams):
-        files["editor_dir"] = str(Path(str(kept_editor(hparams))) / "editor.safetensors")
-    if needs_scope(hparams) and (kept := kept_scope(hparams)) is not None:
+        files["editor_dir"] = str(Path(str(find_editor(hparams))) / "editor.safetensors")
+    if needs_scope(hparams) and (kept := find_scope_classifier(hparams)) is not None:
         files["scope_dir"] = str(kept / "scope.safetensors")
     return {key: sha256_of(path) for key, path in files.items()}
 
