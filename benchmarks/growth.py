@@ -82,7 +82,7 @@ class Growth:
 
     def __init__(self, parts: runs.Parts, cases: Sequence[Case], rows: Rows, case: str) -> None:
         self.parts, self.cases, self.rows, self.case = parts, cases, rows, case
-        self.reader = parts.reader(generated=False)
+        self.reader = parts.make_reader(generated=False)
 
     def edit(self, case: Case, history: Edit | None) -> Edit:
         return self.parts.method.edit(self.parts.backbone, case.request, self.reader.prefixes, history)

@@ -72,9 +72,9 @@ def test_cut_at_any_byte_and_resumed(tmp_path, data):
     complete = sum(end <= cut for end in ends)
     assert read_lines(folder) == CASES[:complete]
     with RecordWriter(folder, True, HPARAMS) as writer:
-        assert writer.done_ids() == {case["id"] for case in CASES[:complete]}
+        assert writer.list_done() == {case["id"] for case in CASES[:complete]}
         for case in CASES:
-            if case["id"] not in writer.done_ids():
+            if case["id"] not in writer.list_done():
                 writer.write(case)
     assert (folder / RECORDS).read_bytes() == whole
 
@@ -200,7 +200,7 @@ def test_values_outside_json(tmp_path):
         writer.write({"id": 3, "loss": float("nan"), "x": np.float32(0.5), "y": np.array([1, np.inf])})
         writer.write({"id": "s", "text": "\ud800", "path": Path("a") / "b", "t": (1, 2)})
         writer.write_summary({"n": 2})
-        assert writer.done_ids() == {"3", "s"}
+        assert writer.list_done() == {"3", "s"}
     first, second = read_lines(tmp_path / "run")
     assert first == {"id": 3, "loss": None, "x": 0.5, "y": [1.0, None]}
     assert second == {"id": "s", "text": "\ud800", "path": os.path.join("a", "b"), "t": [1, 2]}
@@ -254,7 +254,7 @@ def test_files_of_processes_cut_anywhere_and_resumed_by_any_number(tmp_path, dat
     count = data.draw(st.integers(0, 3))
     ranks = list(range(count)) or [None]
     writers = [RecordWriter(folder, True, HPARAMS, rank=rank) for rank in ranks]
-    assert all(writer.done_ids() == complete for writer in writers)
+    assert all(writer.list_done() == complete for writer in writers)
     for number, case in enumerate(case for case in MANY if case["id"] not in complete):
         writers[number % len(writers)].write(case)
     for writer in reversed(writers):
@@ -276,7 +276,7 @@ def test_a_kill_between_merging_and_removing_doubles_nothing(tmp_path, monkeypat
             merge(folder, ORDER)
     assert len(list(folder.glob(SHARDS))) == 2
     with RecordWriter(folder, True, HPARAMS) as writer:
-        assert writer.done_ids() == set(ORDER)
+        assert writer.list_done() == set(ORDER)
     assert read_lines(folder) == MANY
 
 
@@ -294,17 +294,17 @@ def test_records_outside_the_order_stay(tmp_path):
 def test_one_process_stops_the_others(tmp_path):
     folder = tmp_path / "run"
     first, second = (RecordWriter(folder, False, HPARAMS, rank=rank) for rank in (0, 1))
-    assert not first.stopped()
+    assert not first.is_stopped()
     second.stop()
-    assert first.stopped()
+    assert first.is_stopped()
     second.close()
     first.close()
     again = RecordWriter(folder, True, HPARAMS, rank=0)
-    assert not again.stopped(), "a new start is not stopped by the former one"
+    assert not again.is_stopped(), "a new start is not stopped by the former one"
     again.close()
     with RecordWriter(tmp_path / "alone", False, HPARAMS) as alone:
         alone.stop()
-        assert not alone.stopped()
+        assert not alone.is_stopped()
 
 
 def test_what_a_run_is_made_on_is_told_and_not_compared(tmp_path):

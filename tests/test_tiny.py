@@ -116,7 +116,7 @@ def test_rephrased_prompts_are_in_words_never_trained_on(world: World) -> None:
 @pytest.mark.parametrize("task", make_data.TASKS)
 def test_unike_corrects_the_tiny_backbone(world: World, task: str) -> None:
     parts = runs.assemble(world.hparams, world.backbone, progress=False)
-    reader = parts.reader()
+    reader = parts.make_reader()
     for case in world.cases[task][:4]:
         record = run_one_step(parts.backbone, parts.method, case, reader).record
         assert record.get_scores("generated")["reliability"] == Score(before=0.0, after=1.0)

@@ -188,7 +188,7 @@ class MultimodalEditor:
         self, cases: Sequence[Case], former: tuple[Edit, ...], accumulate: bool, generated: bool
     ) -> EditResult:
         parts = self.prepare()
-        reader = parts.reader(generated)
+        reader = parts.make_reader(generated)
         edits, metrics, records = former, list[dict[str, Any]](), list[Record]()
         with self._slot.only(()):
             for number, case in enumerate(tqdm(cases, desc="edits", disable=not self.progress)):

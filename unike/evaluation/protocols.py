@@ -34,7 +34,8 @@ from unike.types import Case
 
 @dataclass(frozen=True)
 class Outcome:
-    """A record, and the edit that was made for it; None where none was made, and at a sequence's end."""
+    """A record, and the edit that it is of; None where the edit failed, and with the final records of a
+    sequence, whose edits came with their steps."""
 
     record: Record
     edit: Edit | None = None
@@ -68,7 +69,7 @@ def run_one_step_batch(
 
     ``seconds`` is each edit's share of what all of them took.
     """
-    reader.learn_base(cases)
+    reader.cache_base(cases)
     started = time.perf_counter()
     edits = edit_many(method, backbone, [case.request for case in cases], reader.prefixes)
     seconds = (time.perf_counter() - started) / len(cases)
@@ -109,7 +110,7 @@ def run_sequence(
     raised) is marked in both of its records and leaves no trace: the next one continues from the edits
     before it. One whose probes cannot be evaluated (``tolerated``) stays, marked.
     """
-    broken = _learn_base(reader, cases, tolerated)
+    broken = _cache_base(reader, cases, tolerated)
     whole: Edit | None = None
     made: list[tuple[Case, Record]] = []
     chooser = random.Random(f"{seed}/{number}")
@@ -132,12 +133,12 @@ def run_sequence(
         yield Outcome(record)
 
 
-def _learn_base(
+def _cache_base(
     reader: Reader, cases: Sequence[Case], tolerated: tuple[type[Exception], ...]
 ) -> dict[int, str]:
     """Evaluates the untouched model; by position why a case cannot be, where that is ``tolerated``."""
     try:
-        reader.learn_base(cases)
+        reader.cache_base(cases)
         return {}
     except tolerated:
         broken: dict[int, str] = {}

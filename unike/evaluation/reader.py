@@ -77,10 +77,10 @@ class Reader:
         """Predictions of the untouched model, kept by the case's id."""
         key = _name_case(case)
         if key not in self._base:
-            self.learn_base([case])
+            self.cache_base([case])
         return self._base[key]
 
-    def learn_base(self, cases: Sequence[Case]) -> None:
+    def cache_base(self, cases: Sequence[Case]) -> None:
         """Evaluates the untouched model on those cases whose predictions are not kept yet, as many at a
         time as a forward pass takes."""
         left = {_name_case(c): c for c in cases if _name_case(c) not in self._base}
@@ -90,7 +90,7 @@ class Reader:
             for case, own in zip(some, _share_out(some, predictions), strict=True):
                 self._base[_name_case(case)] = tuple(own)
 
-    def learn_from(self, other: Reader) -> bool:
+    def share_base(self, other: Reader) -> bool:
         """From now on both keep the untouched model's predictions together. False, and nothing is shared,
         where the other one predicts less, or where last bits would differ that must not."""
         mine, theirs = self.prefixes, other.prefixes
@@ -112,7 +112,7 @@ class Reader:
         """Each case with its predictions under ``edit``, as many cases in a forward pass as the prefix
         cache takes queries; ``generated`` may leave out that evaluation mode."""
         generated = self.generated if generated is None else generated
-        self.learn_base(cases)
+        self.cache_base(cases)
         for some in self._split(cases):
             drafts = [p.generated or None for case in some for p in self.predict_base(case)]
             yield from zip(some, self._predict_under(some, edit, drafts, generated), strict=True)
@@ -120,7 +120,7 @@ class Reader:
     def predict_each(self, cases: Sequence[Case], edits: Sequence[Edit]) -> list[CasePredictions]:
         """Each case under the edit of its own, batched where the edits can be."""
         out: list[CasePredictions] = []
-        self.learn_base(cases)
+        self.cache_base(cases)
         for some in self._split(cases):
             own = edits[len(out) : len(out) + len(some)]
             drafts = [[p.generated or None for p in self.predict_base(case)] for case in some]
@@ -211,7 +211,7 @@ class Reader:
         whole: bool = False,
         under: Callable[[Sequence[int]], AbstractContextManager[None]] = lambda rows: nullcontext(),
     ) -> tuple[tuple[Prediction, ...], Explanation]:
-        """``whole`` runs the whole model, where the cached lower-layer activations don't hold; ``under``
+        """``whole`` runs the whole model, where the cached lower-layer activations don't apply; ``under``
         applies the edits of the given queries for a forward pass over them."""
         extra = _pair_drafts(queries, drafts) if generated else []
         drafted = [*queries, *(q for q, _ in extra)]

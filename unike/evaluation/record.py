@@ -21,7 +21,7 @@ ABSENT: Mapping[str, Any] = MappingProxyType({})
 _LARGEST = 1e100
 
 
-def _lack() -> Mapping[str, Any]:
+def _get_absent() -> Mapping[str, Any]:
     return ABSENT
 
 
@@ -71,22 +71,22 @@ class Record:
     task: str | None = None
     status: Status | None = None
     seconds: float | None = None
-    info: Mapping[str, object] = field(default_factory=_lack)
+    info: Mapping[str, object] = field(default_factory=_get_absent)
     error: str | None = None
     bytes: float | None = None
     place: Place | None = None
-    scores: Mapping[str, Mapping[str, Score]] = field(default_factory=_lack)
-    former: Mapping[str, float] = field(default_factory=_lack)
+    scores: Mapping[str, Mapping[str, Score]] = field(default_factory=_get_absent)
+    former: Mapping[str, float] = field(default_factory=_get_absent)
     former_cases: float | None = None
-    presets: Mapping[str, ByProbe] = field(default_factory=_lack)
-    base_right: Mapping[str, ByProbe] = field(default_factory=_lack)
-    decisions: Mapping[str, ByProbe] = field(default_factory=_lack)
-    retrieved: Mapping[str, ByProbe] = field(default_factory=_lack)
-    answers: Mapping[str, Answer] = field(default_factory=_lack)
+    presets: Mapping[str, ByProbe] = field(default_factory=_get_absent)
+    base_right: Mapping[str, ByProbe] = field(default_factory=_get_absent)
+    decisions: Mapping[str, ByProbe] = field(default_factory=_get_absent)
+    retrieved: Mapping[str, ByProbe] = field(default_factory=_get_absent)
+    answers: Mapping[str, Answer] = field(default_factory=_get_absent)
 
     @property
     def ok(self) -> bool:
-        """Whether the edit was made and its probes were asked."""
+        """Whether the edit was made and its probes were evaluated."""
         return self.status != "failed"
 
     @property
@@ -139,14 +139,14 @@ class Record:
             error=read("error", _read_text, None),
             bytes=read("bytes", _read_number, None),
             place=_read_place(values) if placed else None,
-            scores=read("scores", _each(_each(_read_score)), ABSENT),
-            former=read("former", _each(_read_measured), ABSENT),
+            scores=read("scores", _read_each(_read_each(_read_score)), ABSENT),
+            former=read("former", _read_each(_read_measured), ABSENT),
             former_cases=read("former_cases", _read_number, None),
-            presets=read("presets", _each(_each(_read_number)), ABSENT),
-            base_right=read("base_right", _each(_each(_read_number)), ABSENT),
-            decisions=read("decisions", _each(_each(_read_number)), ABSENT),
-            retrieved=read("retrieved", _each(_each(_read_number)), ABSENT),
-            answers=read("answers", _each(_read_answer), ABSENT),
+            presets=read("presets", _read_each(_read_each(_read_number)), ABSENT),
+            base_right=read("base_right", _read_each(_read_each(_read_number)), ABSENT),
+            decisions=read("decisions", _read_each(_read_each(_read_number)), ABSENT),
+            retrieved=read("retrieved", _read_each(_read_each(_read_number)), ABSENT),
+            answers=read("answers", _read_each(_read_answer), ABSENT),
         )
         if record.place is not None and not _is_complete(record):
             raise _report(values["id"], _ITS_PLACE)
@@ -205,7 +205,7 @@ def _report(name: object, part: str) -> UserError:
     return UserError(f"record {one_line(name, 60)}: {part} is not as a run writes it")
 
 
-def _each(read: Callable[[object], T]) -> Callable[[object], Mapping[str, T]]:
+def _read_each(read: Callable[[object], T]) -> Callable[[object], Mapping[str, T]]:
     """Reads an object's values."""
 
     def read_all(value: object) -> Mapping[str, T]:
@@ -259,12 +259,12 @@ def _read_status(value: object) -> Status | None:
 
 
 def _read_score(value: object) -> Score:
-    values = _each(_read_number)(value)
+    values = _read_each(_read_number)(value)
     return Score(values["before"], _read_measured(values["after"]))
 
 
 def _read_answer(value: object) -> Answer:
-    values = _each(_read_written)(value)
+    values = _read_each(_read_written)(value)
     return Answer(values["prompt"], values["target"], values["before"], values["after"])
 
 
@@ -281,7 +281,7 @@ def _read_place(values: Mapping[str, object]) -> Place:
 
 
 def _is_complete(record: Record) -> bool:
-    """Whether a record of a sequence says how it went, and a step how the edits do there."""
+    """Whether a record of a sequence has a status, and a step its scores and those of the edits before it."""
     if record.is_step and record.status == "ok":
         return record.former is not ABSENT and "teacher_forced" in record.scores
     return record.status is not None

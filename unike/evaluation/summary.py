@@ -193,7 +193,7 @@ class RunningMeans:
 
 
 def choose_mode(records: Iterable[Record]) -> str:
-    """``generated`` where all records that have scores hold it, else ``teacher_forced``."""
+    """``generated`` where all records that have scores have it, else ``teacher_forced``."""
     found = [record.scores for record in records if record.scores]
     return MODES[1] if found and all(MODES[1] in scores for scores in found) else MODES[0]
 
@@ -268,7 +268,7 @@ class _Sample:
         return {"mean": mean, "low": low, "high": high}
 
     def estimate_part(self, part: _Part, name: str) -> dict[str, Estimate]:
-        """One for each metric that the records hold under the ``name`` in a ``part`` of theirs."""
+        """One for each metric that the records have under the ``name`` in a ``part`` of theirs."""
         names = {metric for r in self.records for metric in part(r).get(name, ABSENT)}
         pairs = {metric: self.estimate(_pick_from(part, name, metric)) for metric in order_metrics(names)}
         return {metric: found for metric, found in pairs.items() if found}

@@ -33,7 +33,7 @@ class Word:
 
 @dataclass(frozen=True)
 class Chart:
-    """``description`` says in words what the chart shows; ``lines`` are points ``x,y``."""
+    """``description`` is what the chart shows, in words; ``lines`` are points ``x,y``."""
 
     title: str
     description: str

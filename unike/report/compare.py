@@ -51,7 +51,7 @@ class Flip:
 
 @dataclass(frozen=True)
 class Comparison:
-    """``a`` and ``b`` hold the runs' records by id, both done and of the same cases, in the order of ``a``.
+    """``a`` and ``b`` are the runs' records by id, both done and of the same cases, in the order of ``a``.
 
     ``apart`` counts the records that one run lacks or failed at; ``mode`` is the flips' evaluation mode.
     """

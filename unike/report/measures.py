@@ -53,15 +53,15 @@ class Row:
     ours: bool = False
     complete: bool = True
 
-    def entry(self, measure: str, mode: str = MODES[0], when: str = "after") -> Estimate | None:
+    def find_estimate(self, measure: str, mode: str = MODES[0], when: str = "after") -> Estimate | None:
         """``mean, low, high, n`` of a metric, a mean of metrics or a harmonic mean, in percent."""
         if measure in METRICS:
             return get_estimate(self.summary.get("metrics", {}).get(measure, {}), mode, when)
         key: Literal["means", "harmonic_mean"] = "means" if measure in MEANS_OF else "harmonic_mean"
         return get_estimate(self.summary.get(key, {}).get(mode, {}), measure, when)
 
-    def mean(self, measure: str, mode: str = MODES[0]) -> float | None:
-        found = self.entry(measure, mode)
+    def find_mean(self, measure: str, mode: str = MODES[0]) -> float | None:
+        found = self.find_estimate(measure, mode)
         return None if found is None else found["mean"]
 
 

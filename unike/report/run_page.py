@@ -189,7 +189,7 @@ def list_tags(record: Record, fails: Sequence[str], broken: bool) -> list[str]:
 
 
 def list_filters(views: Sequence[CaseView]) -> dict[str, str]:
-    """The filters that tell some cases from others, with their titles."""
+    """The filters that select some of the cases, not all, with their titles."""
     found = dict.fromkeys(tag for view in views for tag in view.tags)
     titles = {FAILED: "something failed"}
     fails = [tag.removeprefix(f"{PROBE_FAILED} ") for tag in found if tag.startswith(f"{PROBE_FAILED} ")]

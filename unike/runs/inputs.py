@@ -17,7 +17,7 @@ from unike.config.hparams import HyperParams
 from unike.config.sections import DataOptions
 from unike.datasets.mmedit import CaptionDataset, CapVQADataset, VQADataset
 from unike.datasets.triplets import Triplet, triplets_of
-from unike.evaluation.sequences import sequences_of
+from unike.evaluation.sequences import draw_run_sequences
 from unike.knowledge.index import check_faiss
 from unike.methods import methods, needs_cases, needs_knowledge
 from unike.methods.base import check_method, needs_scope
@@ -75,7 +75,7 @@ def preflight(
         lambda: opened.append(open_datasets(hparams, task, size, skip_broken)),
         lambda: wants_triplets(hparams) and knowledge_triplets(hparams, skip_broken),
         lambda: (needs_cases(hparams) or wants_cases(hparams)) and train_cases(hparams, skip_broken),
-        lambda: opened and hparams.protocol != "one_step" and sequences_of(hparams, opened[0]),
+        lambda: opened and hparams.protocol != "one_step" and draw_run_sequences(hparams, opened[0]),
     )
     return opened[0]
 

@@ -3,7 +3,7 @@
 ``records.jsonl`` grows by one durable line per record; ``manifest.json`` holds the hyper-parameters,
 versions and checksums; ``summary.json`` is written at the end. Where several processes share a run,
 each has a ``records.<rank>.jsonl`` of its own, merged into ``records.jsonl`` at the end, or when the run
-is resumed. What a line holds is ``unike.evaluation.record``'s to say: here it is a JSON object with an id.
+is resumed. Here a record is any JSON object with an id; its shape is that of ``unike.evaluation.record``.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class RecordWriter:
         """Close the file; writing afterwards fails."""
         self._file.close()
 
-    def done_ids(self) -> frozenset[str]:
+    def list_done(self) -> frozenset[str]:
         """Ids of the cases that are recorded, failed ones included."""
         return frozenset(self._done)
 
@@ -133,7 +133,7 @@ class RecordWriter:
         if self.rank is not None:
             (self.directory / _STOP).touch()
 
-    def stopped(self) -> bool:
+    def is_stopped(self) -> bool:
         """Whether a process of this run has called ``stop``."""
         return self.rank is not None and (self.directory / _STOP).exists()
 

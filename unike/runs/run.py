@@ -169,10 +169,10 @@ def run_cases(
     under ``skip_broken``. So does, always, an edit whose loss stops being a number, or for which memory does
     not suffice even alone.
     """
-    reader, hp = reader or parts.reader(generated), parts.hparams
+    reader, hp = reader or parts.make_reader(generated), parts.hparams
     if store is not None and store.backbone not in (None, parts.backbone.fingerprint):
         raise UserError(f"{store.folder}: holds edits of another model; name another --save_edits")
-    done, shared = writer.done_ids(), SharedRun(writer)
+    done, shared = writer.list_done(), SharedRun(writer)
     kind = Batches if hp.protocol == "one_step" else Sequences
     work: _Work = kind(parts, cases, reader, done, skip_broken)
     recorded = read_records(writer.directory) if done else []

@@ -7,7 +7,7 @@ from collections.abc import Set as AbstractSet
 
 from unike.evaluation.protocols import Outcome, name_record, run_sequence
 from unike.evaluation.reader import Reader
-from unike.evaluation.sequences import sequences_of
+from unike.evaluation.sequences import draw_run_sequences
 from unike.runs.parts import Parts
 from unike.runs.sharing import SharedRun
 from unike.system import processes
@@ -26,7 +26,7 @@ class Sequences:
     ) -> None:
         self.parts, self.reader = parts, reader
         self.tolerated: tuple[type[Exception], ...] = (UserError,) if skip_broken else ()
-        self.drawn = sequences_of(parts.hparams, cases)
+        self.drawn = draw_run_sequences(parts.hparams, cases)
         length, count = parts.hparams.sequence_length, len(self.drawn)
         whole = [i for i in range(count) if name_record(i, length, "final") in done]
         self.numbers = processes.share([i for i in range(count) if i not in whole])

@@ -30,7 +30,7 @@ class SharedRun:
     def take_until_stopped(self, items: Iterable[T]) -> Iterator[T]:
         """The items, until another process of the run is interrupted or fails."""
         for item in items:
-            if self.writer.stopped():
+            if self.writer.is_stopped():
                 return
             yield item
 
@@ -74,7 +74,7 @@ class SharedRun:
                 summary["interrupted"], summary["peak_memory_bytes"] = interrupted, peaks
                 self.writer.write_summary(summary)
             except UserError as error:
-                # A full disk takes no summary either; what ended the run is said first.
+                # A full disk takes no summary either; what ended the run is reported first.
                 found |= dict.fromkeys(error.problems)
         if lost:
             raise LostError
@@ -88,7 +88,7 @@ def _find_most(values: Iterable[int | None]) -> int | None:
 
 
 def measure_peak_memory() -> dict[str, int | None]:
-    """The most bytes that this process has held so far: ``resident`` in the machine's memory, and on
+    """The most bytes that this process has used so far: ``resident`` in the machine's memory, and on
     its CUDA ``device``; None where there is none, or the system does not report it."""
     device = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
     try:

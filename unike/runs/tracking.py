@@ -1,4 +1,4 @@
-"""Following a run while it goes on, in TensorBoard or Weights & Biases, as ``log_to`` in the YAML says."""
+"""Logging a run while it goes on, to TensorBoard or Weights & Biases: what ``log_to`` in the YAML names."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def track(hparams: HyperParams, writer: RecordWriter) -> Iterator[Tracker]:
     with ExitStack() as stack:
         names = hparams.log_to if processes.is_main() else ()
         sinks = [stack.enter_context(_SINKS[name](hparams, writer)) for name in names]
-        yield Tracker(sinks, len(writer.done_ids()))
+        yield Tracker(sinks, len(writer.list_done()))
 
 
 class _TensorBoard:

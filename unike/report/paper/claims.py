@@ -37,14 +37,16 @@ def check_best_of_ours(rows: Sequence[Row], seed: int) -> list[Verdict]:
     more than the interval of its difference from the best of the others."""
     out = []
     for mode in MODES:
-        ranked = [(row.mean(ALL, mode), row) for row in rows if row.complete]
+        ranked = [(row.find_mean(ALL, mode), row) for row in rows if row.complete]
         known = sorted(((m, r) for m, r in ranked if m is not None), key=lambda pair: -pair[0])
         ours = next((row for _, row in known if row.ours), None)
         rival = next((row for _, row in known if not row.ours), None)
         found = compare_rows(ours, rival, ALL, seed, mode) if ours and rival else None
         if ours and rival and found:
             verdict = _judge(found, 1.0)
-            means = f"{ours.name} {ours.mean(ALL, mode):.1f}, {rival.name} {rival.mean(ALL, mode):.1f}"
+            means = (
+                f"{ours.name} {ours.find_mean(ALL, mode):.1f}, {rival.name} {rival.find_mean(ALL, mode):.1f}"
+            )
             figures = f"{means}; difference {found[0]:.1f} [{found[1]:.1f}, {found[2]:.1f}]"
             out.append(Verdict(f"A row of ours has the best HM8, {mode.replace('_', '-')}", verdict, figures))
     return out
@@ -55,7 +57,7 @@ def check_baselines(rows: Sequence[Row]) -> list[Verdict]:
     named = {row.name: row for row in rows if row.complete}
     out = []
     for claim, needed, check in _BASELINES:
-        if all(name in named and named[name].mean("m_locality") is not None for name in needed):
+        if all(name in named and named[name].find_mean("m_locality") is not None for name in needed):
             holds, figures = check(named)
             out.append(Verdict(claim, HOLDS if holds else FAILS, figures))
     return out
@@ -76,7 +78,7 @@ def _check_order(best: Row, row: Row, seed: int) -> Verdict:
         if stated is None or found is None:
             continue
         verdict = _judge(found, stated - published)
-        ours, other = best.mean(measure), row.mean(measure)
+        ours, other = best.find_mean(measure), row.find_mean(measure)
         figures = f" (paper {_relate(stated, published)}, ours {_relate(ours, other)})"
         measures[verdict].append(MEASURE_TITLES[measure] + ("" if verdict == HOLDS else figures))
     if not measures[FAILS] and not measures[UNCLEAR]:
@@ -91,7 +93,7 @@ def _relate(one: float | None, other: float | None) -> str:
 
 
 def _require_mean(row: Row, measure: str) -> float:
-    found = row.mean(measure)
+    found = row.find_mean(measure)
     if found is None:
         raise ValueError(f"{row.name} has no {measure}")
     return found

@@ -282,7 +282,7 @@ def draw_grouped_bars(
 ) -> Any:
     """A panel per title, groups of bars in each by group and bar; ``paper`` alike, as diamonds.
 
-    Bars start where the axis does, at the ten below everything drawn, which the label says.
+    Bars start where the axis does, at the ten below everything drawn; the axis label names it.
     """
     columns = min(2, len(panels))
     rows = -(-len(panels) // columns)
@@ -302,8 +302,8 @@ def draw_grouped_bars(
                 at, [v.mean - floor for v in values], 0.9 * width, bottom=floor, yerr=_find_reach(values),
                 color=BARS[i % len(BARS)], capsize=2.5, label=name,
             )  # fmt: skip
-            beside, label = paper.get(title, {}), "_" if i or not paper else "the paper"
-            marks = [(x, beside.get(group, {}).get(name)) for x, group in zip(at, own, strict=True)]
+            published, label = paper.get(title, {}), "_" if i or not paper else "the paper"
+            marks = [(x, published.get(group, {}).get(name)) for x, group in zip(at, own, strict=True)]
             axes.plot(
                 [x for x, y in marks if y is not None], [y for _, y in marks if y is not None], "D",
                 mfc="white", mec="black", ms=6.5, mew=1.4, zorder=4, label=label,

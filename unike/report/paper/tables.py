@@ -146,7 +146,7 @@ class Block:
         return self._build_grid(title, header, columns, base=measures if not costs else (), mode=mode)
 
     def _fill_column(self, measure: str, mode: str) -> list[Cell]:
-        cells = [_make_cell(row.entry(measure, mode)) for row in self.rows]
+        cells = [_make_cell(row.find_estimate(measure, mode)) for row in self.rows]
         return mark_best(cells, [row.complete for row in self.rows])
 
     def _build_grid(
@@ -157,13 +157,14 @@ class Block:
         base: Sequence[str] = (),
         mode: str = MODES[0],
     ) -> Grid:
-        """With what the base model gives in a row of its own, taken from any of the others."""
+        """With a first row for the base model, whose numbers any of the others has."""
         rows = [(_name_row(row), tuple(c[i] for c in columns)) for i, row in enumerate(self.rows)]
-        first = next((row for row in self.rows if row.entry(FIVE_METRICS[0], mode, WHEN[0])), None)
+        first = next((row for row in self.rows if row.find_estimate(FIVE_METRICS[0], mode, WHEN[0])), None)
         if base and first is not None:
             titles = {MEASURE_TITLES[m]: m for m in base}
             cells = (
-                _make_cell(first.entry(titles[h], mode, WHEN[0])) if h in titles else Cell() for h in header
+                _make_cell(first.find_estimate(titles[h], mode, WHEN[0])) if h in titles else Cell()
+                for h in header
             )
             rows.insert(0, (BASE, tuple(cells)))
         return Grid(title, ("method", *header), tuple(rows))
@@ -207,7 +208,7 @@ def mark_best(cells: Sequence[Cell], counted: Sequence[bool] | None = None) -> l
 
 
 def rewrite_blocks(text: str, name: str, blocks: Mapping[str, str], kind: str = "table") -> str:
-    """The text of a file, ``name``, with each table (or what ``kind`` says) between its two markers
+    """The text of a file, ``name``, with each table (or other ``kind`` of block) between its two markers
     replaced.
 
     Raises UserError for each whose markers are not there once each, in order.
@@ -270,7 +271,7 @@ def csv_rows(blocks: Sequence[Block]) -> str:
         for row in block.rows:
             at = (block.table, block.backbone, block.task, block.edits, row.name)
             for mode, measure in ((mode, measure) for mode in MODES for measure in MEASURE_TITLES):
-                entry = row.entry(measure, mode)
+                entry = row.find_estimate(measure, mode)
                 paper = row.published.get(measure) if mode == MODES[0] else None
                 if entry or paper is not None:
                     writer.writerow(
