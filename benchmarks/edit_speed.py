@@ -37,7 +37,7 @@ from unike.edits import Edit
 from unike.evaluation.protocols import run_one_step, run_one_step_batch
 from unike.evaluation.reader import Reader
 from unike.methods import build
-from unike.methods.base import edit_many, edited_layers
+from unike.methods.base import resolve_layers
 from unike.methods.unike import UniKE
 from unike.types import FIVE_METRICS, Case, UserError
 
@@ -119,7 +119,7 @@ class Ours:
         """Logits at each probe's answer positions, case by case: before the edit, then after it."""
         if batched:
             with torch.enable_grad():
-                edits = edit_many(self.method, self.backbone, [c.request for c in cases], self.prefixes)
+                edits = self.method.edit_many(self.backbone, [c.request for c in cases], self.prefixes)
         else:
             with torch.enable_grad():
                 edits = [self.method.edit(self.backbone, c.request, self.prefixes) for c in cases]
@@ -239,7 +239,7 @@ def wide_world(given: argparse.Namespace) -> World:
     """Random weights, ``--steps`` steps an edit."""
     backbone = wide()
     hparams = HyperParams.from_dict({**PRESET, "max_steps": given.steps, "stop_loss": 0.0})
-    layers = edited_layers(hparams, backbone)
+    layers = resolve_layers(hparams, backbone)
     method = build(hparams, random_knowledge(backbone, layers, hparams))
     assert isinstance(method, UniKE)
     count = (given.rounds + 1) * given.batch

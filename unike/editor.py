@@ -23,12 +23,11 @@ from unike.edits import Edit, compose
 from unike.edits.attached import EditedModel, Slot
 from unike.edits.base import load_edit
 from unike.edits.content import Shared
-from unike.edits.explain import Asked, ask
+from unike.edits.explain import Explanation, ask
 from unike.edits.files import read_edit
 from unike.evaluation.protocols import run_one_step
 from unike.evaluation.record import Record
 from unike.evaluation.summary import Summary, summarise
-from unike.methods.base import shared_parts
 from unike.runs import inputs
 from unike.types import Case, EditRequest, Expectation, ImageLike, Probe, Query, UserError
 
@@ -115,7 +114,7 @@ class MultimodalEditor:
         """
         return self._slot.generate(self.edits if edited else (), image, prompt, max_new_tokens)
 
-    def ask(self, image: ImageLike | None, prompt: str, top: int = 5) -> Asked:
+    def ask(self, image: ImageLike | None, prompt: str, top: int = 5) -> Explanation:
         """The answers before and after the attached edits, and what was active for this prompt.
 
         Of each layer's retrieved items the ``top`` most attended ones are listed. UserError for an image
@@ -130,7 +129,7 @@ class MultimodalEditor:
         """
         saved = read_edit(folder)
         saved.require(self.backbone)
-        shared = shared_parts(self.prepare().method) if saved.needs else Shared()
+        shared = self.prepare().method.get_shared_parts() if saved.needs else Shared()
         return load_edit(saved, self.backbone, shared)
 
     def edit(

@@ -13,7 +13,7 @@ import gradio as gr
 
 from unike.demo.active import active_html
 from unike.demo.desk import Desk, Question
-from unike.edits.explain import Asked
+from unike.edits.explain import Explanation
 from unike.types import UserError
 
 logger = logging.getLogger("unike")
@@ -169,7 +169,7 @@ class Page:
     def _answered(self, image: str | None, question: str, said: str = "") -> dict[Any, Any]:
         return self._in_force() | self._answers(self.desk.ask(image, question), said)
 
-    def _answers(self, asked: Asked, said: str) -> dict[Any, Any]:
+    def _answers(self, asked: Explanation, said: str) -> dict[Any, Any]:
         return {
             self.said: _said(said), self.before: asked.before, self.after: asked.after,
             self.active: active_html(asked),

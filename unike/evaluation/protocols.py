@@ -27,7 +27,7 @@ from unike.evaluation.metrics import (
 )
 from unike.evaluation.reader import CasePredictions, Reader
 from unike.evaluation.record import Answer, Kind, Place, Record, Score
-from unike.methods.base import EditMethod, edit_many
+from unike.methods.base import EditMethod
 from unike.system.faults import out_of_memory
 from unike.types import Case
 
@@ -71,7 +71,7 @@ def run_one_step_batch(
     """
     reader.cache_base(cases)
     started = time.perf_counter()
-    edits = edit_many(method, backbone, [case.request for case in cases], reader.prefixes)
+    edits = method.edit_many(backbone, [case.request for case in cases], reader.prefixes)
     seconds = (time.perf_counter() - started) / len(cases)
     made = [(case, edit) for case, edit in zip(cases, edits, strict=True) if isinstance(edit, Edit)]
     found = iter(reader.predict_each([case for case, _ in made], [edit for _, edit in made]))

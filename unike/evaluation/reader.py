@@ -23,7 +23,7 @@ V = TypeVar("V")
 
 
 # What an edit decided for each of several queries, as ``Edit.explain`` gives it.
-Explanation = Mapping[str, list[Any]]
+QueryDecisions = Mapping[str, list[Any]]
 
 
 @dataclass(frozen=True)
@@ -210,7 +210,7 @@ class Reader:
         generated: bool,
         whole: bool = False,
         under: Callable[[Sequence[int]], AbstractContextManager[None]] = lambda rows: nullcontext(),
-    ) -> tuple[tuple[Prediction, ...], Explanation]:
+    ) -> tuple[tuple[Prediction, ...], QueryDecisions]:
         """``whole`` runs the whole model, where the cached lower-layer activations don't apply; ``under``
         applies the edits of the given queries for a forward pass over them."""
         extra = _pair_drafts(queries, drafts) if generated else []
@@ -273,7 +273,7 @@ def _share_out(cases: Sequence[Case], values: Sequence[V]) -> list[Sequence[V]]:
 
 
 def _group_by_case(
-    cases: Sequence[Case], predictions: Sequence[Prediction], explained: Explanation
+    cases: Sequence[Case], predictions: Sequence[Prediction], explained: QueryDecisions
 ) -> list[CasePredictions]:
     count = len(predictions)
     decided = {what: values[:count] for what, values in explained.items() if what != "retrieved"}

@@ -14,7 +14,7 @@ from unike.config.hparams import HyperParams
 from unike.evaluation.protocols import Outcome, run_one_step_batch
 from unike.evaluation.reader import Reader
 from unike.evaluation.record import Record
-from unike.methods.base import edited_layers
+from unike.methods import resolve_layers
 from unike.runs.parts import Parts
 from unike.runs.sharing import SharedRun
 from unike.system import faults, processes
@@ -83,10 +83,10 @@ def count_edits_at_once(hparams: HyperParams, backbone: Backbone) -> int:
     eighth of the memory takes, at most ``AT_ONCE``: the same on the same machine, whatever else runs."""
     if isinstance(hparams.edit_batch_size, int):
         return hparams.edit_batch_size
-    width, layers = backbone.layout.width, len(edited_layers(hparams, backbone))
+    width, layers = backbone.layout.width, len(resolve_layers(hparams, backbone))
     trained = layers * width * (3 * hparams.n_keys + (hparams.encoder_dim or width))
     if hparams.method == "ft":
-        edited = (backbone.layout.layer(i) for i in edited_layers(hparams, backbone))
+        edited = (backbone.layout.layer(i) for i in resolve_layers(hparams, backbone))
         trained = sum(p.numel() for layer in edited for p in layer.parameters())
     # Each with its gradient and two moments; and a few dozen states a token and layer for the gradient.
     need = 4 * 4 * trained + 4 * layers * width * 40 * TOKENS

@@ -17,9 +17,8 @@ from unike.edits import EditStore
 from unike.evaluation.protocols import Outcome
 from unike.evaluation.reader import Reader
 from unike.evaluation.summary import RunningMeans, Summary
-from unike.methods import needs_cases, needs_knowledge
-from unike.methods.base import needs_scope
-from unike.methods.preparation.editors import find_editor, learns, wants_cases
+from unike.methods import resolve_needs
+from unike.methods.preparation.editors import find_editor, wants_cases
 from unike.methods.preparation.scope import find_scope_classifier
 from unike.runs.batches import Batches, count_edits_at_once
 from unike.runs.inputs import (
@@ -98,13 +97,14 @@ def open_edit_store(hparams: ProtocolOptions, folder: str | None) -> EditStore |
 def compute_checksums(hparams: HyperParams, task: str) -> dict[str, str]:
     """SHA-256 of every data file that a run reads, by YAML key."""
     files = {f"data.{n}.eval": annotation_file(hparams, n, "eval") for n in parts_of(task)}
-    if wants_triplets(hparams) or needs_cases(hparams) or wants_cases(hparams):
+    needs = resolve_needs(hparams)
+    if wants_triplets(hparams, needs) or needs.cases or wants_cases(hparams, needs):
         files |= {f"data.{n}.train": path for n, path in train_files(hparams).items()}
-    elif needs_knowledge(hparams):
+    elif needs.knowledge:
         files["knowledge_dir"] = str(Path(str(hparams.knowledge_dir)) / "knowledge.safetensors")
-    elif learns(hparams):
+    elif needs.training:
         files["editor_dir"] = str(Path(str(find_editor(hparams))) / "editor.safetensors")
-    if needs_scope(hparams) and (kept := find_scope_classifier(hparams)) is not None:
+    if needs.scope and (kept := find_scope_classifier(hparams)) is not None:
         files["scope_dir"] = str(kept / "scope.safetensors")
     return {key: sha256_of(path) for key, path in files.items()}
 
