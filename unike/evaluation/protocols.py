@@ -26,7 +26,7 @@ from unike.evaluation.metrics import (
     score_generated,
 )
 from unike.evaluation.reader import CasePredictions, Reader
-from unike.evaluation.record import Answer, Kind, Place, Record, Score
+from unike.evaluation.record import Answer, Place, Record, RecordKind, Score
 from unike.methods.base import EditMethod
 from unike.system.faults import out_of_memory
 from unike.types import Case
@@ -241,12 +241,12 @@ def _finish(
 # ---------------------------------------------------------------- records
 
 
-def name_record(number: int, position: int, kind: Kind) -> str:
+def name_record(number: int, position: int, kind: RecordKind) -> str:
     """The id of a sequence's record; cases may come again in another sequence."""
     return f"{number}/{position}/{kind}"
 
 
-def _place(record: Record, number: int, position: int, kind: Kind) -> Record:
+def _place(record: Record, number: int, position: int, kind: RecordKind) -> Record:
     place = Place(record.id, number, position, kind)
     return replace(record, id=name_record(number, position, kind), place=place)
 

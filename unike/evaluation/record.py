@@ -12,7 +12,7 @@ from unike.types import UserError
 
 T = TypeVar("T")
 Status = Literal["ok", "failed"]
-Kind = Literal["step", "final"]
+RecordKind = Literal["step", "final"]
 # Numbers by probe; None stands for what was no number.
 ByProbe = Mapping[str, float | None]
 # A part that a record lacks: empty to its readers, and not written.
@@ -51,7 +51,7 @@ class Place:
     case: str | None
     sequence: int
     position: int
-    kind: Kind
+    kind: RecordKind
 
 
 @dataclass(frozen=True)

@@ -83,14 +83,17 @@ def draw_histogram(title: str, groups: Mapping[str, Sequence[float]], digits: in
     digits = 0 if whole else digits
     bars = [
         Bar(
-            number, i * step + 1 + number * (step - 2) / len(counts), TALL - (TALL - 14) * count / most,
-            (step - 2) / len(counts), (TALL - 14) * count / most,
+            number,
+            i * step + 1 + number * (step - 2) / len(counts),
+            TALL - (TALL - 14) * count / most,
+            (step - 2) / len(counts),
+            (TALL - 14) * count / most,
             f"{name}, {_name_bin(edges[i], edges[i + 1], whole, digits)}: {count}",
         )
         for number, (name, found) in enumerate(zip(groups, counts, strict=True))
         for i, count in enumerate(found.tolist())
         if count
-    ]  # fmt: skip
+    ]
     margin, looks = (step / 2, ("middle", "middle")) if around else (0.0, ("", "end"))
     words = [Word(margin, TALL + 15, f"{low:.{digits}f}", looks[0])]
     if low < high:

@@ -151,7 +151,7 @@ class RecordWriter:
             write_json(self.directory / SUMMARY, summary)
 
 
-def read_lines(directory: str | os.PathLike[str]) -> list[dict[str, Any]]:
+def read_lines(directory: str | os.PathLike[str]) -> list[dict[str, object]]:
     """The complete records of a run as JSON objects, in order; a half-written last line is left out."""
     path = Path(directory) / RECORDS
     if not path.is_file():
@@ -249,7 +249,7 @@ def _flatten(value: Values, prefix: str = "") -> dict[str, object]:
     return found
 
 
-def _scan(path: Path) -> tuple[list[dict[str, Any]], int, bool]:
+def _scan(path: Path) -> tuple[list[dict[str, object]], int, bool]:
     """The complete records, the number of bytes they take, and whether their last line is ended."""
     *lines, rest = path.read_bytes().split(b"\n")
     if rest:
@@ -266,7 +266,7 @@ def _scan(path: Path) -> tuple[list[dict[str, Any]], int, bool]:
     return records, size - unended, not unended
 
 
-def _parse(line: bytes) -> dict[str, Any] | None:
+def _parse(line: bytes) -> dict[str, object] | None:
     try:
         record = json.loads(line.decode("utf-8"))
     except (ValueError, RecursionError):
@@ -274,7 +274,7 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     return record if isinstance(record, dict) and "id" in record else None
 
 
-def _repair(path: Path) -> list[dict[str, Any]]:
+def _repair(path: Path) -> list[dict[str, object]]:
     """Cut off a half-written last line, end an unended one, and give the records."""
     if not path.exists():
         return []

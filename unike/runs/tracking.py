@@ -98,9 +98,13 @@ def _open_wandb(hparams: HyperParams, writer: RecordWriter) -> Iterator[Sink]:
     wandb = import_module("wandb")
     try:
         run = wandb.init(
-            project=PROJECT, name=writer.directory.name, dir=str(writer.directory), config=hparams.to_dict(),
-            id=name_run(writer.directory, writer.manifest), resume="allow",
-        )  # fmt: skip
+            project=PROJECT,
+            name=writer.directory.name,
+            dir=str(writer.directory),
+            config=hparams.to_dict(),
+            id=name_run(writer.directory, writer.manifest),
+            resume="allow",
+        )
     except wandb.Error as error:
         raise UserError(f"{hparams.source}: log_to: wandb does not start: {one_line(error)}") from error
     try:

@@ -14,11 +14,18 @@ import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar
 
 import numpy as np
 
 from unike.types import UserError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#56B4E9", "#CC79A7", "#000000", "#D55E00")
 MARKERS = "osD^vPX*<>hd"
@@ -31,11 +38,23 @@ WIDTH = 10.0
 # Of a worked example, in inches: an image's side and the height of a line of text.
 IMAGE, LINE = 1.4, 0.19
 STYLE = {
-    "font.size": 11, "axes.titlesize": 12, "axes.titleweight": "bold", "axes.labelsize": 11,
-    "xtick.labelsize": 10.5, "ytick.labelsize": 10.5, "legend.fontsize": 10.5, "axes.grid": True,
-    "grid.color": "#dddddd", "axes.axisbelow": True, "axes.spines.top": False, "axes.spines.right": False,
-    "figure.dpi": 150, "savefig.dpi": 150, "svg.hashsalt": "unike", "text.parse_math": False,
-}  # fmt: skip
+    "font.size": 11,
+    "axes.titlesize": 12,
+    "axes.titleweight": "bold",
+    "axes.labelsize": 11,
+    "xtick.labelsize": 10.5,
+    "ytick.labelsize": 10.5,
+    "legend.fontsize": 10.5,
+    "axes.grid": True,
+    "grid.color": "#dddddd",
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "figure.dpi": 150,
+    "savefig.dpi": 150,
+    "svg.hashsalt": "unike",
+    "text.parse_math": False,
+}
 # Beyond this a drawing is served better as pixels.
 SVG_BYTES = 200_000
 
@@ -112,9 +131,9 @@ def require(package: str) -> Any:
         raise UserError(f"{package}: not installed; figures need pip install 'unike[figures]'") from error
 
 
-def _style(draw: Callable[..., Any]) -> Callable[..., Any]:
+def _style(draw: Callable[P, T]) -> Callable[P, T]:
     @functools.wraps(draw)
-    def styled(*args: Any, **options: Any) -> Any:
+    def styled(*args: P.args, **options: P.kwargs) -> T:
         with require("matplotlib").rc_context(STYLE):
             return draw(*args, **options)
 
@@ -122,7 +141,7 @@ def _style(draw: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @_style
-def save(figure: Any, path: Path) -> list[Path]:
+def save(figure: Figure, path: Path) -> list[Path]:
     """Writes ``path`` as PNG and, where that is small, as SVG; gives the files. The same data give the
     same bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -140,13 +159,13 @@ def save(figure: Any, path: Path) -> list[Path]:
     return [png, svg]
 
 
-def _make_grid(rows: int, columns: int, height: float, **options: Any) -> tuple[Any, np.ndarray]:
+def _make_grid(rows: int, columns: int, height: float, **options: bool) -> tuple[Figure, np.ndarray]:
     """A figure of ``WIDTH`` and its axes ``(rows, columns)``; without pyplot, which keeps figures."""
     figure = require("matplotlib.figure").Figure(figsize=(WIDTH, height), layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
-def _add_legend(figure: Any, axes: Any, columns: int, title: str | None = None) -> None:
+def _add_legend(figure: Figure, axes: Axes, columns: int, title: str | None = None) -> None:
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, title=title)
 
@@ -184,7 +203,7 @@ def _unspread(values: np.ndarray) -> np.ndarray:
 
 
 @_style
-def draw_trade_off(panels: Mapping[str, Sequence[Point]]) -> Any:
+def draw_trade_off(panels: Mapping[str, Sequence[Point]]) -> Figure:
     """A panel per backbone and task: locality to the right, generality upwards, the paper's hollow."""
     points = [p for panel in panels.values() for p in panel]
     look = choose_looks([p.name for p in points])
@@ -200,9 +219,18 @@ def draw_trade_off(panels: Mapping[str, Sequence[Point]]) -> Any:
             if p.paper is not None:
                 axes.plot(*p.paper, marker, mfc="none", mec=colour, ms=8.5, mew=1.7, zorder=2)
             shown[p.name] = axes.errorbar(
-                p.locality.mean, p.generality.mean, _find_reach([p.generality]), _find_reach([p.locality]),
-                fmt=marker, color=colour, ms=size, mec="white", mew=0.7, elinewidth=1.4, zorder=3,
-            )  # fmt: skip
+                p.locality.mean,
+                p.generality.mean,
+                _find_reach([p.generality]),
+                _find_reach([p.locality]),
+                fmt=marker,
+                color=colour,
+                ms=size,
+                mec="white",
+                mew=0.7,
+                elinewidth=1.4,
+                zorder=3,
+            )
         axes.set_title(title)
     _scale_near_100(grid, points)
     for axes in grid.flat[len(panels) :]:
@@ -234,7 +262,7 @@ def _scale_near_100(grid: np.ndarray, points: Sequence[Point]) -> None:
 
 
 @_style
-def draw_sweeps(panels: Mapping[tuple[str, str], Sweep]) -> Any:
+def draw_sweeps(panels: Mapping[tuple[str, str], Sweep]) -> Figure:
     """Panels by ``(row, column)``: lines over the settings, which are evenly spaced."""
     rows, columns = (list(dict.fromkeys(key[i] for key in panels)) for i in (0, 1))
     figure, grid = _make_grid(len(rows), len(columns), 2.7 * len(rows) + 0.9, sharey=True)
@@ -263,23 +291,32 @@ def _place_settings(sweep: Sweep) -> list[float]:
     return [i + 0.4 * (i >= cut) for i in range(len(sweep.settings))]
 
 
-def _draw_line(axes: Any, sweep: Sweep, name: str, shift: float, look: tuple[str, str, str]) -> None:
+def _draw_line(axes: Axes, sweep: Sweep, name: str, shift: float, look: tuple[str, str, str]) -> None:
     values, cut = sweep.lines[name], len(sweep.settings) - sweep.apart
     colour, marker, dashes = look
     for part, label in ((slice(0, cut), name), (slice(cut, None), None)):
         at = [x + shift for x in _place_settings(sweep)[part]]
         if at:
             axes.errorbar(
-                at, [v.mean for v in values[part]], _find_reach(values[part]), color=colour, marker=marker,
-                ls=dashes if label else "", ms=6, lw=1.8, elinewidth=1.2, capsize=2, label=label,
-            )  # fmt: skip
+                at,
+                [v.mean for v in values[part]],
+                _find_reach(values[part]),
+                color=colour,
+                marker=marker,
+                ls=dashes if label else "",
+                ms=6,
+                lw=1.8,
+                elinewidth=1.2,
+                capsize=2,
+                label=label,
+            )
 
 
 @_style
 def draw_grouped_bars(
     panels: Mapping[str, Mapping[str, Mapping[str, Interval]]],
     paper: Mapping[str, Mapping[str, Mapping[str, float]]],
-) -> Any:
+) -> Figure:
     """A panel per title, groups of bars in each by group and bar; ``paper`` alike, as diamonds.
 
     Bars start where the axis does, at the ten below everything drawn; the axis label names it.
@@ -299,15 +336,28 @@ def draw_grouped_bars(
             at = [x + (i - (len(names) - 1) / 2) * width for x, _ in own.values()]
             values = [v for _, v in own.values()]
             axes.bar(
-                at, [v.mean - floor for v in values], 0.9 * width, bottom=floor, yerr=_find_reach(values),
-                color=BARS[i % len(BARS)], capsize=2.5, label=name,
-            )  # fmt: skip
+                at,
+                [v.mean - floor for v in values],
+                0.9 * width,
+                bottom=floor,
+                yerr=_find_reach(values),
+                color=BARS[i % len(BARS)],
+                capsize=2.5,
+                label=name,
+            )
             published, label = paper.get(title, {}), "_" if i or not paper else "the paper"
             marks = [(x, published.get(group, {}).get(name)) for x, group in zip(at, own, strict=True)]
             axes.plot(
-                [x for x, y in marks if y is not None], [y for _, y in marks if y is not None], "D",
-                mfc="white", mec="black", ms=6.5, mew=1.4, zorder=4, label=label,
-            )  # fmt: skip
+                [x for x, y in marks if y is not None],
+                [y for _, y in marks if y is not None],
+                "D",
+                mfc="white",
+                mec="black",
+                ms=6.5,
+                mew=1.4,
+                zorder=4,
+                label=label,
+            )
         axes.set_title(title)
         axes.set_xticks(range(len(panel)), panel)
         axes.grid(axis="x", visible=False)
@@ -325,7 +375,7 @@ def draw_grouped_bars(
 
 
 @_style
-def draw_spaces(rows: Mapping[str, Mapping[str, Space]]) -> Any:
+def draw_spaces(rows: Mapping[str, Mapping[str, Space]]) -> Figure:
     """A row per backbone, a panel per space: right and wrong answers to the same question joined by a
     line. The axes of an embedding have no unit."""
     columns = list(dict.fromkeys(name for row in rows.values() for name in row))
@@ -350,7 +400,7 @@ def draw_spaces(rows: Mapping[str, Mapping[str, Space]]) -> Any:
 
 
 @_style
-def draw_examples(rows: Sequence[WorkedExample]) -> Any:
+def draw_examples(rows: Sequence[WorkedExample]) -> Figure:
     """A row per edit, a column per probe: the image, the question, the answers before and after.
 
     An answer that an edit leaves as it was is not repeated.

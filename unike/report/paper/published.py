@@ -11,9 +11,14 @@ from unike.types import FIVE_METRICS
 
 FAMILIES = {"blip2": "blip2-opt", "minigpt4": "minigpt4"}
 FAMILY_TITLES = {
-    "blip2": "BLIP2-OPT", "minigpt4": "MiniGPT-4", "llava": "LLaVA-1.5", "llava_onevision": "LLaVA-OneVision",
-    "qwen2_vl": "Qwen2-VL", "qwen2_5_vl": "Qwen2.5-VL", "instructblip": "InstructBLIP",
-}  # fmt: skip
+    "blip2": "BLIP2-OPT",
+    "minigpt4": "MiniGPT-4",
+    "llava": "LLaVA-1.5",
+    "llava_onevision": "LLaVA-OneVision",
+    "qwen2_vl": "Qwen2-VL",
+    "qwen2_5_vl": "Qwen2.5-VL",
+    "instructblip": "InstructBLIP",
+}
 LIFELONG = "lifelong"
 ZETA = "figure4c_zeta_generality_locality"
 Figures = dict[str, dict[str, float]]

@@ -250,10 +250,19 @@ def latex(block: Block) -> str:
         head = " & ".join(map(_escape, grid.header)) + r" \\"
         columns = "l" + "r" * (len(grid.header) - 1)
         parts.append(f"\\paragraph{{{_escape(_capitalise(grid.title))}.}}")
-        parts.append("\n".join([
-            f"\\begin{{tabular}}{{{columns}}}", r"\toprule", head, r"\midrule", *lines, r"\bottomrule",
-            r"\end{tabular}",
-        ]))  # fmt: skip
+        parts.append(
+            "\n".join(
+                [
+                    f"\\begin{{tabular}}{{{columns}}}",
+                    r"\toprule",
+                    head,
+                    r"\midrule",
+                    *lines,
+                    r"\bottomrule",
+                    r"\end{tabular}",
+                ]
+            )
+        )
     for heading, found in block.check_claims():
         items = [f"\\item {_escape(str(verdict))}" for verdict in found]
         parts += [f"\\paragraph{{{_escape(heading)}}}"]
@@ -331,10 +340,16 @@ def _format_latex_cell(cell: Cell) -> str:
     return f"{shown} {{\\scriptsize {cell.interval}}}" if cell.interval else shown
 
 
-_LATEX = str.maketrans({c: f"\\{c}" for c in "&%$#_{}"} | {
-    "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
-    "<": r"$<$", ">": r"$>$",
-})  # fmt: skip
+_LATEX = str.maketrans(
+    {c: f"\\{c}" for c in "&%$#_{}"}
+    | {
+        "\\": r"\textbackslash{}",
+        "~": r"\textasciitilde{}",
+        "^": r"\textasciicircum{}",
+        "<": r"$<$",
+        ">": r"$>$",
+    }
+)
 
 
 def _escape(text: str) -> str:
