@@ -34,8 +34,9 @@ from unike.backbones.prefix import PrefixCache
 from unike.backbones.vlm import VisionLanguageBackbone
 from unike.config.hparams import HyperParams
 from unike.edits import Edit
-from unike.evaluation.protocols import one_step, one_step_many
+from unike.evaluation.protocols import run_one_step, run_one_step_batch
 from unike.evaluation.reader import Reader
+from unike.evaluation.record import Record
 from unike.methods import build
 from unike.methods.base import resolve_layers
 from unike.methods.unike import UniKE
@@ -104,15 +105,19 @@ class Ours:
         """Computes the prefixes of all queries, as an earlier run would have."""
         self.prefixes.state([q for c in cases for q in (c.request.query, *(p.query for p in c.probes))])
 
-    def records(self, cases: Sequence[Case], cached: bool, batched: bool) -> tuple[list[Any], float]:
+    def records(self, cases: Sequence[Case], cached: bool, batched: bool) -> tuple[list[Record], float]:
         """The cases' records and their seconds; a new reader asks the base model again."""
         self.emptied()
         if cached:
             self.warm(cases)
         reader = Reader(self.backbone, self.prefixes, generated=False)
         if batched:
-            return timed(lambda: one_step_many(self.backbone, self.method, cases, reader))
-        return timed(lambda: [one_step(self.backbone, self.method, c, reader) for c in cases])
+            outcomes, seconds = timed(lambda: run_one_step_batch(self.backbone, self.method, cases, reader))
+        else:
+            outcomes, seconds = timed(
+                lambda: [run_one_step(self.backbone, self.method, c, reader) for c in cases]
+            )
+        return [outcome.record for outcome in outcomes], seconds
 
     @torch.no_grad()
     def logits(self, cases: Sequence[Case], batched: bool) -> list[list[torch.Tensor]]:
@@ -134,12 +139,12 @@ class Ours:
         return out
 
 
-def differences(done: Sequence[Done], records: Sequence[Any], logits: Sequence[Any]) -> list[Apart]:
+def differences(done: Sequence[Done], records: Sequence[Record], logits: Sequence[Any]) -> list[Apart]:
     """How far each record is from the reference's; infinitely where the steps differ."""
     out = []
     for reference, record, ours in zip(done, records, logits, strict=True):
-        loss = abs(record["loss"] - reference.losses[-1]) if "loss" in record else float("inf")
-        same = record.get("steps") == reference.steps
+        loss = float("inf") if record.loss is None else abs(record.loss - reference.losses[-1])
+        same = record.steps == reference.steps
         out.append(Apart(loss if same else float("inf"), _furthest(reference, ours)))
     return out
 
@@ -153,7 +158,7 @@ def _furthest(reference: Done, ours: Sequence[torch.Tensor]) -> float:
 def rounding(reference: Reference, case: Case, done: Done) -> Apart:
     """How far the reference is from itself where its first keys differ in their last bit."""
     nudged = reference.record(case, nudge=torch.finfo(torch.float32).eps)
-    record = {"steps": nudged.steps, "loss": nudged.losses[-1]}
+    record = Record(case.request.id, info={"steps": nudged.steps, "loss": nudged.losses[-1]})
     return differences([done], [record], [[*nudged.before, *nudged.after]])[0]
 
 

@@ -59,9 +59,9 @@ def one_edit(backbone: VisionLanguageBackbone, method: UniKE, case: Case) -> dic
     spent = {}
     _, spent["pictures"] = timed(lambda: backbone.cache.seen(pictures, backbone.vision.pixels))
     _, spent["prefixes"] = timed(lambda: prefixes.state(queries))
-    before, spent["probes before"] = timed(lambda: reader.base(case))
+    before, spent["probes before"] = timed(lambda: reader.predict_base(case))
     edit, spent["edit"] = timed(lambda: method.edit(backbone, case.request, prefixes))
-    _, spent["probes after"] = timed(lambda: reader.edited(case, edit, before))
+    _, spent["probes after"] = timed(lambda: reader.predict_edited(case, edit, before))
     return spent
 
 

@@ -54,9 +54,9 @@ def drawn(hparams: HyperParams, folder: Path, records: int, seed: int) -> HyperP
 
 def scores(reader: Reader, cases: Sequence[Case], edit: Edit) -> Iterator[dict[str, float]]:
     """Each case's metrics under ``edit``, teacher-forced."""
-    for case, asked in reader.edited_all(cases, edit, generated=False):
-        base = reader.base(case)
-        yield {p.name: score(p, b, a) for p, b, a in zip(case.probes, base, asked.readings, strict=True)}
+    for case, asked in reader.predict_all(cases, edit, generated=False):
+        base = reader.predict_base(case)
+        yield {p.name: score(p, b, a) for p, b, a in zip(case.probes, base, asked.predictions, strict=True)}
 
 
 def means(found: Sequence[dict[str, float]]) -> dict[str, float]:
@@ -82,7 +82,7 @@ class Growth:
 
     def __init__(self, parts: runs.Parts, cases: Sequence[Case], rows: Rows, case: str) -> None:
         self.parts, self.cases, self.rows, self.case = parts, cases, rows, case
-        self.reader = parts.reader(generated=False)
+        self.reader = parts.make_reader(generated=False)
 
     def edit(self, case: Case, history: Edit | None) -> Edit:
         return self.parts.method.edit(self.parts.backbone, case.request, self.reader.prefixes, history)
@@ -137,7 +137,7 @@ class Growth:
 
 def beside(rows: Rows, family: str) -> None:
     """The published lifelong figures at 1,000 edits, for reading only."""
-    for method, figures in published.lifelong(family).get(1000, {}).items():
+    for method, figures in published.read_lifelong(family).get(1000, {}).items():
         mean = statistics.fmean(v for v in figures.values() if v is not None)
         rows.add(f"published: {method}, K = 1000", "mean of the five metrics", [mean], "%")
 

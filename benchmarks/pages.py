@@ -21,11 +21,11 @@ from pathlib import Path
 from benchmarks.browser import browser, lacking
 from benchmarks.measuring import Rows, timed
 from unike.report.compare import compare
-from unike.report.compare_page import compared_page
-from unike.report.page import Page, render
-from unike.report.pictures import MOST_BYTES, shown_in
-from unike.report.run_page import run_page
-from unike.runs.records import MANIFEST, RECORDS, read_manifest, read_records
+from unike.report.compare_page import build_comparison_page
+from unike.report.images import MOST_BYTES, find_images
+from unike.report.page import HtmlPage, render
+from unike.report.run_page import build_run_page
+from unike.runs.records import MANIFEST, RECORDS, read_lines, read_manifest
 from unike.system import launching
 from unike.system.files import write_text
 from unike.types import UserError
@@ -39,7 +39,7 @@ CASES = "return document.querySelectorAll('.case').length"
 
 def repeated(run: Path, folder: Path, cases: int) -> Path:
     """A copy of the run in ``folder`` with ``cases`` records, its own over and over under new ids."""
-    found = read_records(run)
+    found = read_lines(run)
     if not found:
         raise UserError(f"{run}: has no records")
     read_manifest(run)
@@ -52,10 +52,10 @@ def repeated(run: Path, folder: Path, cases: int) -> Path:
     return folder
 
 
-def opened(page: Page, file: Path, cases: int, times: int) -> tuple[list[float], list[float]]:
+def opened(page: HtmlPage, file: Path, cases: int, times: int) -> tuple[list[float], list[float]]:
     """Seconds to the load event and to the first paint, of ``times`` browsers."""
-    missing = MOST_BYTES // len(PICTURE) - len(page.pictures)
-    file.write_text(render(replace(page, pictures=[*page.pictures, *[PICTURE] * missing])), encoding="utf-8")
+    missing = MOST_BYTES // len(PICTURE) - len(page.images)
+    file.write_text(render(replace(page, images=[*page.images, *[PICTURE] * missing])), encoding="utf-8")
     loaded, painted = [], []
     for _ in range(times):
         folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
@@ -73,12 +73,12 @@ def measure(given: argparse.Namespace, rows: Rows) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         runs = [repeated(run, folder / str(i), given.cases) for i, run in enumerate(given.runs)]
-        page, seconds = timed(lambda: run_page(runs[0]))
+        page, seconds = timed(lambda: build_run_page(runs[0]))
         rows.add(f"report, {given.cases} cases", "made", [seconds], "s")
         pages = {"report": (page, given.cases)}
         if len(runs) > 1:
             found = compare(*runs)
-            shown = compared_page(found, *shown_in(read_manifest(runs[0])))
+            shown = build_comparison_page(found, *find_images(read_manifest(runs[0])))
             pages["comparison"] = (shown, len(shown.cases))
         for kind, (view, cases) in pages.items():
             file = folder / f"{kind}.html"

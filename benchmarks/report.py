@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measuring import Row
-from unike.report.paper.tables import rewritten
+from unike.report.paper.tables import rewrite_blocks
 from unike.types import UserError
 
 HEAD = (
@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             page = given.write.read_text(encoding="utf-8") if given.write.is_file() else ""
             given.write.write_text(
-                rewritten(page, str(given.write), {"all": shown}, "benchmarks"), encoding="utf-8"
+                rewrite_blocks(page, str(given.write), {"all": shown}, "benchmarks"), encoding="utf-8"
             )
     except UserError as error:
         print(error, file=sys.stderr)

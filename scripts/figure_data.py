@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,10 +17,20 @@ from unike.config.hparams import HyperParams
 from unike.datasets.mmedit import VQA_TEMPLATE
 from unike.datasets.triplets import Triplet, make_triplets
 from unike.evaluation.metrics import bootstrap_interval
+from unike.evaluation.record import Record
 from unike.methods import build, resolve_needs
 from unike.methods.preparation.knowledge import extract_states, find_knowledge, load_states
 from unike.report.paper import published
-from unike.report.paper.figures import Answer, Cell, Example, Interval, Point, Space, Sweep, require
+from unike.report.paper.figures import (
+    EditedAnswer,
+    Interval,
+    Point,
+    ProbePanel,
+    Space,
+    Sweep,
+    WorkedExample,
+    require,
+)
 from unike.runs import checks, inputs
 from unike.system import findings
 from unike.types import Case, UserError
@@ -52,14 +61,14 @@ def title(hparams: HyperParams) -> str:
 
 
 def interval(
-    records: Sequence[Mapping[str, Any]], metrics: Sequence[str], seed: int, mode: str = "teacher_forced"
+    records: Sequence[Record], metrics: Sequence[str], seed: int, mode: str = "teacher_forced"
 ) -> Interval:
     """Mean over records of the mean of ``metrics`` after the edit, in percent, with its 95% bootstrap
     interval. Failed records are left out; UserError where no record is left."""
-    done = [r["scores"][mode] for r in records if r.get("status", "ok") == "ok"]
+    done = [r.get_scores(mode) for r in records if r.ok]
     if not done:
         raise UserError("no record of the run succeeded: there is nothing to draw")
-    values = [100.0 * float(np.mean([scores[m]["after"] for m in metrics])) for scores in done]
+    values = [100.0 * float(np.mean([scores[m].after for m in metrics])) for scores in done]
     return Interval(*bootstrap_interval(values, seed))
 
 
@@ -78,7 +87,7 @@ def trade_off(planned: Sequence[Run]) -> dict[str, list[Point]]:
     """Points by backbone and task, the paper's beside those of its rows."""
     out: dict[str, list[Point]] = {}
     for run in planned:
-        told = published.figures("table1_one_step", run.hparams.model_name, run.task)
+        told = published.read_figures("table1_one_step", run.hparams.model_name, run.task)
         values = told.get(run.row.paper or "")
         pair = (_mean(values, LOCALITY), _mean(values, GENERALITY)) if values else None
         point = Point(run.row.name, _measured(run, LOCALITY), _measured(run, GENERALITY), pair)
@@ -114,7 +123,7 @@ def zetas(planned: Sequence[Run]) -> tuple[Panels, dict[str, dict[str, dict[str,
     paper: dict[str, dict[str, dict[str, float]]] = {}
     for run in planned:
         name = ", ".join(_block(run))
-        told = published.figures(published.ZETA, run.hparams.model_name, run.task)
+        told = published.read_figures(published.ZETA, run.hparams.model_name, run.task)
         for group, metrics in MEANS.items():
             value = _measured(run, metrics)
             panels.setdefault(name, {}).setdefault(group, {})[run.hparams.zeta] = value
@@ -220,43 +229,44 @@ def chosen(cases: Sequence[Case], count: int) -> list[Case]:
     return list(cases[:count])
 
 
-def examples(planned: Sequence[Run], variants: Mapping[str, str], count: int) -> list[Example]:
+def examples(planned: Sequence[Run], variants: Mapping[str, str], count: int) -> list[WorkedExample]:
     """The ``chosen`` edits of each task of one backbone, under the rows that ``variants`` names."""
     out = []
     for task in dict.fromkeys(run.task for run in planned):
         own = {run.row.name: run for run in planned if run.task == task}
-        found = {short: {r["id"]: r for r in records(own[name])} for name, short in variants.items()}
+        found = {short: {r.id: r for r in records(own[name])} for name, short in variants.items()}
         first = own[next(iter(variants))]
         for case in chosen(inputs.open_datasets(first.hparams, task, first.size), count):
             out.append(example(case, {short: rows[case.request.id] for short, rows in found.items()}))
     return out
 
 
-def example(case: Case, answered: Mapping[str, Mapping[str, Any]]) -> Example:
+def example(case: Case, answered: Mapping[str, Record]) -> WorkedExample:
     """An edit with what the model said before, and after it by variant; generated answers.
 
     Raises UserError where a variant's edit failed or its answers were not generated.
     """
     for name, record in answered.items():
-        if record.get("status", "ok") != "ok" or "generated" not in record.get("scores", {}):
+        if not record.ok or "generated" not in record.scores:
             raise UserError(f"{name}: {case.request.id} failed or has no generated answers: no example of it")
     first = next(iter(answered.values()))
-    cells = []
+    panels = []
     for probe in case.probes:
         if probe.name not in SHOWN:
             continue
         after = {
-            name: Answer(
-                r["answers"][probe.name]["after"], r["scores"]["generated"][probe.name]["after"] == 1.0
+            name: EditedAnswer(
+                r.answers[probe.name].after or "", r.get_scores("generated")[probe.name].after == 1.0
             )
             for name, r in answered.items()
         }
-        before = first["answers"][probe.name]["before"]
-        cells.append(Cell(SHOWN[probe.name], probe.query.image, bare(probe.query.prompt), before, after))
-    cells.sort(key=lambda cell: list(SHOWN.values()).index(cell.heading))
+        before = first.answers[probe.name].before or ""
+        question = bare(probe.query.prompt)
+        panels.append(ProbePanel(SHOWN[probe.name], probe.query.image, question, before, after))
+    panels.sort(key=lambda panel: list(SHOWN.values()).index(panel.heading))
     target = str(case.request.query.target)
-    return Example(
-        f"{TASKS[case.task]}, {case.request.id}: {cells[0].before} \N{RIGHTWARDS ARROW} {target}", cells
+    return WorkedExample(
+        f"{TASKS[case.task]}, {case.request.id}: {panels[0].before} \N{RIGHTWARDS ARROW} {target}", panels
     )
 
 

@@ -24,7 +24,7 @@ from scripts.plan import BACKBONES, OUTPUT, PLAN, Run, is_complete, read_plan, r
 from scripts.workers import ensure
 from unike.config.hparams import HyperParams
 from unike.report.paper import figures
-from unike.report.paper.tables import rewritten
+from unike.report.paper.tables import rewrite_blocks
 from unike.system import findings
 from unike.types import UserError
 
@@ -63,7 +63,7 @@ def plan(args: argparse.Namespace) -> dict[str, list[Run]]:
 
 def sample(planned: Sequence[Run]) -> str:
     """How many records each run has, and from which seed."""
-    counts = {sum(r.get("status", "ok") == "ok" for r in records(run)) for run in planned}
+    counts = {sum(r.ok for r in records(run)) for run in planned}
     seeds = ", ".join(str(s) for s in sorted({run.hparams.seed for run in planned}))
     n = f"{min(counts)} to {max(counts)}" if len(counts) > 1 else str(*counts)
     return f"n = {n} records of each row and task, seed {seeds}"
@@ -74,7 +74,7 @@ def draw_trade_off(planned: Sequence[Run]) -> Drawn:
         f"generality against locality after one edit, teacher-forced; {MEANS}; filled: ours, {BARS}; "
         f"hollow: the paper's Table 1, full-size models; both axes have most room near 100; {sample(planned)}"
     )
-    return Drawn({"figure2a": figures.trade_off(data.trade_off(planned))}, caption)
+    return Drawn({"figure2a": figures.draw_trade_off(data.trade_off(planned))}, caption)
 
 
 def draw_items(planned: Sequence[Run]) -> Drawn:
@@ -82,7 +82,7 @@ def draw_items(planned: Sequence[Run]) -> Drawn:
         f"how many states UniKE retrieves and how many demonstrations IKE shows, after one edit, "
         f"teacher-forced; {MEANS}; {BARS}; {sample(planned)}"
     )
-    return Drawn({"figure4a": figures.sweeps(data.sweeps(planned))}, caption)
+    return Drawn({"figure4a": figures.draw_sweeps(data.sweeps(planned))}, caption)
 
 
 def draw_alpha(planned: Sequence[Run]) -> Drawn:
@@ -90,7 +90,7 @@ def draw_alpha(planned: Sequence[Run]) -> Drawn:
         f"a fixed weight alpha of the retrieved knowledge against the adaptive one, after one edit, "
         f"teacher-forced; {MEANS}; {BARS}; {sample(planned)}"
     )
-    return Drawn({"figure4b": figures.sweeps(data.sweeps(planned))}, caption)
+    return Drawn({"figure4b": figures.draw_sweeps(data.sweeps(planned))}, caption)
 
 
 def draw_zeta(planned: Sequence[Run]) -> Drawn:
@@ -98,7 +98,7 @@ def draw_zeta(planned: Sequence[Run]) -> Drawn:
         f"the direction zeta that is added to the extra values, after one edit, teacher-forced; {MEANS}; "
         f"{BARS}; diamonds: the paper, whose values are taken to be of MiniGPT-4 on E-VQA; {sample(planned)}"
     )
-    return Drawn({"figure4c": figures.grouped_bars(*data.zetas(planned))}, caption)
+    return Drawn({"figure4c": figures.draw_grouped_bars(*data.zetas(planned))}, caption)
 
 
 def draw_spaces(backbones: Sequence[HyperParams], layer: int | None, size: int | None) -> Drawn:
@@ -113,21 +113,21 @@ def draw_spaces(backbones: Sequence[HyperParams], layer: int | None, size: int |
         f"itself: how many states have the other answer to the same question as the nearest one, and how "
         f"many of the {data.NEIGHBOURS} nearest to other questions are as true as the state (50% by chance)"
     )
-    return Drawn({"figure5a": figures.spaces(rows)}, caption)
+    return Drawn({"figure5a": figures.draw_spaces(rows)}, caption)
 
 
 def draw_examples(planned: Sequence[Run]) -> Drawn:
     pictures = {}
     for backbone in dict.fromkeys(run.backbone for run in planned):
         own = [run for run in planned if run.backbone == backbone]
-        pictures[f"figure5b-{backbone}"] = figures.examples(data.examples(own, VARIANTS, EXAMPLES))
+        pictures[f"figure5b-{backbone}"] = figures.draw_examples(data.examples(own, VARIANTS, EXAMPLES))
     shown = ", ".join(data.title(h) for h in {r.backbone: r.hparams for r in planned}.values())
     seeds = ", ".join(str(s) for s in sorted({run.hparams.seed for run in planned}))
     caption = (
         f"the first {EXAMPLES} edits of each task's eval split ({shown}), answers generated before and "
         f"after; the first three columns should give the target, the last two what was said before; "
-        f"{figures.HELD}: it does, {figures.BROKEN}: it does not; scoped: the row UniKE, scoped; preset: the "
-        f"paper's settings; seed {seeds}"
+        f"{figures.PASS_MARK}: it does, {figures.FAIL_MARK}: it does not; scoped: the row UniKE, scoped; "
+        f"preset: the paper's settings; seed {seeds}"
     )
     return Drawn(pictures, caption)
 
@@ -153,7 +153,7 @@ def with_blocks(document: Path, blocks: Mapping[str, str]) -> str:
         text = document.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise UserError(f"--write: {document}: cannot be read: {error}") from None
-    return rewritten(text, str(document), blocks, "figure")
+    return rewrite_blocks(text, str(document), blocks, "figure")
 
 
 def check(args: argparse.Namespace) -> tuple[dict[str, list[Run]], list[HyperParams]]:

@@ -21,7 +21,8 @@ from typing import Any
 
 from unike.config.hparams import OPTIONS, HyperParams
 from unike.config.yaml_reader import read_yaml
-from unike.evaluation.summary import summarise
+from unike.evaluation.record import Record
+from unike.evaluation.summary import Summary, summarise
 from unike.report.paper import published
 from unike.report.paper.tables import EXTRAS
 from unike.runs.inputs import TASKS
@@ -182,27 +183,28 @@ def is_complete(run: Run) -> bool:
     return _kept(run).get("interrupted") is False
 
 
-def _kept(run: Run) -> dict[str, Any]:
+def _kept(run: Run) -> Summary:
     try:
-        found: dict[str, Any] = json.loads((run.folder / SUMMARY).read_text(encoding="utf-8"))
+        found: Summary = json.loads((run.folder / SUMMARY).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return found
 
 
-def records(run: Run) -> list[dict[str, Any]]:
+def records(run: Run) -> list[Record]:
     """What is recorded of the run up to now; empty where nothing is."""
     return read_records(run.folder) if run.folder.is_dir() else []
 
 
-def summary(run: Run) -> dict[str, Any]:
+def summary(run: Run) -> Summary:
     """The run's records summed up, as ``summarise`` gives it; ``interrupted`` where some are missing."""
     kept, hp = _kept(run), run.hparams
     # Summing up takes a second; a summary of an earlier version may lack parts.
     if kept.get("interrupted") is False and "means" in kept:
         return kept
     found = summarise(records(run), hp.seed, hp.metric_presets)
-    return found | {"interrupted": not is_complete(run)}
+    found["interrupted"] = not is_complete(run)
+    return found
 
 
 def _base(known: dict[Path, HyperParams | UserError], overrides: Sequence[str], file: Path) -> HyperParams:
@@ -267,7 +269,7 @@ def _table(entry: Any, at: str) -> TablePlan:
     wrong = [("protocol", plan.protocol, PROTOCOLS)]
     wrong += [("tasks", task, TASKS) for task in plan.tasks]
     wrong += [("extras", extra, EXTRAS) for extra in plan.extras]
-    wrong += [("paper", plan.paper, published.keys())] if plan.paper is not None else []
+    wrong += [("paper", plan.paper, published.list_tables())] if plan.paper is not None else []
     problems += [f"{at}: {k}: {v}; expected {', '.join(among)}" for k, v, among in wrong if v not in among]
     problems += [
         f"{at}: lengths: {n}; expected whole numbers from 1 on"

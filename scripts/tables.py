@@ -23,7 +23,7 @@ from scripts.plan import summary as summary_of
 from scripts.workers import Outcome, ensure
 from unike.report.measures import Row
 from unike.report.paper import published
-from unike.report.paper.tables import FORMATS, LEGEND, Block, csv_rows, latex, markdown, rewritten
+from unike.report.paper.tables import FORMATS, LEGEND, Block, csv_rows, latex, markdown, rewrite_blocks
 from unike.types import UserError
 
 TASK_TITLES = {"vqa": "E-VQA", "caption": "E-IC", "cross": "E-VQA and E-IC in turn"}
@@ -39,7 +39,7 @@ def blocks_of(runs: Sequence[Run], plans: dict[str, TablePlan]) -> list[Block]:
 
 def _block(group: Sequence[Run], plan: TablePlan) -> Block:
     run, hp = group[0], group[0].hparams
-    figures = published.figures(plan.paper, hp.model_name, run.task, run.length) if plan.paper else {}
+    figures = published.read_figures(plan.paper, hp.model_name, run.task, run.length) if plan.paper else {}
     rows = tuple(
         Row(
             r.row.name,
@@ -56,9 +56,9 @@ def _block(group: Sequence[Run], plan: TablePlan) -> Block:
     last = plan.paper == published.LIFELONG and run.task == "vqa" and run.length == max(plan.lengths)
     return Block(
         run.table, title, run.backbone, run.task, run.length, rows,
-        label=published.label(plan.paper) if plan.paper else "paper",
+        label=published.choose_label(plan.paper) if plan.paper else "paper",
         reference=plan.reference, extras=plan.extras, seed=hp.seed,
-        beside=published.lifelong(hp.model_name) if last else None,
+        beside=published.read_lifelong(hp.model_name) if last else None,
     )  # fmt: skip
 
 
@@ -67,7 +67,7 @@ def sections(blocks: Sequence[Block], plans: dict[str, TablePlan]) -> dict[str, 
     out = {}
     for name in dict.fromkeys(block.table for block in blocks):
         key = plans[name].paper
-        whose = f" {published.label(key)}: {published.source(key)}." if key else ""
+        whose = f" {published.choose_label(key)}: {published.read_source(key)}." if key else ""
         own = [markdown(block) for block in blocks if block.table == name]
         out[name] = "\n".join([f"{LEGEND}{whose}\n", *own])
     return out
@@ -133,7 +133,8 @@ def run(args: argparse.Namespace) -> int:
     code = report(outcome)
     if args.write is not None and code == 0:
         text = args.write.read_text(encoding="utf-8")
-        args.write.write_text(rewritten(text, str(args.write), sections(blocks, plans)), encoding="utf-8")
+        text = rewrite_blocks(text, str(args.write), sections(blocks, plans))
+        args.write.write_text(text, encoding="utf-8")
     return code
 
 
@@ -143,7 +144,7 @@ def _checked_markers(path: Path, planned: Sequence[Run]) -> None:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--write: {path}: cannot be read: {error}") from None
-    rewritten(text, str(path), {run.table: "" for run in planned})
+    rewrite_blocks(text, str(path), {run.table: "" for run in planned})
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -171,9 +171,9 @@ class _Readers:
         """A row's reader, with what the others know."""
         own = parts.prefixes
         parts.prefixes = self._prefixes.setdefault((own.first, own.batch, own.alone), own)
-        reader = parts.reader()
+        reader = parts.make_reader()
         for other in self._readers:
-            if reader.learn_from(other):
+            if reader.share_base(other):
                 break
         else:
             self._readers.append(reader)

@@ -10,12 +10,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from finished_runs import as_records
 from helpers import Project, record
 
 from scripts import figure_data as data
 from scripts import figures as script
 from scripts.plan import RowPlan, Run, read_plan
 from unike.config.hparams import HyperParams
+from unike.evaluation.record import Answer, Record, Score
 from unike.report.paper import published
 from unike.runs import inputs
 from unike.runs.records import RecordWriter
@@ -44,7 +46,7 @@ def planned(folder: Path, row: RowPlan, means: list[float], task: str = "vqa", *
 def test_an_interval_is_of_the_mean_of_the_metrics_over_records_that_did_not_fail() -> None:
     one = {"t_generality": 1.0, "m_generality": 0.5}
     other = {"t_generality": 0.0, "m_generality": 0.5}
-    records = [scored("a", one), scored("b", other), scored("c", one, "failed")]
+    records = as_records([scored("a", one), scored("b", other), scored("c", one, "failed")])
     found = data.interval(records, data.GENERALITY, 0)
     assert found.mean == 50.0
     assert (found.low, found.high) == (25.0, 75.0)
@@ -56,7 +58,7 @@ def test_a_point_stands_beside_the_papers_own(tmp_path: Path) -> None:
     rows = [RowPlan("UniKE", "x", paper="UniKE"), RowPlan("UniKE, scoped", "x", ours=True)]
     found = data.trade_off([planned(tmp_path / r.name, r, [0.5, 1.0]) for r in rows])
     first, second = found["MiniGPT-4, E-VQA"]
-    told = published.figures("table1_one_step", "minigpt4", "vqa")["UniKE"]
+    told = published.read_figures("table1_one_step", "minigpt4", "vqa")["UniKE"]
     assert first.paper == (
         (told["t_locality"] + told["m_locality"]) / 2,
         (told["t_generality"] + told["m_generality"]) / 2,
@@ -82,7 +84,7 @@ def test_zetas_stand_beside_the_papers(tmp_path: Path) -> None:
     some = [planned(tmp_path / task, row, [0.5], task, zeta="none") for task in ("vqa", "caption")]
     panels, paper = data.zetas(some)
     assert panels["MiniGPT-4, E-IC"]["locality"]["none"].mean == 50
-    told = published.figures(published.ZETA, "minigpt4", "vqa")["without"]
+    told = published.read_figures(published.ZETA, "minigpt4", "vqa")["without"]
     assert paper == {"MiniGPT-4, E-VQA": {group: {"none": told[group]} for group in data.MEANS}}
 
 
@@ -150,16 +152,16 @@ def test_the_embedded_benchmark_has_a_val_split_for_the_spaces(copied: Project) 
 def test_examples_are_the_first_of_the_file_and_told_as_recorded(blip2_project: Project) -> None:
     cases = inputs.open_datasets(HyperParams.from_hparams(blip2_project.yaml), "vqa")
     assert [c.request.id for c in data.chosen(cases, 2)] == ["vqa-0", "vqa-1"]
-    scores = {p.name: {"after": float(p.name != "m_locality")} for p in cases[0].probes}
-    answers = {p.name: {"before": "old", "after": f"new {p.name}"} for p in cases[0].probes}
-    told = {"id": "vqa-0", "scores": {"generated": scores}, "answers": answers}
+    scores = {p.name: Score(0.0, float(p.name != "m_locality")) for p in cases[0].probes}
+    answers = {p.name: Answer("what?", "new", "old", f"new {p.name}") for p in cases[0].probes}
+    told = Record("vqa-0", scores={"generated": scores}, answers=answers)
     example = data.example(cases[0], {"scoped": told})
-    assert [c.heading for c in example.cells] == ["edited", "rephrased", "picture drawn anew", "unrelated"]
-    assert [c.after["scoped"].good for c in example.cells] == [True, True, True, False]
-    assert example.cells[1].question == "which thing is number 5?"
-    assert example.cells[2].after["scoped"].text == "new m_generality"
+    assert [c.heading for c in example.panels] == ["edited", "rephrased", "picture drawn anew", "unrelated"]
+    assert [c.after["scoped"].good for c in example.panels] == [True, True, True, False]
+    assert example.panels[1].question == "which thing is number 5?"
+    assert example.panels[2].after["scoped"].text == "new m_generality"
     assert example.name == f"E-VQA, vqa-0: old → {cases[0].request.query.target}"
-    for broken in ({"id": "vqa-0", "status": "failed"}, {"id": "vqa-0", "scores": {"teacher_forced": {}}}):
+    for broken in (Record("vqa-0", status="failed"), Record("vqa-0", scores={"teacher_forced": {}})):
         with pytest.raises(UserError, match="vqa-0 failed or has no generated"):
             data.example(cases[0], {"scoped": broken})
 

@@ -18,7 +18,8 @@ from unike import runs
 from unike.backbones import load_backbone
 from unike.config.hparams import HyperParams
 from unike.datasets.answers import normalise_answer
-from unike.evaluation.protocols import one_step
+from unike.evaluation.protocols import run_one_step
+from unike.evaluation.record import Score
 from unike.methods import resolve_needs
 from unike.runs import inputs
 
@@ -116,10 +117,10 @@ def test_rephrased_prompts_are_in_words_never_trained_on(world: World) -> None:
 @pytest.mark.parametrize("task", make_data.TASKS)
 def test_unike_corrects_the_tiny_backbone(world: World, task: str) -> None:
     parts = runs.assemble(world.hparams, world.backbone, progress=False)
-    reader = parts.reader()
+    reader = parts.make_reader()
     for case in world.cases[task][:4]:
-        record = one_step(parts.backbone, parts.method, case, reader)
-        assert record["scores"]["generated"]["reliability"] == {"before": 0.0, "after": 1.0}
+        record = run_one_step(parts.backbone, parts.method, case, reader).record
+        assert record.get_scores("generated")["reliability"] == Score(before=0.0, after=1.0)
 
 
 def test_knowledge_is_shipped_for_the_shipped_weights(world: World) -> None:
