@@ -118,10 +118,10 @@ def test_python_blocks_run(name: str, tmp_path: Path) -> None:
     """All of a page in one go, in a folder that sees the project's YAMLs and weights."""
     for shared in ("hparams", "hugging_cache", "data"):
         (tmp_path / shared).symlink_to(ROOT / shared)
-    picture = "from PIL import Image\nImage.new('RGB', (64, 64), 'blue').save('my_picture.png')\n"
+    image = "from PIL import Image\nImage.new('RGB', (64, 64), 'blue').save('my_image.png')\n"
     # What the page leaves to its reader.
     rows = "import torch\nkeys, values, queries = (torch.randn(50, 768) for _ in range(3))\n"
-    code = picture + rows + "\n".join(text for _, text in blocks(ROOT / name, "python"))
+    code = image + rows + "\n".join(text for _, text in blocks(ROOT / name, "python"))
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=environment(), capture_output=True, text=True
     )
