@@ -86,7 +86,7 @@ def answers(tab: Browser) -> list[str]:
 
 
 def says(tab: Browser, words: str) -> None:
-    tab.wait(f"return document.querySelector('#said').innerText.includes({words!r})")
+    tab.wait(f"return document.querySelector('#status').innerText.includes({words!r})")
 
 
 def test_an_edit_from_the_first_question_to_its_undoing(page: Browser, served: tuple[Desk, str]) -> None:
@@ -141,22 +141,22 @@ def test_uploads(page: Browser, served: tuple[Desk, str], blip2_project: Project
     (tmp_path / "bad.png").write_bytes(b"no picture")
 
     def upload(path: Path) -> None:
-        page.driver.find_element("css selector", "#picture input[type=file]").send_keys(str(path))
+        page.driver.find_element("css selector", "#image input[type=file]").send_keys(str(path))
 
     upload(tmp_path / "large.png")
     page.wait("return document.body.innerText.includes('exceed the maximum allowed size')")
     upload(tmp_path / "bad.png")
-    page.wait("return document.querySelectorAll('#picture img').length === 1")
+    page.wait("return document.querySelectorAll('#image img').length === 1")
     write(page, "#question", "<b>what</b> is it?")
     press(page, "#ask")
     says(page, "bad.png: not a picture")
     assert answers(page) == ["", ""]
     assert "Traceback" not in page.driver.page_source
-    press(page, "#picture button[aria-label]")
-    page.wait("return document.querySelectorAll('#picture input[type=file]').length === 1")
+    press(page, "#image button[aria-label]")
+    page.wait("return document.querySelectorAll('#image input[type=file]').length === 1")
     mine = blip2_project.data / "2.png"
     upload(mine)
-    page.wait("return document.querySelectorAll('#picture img').length === 1")
+    page.wait("return document.querySelectorAll('#image img').length === 1")
     press(page, "#ask")
     page.wait("return document.querySelector('#before textarea').value !== ''")
     assert answers(page)[0] == served[0].ask(str(mine), "<b>what</b> is it?").before, (
@@ -175,7 +175,7 @@ def test_a_failure_of_ours_is_one_line(
 
     monkeypatch.setattr(served[0].editor, "ask", fail)
     press(page, "#examples button:has(img)")
-    says(page, "internal error: RuntimeError; the terminal says more")
+    says(page, "internal error: RuntimeError; see the terminal")
     assert "secret" not in page.driver.page_source
 
 

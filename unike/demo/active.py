@@ -1,4 +1,4 @@
-"""What was active for a question, as HTML tables; every text in them is escaped."""
+"""What was active for a question, as HTML tables with every text escaped."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from unike.edits.explain import Asked, deeds, strength, whose
 MOST_EDITS = 10
 
 
-def active_html(asked: Asked) -> str:
-    """The edits that could speak, the strongest first, and of each layer alpha and the retrieved items."""
+def render_active(asked: Asked) -> str:
+    """The edits that apply, the strongest first, and each layer's alpha and retrieved items, as HTML."""
     if not asked.edits:
-        return "<p>No edit is in force: the model answers for itself.</p>"
-    gates = "".join(f"; the {escape(name)} gate opens at {at:.3f}" for name, at in asked.gates.items())
-    able = sorted((edit for edit in asked.edits if edit.active), key=strength, reverse=True)
+        return "<p>No edit is attached: the base model answers.</p>"
+    gates = "".join(f"; threshold of the {escape(name)} gate: {at:.3f}" for name, at in asked.gates.items())
+    active = sorted((edit for edit in asked.edits if edit.active), key=strength, reverse=True)
     edits = [
         (e.prompt or "-", e.target or "-", "-" if e.scope is None else f"{e.scope:.3f}", deeds(e))
-        for e in able[:MOST_EDITS]
+        for e in active[:MOST_EDITS]
     ]
-    parts = [f"<p>{len(able)} of {len(asked.edits)} edits could speak{gates}.</p>"]
+    parts = [f"<p>{len(active)} of {len(asked.edits)} edits apply{gates}.</p>"]
     if edits:
-        parts.append(_table("Edits", ("its question", "its answer", "scope", "what it did"), edits))
+        parts.append(_render_table("Edits", ("question", "answer", "scope", "effect"), edits))
     if asked.layers:
         items = [
             (f"{layer.layer}", f"{layer.alpha:.3f}", f"{i.weight:.3f}", f"{i.similarity:.3f}", whose(i))
@@ -30,12 +30,12 @@ def active_html(asked: Asked) -> str:
             for i in layer.items
         ]
         columns = ("layer", "alpha", "weight", "similarity", "retrieved")
-        parts.append(_table("Retrieved knowledge", columns, items))
-        parts.append("<p>alpha: knowledge's share of attention; weight: the item's share of that.</p>")
+        parts.append(_render_table("Retrieved knowledge", columns, items))
+        parts.append("<p>alpha: the share of attention for knowledge; weight: the item's share of that.</p>")
     return "".join(parts)
 
 
-def _table(caption: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def _render_table(caption: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     head = "".join(f'<th scope="col">{escape(name)}</th>' for name in columns)
     body = "".join(f"<tr>{''.join(f'<td>{escape(text)}</td>' for text in row)}</tr>" for row in rows)
     return f"<table><caption>{caption}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
