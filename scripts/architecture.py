@@ -1,7 +1,7 @@
 """Draws the rooms of ``unike`` from the code's own imports, and lists what each one holds and imports.
 
 python -m scripts.architecture                                # prints the table
-python -m scripts.architecture --write docs/architecture.md   # the table into the page, the figure beside it
+python -m scripts.architecture --write docs/architecture.md   # the table into the page, and the figure
 python -m scripts.architecture --check                        # exit code 1 where the page is out of date
 
 An arrow leads from a room to one that it imports. An import that other arrows imply is left out of the

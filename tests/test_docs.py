@@ -61,7 +61,7 @@ def test_a_broken_link_is_seen(tmp_path: Path) -> None:
 
 
 def test_the_reference_is_that_of_the_dataclass() -> None:
-    assert reference.PAGE.read_text(encoding="utf-8") == reference.page()
+    assert reference.PAGE.read_text(encoding="utf-8") == reference.render_page()
     assert reference.main(["--check"]) == 0
 
 
