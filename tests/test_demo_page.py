@@ -13,7 +13,7 @@ from helpers import Project
 
 pytest.importorskip("gradio", reason="not installed: gradio (make test-page)")
 
-from benchmarks.browser import PHONE, Browser, browser, lacking
+from benchmarks.browser import PHONE, Browser, list_missing, open_browser
 from unike.demo.__main__ import HOST
 from unike.demo.desk import Desk
 from unike.demo.page import serve
@@ -23,7 +23,7 @@ from unike.runs.inputs import open_datasets
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.browser,
-    pytest.mark.skipif(bool(lacking()), reason=f"not installed: {lacking()}"),
+    pytest.mark.skipif(bool(list_missing()), reason=f"not installed: {list_missing()}"),
 ]
 # Gradio's own: the upload button's name for screen readers is not the text on it.
 THEIRS = ('label-content-name-mismatch: <button class="upload-container',)
@@ -59,7 +59,7 @@ def served(blip2_project: Project, called: list[str]) -> Iterator[tuple[Desk, st
 
 @pytest.fixture(scope="module")
 def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    with browser(tmp_path_factory.mktemp("profile")) as opened:
+    with open_browser(tmp_path_factory.mktemp("profile")) as opened:
         yield opened
 
 
@@ -116,8 +116,8 @@ def test_an_edit_from_the_first_question_to_its_undoing(page: Browser, served: t
     says(page, "Undone.")
     assert answers(page) == [before, before]
     assert desk.edits == []
-    assert page.complaints() == []
-    assert [address for address in page.requested(url) if not address.startswith((url, "blob:"))] == []
+    assert page.read_console() == []
+    assert [address for address in page.list_requests(url) if not address.startswith((url, "blob:"))] == []
 
 
 def test_the_page_is_readable_by_everybody(page: Browser, served: tuple[Desk, str]) -> None:
@@ -131,7 +131,7 @@ def test_the_page_is_readable_by_everybody(page: Browser, served: tuple[Desk, st
         page.wait("return document.querySelectorAll('#edits input').length > 0")
         press(page, "#active button")
         page.wait("return document.querySelectorAll('#active table').length === 2")
-        assert [v for v in page.violations() if not v.startswith(THEIRS)] == []
+        assert [v for v in page.find_violations() if not v.startswith(THEIRS)] == []
         press(page, "#undo-all")
         page.wait("return document.querySelectorAll('#edits input').length === 0")
 
