@@ -2,7 +2,7 @@
 
     python run_edit.py --hparams_dir hparams/tiny_blip2.yaml --task vqa --size 20 k=10 alpha=0.5
 
-Exit code 0, 2 for input to mend (one line per problem), 130 after Ctrl-C, 1 where a process died.
+Exit code 0, 2 for problems to fix in the input (one line each), 130 after Ctrl-C, 1 where a process died.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from unike.config.hparams import HyperParams
+import unike
 from unike.system import launching, processes
 
 
@@ -21,33 +21,33 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     add = parser.add_argument
     add("--hparams_dir", required=True, metavar="FILE", help="YAML of hyper-parameters")
-    add("--task", choices=("vqa", "caption", "cross"), help="E-VQA, E-IC, or both in turn")
+    add("--task", choices=("vqa", "caption", "cross"), help="E-VQA, E-IC, or both, interleaved")
     add("--size", type=int, metavar="N", help="edit the first N records")
-    named = {"--k": "sequence_length"} | {f"--{key}": key for key in ("seed", "protocol", "sequences")}
-    for flag, key in named.items():
-        value = f"{key}={{}}".format
-        add(flag, dest="named", action="append", default=[], type=value, metavar="X", help=value("X"))
+    # --k, the former name of --sequence_length, is hidden: k=X is the number of retrieved items.
+    keys = {f"--{key}": key for key in ("seed", "protocol", "sequence_length", "sequences")}
+    for flag, key in {**keys, "--k": "sequence_length"}.items():
+        value, text = f"{key}={{}}".format, f"the same as {key}=X" if flag in keys else argparse.SUPPRESS
+        add(flag, dest="named", action="append", default=[], type=value, metavar="X", help=text)
     add("--output", metavar="DIR", help="folder of the run; default: results/<yaml>-<task>, numbered")
-    add("--resume", action="store_true", help="go on with the run in that folder")
-    add("--skip_broken", action="store_true", help="leave out broken records and pictures, counted")
-    add("--check", action="store_true", help="only look whether all is there that the run needs")
+    add("--resume", action="store_true", help="continue the run in that folder")
+    add("--skip_broken", action="store_true", help="leave out broken records and images, and count them")
+    add("--check", action="store_true", help="only check whether everything that the run needs is there")
     add("--num_processes", type=int, metavar="N", help="processes that share the records")
     add("--save_edits", metavar="DIR", help="keep every edit in a store: python -m unike.edits list DIR")
-    add("--no_generated", dest="generated", action="store_false", help="teacher-forced reading only: faster")
-    add("--report", action="store_true", help="also write report.html, a page to send, into the folder")
-    add("overrides", nargs="*", metavar="key=value", help="changes to the YAML")
+    add("--no_generated", dest="generated", action="store_false", help="teacher-forced evaluation only")
+    add("--report", action="store_true", help="also write an HTML report, report.html, into the folder")
+    add("overrides", nargs="*", metavar="key=value", help="changes to the YAML, e.g. k=10: items retrieved")
     return parser.parse_intermixed_args(argv)
 
 
 def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
-    hparams = HyperParams.from_hparams(args.hparams_dir, [*args.overrides, *args.named])
+    hparams = unike.HyperParams.from_hparams(args.hparams_dir, [*args.overrides, *args.named])
     args.task = args.task or ("cross" if hparams.protocol == "cross_task" else "vqa")
     if not args.check and launching.wants_launch(args.num_processes):
         return launching.launch(args.num_processes, main, argv)
     # Imported late: torch takes seconds, and a typing error in the YAML should not.
     from unike import report, runs
     from unike.backbones import load_backbone
-    from unike.editor import MultimodalEditor
     from unike.runs import check
 
     if args.check:
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
     if hparams.generate_data:
         processes.first(lambda: runs.drawn(hparams, launching.of_checkout("scripts.tiny.make_data").ensure))
     cases = processes.in_turn(lambda: runs.preflight(hparams, args.task, args.size, args.skip_broken))
-    editor = MultimodalEditor(hparams, processes.each(lambda: load_backbone(hparams)))
+    editor = unike.MultimodalEditor(hparams, processes.each(lambda: load_backbone(hparams)))
     parts = editor.prepare(skip_broken=args.skip_broken)
     with runs.open_run(parts, args.task, directory, args.resume, args.generated) as writer:
         summary = runs.run_cases(parts, cases, writer, args.generated, args.skip_broken, store=store)

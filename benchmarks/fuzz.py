@@ -41,7 +41,7 @@ from unike.datasets.images import lies_outside, open_image
 from unike.datasets.mmedit import load_records
 from unike.edits import LayerKnowledge
 from unike.knowledge.encoders import Disentangler, KnowledgeStates
-from unike.methods.preparation.knowledge import LayerStates, as_knowledge, load_states, save_knowledge
+from unike.methods.preparation.knowledge import LayerStates, load_states, make_knowledge, save_knowledge
 from unike.runs.inputs import open_datasets
 from unike.types import UserError
 
@@ -73,7 +73,7 @@ class Tally:
 # ---------------------------------------------------------------- targets
 
 
-def make_yaml(folder: Path, draw: random.Random) -> Callable[[], bool]:
+def mutate_yaml(folder: Path, draw: random.Random) -> Callable[[], bool]:
     """A bundled YAML; if it loads, it must have the values that plain YAML reads."""
     source = draw.choice(sorted(p for p in (ROOT / "hparams").glob("**/*.yaml") if p.name != "tables.yaml"))
     path = folder / "mutant.yaml"
@@ -108,7 +108,7 @@ def _lower(value: Any) -> Any:
     return value.lower() if isinstance(value, str) else value
 
 
-def make_annotations(folder: Path, draw: random.Random) -> Callable[[], bool]:
+def mutate_annotations(folder: Path, draw: random.Random) -> Callable[[], bool]:
     """An annotation file of a YAML, with its images in a folder that has a link out of it."""
     images = folder / "pictures"
     if not images.exists():
@@ -145,7 +145,7 @@ def _make_record(i: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def make_image(folder: Path, draw: random.Random) -> Callable[[], bool]:
+def mutate_image(folder: Path, draw: random.Random) -> Callable[[], bool]:
     """A small image of some format, damaged, or with a header that claims too much."""
     kind, content = draw.choice(mutants.make_images(draw))
     huge = draw.random() < 0.05
@@ -162,7 +162,7 @@ def make_image(folder: Path, draw: random.Random) -> Callable[[], bool]:
     return load
 
 
-def make_checkpoint(folder: Path, draw: random.Random) -> Callable[[], bool]:
+def mutate_checkpoint(folder: Path, draw: random.Random) -> Callable[[], bool]:
     """One of the small original files, or a safetensors file."""
     source = draw.choice([*sorted(ORIGINALS.glob("*.pth")), *sorted(ORIGINALS.glob("*/*.safetensors"))])
     path = folder / f"mutant{source.suffix}"
@@ -179,7 +179,7 @@ def make_checkpoint(folder: Path, draw: random.Random) -> Callable[[], bool]:
     return load
 
 
-def make_knowledge(folder: Path, draw: random.Random) -> Callable[[], bool]:
+def mutate_knowledge(folder: Path, draw: random.Random) -> Callable[[], bool]:
     """A folder of memory and encoders, one of its two files damaged."""
     sound = folder / "sound"
     if not sound.exists():
@@ -200,7 +200,7 @@ def make_knowledge(folder: Path, draw: random.Random) -> Callable[[], bool]:
     def load() -> bool:
         states, encoders = load_states(own, torch.device("cpu"))
         hparams = HyperParams(model_name="blip2", name="x")
-        (known,) = as_knowledge(states, encoders, hparams).values()
+        (known,) = make_knowledge(states, encoders, hparams).values()
         require(isinstance(known, LayerKnowledge), "is no knowledge")
         before, _ = load_states(sound, torch.device("cpu"))
         require(torch.equal(states[1].states.sem, before[1].states.sem), "numbers differ")
@@ -210,12 +210,12 @@ def make_knowledge(folder: Path, draw: random.Random) -> Callable[[], bool]:
 
 
 TARGETS: dict[str, Target] = {
-    "yaml": make_yaml,
-    "annotations": make_annotations,
-    "pictures": make_image,
-    "checkpoints": make_checkpoint,
-    "knowledge": make_knowledge,
-    "edits": edits.make_edit,
+    "yaml": mutate_yaml,
+    "annotations": mutate_annotations,
+    "pictures": mutate_image,
+    "checkpoints": mutate_checkpoint,
+    "knowledge": mutate_knowledge,
+    "edits": edits.mutate_edit,
 }
 
 
@@ -305,7 +305,7 @@ def fuzz_shell(numbers: range, seed: int, folder: Path) -> Tally:
     tally = Tally()
     folder.mkdir(parents=True, exist_ok=True)
     for number in numbers:
-        make_yaml(folder, random.Random(f"{seed}/shell/{number}"))
+        mutate_yaml(folder, random.Random(f"{seed}/shell/{number}"))
         command = [sys.executable, str(ROOT / "run_edit.py"), "--hparams_dir", "mutant.yaml", "--check"]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
         lines = done.stderr.splitlines()

@@ -27,7 +27,7 @@ from unike.config.hparams import HyperParams
 from unike.edits import LayerKnowledge
 from unike.knowledge.encoders import Disentangler, KnowledgeStates
 from unike.methods.base import Knowledge
-from unike.methods.preparation.knowledge import LayerStates, as_knowledge, save_knowledge
+from unike.methods.preparation.knowledge import LayerStates, make_knowledge, save_knowledge
 from unike.types import BackboneSpec, Case, EditRequest, Expectation, Probe, Query
 
 ROOT = Path(__file__).parents[1]
@@ -126,7 +126,7 @@ def draw_knowledge(
     out: dict[int, LayerKnowledge] = {}
     drawn = draw_states(backbone.layout.width, layers, hparams, items, seed, backbone.device)
     for i, states, encoders in drawn:
-        out |= as_knowledge({i: states}, {i: encoders}, hparams)
+        out |= make_knowledge({i: states}, {i: encoders}, hparams)
     return out
 
 

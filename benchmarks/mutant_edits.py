@@ -77,7 +77,7 @@ def make_sound_edits() -> Iterator[Edit]:
     yield edits[0] | edits[2] | edits[4]
 
 
-def make_edit(folder: Path, draw: random.Random) -> Callable[[], bool]:
+def mutate_edit(folder: Path, draw: random.Random) -> Callable[[], bool]:
     """An edit folder that must load as what its index says, or be refused; a folder that is only damaged must
     load as the undamaged edit."""
     sound = folder / "sound"

@@ -19,7 +19,7 @@ from unike.datasets.mmedit import VQA_TEMPLATE
 from unike.datasets.triplets import Triplet, triplets_of
 from unike.evaluation.metrics import bootstrap_interval
 from unike.methods import build
-from unike.methods.preparation.knowledge import extract, knowledge_folder, load_states
+from unike.methods.preparation.knowledge import extract_states, find_knowledge, load_states
 from unike.report.paper import published
 from unike.report.paper.figures import Answer, Cell, Example, Interval, Point, Space, Sweep, require
 from unike.runs import inputs
@@ -170,9 +170,10 @@ def compute_spaces(
     at = layers[-1] if layer is None else layer
     runs.prepare(hparams, backbone, layers)
     triplets = inputs.knowledge_triplets(hparams) if inputs.wants_triplets(hparams) else ()
-    folder = knowledge_folder(hparams, backbone, triplets)
+    folder = find_knowledge(hparams, backbone, triplets)
     encoders = load_states(folder, backbone.device)[1][at]
-    states = extract(backbone, read_held_out_triplets(hparams, size), [at], hparams.eval_batch)[at].states
+    held_out = read_held_out_triplets(hparams, size)
+    states = extract_states(backbone, held_out, [at], hparams.eval_batch)[at].states
     with torch.no_grad():
         pairs = {
             "raw states": (states.pos, states.neg),

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from unike.config.hparams import OPTIONS, HyperParams
-from unike.config.schema import read_yaml
+from unike.config.yaml_reader import read_yaml
 from unike.evaluation.summary import summarise
 from unike.report.paper import published
 from unike.report.paper.tables import EXTRAS

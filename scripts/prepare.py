@@ -24,9 +24,9 @@ from unike.backbones import Backbone, load_backbone
 from unike.config.hparams import HyperParams
 from unike.methods import build, needs_knowledge
 from unike.methods.base import needs_scope
-from unike.methods.preparation.editors import kept_editor, learns, wants_cases
-from unike.methods.preparation.knowledge import knowledge_folder
-from unike.methods.preparation.scope import kept_scope
+from unike.methods.preparation.editors import find_editor, learns, wants_cases
+from unike.methods.preparation.knowledge import find_knowledge
+from unike.methods.preparation.scope import find_scope_classifier
 from unike.report.terminal import as_text
 from unike.runs import inputs
 from unike.system import launching, processes
@@ -58,14 +58,14 @@ def train_editor(hparams: HyperParams, skip_broken: bool) -> int:
     """Loads the editor, or trains it; the exit code."""
     if not processes.first(lambda: wants_cases(hparams)):
         if processes.is_main():
-            print(f"editor: {kept_editor(hparams)}")
+            print(f"editor: {find_editor(hparams)}")
         return 0
     backbone = load(hparams)
     cases = processes.in_turn(lambda: inputs.training_cases(hparams, skip_broken))
     runs.assemble(hparams, backbone, cases=lambda: cases)
     if not processes.is_main():
         return 0
-    folder = kept_editor(hparams)
+    folder = find_editor(hparams)
     report = json.loads((Path(str(folder)) / "editor.json").read_text(encoding="utf-8"))["training"]
     print(f"{len(cases)} records, {report['step']} steps; best validation {report['best']:.4f}", end="")
     print(f" after {report['best_step']}\neditor: {folder}")
@@ -88,12 +88,12 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
     runs.prepare(hparams, backbone, layers, triplets=lambda: triplets)
     if not processes.is_main():
         return 0
-    folder = knowledge_folder(hparams, backbone, triplets)
+    folder = find_knowledge(hparams, backbone, triplets)
     index: dict[str, Any] = json.loads((folder / "knowledge.json").read_text(encoding="utf-8"))
     print(as_text(make_fit_table(index["fit"], f"{len(triplets)} triplets")))
     print(f"memory and encoders: {folder}")
     if needs_scope(hparams):
-        kept = Path(str(kept_scope(hparams)))
+        kept = Path(str(find_scope_classifier(hparams)))
         learnt = json.loads((kept / "scope.json").read_text(encoding="utf-8"))
         for size, shares in learnt["held_out"].items():
             right = ", ".join(f"{name} {100 * share:.1f}" for name, share in shares.items())

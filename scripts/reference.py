@@ -1,4 +1,4 @@
-"""Writes the reference of all hyper-parameters from their dataclass.
+"""Writes the reference of all hyper-parameters from their sections.
 
 python -m scripts.reference            # docs/hparams.md
 python -m scripts.reference --check    # exit code 1 if the page is out of date
@@ -13,26 +13,29 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from unike.config.hparams import OPTIONS
-from unike.config.schema import Option, expected
+from unike.config.schema import Option
 
 PAGE = Path(__file__).parents[1] / "docs" / "hparams.md"
 HEAD = """# Hyper-parameters
 
-<!-- Written by `python -m scripts.reference` from unike/config/hparams.py: change it there. -->
+<!-- Written by `python -m scripts.reference` from unike/config/sections.py: change it there. -->
 
 One flat YAML per run. `key=value` on the command line changes a key, `data.vqa.eval=...` an entry of a
 mapping. Unknown, repeated or ill-typed keys end the run before anything is loaded, with one line each and
 the nearest known name.
+
+`k` is the number of retrieved items. The length of a sequence is `sequence_length`, or
+`--sequence_length` among the options of `run_edit.py`.
 """
 COLUMNS = "| key | what | expected | default |\n| --- | --- | --- | --- |\n"
 
 
 def render_page() -> str:
-    """The whole page: a table for each group, in the dataclass's order."""
+    """The whole page: a table for each group, in the order of the sections."""
     parts = [HEAD]
     groups = dict.fromkeys(option.group for option in OPTIONS.values())
     for group in groups:
-        parts.append(f"\n## {group.capitalize()}\n\n{COLUMNS}")
+        parts.append(f"\n## {group[0].upper()}{group[1:]}\n\n{COLUMNS}")
         parts += [_render_row(option) for option in OPTIONS.values() if option.group == group]
     return "".join(parts)
 
@@ -40,7 +43,7 @@ def render_page() -> str:
 def _render_row(option: Option) -> str:
     names = " or ".join(f"`{name}`" for name in itertools.chain([option.name], option.aliases))
     default = "**required**" if option.required else f"`{_format_default(option.default)}`"
-    cells = (names, option.help, expected(option), default)
+    cells = (names, option.help, option.kind.words, default)
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
 
 

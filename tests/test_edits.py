@@ -22,7 +22,7 @@ from unike.edits import RoutedEdit, compose
 from unike.edits.deltas import WeightDelta
 from unike.knowledge.scope import ScopeEncoder, ScopeMeasure
 from unike.methods.base import build
-from unike.methods.preparation.knowledge import as_knowledge, build_knowledge
+from unike.methods.preparation.knowledge import build_knowledge, make_knowledge
 from unike.types import EditRequest, Query
 
 COLORS = ("teal", "navy", "olive", "maroon", "gold", "gray")
@@ -71,7 +71,7 @@ class World:
 
     def method(self, setting: str, **changes):
         hparams = HyperParams.from_dict({**BASE, **SETTINGS[setting], **changes})
-        known = as_knowledge(self.states, self.encoders, hparams)
+        known = make_knowledge(self.states, self.encoders, hparams)
         torch.manual_seed(0)
         # Untrained: what the gate measures with is another matter than what it does.
         encoder = ScopeEncoder(self.backbone.layout.width, 16, 8, 2).eval().requires_grad_(False)

@@ -10,8 +10,11 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from unike.config import combined
 from unike.config.hparams import OPTIONS, HyperParams, UniKEHyperParams
-from unike.config.release import edited_layers
+from unike.config.release import read_edited_layers
+from unike.config.schema import Section, own_options
+from unike.config.sections import SECTIONS, EncoderOptions
 from unike.types import BACKBONES, METRIC_PRESETS, TRACKERS, BackboneSpec, UserError
 
 RELEASE = Path(__file__).parent / "fixtures" / "release_minigpt4.yaml"
@@ -35,18 +38,19 @@ def values_of(option):
             st.dictionaries(st.sampled_from(["train", "eval"]), st.none() | texts),
         ),
     }
-    low = 0 if option.low is None else option.low
-    high = 10**6 if option.high is None else option.high
-    by_type = {
-        "str": st.sampled_from(option.choices) if option.choices else texts,
-        "int": st.integers(int(low), int(high)),
-        "float": st.floats(low, high, exclude_min=option.above, allow_subnormal=False),
-        "bool": st.booleans(),
-        "dict[str, Any]": st.dictionaries(texts, st.integers() | texts | st.none(), max_size=3),
+    kind, limits = option.kind, option.kind.range
+    low = 0 if limits.low is None else limits.low
+    high = 10**6 if limits.high is None else limits.high
+    by_noun = {
+        "text": texts,
+        "a whole number": st.integers(int(low), int(high)),
+        "a number": st.floats(low, high, exclude_min=limits.above, allow_subnormal=False),
+        "true or false": st.booleans(),
+        "a mapping of names to values": st.dictionaries(texts, st.integers() | texts | st.none(), max_size=3),
     }
-    found = special.get(option.name)
-    found = by_type[option.type.removesuffix(" | None")] if found is None else found
-    return st.none() | found if option.optional else found
+    found = st.sampled_from(kind.choices) if kind.choices else special.get(option.name)
+    found = by_noun[kind.noun] if found is None else found
+    return st.none() | found if kind.nullable else found
 
 
 # Both off edits nothing, which is refused and tested by itself.
@@ -252,6 +256,32 @@ def test_every_option_is_described():
     assert set(OPTIONS) | {"ignored", "source"} == {f.name for f in dataclasses.fields(HyperParams)}
 
 
+def test_hyper_parameters_are_every_section_and_each_option_is_in_one():
+    whole = [value for value in vars(combined).values() if isinstance(value, type)]
+    assert all(issubclass(HyperParams, section) for section in [*SECTIONS, *whole])
+    assert sum(len(own_options(section)) for section in SECTIONS) == len(OPTIONS)
+    assert not any(own_options(section) for section in set(whole) - set(SECTIONS) - {Section})
+
+
+def test_a_section_alone_checks_its_values_and_names_their_source():
+    made = EncoderOptions(encoder_lr="1e-3", seed=3)
+    assert (made.encoder_lr, made.encoder_steps, made.seed) == (1e-3, 2000, 3)
+    assert made.get_values(EncoderOptions).keys() == own_options(EncoderOptions).keys()
+    assert "seed" not in own_options(EncoderOptions)
+    assert problems_of(EncoderOptions, encoder_lr=0, encoder_steps="x", source="f.yaml") == (
+        "f.yaml: encoder_lr: expected a number above 0, got int 0",
+        "f.yaml: encoder_steps: expected a whole number at least 0, got str 'x'",
+    )
+    with pytest.raises(TypeError):
+        EncoderOptions(k=3)
+
+
+def test_a_large_limit_is_written_in_full():
+    assert problems_of(HyperParams, **BASE, seed=2**32) == (
+        "hparams: seed: expected a whole number between 0 and 4294967295, got int 4294967296",
+    )
+
+
 def test_the_release_file_loads_as_legacy(caplog):
     with caplog.at_level(logging.WARNING, logger="unike"):
         h = HyperParams.from_hparams(RELEASE, ["max_steps=7"], legacy=True)
@@ -289,6 +319,6 @@ def test_the_release_file_is_refused_without_legacy():
 
 @pytest.mark.parametrize("value", [None, [], {}, "text", {"lm_head": "output"}, 3])
 def test_layers_that_cannot_be_told(value):
-    assert edited_layers(value) == []
+    assert read_edited_layers(value) == []
     h = HyperParams.from_dict(BASE | {"tp_layers": value}, legacy=True)
     assert (h.layers, h.ignored) == (4, ("tp_layers",))

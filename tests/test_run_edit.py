@@ -383,6 +383,23 @@ def test_prepare_builds_and_reports(copied: Project, capsys: pytest.CaptureFixtu
     assert "needs no knowledge" in errors(capsys)[0]
 
 
+def test_the_length_of_a_sequence_and_the_retrieved_items_are_two_options(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    needed = ["--hparams_dir", "x.yaml", "k=7"]
+    for flag in ("--sequence_length", "--k"):
+        given = run_edit.arguments([*needed, flag, "5"])
+        hparams = HyperParams.from_dict(
+            {"model_name": "blip2", "name": "x"}, overrides=[*given.overrides, *given.named]
+        )
+        assert (hparams.sequence_length, hparams.k) == (5, 7)
+    with pytest.raises(SystemExit):
+        run_edit.arguments(["--help"])
+    shown = capsys.readouterr().out
+    assert "--sequence_length X" in shown
+    assert "--k" not in shown
+
+
 @pytest.mark.parametrize("name", ["blip2", "minigpt4", "tiny_blip2", "tiny_minigpt4"])
 def test_shipped_yamls_load_and_say_how_they_run(name: str) -> None:
     path = ROOT / "hparams" / f"{name}.yaml"

@@ -32,10 +32,10 @@ from unike.methods.base import check_method
 from unike.methods.preparation.scope import (
     INSIDE,
     OUTSIDE,
+    build_scope_queries,
+    collect_scope_samples,
     ensure_scope,
-    kept_scope,
-    scope_queries,
-    scope_samples,
+    find_scope_classifier,
 )
 from unike.types import Case, Probe, UserError
 
@@ -225,7 +225,7 @@ def case(i: int, answer: str = "a fox") -> Case:
 
 def test_a_record_is_asked_inside_and_outside_its_scope() -> None:
     one = case(0)
-    asked = dict(zip(INSIDE + OUTSIDE, scope_queries(one), strict=True))
+    asked = dict(zip(INSIDE + OUTSIDE, build_scope_queries(one), strict=True))
     probes = {p.name: p.query for p in one.probes}
     assert asked["edit"] == one.request.query
     joint, elsewhere, here = (
@@ -236,14 +236,14 @@ def test_a_record_is_asked_inside_and_outside_its_scope() -> None:
     assert (here.image, here.prompt) == (one.request.query.image, probes["m_locality"].prompt)
     lacking = replace(one, probes=tuple(p for p in one.probes if p.name != "m_locality"))
     with pytest.raises(UserError, match="m_locality: missing"):
-        scope_queries(lacking)
+        build_scope_queries(lacking)
 
 
 def test_samples_are_the_prompts_states_without_the_answer(world: World) -> None:
     cases = [case(0), case(1)]
     first = len(world.backbone.layout) - 2
-    samples = scope_samples(world.backbone, cases, first, batch=3)
-    again = scope_samples(world.backbone, [case(0, "quite another answer"), case(1)], first, batch=64)
+    samples = collect_scope_samples(world.backbone, cases, first, batch=3)
+    again = collect_scope_samples(world.backbone, [case(0, "quite another answer"), case(1)], first, batch=64)
     assert samples.inside == len(INSIDE)
     assert samples.mask.shape[:2] == (2, len(INSIDE + OUTSIDE))
     assert torch.equal(samples.mask, again.mask)
@@ -258,18 +258,18 @@ def test_the_measure_is_learnt_once_and_read_afterwards(world: World, tmp_path: 
         calls.append(1)
         return cases
 
-    assert kept_scope(hp) is None
+    assert find_scope_classifier(hp) is None
     one = ensure_scope(world.backbone, hp, first, given_cases)
     two = ensure_scope(world.backbone, hp, first, given_cases)
     assert (len(calls), one.thresholds) == (1, two.thresholds)
     for name, tensor in one.encoder.state_dict().items():
         assert torch.equal(tensor, two.encoder.state_dict()[name])
     assert not any(p.requires_grad for p in two.encoder.parameters())
-    folder = kept_scope(hp)
+    folder = find_scope_classifier(hp)
     assert folder is not None
     held = json.loads((folder / "scope.json").read_text())["held_out"]
     assert all(list(shares) == list(INSIDE + OUTSIDE) for shares in held.values())
-    assert kept_scope(hparams(tmp_path, scope_steps=3)) is None
+    assert find_scope_classifier(hparams(tmp_path, scope_steps=3)) is None
     save_file({"nothing": torch.zeros(1)}, folder / "scope.safetensors")
     with pytest.raises(UserError, match=r"scope\.safetensors: is damaged"):
         ensure_scope(world.backbone, hp, first, given_cases)
@@ -277,7 +277,7 @@ def test_the_measure_is_learnt_once_and_read_afterwards(world: World, tmp_path: 
 
 def test_what_is_missing_is_said(world: World, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"x\.yaml: scope_dir: missing"):
-        kept_scope(hparams(tmp_path, scope_dir=None))
+        find_scope_classifier(hparams(tmp_path, scope_dir=None))
     with pytest.raises(UserError, match=r"x\.yaml: scope_measure: 19 train records; expected 20 or more"):
         ensure_scope(world.backbone, hparams(tmp_path), 4, lambda: [case(0)] * 19)
     with pytest.raises(UserError, match="scope_threshold: null; expected a number"):

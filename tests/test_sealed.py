@@ -13,9 +13,9 @@ from test_run_edit import ROOT, start
 
 from unike.config.hparams import HyperParams
 from unike.knowledge.encoders import Disentangler, KnowledgeStates
-from unike.methods.preparation.editors import kept_editor
+from unike.methods.preparation.editors import find_editor
 from unike.methods.preparation.knowledge import LayerStates, load_states, save_knowledge
-from unike.methods.preparation.scope import kept_scope
+from unike.methods.preparation.scope import find_scope_classifier
 from unike.runs.check import findings
 from unike.runs.records import RecordWriter, read_manifest, read_records
 from unike.system import files as sealed
@@ -109,7 +109,7 @@ def test_a_damaged_index_is_found_by_the_check(copied: Project, knowledge: Path)
 def test_shipped_editors_and_scopes_vouch_for_themselves(tmp_path, yaml: str, what: str, suffix: str) -> None:
     """Their folders are found while inputs are checked: a damaged index ends the run before it begins."""
     hparams = HyperParams.from_hparams(ROOT / "hparams" / yaml / "tiny_blip2.yaml")
-    kept = {"editor": kept_editor, "scope": kept_scope}[what]
+    kept = {"editor": find_editor, "scope": find_scope_classifier}[what]
     key, parts = f"{what}_dir", {"editor": (hparams.method,), "scope": ()}[what]
     shipped = ROOT / str(getattr(hparams, key))
     shutil.copytree(shipped.joinpath(*parts), tmp_path.joinpath(*parts), dirs_exist_ok=True)

@@ -282,7 +282,7 @@ def test_a_cross_task_sequence_is_half_of_each_task() -> None:
 # ---------------------------------------------------------------- whole runs
 
 
-SEQUENCE = ("--protocol", "sequential", "--k", "2", "--sequences", "2", "max_steps=8")
+SEQUENCE = ("--protocol", "sequential", "--sequence_length", "2", "--sequences", "2", "max_steps=8")
 
 
 def without_costs(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -355,7 +355,7 @@ def test_a_run_of_sequences_resumes(copied: Project, monkeypatch: pytest.MonkeyP
 
 def test_a_cross_task_run(copied: Project) -> None:
     output = copied.root / "run"
-    options = ("--protocol", "cross_task", "--k", "4", "--sequences", "1", "--no_generated")
+    options = ("--protocol", "cross_task", "--sequence_length", "4", "--sequences", "1", "--no_generated")
     assert start(copied, *options, "--output", str(output), "method=ft", "layers=1") == 0
     finals = of_kind(read_records(output), "final")
     assert sorted(r["task"] for r in finals) == ["caption"] * 2 + ["vqa"] * 2
@@ -366,14 +366,20 @@ def test_a_cross_task_run(copied: Project) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--protocol", "sequential", "--k", "9"), "sequence_length: 9; the data hold 4 records"),
-        (("--protocol", "cross_task", "--k", "3"), "sequence_length: 3; expected an even number"),
         (
-            ("--protocol", "cross_task", "--k", "4", "--task", "vqa"),
+            ("--protocol", "sequential", "--sequence_length", "9"),
+            "sequence_length: 9; the data hold 4 records",
+        ),
+        (
+            ("--protocol", "cross_task", "--sequence_length", "3"),
+            "sequence_length: 3; expected an even number",
+        ),
+        (
+            ("--protocol", "cross_task", "--sequence_length", "4", "--task", "vqa"),
             "needs 2 caption records, the data hold 0",
         ),
         (("--protocol", "twice"), "protocol: expected one of one_step, sequential, cross_task"),
-        (("--k", "0"), "sequence_length: expected a whole number at least 1"),
+        (("--sequence_length", "0"), "sequence_length: expected a whole number at least 1"),
         (("metric_presets=[paper,ours]",), "metric_presets: expected a list of different names out of paper"),
     ],
 )

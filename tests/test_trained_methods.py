@@ -23,7 +23,7 @@ from unike.config.hparams import HyperParams
 from unike.edits.deltas import LowRankDelta
 from unike.methods.base import build
 from unike.methods.meta_training import Lessons, TrainableMethod, edit_losses, meta_train
-from unike.methods.preparation.editors import ensure_editor, kept_editor, load_editor
+from unike.methods.preparation.editors import ensure_editor, find_editor, load_editor
 from unike.types import Case, EditRequest, Probe, Query, UserError
 
 METHODS = ("mend", "serac", "ke")
@@ -307,22 +307,22 @@ def test_an_editor_is_kept_under_its_weights_and_options(worlds, name: str, tmp_
         return [case(i) for i in range(11)]
 
     options = hparams(name, editor_dir=str(tmp_path), editor_steps=2)
-    assert kept_editor(options) is None
+    assert find_editor(options) is None
     one = build(options)
     folder = ensure_editor(one, backbone, cases)
-    assert kept_editor(options) == folder
+    assert find_editor(options) == folder
     assert sorted(p.name for p in folder.iterdir()) == ["editor.json", "editor.safetensors"]
     two = build(options)
     assert ensure_editor(two, backbone, cases) == folder
     assert len(asked) == 1
     assert all(torch.equal(v, weights(one)[k]) for k, v in weights(two).items())
-    assert kept_editor(hparams(name, editor_dir=str(tmp_path), editor_steps=3)) is None
+    assert find_editor(hparams(name, editor_dir=str(tmp_path), editor_steps=3)) is None
     content = (folder / "editor.safetensors").read_bytes()
     (folder / "editor.safetensors").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     with pytest.raises(UserError, match=r"editor\.safetensors: is damaged: its checksum"):
         load_editor(two, backbone, folder)
     with pytest.raises(UserError, match="editor_dir: missing"):
-        kept_editor(hparams(name))
+        find_editor(hparams(name))
 
 
 def test_an_edit_to_what_the_base_says_anyway_is_turned_round(worlds, monkeypatch) -> None:

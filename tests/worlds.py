@@ -24,7 +24,7 @@ from unike.datasets.triplets import triplets_of
 from unike.edits import Edit
 from unike.methods import base, build, ike, needs_knowledge
 from unike.methods.meta_training import TrainableMethod, meta_train
-from unike.methods.preparation.knowledge import as_knowledge, build_knowledge
+from unike.methods.preparation.knowledge import build_knowledge, make_knowledge
 from unike.types import METRICS, Case, EditRequest, Probe, Query
 
 COLORS = ("teal", "navy", "olive", "maroon", "gold", "gray")
@@ -83,7 +83,7 @@ class World:
 
     def method(self, name: str, changes: dict) -> base.EditMethod:
         hparams = HyperParams.from_dict({**BASE, "method": name, **changes})
-        knowledge = as_knowledge(*self.built[:2], hparams) if needs_knowledge(hparams) else {}
+        knowledge = make_knowledge(*self.built[:2], hparams) if needs_knowledge(hparams) else {}
         method = build(hparams, knowledge, lambda: self.train)
         if not isinstance(method, TrainableMethod):
             return method

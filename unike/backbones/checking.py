@@ -26,7 +26,7 @@ from unike.backbones.checkpoint_files import (
     peek,
     reading,
 )
-from unike.config.schema import short
+from unike.system.text import shorten
 from unike.types import BackboneSpec, UserError
 
 Parts = dict[str, tuple[str, ...]]
@@ -172,7 +172,7 @@ def _require_buildable(folder: Path, config: Mapping[str, Any]) -> None:
             layers = part.get(name, 0)
             if not isinstance(layers, int) or layers > LAYERS:
                 raise UserError(
-                    f"{folder}: config.json has {name} {short(layers)}; expected at most {LAYERS}"
+                    f"{folder}: config.json has {name} {shorten(layers)}; expected at most {LAYERS}"
                 )
 
 

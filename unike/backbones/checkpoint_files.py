@@ -15,9 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from unike.config.schema import short
 from unike.system.faults import out_of_memory
-from unike.system.text import one_line
+from unike.system.text import one_line, shorten
 from unike.types import UserError
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -170,7 +169,7 @@ def load_state(path: str | os.PathLike[str], expected: str = "a checkpoint of te
     if not state:
         raise UserError(f"{path}: holds no named tensors; expected {expected}")
     if lost := next((name for name, tensor in state.items() if not _held(tensor)), None):
-        raise UserError(f"{path}: does not hold all numbers of `{short(lost)}`; expected {expected}")
+        raise UserError(f"{path}: does not hold all numbers of `{shorten(lost)}`; expected {expected}")
     return state
 
 

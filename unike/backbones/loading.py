@@ -7,13 +7,14 @@ import os
 from unike.backbones.checking import require_files
 from unike.backbones.placement import check_placement, pick_device
 from unike.backbones.vlm import VisionLanguageBackbone
+from unike.config.combined import LoadingOptions
 from unike.config.hparams import HyperParams
 from unike.types import BackboneSpec
 
 __all__ = ["load_backbone", "pick_device"]
 
 
-def load_backbone(source: str | os.PathLike[str] | HyperParams | BackboneSpec) -> VisionLanguageBackbone:
+def load_backbone(source: str | os.PathLike[str] | LoadingOptions | BackboneSpec) -> VisionLanguageBackbone:
     """A frozen backbone from a YAML file, hyper-parameters or a spec.
 
     Raises UserError, with every problem at once and before anything is loaded, for missing or wrong
@@ -21,8 +22,8 @@ def load_backbone(source: str | os.PathLike[str] | HyperParams | BackboneSpec) -
     """
     if isinstance(source, (str, os.PathLike)):
         source = HyperParams.from_hparams(source)
-    limit = source.max_new_tokens if isinstance(source, HyperParams) else 16
-    spec = source.backbone if isinstance(source, HyperParams) else source
+    limit = source.max_new_tokens if isinstance(source, LoadingOptions) else 16
+    spec = source.backbone if isinstance(source, LoadingOptions) else source
     device = pick_device(spec.device)
     check_placement(spec)
     require_files(spec)
@@ -34,5 +35,5 @@ def load_backbone(source: str | os.PathLike[str] | HyperParams | BackboneSpec) -
     from unike.backbones.huggingface import load_huggingface
 
     # With `device_map`, the edited layers lie together; four are edited unless a YAML says otherwise.
-    layers = source.layers if isinstance(source, HyperParams) else 4
+    layers = source.layers if isinstance(source, LoadingOptions) else 4
     return load_huggingface(spec, device, layers, limit)

@@ -14,7 +14,7 @@ from unike.backbones.base import IGNORED, Backbone, PrefixState, encode_queries
 from unike.backbones.hooks import marks
 from unike.backbones.images import content_key
 from unike.backbones.store import RowStore, row_key
-from unike.config.hparams import HyperParams
+from unike.config.sections import PrefixOptions
 from unike.types import Query, UserError
 
 GB = 10**9
@@ -153,7 +153,7 @@ class PrefixCache:
 
 
 def open_prefixes(
-    hparams: HyperParams, backbone: Backbone, first: int, batch: int | None = None, memory: bool = True
+    hparams: PrefixOptions, backbone: Backbone, first: int, batch: int | None = None, memory: bool = True
 ) -> PrefixCache:
     """The cache that the YAML describes, for layer ``first``; vision features are kept beside it.
 
@@ -173,7 +173,7 @@ def open_prefixes(
     return PrefixCache(backbone, first, kept, batch or hparams.eval_batch, store, alone)
 
 
-def check_prefix_dir(hparams: HyperParams) -> None:
+def check_prefix_dir(hparams: PrefixOptions) -> None:
     """UserError where ``prefix_dir`` cannot be a folder."""
     if hparams.prefix_dir is None:
         return

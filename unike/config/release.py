@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
 
 SAME_NAME = (
     "name",
@@ -24,7 +23,7 @@ SAME_NAME = (
     "results_dir",
     "device",
 )
-RENAMED = {
+RENAMED: dict[object, str] = {
     "edit_lr": "lr",
     # The limit, which the count below overrides, as the release's own code does.
     "max_add_neuron_num": "n_keys",
@@ -49,20 +48,22 @@ SWITCHED_OFF = "non_use"
 RELEASE_ONLY = frozenset(UNUSED) - {"lr"} | set(RENAMED) | {"tp_layers", "activate_loss"}
 
 
-def edited_layers(tp_layers: Any) -> list[int]:
+def read_edited_layers(tp_layers: object) -> list[int]:
     """Layer numbers out of ``{'llama_model.model.layers.31.mlp.up_proj': 'output', ...}``."""
     names = tp_layers if isinstance(tp_layers, (Mapping, list)) else ()
     found = (re.search(r"\.layers\.(\d+)\.", str(name)) for name in names)
     return sorted({int(match.group(1)) for match in found if match})
 
 
-def translate(values: Mapping[Any, Any], ours: frozenset[str]) -> tuple[dict[str, Any], tuple[str, ...]]:
+def translate(
+    values: Mapping[object, object], ours: frozenset[str]
+) -> tuple[dict[object, object], tuple[str, ...]]:
     """The release's keys as ours, and the names of those that have no counterpart.
 
     Keys of ours that the release does not know (``ours``) pass through, so that a release file can
     be extended.
     """
-    mapped: dict[str, Any] = {}
+    mapped: dict[object, object] = {}
     ignored: list[str] = []
     for key, value in values.items():
         if key == "alg_name":
@@ -75,8 +76,8 @@ def translate(values: Mapping[Any, Any], ours: frozenset[str]) -> tuple[dict[str
             mapped[key] = value
         elif key in LOSSES and value == SWITCHED_OFF:
             mapped[LOSSES[key]] = 0.0
-        elif key == "tp_layers" and edited_layers(value):
-            mapped["layers"] = edited_layers(value)
+        elif key == "tp_layers" and read_edited_layers(value):
+            mapped["layers"] = read_edited_layers(value)
         elif key in ours and key not in UNUSED and key not in LOSSES:
             mapped.setdefault(key, value)
         else:

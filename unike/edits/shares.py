@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from unike.config.hparams import HyperParams
+from unike.config.combined import RoutingOptions
 from unike.edits.content import digest
 from unike.knowledge.memory import KnowledgeMemory
 from unike.knowledge.patch import KeyValuePatch
@@ -88,8 +88,8 @@ class Routing:
         """From plain values; UserError for those that no YAML may have, ValueError for other names."""
         if values.keys() != cls.__dataclass_fields__.keys():
             raise ValueError(f"routing: expected {', '.join(cls.__dataclass_fields__)}")
-        hparams = HyperParams.from_dict({"model_name": "blip2", "name": "any", **values}, "routing")
-        routing = cls(**{name: getattr(hparams, name) for name in values})
+        options = RoutingOptions(**values, source="routing")
+        routing = cls(**{name: getattr(options, name) for name in values})
         cosine = routing.scope_gate != "none" and routing.scope_measure == "cosine"
         if cosine and routing.scope_threshold is None:
             raise ValueError("routing: scope_threshold: null; expected a number")

@@ -5,11 +5,11 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 
-from unike.config.hparams import HyperParams
+from unike.config.sections import ProtocolOptions
 from unike.types import Case, UserError
 
 
-def sequences_of(hparams: HyperParams, cases: Sequence[Case]) -> list[list[Case]]:
+def sequences_of(hparams: ProtocolOptions, cases: Sequence[Case]) -> list[list[Case]]:
     """The sequences that the YAML's ``protocol`` draws; UserError where the data do not suffice."""
     try:
         draw = DRAWS[hparams.protocol]

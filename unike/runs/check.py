@@ -13,12 +13,15 @@ from unike.backbones.checking import check_spec, memory_finding
 from unike.backbones.checkpoint_files import Finding
 from unike.backbones.placement import check_placement, pick_device
 from unike.backbones.prefix import check_prefix_dir
+from unike.config.combined import TrainSplitOptions
 from unike.config.hparams import HyperParams
+from unike.config.schema import Section
+from unike.config.sections import BackboneOptions, DataOptions
 from unike.knowledge.index import check_faiss
 from unike.methods import needs_knowledge
 from unike.methods.base import check_method, needs_scope
-from unike.methods.preparation.editors import kept_editor, learns
-from unike.methods.preparation.scope import kept_scope
+from unike.methods.preparation.editors import find_editor, learns
+from unike.methods.preparation.scope import find_scope_classifier
 from unike.runs import inputs
 from unike.runs.tracking import check_trackers
 from unike.system.files import read_index
@@ -50,9 +53,9 @@ def findings(hparams: HyperParams, task: str) -> list[Finding]:
     if found[0].ok and needs_knowledge(hparams):
         found += _knowledge(hparams)
     if found[0].ok and needs_scope(hparams):
-        found += _learnt(hparams, "scope_dir", "measure", kept_scope)
+        found += _learnt(hparams, "scope_dir", "measure", find_scope_classifier)
     if found[0].ok and learns(hparams):
-        found += _learnt(hparams, "editor_dir", "editor", kept_editor)
+        found += _learnt(hparams, "editor_dir", "editor", find_editor)
     # Two data sets may lack the same folder: once is enough.
     return list(dict.fromkeys(found + versions(hparams.backend)))
 
@@ -73,7 +76,7 @@ def _tried(check: Callable[[], object], what: str) -> Finding:
     return Finding(False, "; ".join(problems)) if problems else Finding(True, what)
 
 
-def _placement(hparams: HyperParams) -> list[Finding]:
+def _placement(hparams: BackboneOptions) -> list[Finding]:
     """``device_map`` and ``quantization``, where the YAML sets them."""
     wanted = {"device_map": hparams.device_map, "quantization": hparams.quantization}
     given = [f"{key}: {value}" for key, value in wanted.items() if value not in (None, "none")]
@@ -83,13 +86,13 @@ def _placement(hparams: HyperParams) -> list[Finding]:
 # ---------------------------------------------------------------- data
 
 
-def _data(hparams: HyperParams, task: str) -> list[Finding]:
+def _data(hparams: DataOptions, task: str) -> list[Finding]:
     if hparams.generate_data:
         return _drawn_data(hparams, task)
     return [finding for part in inputs.parts_of(task) for finding in _annotations(hparams, part)]
 
 
-def _annotations(hparams: HyperParams, task: str) -> list[Finding]:
+def _annotations(hparams: DataOptions, task: str) -> list[Finding]:
     """One eval file: readable, every record sound, every picture there."""
     opened: list[Sequence[Case]] = []
     if problems := inputs.problems_of(lambda: opened.append(inputs.open_datasets(hparams, task))):
@@ -99,7 +102,7 @@ def _annotations(hparams: HyperParams, task: str) -> list[Finding]:
     return [Finding(True, what)]
 
 
-def _drawn_data(hparams: HyperParams, task: str) -> list[Finding]:
+def _drawn_data(hparams: DataOptions, task: str) -> list[Finding]:
     """The embedded benchmark: there, or what drawing it needs."""
     found: list[Finding] = []
     for part in inputs.parts_of(task):
@@ -120,7 +123,7 @@ def _drawn_data(hparams: HyperParams, task: str) -> list[Finding]:
 # ---------------------------------------------------------------- knowledge
 
 
-def _knowledge(hparams: HyperParams) -> list[Finding]:
+def _knowledge(hparams: TrainSplitOptions) -> list[Finding]:
     """Memory and encoders: shipped, kept from a former run, or to be built from the train data."""
     if hparams.knowledge_dir is None:
         return [Finding(False, "knowledge_dir: missing", "name a folder for memory and encoders")]
@@ -138,7 +141,7 @@ def _knowledge(hparams: HyperParams) -> list[Finding]:
     return [Finding(True, what, remedy)]
 
 
-def _shipped(hparams: HyperParams, folder: Path) -> Finding:
+def _shipped(hparams: Section, folder: Path) -> Finding:
     """Whether the options that a shipped folder was made with are the YAML's; weights tell on loading."""
     index = folder / "knowledge.json"
     try:

@@ -12,7 +12,9 @@ from typing import Any
 from unike.backbones.checking import require_files
 from unike.backbones.placement import check_placement, pick_device
 from unike.backbones.prefix import check_prefix_dir
+from unike.config.combined import TrainSplitOptions
 from unike.config.hparams import HyperParams
+from unike.config.sections import DataOptions
 from unike.datasets.mmedit import CaptionDataset, CapVQADataset, VQADataset
 from unike.datasets.triplets import Triplet, triplets_of
 from unike.evaluation.sequences import sequences_of
@@ -99,7 +101,7 @@ def parts_of(task: str) -> tuple[str, ...]:
     return ("vqa", "caption") if task == "cross" else (task,)
 
 
-def annotation_file(hparams: HyperParams, task: str, split: str) -> str:
+def annotation_file(hparams: DataOptions, task: str, split: str) -> str:
     """The file under ``data.<task>.<split>``; UserError naming that key where it is missing."""
     at, path = f"{hparams.source}: data.{task}.{split}", (hparams.data.get(task) or {}).get(split)
     expected = "expected a JSON file in MMEdit's layout"
@@ -114,7 +116,7 @@ def annotation_file(hparams: HyperParams, task: str, split: str) -> str:
 
 
 def open_datasets(
-    hparams: HyperParams, task: str, size: int | None = None, skip_broken: bool = False
+    hparams: DataOptions, task: str, size: int | None = None, skip_broken: bool = False
 ) -> Sequence[Case]:
     """The eval cases of a task, all their pictures in place; UserError naming the YAML keys otherwise.
 
@@ -139,7 +141,7 @@ def open_datasets(
 
 
 def eval_split(
-    hparams: HyperParams, task: str, size: int | None = None, skip_broken: bool = False
+    hparams: DataOptions, task: str, size: int | None = None, skip_broken: bool = False
 ) -> _Dataset:
     """The eval records of a task, whether or not their pictures are there; errors as ``open_datasets``."""
     files = {name: annotation_file(hparams, name, "eval") for name in parts_of(task)}
@@ -162,7 +164,7 @@ def _opened(files: Mapping[str, str], options: Mapping[str, Any]) -> _Dataset:
     return _DATASETS[name](path, **options)
 
 
-def _roots(hparams: HyperParams) -> None:
+def _roots(hparams: DataOptions) -> None:
     named = [("image_root", hparams.image_root), ("rephrase_root", hparams.rephrase_root)]
     lost = [(key, root) for key, root in named if root is not None and not os.path.isdir(root)]
     if lost:
@@ -198,7 +200,7 @@ def _with_pictures(cases: Iterable[Case], size: int | None) -> tuple[list[Case],
 # ---------------------------------------------------------------- knowledge
 
 
-def train_files(hparams: HyperParams) -> dict[str, str]:
+def train_files(hparams: DataOptions) -> dict[str, str]:
     """Train annotations by task, for every task in ``data`` that has some."""
     names = [n for n, files in hparams.data.items() if files.get("train")] or list(hparams.data) or ["vqa"]
     require(*(lambda n=name: annotation_file(hparams, n, "train") for name in names), lambda: _roots(hparams))
@@ -215,7 +217,7 @@ def train_cases(
     return list(islice(_train_split(hparams, skip_broken) if given is None else given, hparams.triplets))
 
 
-def _train_split(hparams: HyperParams, skip_broken: bool, whole: bool = False) -> _Dataset:
+def _train_split(hparams: TrainSplitOptions, skip_broken: bool, whole: bool = False) -> _Dataset:
     files = train_files(hparams)
     if not whole and hparams.triplets == 0:
         raise UserError(f"{hparams.source}: triplets: 0; the method needs some of the train annotations")
@@ -225,7 +227,7 @@ def _train_split(hparams: HyperParams, skip_broken: bool, whole: bool = False) -
     return _opened(files, common | {"clean": not whole, "skip_broken": skip_broken})
 
 
-def knowledge_triplets(hparams: HyperParams, skip_broken: bool = False) -> list[Triplet]:
+def knowledge_triplets(hparams: TrainSplitOptions, skip_broken: bool = False) -> list[Triplet]:
     """``hparams.triplets`` knowledge triplets from the train annotations, the tasks in turn."""
     triplets = triplets_of(_train_split(hparams, skip_broken), hparams.triplets)
     lost = {str(t.query.image) for t in triplets if not os.path.isfile(str(t.query.image))}
@@ -235,7 +237,7 @@ def knowledge_triplets(hparams: HyperParams, skip_broken: bool = False) -> list[
     return triplets
 
 
-def training_cases(hparams: HyperParams, skip_broken: bool = False) -> list[Case]:
+def training_cases(hparams: TrainSplitOptions, skip_broken: bool = False) -> list[Case]:
     """Every train case that the YAML names, the tasks in turn."""
     dataset = _train_split(hparams, skip_broken, whole=True)
     if skip_broken:

@@ -14,15 +14,17 @@ import torch
 from tqdm import tqdm
 
 from unike.backbones.base import Backbone
+from unike.config.combined import RunFolderOptions
 from unike.config.hparams import HyperParams
+from unike.config.sections import ProtocolOptions
 from unike.edits import Edit, EditStore
 from unike.evaluation.protocols import one_step_many
 from unike.evaluation.reader import Reader
 from unike.evaluation.summary import RunningMeans
 from unike.methods import needs_cases, needs_knowledge
 from unike.methods.base import edited_layers, needs_scope
-from unike.methods.preparation.editors import kept_editor, learns, wants_cases
-from unike.methods.preparation.scope import kept_scope
+from unike.methods.preparation.editors import find_editor, learns, wants_cases
+from unike.methods.preparation.scope import find_scope_classifier
 from unike.runs.inputs import (
     TASKS,
     annotation_file,
@@ -68,7 +70,9 @@ def drawn(hparams: HyperParams, draw: Callable[[HyperParams], object]) -> None:
 # ---------------------------------------------------------------- the run and its folder
 
 
-def run_directory(hparams: HyperParams, task: str, output: str | None = None, resume: bool = False) -> Path:
+def run_directory(
+    hparams: RunFolderOptions, task: str, output: str | None = None, resume: bool = False
+) -> Path:
     """Where a run is recorded: ``output``, or ``<results_dir>/<yaml>-<task>``, followed by the protocol
     if it is not one-step, with ``-2``, ``-3`` ... where that is taken; ``resume`` takes the latest.
 
@@ -101,7 +105,7 @@ def _taken(directory: Path) -> bool:
     return directory.is_file() or (directory.is_dir() and any(directory.iterdir()))
 
 
-def edit_store(hparams: HyperParams, folder: str | None) -> EditStore | None:
+def edit_store(hparams: ProtocolOptions, folder: str | None) -> EditStore | None:
     """Where ``--save_edits`` keeps a run's edits, if anywhere; UserError for a folder of something else,
     and for several sequences, which may edit a record anew."""
     if folder is None:
@@ -120,8 +124,8 @@ def checksums(hparams: HyperParams, task: str) -> dict[str, str]:
     elif needs_knowledge(hparams):
         files["knowledge_dir"] = str(Path(str(hparams.knowledge_dir)) / "knowledge.safetensors")
     elif learns(hparams):
-        files["editor_dir"] = str(Path(str(kept_editor(hparams))) / "editor.safetensors")
-    if needs_scope(hparams) and (kept := kept_scope(hparams)) is not None:
+        files["editor_dir"] = str(Path(str(find_editor(hparams))) / "editor.safetensors")
+    if needs_scope(hparams) and (kept := find_scope_classifier(hparams)) is not None:
         files["scope_dir"] = str(kept / "scope.safetensors")
     return {key: sha256_of(path) for key, path in files.items()}
 

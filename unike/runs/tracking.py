@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from unike.config.hparams import HyperParams
+from unike.config.sections import OutputOptions
 from unike.evaluation.summary import RunningMeans
 from unike.runs.records import RecordWriter
 from unike.system import processes
@@ -44,7 +45,7 @@ class Tracker:
             sink.log(values, self.step)
 
 
-def check_trackers(hparams: HyperParams) -> None:
+def check_trackers(hparams: OutputOptions) -> None:
     """UserError for each of ``log_to`` that is not installed."""
     lost = [name for name in hparams.log_to if importlib.util.find_spec(name) is None]
     if lost:

@@ -8,9 +8,16 @@ from typing import Any
 
 from tqdm import tqdm
 
+# Called with a stage of a job and how many of its steps are done since the last call.
+Tick = Callable[[str, int], None]
+
+
+def ignore_progress(stage: str, count: int) -> None:
+    """A ``Tick`` that shows nothing."""
+
 
 @contextmanager
-def bars(totals: Mapping[str, int], progress: bool = True) -> Iterator[Callable[[str, int], None]]:
+def bars(totals: Mapping[str, int], progress: bool = True) -> Iterator[Tick]:
     """A callback ``tick(stage, n)`` that draws a bar per stage, of the stage's total where it is known."""
     drawn: dict[str, tqdm[Any]] = {}
 

@@ -1,10 +1,27 @@
-"""Answers as strings: the VQA convention for comparing them, and text fit for a one-line message."""
+"""Values as text that fits into a one-line message."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 
 def one_line(value: object, limit: int = 300) -> str:
     """``str(value)`` fit for a message: on one line, printable as UTF-8, at most ``limit`` characters."""
     text = " ".join(str(value).split())
     text = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def describe_value(value: object) -> str:
+    """A value with its type, short enough for one line of an error."""
+    return "null" if value is None else f"{type(value).__name__} {shorten(value, 60, repr)}"
+
+
+def shorten(value: object, limit: int = 60, written: Callable[[object], str] = str) -> str:
+    """A value on one line of at most ``limit`` characters."""
+    try:
+        text = " ".join(written(value).split())
+    except ValueError:
+        # Python writes no whole number of more than some thousand digits.
+        text = "too long to be written"
     return text if len(text) <= limit else text[: limit - 3] + "..."

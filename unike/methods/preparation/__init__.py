@@ -1,1 +1,1 @@
-"""What is learnt once, before the first edit: knowledge, scope classifiers, editors."""
+"""What is prepared once, before the first edit: knowledge, scope classifiers, meta-learned editors."""

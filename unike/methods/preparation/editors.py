@@ -1,45 +1,47 @@
-"""Trained editors as files: one folder per weights and options, found, written and read.
+"""Meta-learned editors as files: one folder per weights and options.
 
-``<editor_dir>/<method>/<key>/`` holds ``editor.safetensors`` and ``editor.json``, and while an
-editor is in training its checkpoint.
+``<editor_dir>/<method>/<key>/`` holds ``editor.safetensors`` and ``editor.json``, and during training
+a checkpoint.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from safetensors.torch import load_file, save_file
 
 from unike.backbones.base import Backbone
-from unike.config.hparams import OPTIONS, HyperParams
+from unike.config.hparams import HyperParams
+from unike.config.sections import EditorOptions, EditorTrainingOptions
 from unike.methods.base import build, methods
-from unike.methods.meta_training import Progress, Tick, TrainableMethod, copied, meta_train, silent
+from unike.methods.meta_training import Progress, TrainableMethod, copied, meta_train
+from unike.methods.preparation.folders import Facts, find_folder, hash_facts
 from unike.methods.preparation.scope import wants_scope
 from unike.system import processes
-from unike.system.files import check_tensors, read_index, write_index
+from unike.system.files import check_tensors, write_index
+from unike.system.progress import Tick, ignore_progress
 from unike.types import Case, UserError
 
 HELD_OUT = 10
 
 
-def editor_options(hparams: HyperParams) -> dict[str, Any]:
-    """The options that a trained editor depends on."""
-    names = [n for n, o in OPTIONS.items() if o.group == "editor" and n != "editor_dir"]
-    own = [n for n in names if not n.startswith(("ke_", "serac_")) or n.startswith(f"{hparams.method}_")]
-    return {n: getattr(hparams, n) for n in ("method", "clip_norm", "seed", *own)}
+def list_editor_options(hparams: EditorTrainingOptions) -> Facts:
+    """The options that a trained editor depends on: of KE's and SERAC's own ones, those of its method."""
+    shared = {"method": hparams.method, "clip_norm": hparams.clip_norm, "seed": hparams.seed}
+    own = hparams.get_values(EditorTrainingOptions).items()
+    return shared | {
+        n: v for n, v in own if not n.startswith(("ke_", "serac_")) or n.startswith(f"{hparams.method}_")
+    }
 
 
-def editor_facts(backbone: Backbone, method: TrainableMethod) -> dict[str, Any]:
-    """Weights, layers and options that a trained editor belongs to."""
+def describe_editor(backbone: Backbone, method: TrainableMethod) -> Facts:
+    """The backbone's weights, the layers and the options that a trained editor fits."""
     return {
         "backbone": backbone.fingerprint,
         "layers": method.layers(backbone),
-        "options": editor_options(method.hparams),
+        "options": list_editor_options(method.hparams),
     }
 
 
@@ -49,27 +51,26 @@ def learns(hparams: HyperParams) -> bool:
 
 
 def wants_cases(hparams: HyperParams) -> bool:
-    """Whether the train annotations are needed to train an editor or a measure of scope: not where
-    they are kept."""
+    """Whether train annotations are needed for an editor or a scope classifier that is still to be
+    trained."""
     if learns(hparams):
-        return kept_editor(hparams) is None
+        return find_editor(hparams) is None
     return hparams.method in methods() and wants_scope(hparams)
 
 
-def kept_editor(hparams: HyperParams, facts: dict[str, Any] | None = None) -> Path | None:
-    """The folder of the YAML's editor under ``editor_dir``, where it has been trained; without
-    ``facts`` the weights and layers are not looked at. UserError where ``editor_dir`` is missing."""
+def find_editor(hparams: EditorOptions, facts: Facts | None = None) -> Path | None:
+    """The folder of the YAML's editor under ``editor_dir``, None where it has not been trained.
+
+    Without ``facts`` the editor may be of any weights and layers. UserError where ``editor_dir`` is missing.
+    """
     if hparams.editor_dir is None:
         raise UserError(f"{hparams.source}: editor_dir: missing; expected a folder for trained editors")
-    wanted = {"options": editor_options(hparams)} if facts is None else facts
-    for index in sorted(Path(hparams.editor_dir, hparams.method).glob("*/editor.json")):
-        if all(read_index(index).get(k) == v for k, v in wanted.items()):
-            return index.parent
-    return None
+    wanted: Facts = {"options": list_editor_options(hparams)} if facts is None else facts
+    return find_folder(Path(hparams.editor_dir, hparams.method), "editor.json", wanted)
 
 
-def save_editor(method: TrainableMethod, facts: dict[str, Any], progress: Progress, folder: Path) -> None:
-    """Writes the trained network, index last, and takes the checkpoint away."""
+def save_editor(method: TrainableMethod, facts: Facts, progress: Progress, folder: Path) -> None:
+    """Writes the trained network, its index last, and deletes the checkpoint."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "editor.safetensors"
     save_file(copied(method.trained.state_dict()), path)
@@ -79,7 +80,7 @@ def save_editor(method: TrainableMethod, facts: dict[str, Any], progress: Progre
 
 
 def load_editor(method: TrainableMethod, backbone: Backbone, folder: Path) -> None:
-    """Puts a saved network in. UserError where the file is not what it should be."""
+    """Reads a saved network into ``method``. UserError where the file does not fit or is damaged."""
     method.start(backbone)
     path = folder / "editor.safetensors"
     check_tensors(folder / "editor.json", path)
@@ -91,31 +92,29 @@ def load_editor(method: TrainableMethod, backbone: Backbone, folder: Path) -> No
 
 
 def ensure_editor(
-    method: TrainableMethod, backbone: Backbone, cases: Callable[[], Sequence[Case]], tick: Tick = silent
+    method: TrainableMethod,
+    backbone: Backbone,
+    cases: Callable[[], Sequence[Case]],
+    tick: Tick = ignore_progress,
 ) -> Path:
-    """Loads the YAML's editor, or trains it on ``cases`` and keeps it; gives its folder.
+    """Loads the YAML's editor, or trains it on ``cases`` and saves it; returns its folder.
 
     Every tenth case is held out; the first ``editor_val_cases`` of these validate. Several processes
-    train one editor together.
+    train one editor together. UserError where no case is left to hold out.
     """
-    hparams, facts = method.hparams, editor_facts(backbone, method)
-    folder = processes.first(lambda: kept_editor(hparams, facts))
+    hparams, facts = method.hparams, describe_editor(backbone, method)
+    folder = processes.first(lambda: find_editor(hparams, facts))
     if folder is None:
-        made = folder = Path(str(hparams.editor_dir), hparams.method, _key(facts))
-        given = cases()
-        held = [case for i, case in enumerate(given) if i % HELD_OUT == HELD_OUT - 1]
-        train = [case for i, case in enumerate(given) if i % HELD_OUT != HELD_OUT - 1]
-        if not held:
+        trained = folder = Path(str(hparams.editor_dir), hparams.method, hash_facts(facts))
+        records = cases()
+        held_out = [case for i, case in enumerate(records) if i % HELD_OUT == HELD_OUT - 1]
+        train = [case for i, case in enumerate(records) if i % HELD_OUT != HELD_OUT - 1]
+        if not held_out:
             raise UserError(
-                f"{hparams.source}: data: {len(given)} train records; expected {HELD_OUT} or more"
+                f"{hparams.source}: data: {len(records)} train records; expected {HELD_OUT} or more"
             )
-        val = held[: hparams.editor_val_cases]
+        val = held_out[: hparams.editor_val_cases]
         progress = meta_train(method, backbone, train, val, hparams, folder, tick, facts)
-        processes.first(lambda: save_editor(method, facts, progress, made))
+        processes.first(lambda: save_editor(method, facts, progress, trained))
     load_editor(method, backbone, folder)
     return folder
-
-
-def _key(facts: dict[str, Any]) -> str:
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
-    return digest.hexdigest()[:16]

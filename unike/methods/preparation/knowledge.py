@@ -1,7 +1,7 @@
-"""What UniKE learns once per backbone: knowledge states, memory, the two encoders.
+"""What UniKE prepares once per backbone: knowledge states, the knowledge memory, the two encoders.
 
-Everything is kept in one folder, under a key of weights, triplets and the hyper-parameters that it
-depends on: ``knowledge.safetensors`` and ``knowledge.json``.
+Everything is saved in one folder, ``knowledge.safetensors`` and ``knowledge.json``. The folder's name is a
+checksum of the weights, the triplets and the options that the content depends on.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from safetensors import safe_open
@@ -20,100 +20,102 @@ from safetensors.torch import save_file
 from unike.backbones.base import Backbone
 from unike.backbones.hooks import capture
 from unike.backbones.prefix import PrefixCache, open_prefixes
-from unike.config.hparams import HyperParams
+from unike.config.combined import (
+    KnowledgeKeyOptions,
+    KnowledgeLoadingOptions,
+    KnowledgePreparationOptions,
+    KnowledgeTrainingOptions,
+)
+from unike.config.sections import EncoderOptions
 from unike.datasets.answers import normalise_answer
 from unike.datasets.triplets import Triplet
 from unike.edits import LayerKnowledge
 from unike.knowledge.encoders import Disentangler, FitReport, KnowledgeStates, fit
 from unike.knowledge.index import open_memory
+from unike.methods.preparation.folders import Facts
 from unike.system import processes
 from unike.system.faults import give_back
 from unike.system.files import check_tensors, checksum_in, read_index, write_index
+from unike.system.progress import Tick, ignore_progress
 from unike.types import KnowledgeItem, Query, UserError
 
 T = TypeVar("T")
-Tick = Callable[[str, int], None]
-_KEY_OPTIONS = (
-    "layers", "triplets", "encoder_hidden", "encoder_dim", "encoder_lr", "encoder_steps", "encoder_batch",
-    "encoder_tau", "include_anchor", "seed",
-)  # fmt: skip
-
-
-def silent(what: str, count: int) -> None:
-    """A progress callback that shows nothing."""
 
 
 @dataclass(frozen=True)
 class LayerStates:
-    """Knowledge states of one layer, the feed-forward inputs at the questions' ends ``(n, d)``, and the
-    texts of the ``n`` items, none in folders that were written without them."""
+    """What is kept of ``n`` triplets in one layer.
+
+    ``states`` are their knowledge states, ``ffn (n, d)`` the feed-forward inputs at the questions' ends.
+    ``items`` are their texts, empty where a folder was written without them.
+    """
 
     states: KnowledgeStates
     ffn: torch.Tensor
     items: tuple[KnowledgeItem, ...] = ()
 
 
-def wrong_answers(
-    backbone: Backbone, triplets: Sequence[Triplet], batch: int, tick: Tick = silent
+def collect_wrong_answers(
+    backbone: Backbone, triplets: Sequence[Triplet], batch: int, tick: Tick = ignore_progress
 ) -> list[str | None]:
-    """``A_neg`` of each triplet: its own, or the backbone's greedy answer where that is wrong.
+    """``A_neg`` of each triplet: its own, or the backbone's greedy answer; None where that is right.
 
     Several processes share the batches; each gets all answers.
     """
-    answers = [None if t.wrong is None else _if_wrong(t.wrong, t) for t in triplets]
-    asked = [i for i, t in enumerate(triplets) if t.wrong is None]
+    answers = [None if t.wrong is None else _keep_if_wrong(t.wrong, t) for t in triplets]
+    unknown = [i for i, t in enumerate(triplets) if t.wrong is None]
 
     def ask(part: list[int]) -> list[str]:
         queries = [triplets[i].query for i in part]
         return backbone.generate([q.image for q in queries], [q.prompt for q in queries])
 
-    parts = processes.spread(_batches(asked, batch), ask, lambda p: tick("asking for wrong answers", len(p)))
-    for i, text in zip(asked, (text for part in parts for text in part), strict=True):
-        answers[i] = _if_wrong(text, triplets[i])
+    parts = processes.spread(_split(unknown, batch), ask, lambda p: tick("asking for wrong answers", len(p)))
+    for i, text in zip(unknown, (text for part in parts for text in part), strict=True):
+        answers[i] = _keep_if_wrong(text, triplets[i])
     return answers
 
 
-def _batches(items: Sequence[T], size: int) -> list[list[T]]:
+def _split(items: Sequence[T], size: int) -> list[list[T]]:
     return [list(items[start : start + size]) for start in range(0, len(items), size)]
 
 
-def _if_wrong(answer: str, triplet: Triplet) -> str | None:
+def _keep_if_wrong(answer: str, triplet: Triplet) -> str | None:
     right = normalise_answer(answer) == normalise_answer(str(triplet.query.target))
     return None if right or not answer.strip() else answer
 
 
 @torch.no_grad()
-def extract(
+def extract_states(
     backbone: Backbone,
     triplets: Sequence[Triplet],
     layers: Sequence[int],
     batch: int = 32,
-    tick: Tick = silent,
+    tick: Tick = ignore_progress,
     prefixes: PrefixCache | None = None,
 ) -> dict[int, LayerStates]:
-    """Knowledge states of all triplets that have a wrong answer, by layer; ``prefixes`` are those of
-    the lowest one.
+    """Knowledge states of all triplets that have a wrong answer, by layer.
 
-    Several processes share the batches; each gets all states. Raises UserError where none is left.
+    ``prefixes`` cache what enters the lowest layer. Several processes share the batches; each gets all
+    states. UserError where no triplet has a wrong answer.
     """
-    wrongs = wrong_answers(backbone, triplets, batch, tick)
-    told = [(t, w) for t, w in zip(triplets, wrongs, strict=True) if w]
-    pairs = [(t.query, t.negative(w)) for t, w in told]
+    wrongs = collect_wrong_answers(backbone, triplets, batch, tick)
+    usable = [(t, w) for t, w in zip(triplets, wrongs, strict=True) if w]
+    pairs = [(t.query, t.negative(w)) for t, w in usable]
     if not pairs:
         raise UserError("knowledge triplets: none has a wrong answer (field `pred`); expected at least one")
     prefixes = prefixes or PrefixCache(backbone, min(layers), max_bytes=0)
 
     def read(part: list[tuple[Query, Query]]) -> dict[int, list[torch.Tensor]]:
-        positive = _ends(backbone, prefixes, [p for p, _ in part], layers)
-        negative = _ends(backbone, prefixes, [n for _, n in part], layers)
+        positive = _read_ends(backbone, prefixes, [p for p, _ in part], layers)
+        negative = _read_ends(backbone, prefixes, [n for _, n in part], layers)
         found = {i: [positive[i][0], positive[i][1], negative[i][1], positive[i][2]] for i in layers}
         # What is sent to other processes would come back on this one's device.
         return {i: [t.cpu() for t in own] for i, own in found.items()} if processes.joined() else found
 
     parts = processes.spread(
-        _batches(pairs, batch), read, lambda part: tick("extracting knowledge states", len(part))
+        _split(pairs, batch), read, lambda part: tick("extracting knowledge states", len(part))
     )
-    out, items = {}, tuple(_item(t, w) for t, w in told)
+    out, items = {}, tuple(_make_item(t, w) for t, w in usable)
     for i in layers:
         sem, pos, neg, ffn = (
             torch.cat([p[i][j] for p in parts]).to(backbone.device).float() for j in range(4)
@@ -122,16 +124,17 @@ def extract(
     return out
 
 
-def _item(triplet: Triplet, wrong: str) -> KnowledgeItem:
+def _make_item(triplet: Triplet, wrong: str) -> KnowledgeItem:
     query = triplet.query
     image = Path(query.image).name if isinstance(query.image, (str, Path)) else None
     return KnowledgeItem(query.prompt, str(query.target), wrong, image)
 
 
-def _ends(
+def _read_ends(
     backbone: Backbone, prefixes: PrefixCache, queries: list[Query], layers: Sequence[int]
 ) -> dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """By layer: attention's input at the prompt's end and at the last token, FFN's at the prompt's end."""
+    """By layer, each ``(b, d)``: the attention's input at the prompt's end and at the last token, and the
+    feed-forward network's at the prompt's end."""
     state = prefixes.state(queries)
     rows = torch.arange(len(state), device=state.hidden.device)
     last = state.attention_mask.sum(1) - 1
@@ -146,10 +149,12 @@ def _ends(
     }
 
 
-def knowledge_key(backbone: Backbone, triplets: Sequence[Triplet], hparams: HyperParams) -> str:
-    """What the knowledge depends on, as a short checksum."""
+def compute_knowledge_key(
+    backbone: Backbone, triplets: Sequence[Triplet], hparams: KnowledgeKeyOptions
+) -> str:
+    """A checksum of weights, triplets and options, 16 hexadecimal digits."""
     digest = hashlib.sha256(backbone.fingerprint.encode())
-    digest.update(repr([(n, getattr(hparams, n)) for n in _KEY_OPTIONS]).encode())
+    digest.update(repr([("layers", hparams.layers), *_list_options(hparams).items()]).encode())
     for t in triplets:
         image = Path(t.query.image).name if isinstance(t.query.image, str) else repr(t.query.image)
         digest.update(repr((image, t.query.prompt, t.query.target, t.wrong)).encode())
@@ -158,86 +163,101 @@ def knowledge_key(backbone: Backbone, triplets: Sequence[Triplet], hparams: Hype
 
 def ensure_knowledge(
     backbone: Backbone,
-    hparams: HyperParams,
+    hparams: KnowledgePreparationOptions,
     layers: Sequence[int],
     triplets: Callable[[], Sequence[Triplet]],
-    tick: Tick = silent,
+    tick: Tick = ignore_progress,
 ) -> dict[int, LayerKnowledge]:
-    """Memory and encoders for a backbone: read where they are kept, built where they are not.
+    """Memory and encoders for a backbone, by layer: read where they are saved, else built and saved.
 
-    ``knowledge_dir`` is either such a folder itself (as shipped with the tiny backbones; it must fit
-    the weights and options) or the parent of one folder per key. ``triplets`` is only called when
-    something must be built or a key be looked up. UserError where ``knowledge_dir`` is not given.
+    ``knowledge_dir`` is such a folder itself, as shipped with the toy backbones, or the parent of one
+    folder per key. ``triplets`` is only called where the first is not the case. UserError where
+    ``knowledge_dir`` is not given.
     """
     if hparams.knowledge_dir is None:
         raise UserError(
             f"{hparams.source}: knowledge_dir: missing; expected a folder to keep memory and encoders in"
         )
     folder = Path(hparams.knowledge_dir)
-    facts = _facts(backbone, layers, hparams)
-    if not processes.first(lambda: _fits(folder, facts)):
+    facts = _describe_knowledge(backbone, layers, hparams)
+    if not processes.first(lambda: _fits(folder, facts, layers)):
         collected = triplets()
-        keyed = folder = folder / knowledge_key(backbone, collected, hparams)
-        if not processes.first(lambda: _fits(keyed, facts)):
+        keyed = folder = folder / compute_knowledge_key(backbone, collected, hparams)
+        if not processes.first(lambda: _fits(keyed, facts, layers)):
             prefixes = open_prefixes(hparams, backbone, min(layers), memory=False)
-            states = extract(backbone, collected, layers, hparams.states_batch, tick, prefixes)
+            states = extract_states(backbone, collected, layers, hparams.states_batch, tick, prefixes)
             processes.first(
                 lambda: save_knowledge(keyed, states, *fit_encoders(states, hparams, tick), facts)
             )
     return read_knowledge(folder, hparams, backbone.device)
 
 
-def read_knowledge(folder: Path, hparams: HyperParams, device: torch.device) -> dict[int, LayerKnowledge]:
-    """What ``save_knowledge`` wrote, as the YAML wants it, by layer. UserError as ``each_layer``."""
-    known = {i: _layer(i, s, e, hparams, folder) for i, s, e in each_layer(folder, device)}
+def read_knowledge(
+    folder: Path, hparams: KnowledgeLoadingOptions, device: torch.device
+) -> dict[int, LayerKnowledge]:
+    """What ``save_knowledge`` wrote, with the YAML's kind of zeta, by layer. UserError as
+    ``iterate_layers``."""
+    known = {i: _make_layer(i, s, e, hparams, folder) for i, s, e in iterate_layers(folder, device)}
     give_back()
     return known
 
 
-def _facts(backbone: Backbone, layers: Sequence[int], hparams: HyperParams) -> dict[str, Any]:
-    options = {n: getattr(hparams, n) for n in _KEY_OPTIONS if n != "layers"}
-    return {"backbone": backbone.fingerprint, "layers": list(layers), "options": options}
+def _list_options(hparams: KnowledgeKeyOptions) -> Facts:
+    """The options that knowledge depends on, without ``layers``. Their order is part of the checksum."""
+    encoders = hparams.get_values(EncoderOptions)
+    return {"triplets": hparams.triplets, **encoders, "seed": hparams.seed}
 
 
-def knowledge_folder(hparams: HyperParams, backbone: Backbone, triplets: Sequence[Triplet]) -> Path:
-    """Where these triplets' knowledge is kept once it is built, or a shipped ``knowledge_dir`` itself."""
+def _describe_knowledge(backbone: Backbone, layers: Sequence[int], hparams: KnowledgeKeyOptions) -> Facts:
+    return {"backbone": backbone.fingerprint, "layers": list(layers), "options": _list_options(hparams)}
+
+
+def find_knowledge(hparams: KnowledgeKeyOptions, backbone: Backbone, triplets: Sequence[Triplet]) -> Path:
+    """The folder of these triplets' knowledge, or ``knowledge_dir`` itself where there is none."""
     parent = Path(hparams.knowledge_dir or "")
-    keyed = parent / knowledge_key(backbone, triplets, hparams)
+    keyed = parent / compute_knowledge_key(backbone, triplets, hparams)
     return keyed if (keyed / "knowledge.json").is_file() else parent
 
 
-def _fits(folder: Path, facts: dict[str, Any]) -> bool:
-    """Whether a folder's index was written for these weights, layers and options."""
+def _fits(folder: Path, facts: Facts, layers: Sequence[int]) -> bool:
+    """Whether a folder's index was written for these weights and options, and for these layers or more."""
     kept = read_index(folder / "knowledge.json")
-    # A method of fewer layers reads what was learnt for more.
-    layers = set(facts["layers"]) <= set(kept.get("layers", ()))
-    return layers and all(kept.get(name) == value for name, value in facts.items() if name != "layers")
+    # A method that edits fewer layers can read what was prepared for more.
+    covered = set(layers) <= set(kept.get("layers", ()))
+    return covered and all(kept.get(name) == value for name, value in facts.items() if name != "layers")
 
 
 def build_knowledge(
     backbone: Backbone,
     triplets: Sequence[Triplet],
     layers: Sequence[int],
-    hparams: HyperParams,
-    tick: Tick = silent,
+    hparams: KnowledgeTrainingOptions,
+    tick: Tick = ignore_progress,
 ) -> tuple[dict[int, LayerStates], dict[int, Disentangler], dict[int, FitReport]]:
-    """States and trained encoders of each layer, with a report of each training."""
+    """States and trained encoders by layer, with a report of each training."""
     prefixes = open_prefixes(hparams, backbone, min(layers), memory=False)
-    states = extract(backbone, triplets, layers, hparams.states_batch, tick, prefixes)
+    states = extract_states(backbone, triplets, layers, hparams.states_batch, tick, prefixes)
     return states, *fit_encoders(states, hparams, tick)
 
 
 def fit_encoders(
-    states: dict[int, LayerStates], hparams: HyperParams, tick: Tick = silent
+    states: dict[int, LayerStates], hparams: EncoderOptions, tick: Tick = ignore_progress
 ) -> tuple[dict[int, Disentangler], dict[int, FitReport]]:
-    """Trained encoders of each layer, with a report of each training."""
+    """Trained encoders by layer, with a report of each training."""
     encoders, reports = {}, {}
     for i in states:
         encoders[i], reports[i] = fit(
-            states[i].states, hparams.encoder_hidden, hparams.encoder_dim, hparams.encoder_steps,
-            hparams.encoder_batch, hparams.encoder_lr, hparams.encoder_tau, hparams.include_anchor,
-            seed=hparams.seed, tick=lambda: tick("training encoders", 1),
-        )  # fmt: skip
+            states[i].states,
+            hparams.encoder_hidden,
+            hparams.encoder_dim,
+            hparams.encoder_steps,
+            hparams.encoder_batch,
+            hparams.encoder_lr,
+            hparams.encoder_tau,
+            hparams.include_anchor,
+            seed=hparams.seed,
+            tick=lambda: tick("training encoders", 1),
+        )
     return encoders, reports
 
 
@@ -246,9 +266,12 @@ def save_knowledge(
     states: dict[int, LayerStates],
     encoders: dict[int, Disentangler],
     reports: dict[int, FitReport],
-    meta: dict[str, Any],
+    meta: Facts,
 ) -> None:
-    """Writes the folder; states in half precision, encoders in full, the items' texts a line each."""
+    """Writes the folder: states in half precision, encoders in full, and the items' texts.
+
+    ``meta`` goes into the index.
+    """
     tensors: dict[str, torch.Tensor] = {}
     for i, s in states.items():
         parts = {"sem": s.states.sem, "pos": s.states.pos, "neg": s.states.neg, "ffn": s.ffn}
@@ -264,7 +287,7 @@ def save_knowledge(
 
 
 def save_items(folder: Path, items: Sequence[KnowledgeItem]) -> None:
-    """``items.jsonl``, or none where nothing is known of the items."""
+    """Writes ``items.jsonl``, a line per item; deletes it where there are no items."""
     path = folder / "items.jsonl"
     path.unlink(missing_ok=True)
     if items:
@@ -272,7 +295,7 @@ def save_items(folder: Path, items: Sequence[KnowledgeItem]) -> None:
         path.write_text("".join(lines), encoding="utf-8")
 
 
-def _items(folder: Path, count: int) -> tuple[KnowledgeItem, ...]:
+def _read_items(folder: Path, count: int) -> tuple[KnowledgeItem, ...]:
     path = folder / "items.jsonl"
     if not path.is_file():
         return ()
@@ -283,13 +306,16 @@ def _items(folder: Path, count: int) -> tuple[KnowledgeItem, ...]:
     return items
 
 
-Learnt = tuple[int, LayerStates, Disentangler]
+LearnedLayer = tuple[int, LayerStates, Disentangler]
 
 
-def each_layer(folder: Path, device: torch.device) -> Iterator[Learnt]:
-    """What ``save_knowledge`` wrote, a layer at a time: all of them in full precision may not fit beside a
-    model. UserError where a file is missing or not what it should be: another checksum than its index
-    has, or tensors that don't fit together."""
+def iterate_layers(folder: Path, device: torch.device) -> Iterator[LearnedLayer]:
+    """What ``save_knowledge`` wrote, one layer at a time: all layers in full precision may not fit into
+    memory together with the model.
+
+    UserError where a file is missing, has another checksum than its index says, or has tensors that do
+    not fit together.
+    """
     path = folder / "knowledge.safetensors"
     try:
         check_tensors(folder / "knowledge.json", path)
@@ -300,11 +326,11 @@ def each_layer(folder: Path, device: torch.device) -> Iterator[Learnt]:
                     file.get_tensor(f"{i}.{n}").float() for n in ("sem", "pos", "neg", "ffn")
                 )
                 own = {n: file.get_tensor(n) for n in names if n.startswith(f"{i}.encoders.")}
-                encoders = _encoders(own, f"{i}.encoders.").to(device)
+                encoders = _build_encoders(own, f"{i}.encoders.").to(device)
                 shapes = {tuple(t.shape) for t in (sem, pos, neg)}
                 if len(shapes) != 1 or sem.ndim != 2 or not sem.isfinite().all():
                     raise ValueError(f"layer {i}: states {sorted(shapes)} don't fit together")
-                items = _items(folder, len(sem)) if items is None else items
+                items = _read_items(folder, len(sem)) if items is None else items
                 yield i, LayerStates(KnowledgeStates(sem, pos, neg), ffn, items), encoders
     except UserError:
         raise
@@ -315,14 +341,14 @@ def each_layer(folder: Path, device: torch.device) -> Iterator[Learnt]:
 
 
 def load_states(folder: Path, device: torch.device) -> tuple[dict[int, LayerStates], dict[int, Disentangler]]:
-    """All layers of ``each_layer``."""
+    """All layers of ``iterate_layers``."""
     states, encoders = {}, {}
-    for i, s, e in each_layer(folder, device):
+    for i, s, e in iterate_layers(folder, device):
         states[i], encoders[i] = s, e
     return states, encoders
 
 
-def _encoders(tensors: dict[str, torch.Tensor], prefix: str) -> Disentangler:
+def _build_encoders(tensors: dict[str, torch.Tensor], prefix: str) -> Disentangler:
     own = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
     hidden, width = own["semantic.0.weight"].shape
     encoders = Disentangler(width, hidden, own["truthful.2.weight"].shape[0])
@@ -330,19 +356,25 @@ def _encoders(tensors: dict[str, torch.Tensor], prefix: str) -> Disentangler:
     return encoders.requires_grad_(False)
 
 
-def as_knowledge(
+def make_knowledge(
     states: dict[int, LayerStates],
     encoders: dict[int, Disentangler],
-    hparams: HyperParams,
+    hparams: KnowledgeLoadingOptions,
     folder: Path | None = None,
 ) -> dict[int, LayerKnowledge]:
-    """Banks, encoders and the YAML's kind of zeta, by layer. A bank of many items lies beside the
-    ``folder``'s states, with its index, and is mapped."""
-    return {i: _layer(i, s, encoders[i], hparams, folder) for i, s in states.items()}
+    """Knowledge memories, encoders and the YAML's kind of zeta, by layer.
+
+    A memory of many items is written into ``folder``, with its index, and mapped from there.
+    """
+    return {i: _make_layer(i, s, encoders[i], hparams, folder) for i, s in states.items()}
 
 
-def _layer(
-    i: int, s: LayerStates, encoders: Disentangler, hparams: HyperParams, folder: Path | None
+def _make_layer(
+    i: int,
+    s: LayerStates,
+    encoders: Disentangler,
+    hparams: KnowledgeLoadingOptions,
+    folder: Path | None,
 ) -> LayerKnowledge:
     place, origin, checksum = None, "", ""
     if folder is not None:
@@ -350,11 +382,16 @@ def _layer(
         stat = (folder / "knowledge.safetensors").stat()
         place, origin = folder / f"memory-{i}", f"{stat.st_size}-{stat.st_mtime_ns}"
     bank = open_memory(
-        s.states.sem, s.states.pos, hparams.retrieval, hparams.retrieval_exact_up_to, place, origin,
+        s.states.sem,
+        s.states.pos,
+        hparams.retrieval,
+        hparams.retrieval_exact_up_to,
+        place,
+        origin,
         # The precision of the file that they come from.
         torch.float16,
-    )  # fmt: skip
+    )
     zeta = encoders.zeta(s.states, hparams.zeta, hparams.seed)
-    # The truthfulness encoder has said what it is asked for: an edit needs its zeta alone.
+    # Of the truthfulness encoder, an edit needs zeta alone.
     ffn = s.ffn if hparams.memory_loss else s.ffn[:0]
     return LayerKnowledge(bank, encoders.semantic, ffn, zeta, origin=checksum, items=s.items)
