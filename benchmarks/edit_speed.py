@@ -237,30 +237,30 @@ def add_rows(
         rows.add(world.name, "how far from zero that neuron is", [max(kinks)], "")
 
 
-def make_wide_setup(given: argparse.Namespace) -> TimedSetup:
+def make_wide_setup(args: argparse.Namespace) -> TimedSetup:
     """Random weights, ``--steps`` steps an edit."""
     backbone = make_wide_backbone()
-    hparams = HyperParams.from_dict({**PRESET, "max_steps": given.steps, "stop_loss": 0.0})
+    hparams = HyperParams.from_dict({**PRESET, "max_steps": args.steps, "stop_loss": 0.0})
     layers = edited_layers(hparams, backbone)
     method = build(hparams, draw_knowledge(backbone, layers, hparams))
     assert isinstance(method, UniKE)
-    count = (given.rounds + 1) * given.batch
-    blocks = _split(draw_cases(count, backbone.vision.image_size), given.batch)
-    return TimedSetup(backbone, method, blocks, 1, f"wide, {given.steps} steps")
+    count = (args.rounds + 1) * args.batch
+    blocks = _split(draw_cases(count, backbone.vision.image_size), args.batch)
+    return TimedSetup(backbone, method, blocks, 1, f"wide, {args.steps} steps")
 
 
-def make_tiny_setup(given: argparse.Namespace) -> TimedSetup:
+def make_tiny_setup(args: argparse.Namespace) -> TimedSetup:
     """A bundled toy model with its knowledge, on the bundled benchmark's E-VQA."""
-    hparams = HyperParams.from_hparams(ROOT / "hparams" / f"{given.model}.yaml", ["device=cpu"])
-    count = (given.rounds + 1) * given.batch
+    hparams = HyperParams.from_hparams(ROOT / "hparams" / f"{args.model}.yaml", ["device=cpu"])
+    count = (args.rounds + 1) * args.batch
     cases = runs.preflight(hparams, "vqa", count)
     if len(cases) < count:
-        raise UserError(f"--rounds {given.rounds} --batch {given.batch}: only {len(cases)} records exist")
+        raise UserError(f"--rounds {args.rounds} --batch {args.batch}: only {len(cases)} records exist")
     backbone = load_backbone(hparams)
     parts = runs.assemble(hparams, backbone, progress=False)
     assert isinstance(parts.method, UniKE)
     five = [replace(c, probes=tuple(p for p in c.probes if p.name in FIVE_METRICS)) for c in cases]
-    return TimedSetup(backbone, parts.method, _split(five, given.batch), given.batch, f"{given.model}, E-VQA")
+    return TimedSetup(backbone, parts.method, _split(five, args.batch), args.batch, f"{args.model}, E-VQA")
 
 
 def _split(cases: Sequence[Case], size: int) -> list[Sequence[Case]]:
@@ -275,27 +275,25 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=60, help="training steps of an edit on random weights")
     parser.add_argument("--profile", action="store_true", help="profile a batched training step")
     parser.add_argument("--json", type=Path, help="where the rows are written to")
-    given = parser.parse_args(arguments)
-    if min(given.rounds, given.batch, given.steps) < 1:
+    args = parser.parse_args(arguments)
+    if min(args.rounds, args.batch, args.steps) < 1:
         parser.error("--rounds, --batch and --steps: expected at least 1")
-    return given
+    return args
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit code: 1 if a result differs from the reference's, 2 for missing input."""
-    given = parse_arguments(arguments)
+    args = parse_arguments(arguments)
     rows, same = Measurements("edit_speed"), True
     try:
-        if given.profile:
-            profile_steps(rows, given.batch, given.rounds)
+        if args.profile:
+            profile_steps(rows, args.batch, args.rounds)
         else:
-            same = time_rounds(
-                make_wide_setup(given) if given.model == "wide" else make_tiny_setup(given), rows
-            )
+            same = time_rounds(make_wide_setup(args) if args.model == "wide" else make_tiny_setup(args), rows)
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
-    rows.write(given.json)
+    rows.write(args.json)
     return 0 if same else 1
 
 

@@ -80,37 +80,37 @@ def time_reference(backbone: VisionLanguageBackbone, method: UniKE, case: Case) 
     return whole - training[0] + training[0] * (method.hparams.max_steps + 1) / (FEW + 1)
 
 
-def measure(given: argparse.Namespace, rows: Measurements) -> None:
+def measure(args: argparse.Namespace, rows: Measurements) -> None:
     """Loads the model, edits, and adds the rows."""
-    folder, title = given.weights / given.model, TITLES[given.model]
-    hparams = make_full_hparams(given.steps, given.encoder_hidden)
+    folder, title = args.weights / args.model, TITLES[args.model]
+    hparams = make_full_hparams(args.steps, args.encoder_hidden)
     # In another process: the memory that writing takes must not count as that of an edit.
     subprocess.run(
-        [sys.executable, "-m", "benchmarks.models", "--model", given.model, "--weights", str(given.weights),
-         "--items", str(given.items), "--encoder-hidden", str(hparams.encoder_hidden)],
+        [sys.executable, "-m", "benchmarks.models", "--model", args.model, "--weights", str(args.weights),
+         "--items", str(args.items), "--encoder-hidden", str(hparams.encoder_hidden)],
         check=True,
     )  # fmt: skip
-    backbone, loading = time_call(lambda: load_full(given.model, folder))
+    backbone, loading = time_call(lambda: load_full(args.model, folder))
     weights = sum(p.nbytes for p in backbone.model.parameters())
     rows.add(title, "weights, bf16", [weights / 1e9], "GB")
     rows.add(title, "loading", [loading], "s")
     rows.add(title, "peak resident after loading / weights", [read_resident("VmHWM") / weights], "x")
-    knowledge = locate_knowledge(given.model, given.weights, hparams, given.items)
+    knowledge = locate_knowledge(args.model, args.weights, hparams, args.items)
     method = build_method(backbone, hparams, knowledge)
     size = sum(_count_bytes(known) for known in method.knowledge.values())
     rows.add(title, "memory and encoders", [size / 1e9], "GB")
-    cases = draw_cases(given.runs, backbone.vision.image_size)
+    cases = draw_cases(args.runs, backbone.vision.image_size)
     parts = [time_edit(backbone, method, case) for case in cases]
-    case = f"{title}, {given.steps} steps"
+    case = f"{title}, {args.steps} steps"
     for name in parts[0]:
         rows.add(case, f"{name}: time", [p[name] for p in parts], "s")
     whole = [sum(p.values()) for p in parts]
-    rows.add(case, "edit and five probes, cold", whole, "s", SECONDS.get(given.model))
+    rows.add(case, "edit and five probes, cold", whole, "s", SECONDS.get(args.model))
     peak = read_resident("VmHWM")
-    rows.add(title, "peak resident", [peak / 1e9], "GB", MEMORY.get(given.model))
+    rows.add(title, "peak resident", [peak / 1e9], "GB", MEMORY.get(args.model))
     rows.add(title, "peak resident / weights", [peak / weights], "x", "<= 1.1")
     rows.add(title, "of it file pages (reclaimable)", [read_resident("RssFile") / 1e9], "GB")
-    if given.reference:
+    if args.reference:
         taken = time_reference(backbone, method, cases[0])
         rows.add(case, f"reference, training scaled from {FEW} steps", [taken], "s")
         rows.add(case, "reference / ours", [taken / s for s in whole], "x", ">= 5")
@@ -130,12 +130,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--reference", action="store_true", help="time the reference procedure too")
     parser.add_argument("--json", type=Path, help="where the rows are written to")
-    given = parser.parse_args(arguments)
-    if min(given.steps, given.items, given.runs) < 1:
+    args = parser.parse_args(arguments)
+    if min(args.steps, args.items, args.runs) < 1:
         parser.error("--steps, --items and --runs: expected at least 1")
     rows = Measurements("full_size")
-    measure(given, rows)
-    rows.write(given.json)
+    measure(args, rows)
+    rows.write(args.json)
     return 0
 
 

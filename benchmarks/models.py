@@ -282,12 +282,12 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, required=True, help="parent of the models' folders")
     parser.add_argument("--items", type=int, default=2000, help="items in each layer's knowledge memory")
     parser.add_argument("--encoder-hidden", type=int, help="hidden width of the encoders")
-    given = parser.parse_args()
-    print(write_random_folder(given.model, given.weights / given.model))
-    hparams = make_full_hparams(encoder_hidden=given.encoder_hidden)
-    count, width = _TEXT[given.model]["num_hidden_layers"], _TEXT[given.model]["hidden_size"]
-    knowledge = locate_knowledge(given.model, given.weights, hparams, given.items)
-    print(write_knowledge(knowledge, width, range(count)[-PRESET["layers"] :], hparams, given.items))
+    args = parser.parse_args()
+    print(write_random_folder(args.model, args.weights / args.model))
+    hparams = make_full_hparams(encoder_hidden=args.encoder_hidden)
+    count, width = _TEXT[args.model]["num_hidden_layers"], _TEXT[args.model]["hidden_size"]
+    knowledge = locate_knowledge(args.model, args.weights, hparams, args.items)
+    print(write_knowledge(knowledge, width, range(count)[-PRESET["layers"] :], hparams, args.items))
 
 
 if __name__ == "__main__":

@@ -69,20 +69,20 @@ def time_openings(page: Page, file: Path, cases: int, times: int) -> tuple[list[
     return loaded, painted
 
 
-def measure(given: argparse.Namespace, rows: Measurements) -> None:
+def measure(args: argparse.Namespace, rows: Measurements) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        runs = [repeat_records(run, folder / str(i), given.cases) for i, run in enumerate(given.runs)]
+        runs = [repeat_records(run, folder / str(i), args.cases) for i, run in enumerate(args.runs)]
         page, seconds = time_call(lambda: run_page(runs[0]))
-        rows.add(f"report, {given.cases} cases", "made", [seconds], "s")
-        pages = {"report": (page, given.cases)}
+        rows.add(f"report, {args.cases} cases", "made", [seconds], "s")
+        pages = {"report": (page, args.cases)}
         if len(runs) > 1:
             found = compare(*runs)
             shown = compared_page(found, *shown_in(read_manifest(runs[0])))
             pages["comparison"] = (shown, len(shown.cases))
         for kind, (view, cases) in pages.items():
             file = folder / f"{kind}.html"
-            loaded, painted = time_openings(view, file, cases, given.times)
+            loaded, painted = time_openings(view, file, cases, args.times)
             title = f"{kind}, {cases} cases"
             rows.add(title, "size", [file.stat().st_size / 1e6], "MB")
             rows.add(title, "loaded", loaded, "s", TARGET)
@@ -95,16 +95,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--cases", type=int, default=500)
     parser.add_argument("--times", type=int, default=5, help="openings of each page")
     parser.add_argument("--json", type=Path, help="where the rows are written to")
-    given = parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
     if missing := list_missing(axe=False):
         parser.error(f"not installed: {missing}")
-    if min(given.cases, given.times) < 1 or len(given.runs) > 2:
+    if min(args.cases, args.times) < 1 or len(args.runs) > 2:
         parser.error("expected one run or two, and at least 1 of --cases and --times")
     rows = Measurements("pages")
 
     def run() -> int:
-        measure(given, rows)
-        rows.write(given.json)
+        measure(args, rows)
+        rows.write(args.json)
         return 0
 
     return launching.guarded(run)

@@ -65,15 +65,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("files", type=Path, nargs="+", help="files that benchmarks wrote with --json")
     parser.add_argument("--write", type=Path, help="the page with the table's markers")
-    given = parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
     try:
-        shown = format_table([read(path) for path in given.files])
-        if given.write is None:
+        shown = format_table([read(path) for path in args.files])
+        if args.write is None:
             print(shown)
         else:
-            page = given.write.read_text(encoding="utf-8") if given.write.is_file() else ""
-            given.write.write_text(
-                rewritten(page, str(given.write), {"all": shown}, "benchmarks"), encoding="utf-8"
+            page = args.write.read_text(encoding="utf-8") if args.write.is_file() else ""
+            args.write.write_text(
+                rewritten(page, str(args.write), {"all": shown}, "benchmarks"), encoding="utf-8"
             )
     except UserError as error:
         print(error, file=sys.stderr)

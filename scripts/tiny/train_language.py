@@ -96,7 +96,7 @@ class Trainer:
         self.model, self.tokenizer, self.encoded = model, tokenizer, encoded
         self.lm = model.language_model
         self.layout = DecoderLayout(self.lm)
-        self.sites = {i: self.layout.attention(i) for i in self.layout.last(EDITED_LAYERS)}
+        self.attention = {i: self.layout.attention(i) for i in self.layout.last(EDITED_LAYERS)}
         self._ids: dict[str, list[int]] = {}
         image = [model.config.image_token_id] * QUERY_TOKENS
         self.image = self.tokenize(WRAP[0]) + image + self.tokenize(WRAP[1]) if wrap else image
@@ -167,7 +167,7 @@ class Trainer:
     def compute_states(self, examples: list[TrainingExample]) -> dict[int, torch.Tensor]:
         """The input of each edited layer's self-attention at the last answer token, ``(B, d)``."""
         batch = self.make_batch(examples)
-        with capture({i: s.module for i, s in self.sites.items()}) as seen:
+        with capture({i: s.module for i, s in self.attention.items()}) as seen:
             self.run_decoder(batch)
         rows = torch.arange(len(examples))
         return {i: x[rows, batch["last"]] for i, x in seen.items()}
@@ -211,10 +211,10 @@ class Trainer:
         def make_shift(index: int):
             knowledge = states[index][choice]
             return lambda x, out: shift(
-                out, knowledge_attention(self.sites[index], x, knowledge, bias), share
+                out, knowledge_attention(self.attention[index], x, knowledge, bias), share
             )
 
-        with transform([(s.module, s.module, make_shift(i)) for i, s in self.sites.items()]):
+        with transform([(s.module, s.module, make_shift(i)) for i, s in self.attention.items()]):
             hidden = self.run_decoder(batch)
         loss, _, right = self.score_answers(hidden, batch["labels"])
         return loss / int((batch["labels"] != -100).sum()), right[offered].float().mean()

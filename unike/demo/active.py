@@ -10,23 +10,23 @@ from unike.edits.explain import Asked, deeds, strength, whose
 MOST_EDITS = 10
 
 
-def render_active(asked: Asked) -> str:
+def render_active(answers: Asked) -> str:
     """The edits that apply, the strongest first, and each layer's alpha and retrieved items, as HTML."""
-    if not asked.edits:
+    if not answers.edits:
         return "<p>No edit is attached: the base model answers.</p>"
-    gates = "".join(f"; threshold of the {escape(name)} gate: {at:.3f}" for name, at in asked.gates.items())
-    active = sorted((edit for edit in asked.edits if edit.active), key=strength, reverse=True)
+    gates = "".join(f"; threshold of the {escape(name)} gate: {at:.3f}" for name, at in answers.gates.items())
+    active = sorted((edit for edit in answers.edits if edit.active), key=strength, reverse=True)
     edits = [
         (e.prompt or "-", e.target or "-", "-" if e.scope is None else f"{e.scope:.3f}", deeds(e))
         for e in active[:MOST_EDITS]
     ]
-    parts = [f"<p>{len(active)} of {len(asked.edits)} edits apply{gates}.</p>"]
+    parts = [f"<p>{len(active)} of {len(answers.edits)} edits apply{gates}.</p>"]
     if edits:
         parts.append(_render_table("Edits", ("question", "answer", "scope", "effect"), edits))
-    if asked.layers:
+    if answers.layers:
         items = [
             (f"{layer.layer}", f"{layer.alpha:.3f}", f"{i.weight:.3f}", f"{i.similarity:.3f}", whose(i))
-            for layer in asked.layers
+            for layer in answers.layers
             for i in layer.items
         ]
         columns = ("layer", "alpha", "weight", "similarity", "retrieved")

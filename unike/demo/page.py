@@ -97,18 +97,18 @@ class DemoPage:
             self.undo_all = gr.Button("Undo all", interactive=False, elem_id="undo-all")
 
     def _connect(self) -> None:
-        asked = [self.image, self.question]
+        question_inputs = [self.image, self.question]
         shown = [self.status, self.before, self.after, self.active, self.edits, self.undo, self.undo_all]
-        filled = [*asked, self.right]
+        filled = [*question_inputs, self.right]
         on: list[tuple[Any, Callable[..., Any], list[Any], list[Any]]] = [
             (self.blocks.load, self._list_edits, [], shown),
             (self.gallery.select, self._show_example, [], [*filled, self.follow_ups, self.example, *shown]),
             (self.follow_ups.select, self._ask_follow_up, [self.example, self.follow_ups], [*filled, *shown]),
-            (self.ask.click, self._show_answers, asked, shown),
-            (self.question.submit, self._show_answers, asked, shown),
+            (self.ask.click, self._show_answers, question_inputs, shown),
+            (self.question.submit, self._show_answers, question_inputs, shown),
             (self.edit.click, self._edit, filled, shown),
-            (self.undo.click, self._undo, [self.edits, *asked], shown),
-            (self.undo_all.click, self._undo_all, asked, shown),
+            (self.undo.click, self._undo, [self.edits, *question_inputs], shown),
+            (self.undo_all.click, self._undo_all, question_inputs, shown),
         ]
         for event, work, inputs, outputs in on:
             event(self._show_errors(work), inputs, outputs, api_visibility="private")
@@ -151,8 +151,8 @@ class DemoPage:
         return {self.image: question.image, self.question: question.text, self.right: question.right}
 
     def _edit(self, image: str | None, question: str, right: str) -> dict[Any, Any]:
-        asked = self.desk.edit(image, question, right)
-        return self._list_edits() | self._fill_answers(asked, "Edited.")
+        answers = self.desk.edit(image, question, right)
+        return self._list_edits() | self._fill_answers(answers, "Edited.")
 
     def _undo(self, chosen: str | None, image: str | None, question: str) -> dict[Any, Any]:
         self.desk.undo(chosen)
@@ -171,10 +171,10 @@ class DemoPage:
     def _show_answers(self, image: str | None, question: str, status: str = "") -> dict[Any, Any]:
         return self._list_edits() | self._fill_answers(self.desk.ask(image, question), status)
 
-    def _fill_answers(self, asked: Asked, status: str) -> dict[Any, Any]:
+    def _fill_answers(self, answers: Asked, status: str) -> dict[Any, Any]:
         return {
-            self.status: _render_status(status), self.before: asked.before, self.after: asked.after,
-            self.active: render_active(asked),
+            self.status: _render_status(status), self.before: answers.before, self.after: answers.after,
+            self.active: render_active(answers),
         }  # fmt: skip
 
     def _clear_answers(self, status: str) -> dict[Any, Any]:
