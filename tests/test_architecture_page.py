@@ -33,6 +33,12 @@ def test_the_order_of_the_table_is_that_of_the_rule() -> None:
     assert tuple(architecture.ROOMS) == tuple(filter(None, ORDER))
 
 
+def test_the_order_for_contributors_is_that_of_the_rule() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    (order,) = re.findall(r"in this order: (.*?)\. Put", text, re.S)
+    assert tuple(re.findall(r"`(\w+)`", order)) == tuple(filter(None, ORDER))
+
+
 def test_the_arrows_are_those_that_the_rule_reads() -> None:
     found: dict[str, set[str]] = {room: set() for room in architecture.ROOMS}
     for path in (p for p in PYTHON if p.startswith("unike/")):

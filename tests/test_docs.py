@@ -60,6 +60,28 @@ def test_a_broken_link_is_seen(tmp_path: Path) -> None:
     assert broken_links(page) == ["#another", "nowhere.md"]
 
 
+# Files that a page names in code, with their folder; those of a run, a user or a model are not ours.
+NAMED = re.compile(
+    r"`((?:unike|scripts|tests|benchmarks|notebooks|docs|hparams)/[\w./-]+\.(?:py|md|ipynb|yaml))`"
+)
+USERS = {"hparams/my_tables.yaml"}
+
+
+def lost_files(text: str) -> list[str]:
+    """The files of the project that a text names and that do not exist."""
+    return sorted(name for name in set(NAMED.findall(text)) - USERS if not (ROOT / name).is_file())
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_files_that_a_page_names_exist(page: Path) -> None:
+    assert lost_files(page.read_text(encoding="utf-8")) == []
+
+
+def test_a_file_that_moved_is_noticed() -> None:
+    text = "see `unike/retrieval.py`, `unike/types.py` and `hparams/my_tables.yaml`"
+    assert lost_files(text) == ["unike/retrieval.py"]
+
+
 def test_the_reference_is_that_of_the_dataclass() -> None:
     assert reference.PAGE.read_text(encoding="utf-8") == reference.render_page()
     assert reference.main(["--check"]) == 0
