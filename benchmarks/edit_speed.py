@@ -37,7 +37,7 @@ from unike.edits import Edit
 from unike.evaluation.protocols import one_step, one_step_many
 from unike.evaluation.reader import Reader
 from unike.methods import build
-from unike.methods.base import edit_many, edited_layers
+from unike.methods.base import resolve_layers
 from unike.methods.unike import UniKE
 from unike.types import FIVE_METRICS, Case, UserError
 
@@ -119,7 +119,7 @@ class OurModes:
         """Logits at each probe's answer positions, case by case: before the edit, then after it."""
         if batched:
             with torch.enable_grad():
-                edits = edit_many(self.method, self.backbone, [c.request for c in cases], self.prefixes)
+                edits = self.method.edit_many(self.backbone, [c.request for c in cases], self.prefixes)
         else:
             with torch.enable_grad():
                 edits = [self.method.edit(self.backbone, c.request, self.prefixes) for c in cases]
@@ -241,7 +241,7 @@ def make_wide_setup(args: argparse.Namespace) -> TimedSetup:
     """Random weights, ``--steps`` steps an edit."""
     backbone = make_wide_backbone()
     hparams = HyperParams.from_dict({**PRESET, "max_steps": args.steps, "stop_loss": 0.0})
-    layers = edited_layers(hparams, backbone)
+    layers = resolve_layers(hparams, backbone)
     method = build(hparams, draw_knowledge(backbone, layers, hparams))
     assert isinstance(method, UniKE)
     count = (args.rounds + 1) * args.batch

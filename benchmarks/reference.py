@@ -24,7 +24,7 @@ from unike.backbones.hooks import capture
 from unike.backbones.vlm import VisionLanguageBackbone
 from unike.edits import EditRecord, LayerShare, RoutedEdit
 from unike.knowledge.patch import KeyValuePatch
-from unike.methods.patching import OwnStates, fresh_patches
+from unike.methods.patching import OwnStates, draw_patches
 from unike.methods.unike import UniKE
 from unike.types import Case, Query
 
@@ -116,7 +116,7 @@ class Reference:
         self.whole.open([case.request.query, *queries])
         before = [self.compute_logits(q) for q in queries]
         states = self.compute_own_states(case.request.query)
-        patches = fresh_patches(self.backbone, case.request, states, self.hparams, self.method.knowledge)
+        patches = draw_patches(self.backbone, case.request, states, self.hparams, self.method.knowledge)
         for patch in patches.values():
             patch.keys.data.mul_(1 + nudge)
         shares = {i: LayerShare(s.sem, s.pos) for i, s in states.items()}
@@ -202,7 +202,7 @@ def _make_keys_forward(linear: Any, keys: nn.Parameter, bias: nn.Parameter | Non
 
 def _make_values_forward(linear: Any, patch: KeyValuePatch) -> Any:
     def forward(x: torch.Tensor) -> torch.Tensor:
-        values = patch.edited_values().T.to(linear.weight.dtype)
+        values = patch.edited_values.T.to(linear.weight.dtype)
         return F.linear(x, torch.cat([linear.weight, values], dim=1), linear.bias)
 
     return forward

@@ -18,7 +18,7 @@ from unike.backbones.prefix import PrefixCache
 from unike.backbones.vlm import VisionLanguageBackbone
 from unike.config.hparams import HyperParams
 from unike.methods import build
-from unike.methods.base import Knowledge, edit_many, edited_layers
+from unike.methods.base import Knowledge, resolve_layers
 from unike.types import EditRequest
 
 WIDTH, FEW, MANY, SIDE = 1024, 2, 12, 2048
@@ -38,14 +38,14 @@ class Steps:
     def __init__(self, backbone: VisionLanguageBackbone, requests: Sequence[EditRequest]) -> None:
         self.backbone, self.requests = backbone, requests
         plain = HyperParams.from_dict(PRESET)
-        layers = edited_layers(plain, backbone)
+        layers = resolve_layers(plain, backbone)
         self.knowledge: Knowledge = draw_knowledge(backbone, layers, plain)
         self.prefixes = PrefixCache(backbone, layers[0])
         self.prefixes.state([r.query for r in requests])
 
     def take(self, count: int) -> None:
         hparams = HyperParams.from_dict({**PRESET, "max_steps": count, "stop_loss": 0.0})
-        edit_many(build(hparams, self.knowledge), self.backbone, self.requests, self.prefixes)
+        build(hparams, self.knowledge).edit_many(self.backbone, self.requests, self.prefixes)
 
     def time_step(self) -> float:
         """Seconds of one step: the time that further steps add to an edit."""

@@ -18,7 +18,7 @@ from unike.config.hparams import HyperParams
 from unike.datasets.mmedit import VQA_TEMPLATE
 from unike.datasets.triplets import Triplet, triplets_of
 from unike.evaluation.metrics import bootstrap_interval
-from unike.methods import build
+from unike.methods import build, resolve_needs
 from unike.methods.preparation.knowledge import extract_states, find_knowledge, load_states
 from unike.report.paper import published
 from unike.report.paper.figures import Answer, Cell, Example, Interval, Point, Space, Sweep, require
@@ -154,7 +154,7 @@ def check_spaces(hparams: HyperParams, layer: int | None, size: int | None) -> N
         make_data.ensure(hparams, ("val",))
     inputs.require(
         lambda: read_held_out_triplets(hparams, size),
-        lambda: inputs.wants_triplets(hparams) and inputs.knowledge_triplets(hparams),
+        lambda: inputs.wants_triplets(hparams, resolve_needs(hparams)) and inputs.knowledge_triplets(hparams),
     )
 
 
@@ -169,7 +169,8 @@ def compute_spaces(
         raise UserError(f"--layer: {layer}; {hparams.source} edits {', '.join(map(str, layers))}")
     at = layers[-1] if layer is None else layer
     runs.prepare(hparams, backbone, layers)
-    triplets = inputs.knowledge_triplets(hparams) if inputs.wants_triplets(hparams) else ()
+    wanted = inputs.wants_triplets(hparams, resolve_needs(hparams))
+    triplets = inputs.knowledge_triplets(hparams) if wanted else ()
     folder = find_knowledge(hparams, backbone, triplets)
     encoders = load_states(folder, backbone.device)[1][at]
     held_out = read_held_out_triplets(hparams, size)

@@ -22,9 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from unike import runs
 from unike.backbones import Backbone, load_backbone
 from unike.config.hparams import HyperParams
-from unike.methods import build, needs_knowledge
-from unike.methods.base import needs_scope
-from unike.methods.preparation.editors import find_editor, learns, wants_cases
+from unike.methods import MethodNeeds, build, resolve_needs
+from unike.methods.preparation.editors import find_editor, wants_cases
 from unike.methods.preparation.knowledge import find_knowledge
 from unike.methods.preparation.scope import find_scope_classifier
 from unike.report.terminal import as_text
@@ -54,9 +53,9 @@ def load(hparams: HyperParams) -> Backbone:
     return backbone
 
 
-def train_editor(hparams: HyperParams, skip_broken: bool) -> int:
+def train_editor(hparams: HyperParams, needs: MethodNeeds, skip_broken: bool) -> int:
     """Loads the editor, or trains it; the exit code."""
-    if not processes.first(lambda: wants_cases(hparams)):
+    if not processes.first(lambda: wants_cases(hparams, needs)):
         if processes.is_main():
             print(f"editor: {find_editor(hparams)}")
         return 0
@@ -78,9 +77,10 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
         return launching.launch(args.num_processes, main, argv)
     processes.join(hparams.device)
     processes.in_turn(lambda: inputs.require_backbone(hparams))
-    if learns(hparams):
-        return train_editor(hparams, args.skip_broken)
-    if not needs_knowledge(hparams):
+    needs = resolve_needs(hparams)
+    if needs.training:
+        return train_editor(hparams, needs, args.skip_broken)
+    if not needs.knowledge:
         raise UserError(f"{hparams.source}: method: {hparams.method} with these options needs no knowledge")
     backbone = load(hparams)
     triplets = processes.in_turn(lambda: inputs.knowledge_triplets(hparams, skip_broken=args.skip_broken))
@@ -92,7 +92,7 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
     index: dict[str, Any] = json.loads((folder / "knowledge.json").read_text(encoding="utf-8"))
     print(as_text(make_fit_table(index["fit"], f"{len(triplets)} triplets")))
     print(f"memory and encoders: {folder}")
-    if needs_scope(hparams):
+    if needs.scope:
         kept = Path(str(find_scope_classifier(hparams)))
         learnt = json.loads((kept / "scope.json").read_text(encoding="utf-8"))
         for size, shares in learnt["held_out"].items():

@@ -13,7 +13,7 @@ import pytest
 from helpers import Project
 
 from unike.editor import MultimodalEditor
-from unike.edits.explain import Asked
+from unike.edits.explain import Explanation
 from unike.edits.store import EditStore
 
 ROOT = Path(__file__).parents[1]
@@ -32,7 +32,7 @@ def command(project: Project, *arguments: str) -> subprocess.CompletedProcess[st
 
 
 @pytest.fixture(scope="module")
-def kept(blip2_project: Project, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Asked]:
+def kept(blip2_project: Project, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Explanation]:
     """A store with two edits, and what the editor that made them says."""
     editor = MultimodalEditor.from_hparams(blip2_project.yaml, progress=False)
     folder = tmp_path_factory.mktemp("kept") / "edits"
@@ -47,7 +47,9 @@ def kept(blip2_project: Project, tmp_path_factory: pytest.TempPathFactory) -> tu
     return folder, editor.ask(str(blip2_project.data / "0.png"), prompt)
 
 
-def test_the_command_says_what_the_editor_says(blip2_project: Project, kept: tuple[Path, Asked]) -> None:
+def test_the_command_says_what_the_editor_says(
+    blip2_project: Project, kept: tuple[Path, Explanation]
+) -> None:
     folder, asked = kept
     picture = str(blip2_project.data / "0.png")
     done = command(blip2_project, "--edits", str(folder), "--image", picture, "--json", "what is it?")
@@ -72,7 +74,7 @@ BAD: list[tuple[list[str], str]] = [
 
 @pytest.mark.parametrize(("arguments", "line"), BAD, ids=[line for _, line in BAD])
 def test_bad_input_is_one_line_before_anything_is_loaded(
-    blip2_project: Project, kept: tuple[Path, Asked], arguments: list[str], line: str,
+    blip2_project: Project, kept: tuple[Path, Explanation], arguments: list[str], line: str,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     def load(*_: Any) -> None:
@@ -88,7 +90,9 @@ def test_bad_input_is_one_line_before_anything_is_loaded(
     assert line in told
 
 
-def test_an_edit_of_another_backbone_is_refused(minigpt4_project: Project, kept: tuple[Path, Asked]) -> None:
+def test_an_edit_of_another_backbone_is_refused(
+    minigpt4_project: Project, kept: tuple[Path, Explanation]
+) -> None:
     done = command(minigpt4_project, "--edits", str(kept[0]), "what is it?")
     assert done.returncode == 2
     (line,) = [text for text in done.stderr.splitlines() if text.startswith("error: ")]

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from worlds import BASE, COLORS, World, query
 
-from unike.backbones.hooks import capture, tape
+from unike.backbones.base import Backbone
+from unike.backbones.hooks import capture, tape, transform
 from unike.config.hparams import HyperParams
 from unike.editor import MultimodalEditor
 from unike.edits import Edit
-from unike.edits.explain import Active, Asked
+from unike.edits.activity import Activity
+from unike.edits.base import Inspection
+from unike.edits.content import Content, Shared
+from unike.edits.explain import EditReport, Explanation, describe_activity
 from unike.methods.preparation.knowledge import load_states, save_items, save_knowledge
 from unike.types import UserError
 
@@ -29,14 +35,14 @@ def editor(world: World) -> Iterator[MultimodalEditor]:
     made._slot.put(())
 
 
-def asked_under(editor: MultimodalEditor, *edits: Edit, i: int = 0, top: int = 5) -> Asked:
+def asked_under(editor: MultimodalEditor, *edits: Edit, i: int = 0, top: int = 5) -> Explanation:
     editor._slot.put(())
     for edit in edits:
         editor.attach(edit)
     return editor.ask(query(i).image, PROMPT, top)
 
 
-def only(asked: Asked) -> Active:
+def only(asked: Explanation) -> EditReport:
     (active,) = asked.edits
     return active
 
@@ -167,6 +173,73 @@ def test_edits_of_all_kinds_are_told_in_their_order(world: World, editor: Multim
     edits = [world.edit(row, i) for i, row in enumerate(rows)]
     asked = asked_under(editor, *edits)
     assert [(e.id, e.method) for e in asked.edits] == [(f"e{i}", row[0]) for i, row in enumerate(rows)]
+
+
+class OwnKind(Edit):
+    """A kind of edit that somebody else wrote: all states of the last layer, moved a little."""
+
+    kind = "own"
+
+    def __init__(self, name: str, by: float) -> None:
+        self.id, self.by, self.info = name, by, {}
+
+    @contextmanager
+    def applied(self, backbone: Backbone) -> Iterator[None]:
+        last = backbone.layout.layer(len(backbone.layout) - 1)
+        with transform([(last, last, lambda _, output: output + self.by)]):
+            yield
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return {}
+
+    def joined(self, other: Edit) -> Edit | None:
+        return None
+
+    def packed(self) -> Content:
+        return Content({}, {})
+
+    @classmethod
+    def unpacked(cls, content: Content, backbone: Backbone, shared: Shared) -> Edit:
+        return cls("mine", 0.0)
+
+
+class TalkingKind(OwnKind):
+    """It says what it did."""
+
+    kind = "talking"
+
+    def describe_prompt(self, inspection: Inspection) -> tuple[Activity, ...]:
+        return (Activity(self.by > 1, scope=0.25, notes=(f"moved by {self.by}",)),)
+
+
+def test_a_kind_of_ones_own_is_reported_too(world: World, editor: MultimodalEditor) -> None:
+    """What it did is unknown unless it says so; the edits beside it are reported as ever."""
+    edits = [
+        OwnKind("mute", 2.0),
+        world.edit(("unike", {})),
+        TalkingKind("loud", 2.0),
+        TalkingKind("low", 0.5),
+    ]
+    asked = asked_under(editor, *edits)
+    assert [e.id for e in asked.edits] == ["mute", "e0", "loud", "low"]
+    mute, unike, loud, low = asked.edits
+    assert (mute.active, mute.method, mute.scope) == (True, None, None)
+    assert describe_activity(mute) == "active, unknown: this kind of edit does not say what it did"
+    assert describe_activity(loud) == "moved by 2.0"
+    assert describe_activity(low) == "inactive\nmoved by 0.5"
+    assert (loud.active, low.active, low.scope) == (True, False, 0.25)
+    assert unike.neurons
+    assert asked.layers
+    assert asked.to_dict()["edits"][0]["notes"] == mute.notes
+
+
+def test_two_scope_classifiers_have_a_gate_each(world: World, editor: MultimodalEditor) -> None:
+    row = ("unike", {"scope_gate": "nearest", "scope_threshold": 0.9})
+    one, other = world.edit(row, 0), world.edit(row, 3)
+    other.routing = replace(other.routing, scope_threshold=0.8)
+    asked = asked_under(editor, one, other)
+    assert asked.gates == {"cosine": 0.9, "cosine 2": 0.8}
+    assert asked.edits[0].scope == pytest.approx(1, abs=1e-4)
 
 
 # ---------------------------------------------------------------- what items are of

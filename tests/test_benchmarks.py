@@ -9,6 +9,7 @@ from functools import partial
 
 import pytest
 import torch
+from untouched import hook_count
 from worlds import World, case
 
 from benchmarks import edit_speed, full_size, models, report
@@ -16,7 +17,6 @@ from benchmarks.kinks import find_kink
 from benchmarks.measuring import Measurement, Measurements
 from benchmarks.reference import Reference, WholeModel, concatenate_patches
 from benchmarks.step_profile import Steps, profile_steps
-from unike.backbones.hooks import hook_count
 from unike.config.hparams import HyperParams
 from unike.methods import build
 from unike.methods.unike import UniKE

@@ -21,7 +21,8 @@ from unike.demo import __main__ as command
 from unike.demo.active import render_active
 from unike.demo.desk import FOLLOW_UPS, MOST_CHARACTERS, Desk
 from unike.editor import MultimodalEditor
-from unike.edits.explain import Active, Asked, Item, Layer
+from unike.edits.activity import LayerRetrieval, RetrievedItem
+from unike.edits.explain import EditReport, Explanation
 from unike.runs.inputs import open_datasets
 from unike.types import UserError
 
@@ -166,13 +167,15 @@ class Tags(HTMLParser):
         self.text += data
 
 
-def asked(text: str) -> Asked:
-    item = Item(0.5, 0.25, None, 7, text, text)
+def asked(text: str) -> Explanation:
+    item = RetrievedItem(0.5, 0.25, None, 7, text, text)
     edits = (
-        Active("fox", "unike", text, text, True, 0.75, shown=(text,)),
-        Active("off", None, None, None, False),
+        EditReport("fox", "unike", text, text, True, 0.75, shown=(text,)),
+        EditReport("off", None, None, None, False),
     )
-    return Asked(None, text, text, text, text, edits, (Layer(3, 0.125, 1, (item,)),), {"scope": 0.5})
+    return Explanation(
+        None, text, text, text, text, edits, (LayerRetrieval(3, 0.125, 1, (item,)),), {"scope": 0.5}
+    )
 
 
 def test_what_was_active_is_shown() -> None:
@@ -183,7 +186,7 @@ def test_what_was_active_is_shown() -> None:
         "what is it?",
         "0.750",
         "0.125",
-        "item 7 of the bank",
+        "item 7 of the knowledge memory",
     ):
         assert part in text
     assert "No edit is attached" in render_active(replace(asked("x"), edits=(), layers=()))

@@ -28,7 +28,6 @@ from unike.editor import MultimodalEditor
 from unike.edits import Edit, PromptEdit, RoutedEdit, files
 from unike.edits.content import digest
 from unike.edits.files import CARD, INDEX, TENSORS, read_edit
-from unike.methods.base import edit_many, shared_parts
 from unike.types import Query, UserError
 
 SCOPED = ("unike", {"scope_gate": "nearest", "scope_halves": "both", "memory": "edit", "alpha": 0.5})
@@ -46,7 +45,7 @@ def logits(world: World, edit: Edit) -> torch.Tensor:
 
 
 def loaded(world: World, folder: Path, row: tuple[str, dict]) -> Edit:
-    return Edit.load(folder, world.backbone, **vars(shared_parts(world.method(*row))))
+    return Edit.load(folder, world.backbone, **vars(world.method(*row).get_shared_parts()))
 
 
 # ---------------------------------------------------------------- what is saved comes back
@@ -93,7 +92,7 @@ def test_edits_of_all_kinds_together(world: World, tmp_path) -> None:
         edit = world.edit(row, i % len(COLORS))
         whole = edit if whole is None else whole | edit
     whole.save(tmp_path / "all")
-    parts = vars(shared_parts(world.method("unike", {}))) | {"network": world.learnt["serac"].network}
+    parts = vars(world.method("unike", {}).get_shared_parts()) | {"network": world.learnt["serac"].network}
     again = Edit.load(tmp_path / "all", world.backbone, **parts)
     assert torch.equal(logits(world, again), logits(world, whole))
     assert again.origins == whole.origins
@@ -101,7 +100,7 @@ def test_edits_of_all_kinds_together(world: World, tmp_path) -> None:
 
 def test_edits_made_side_by_side_say_what_they_were_made_from(world: World, tmp_path) -> None:
     method = world.method("unike", {})
-    edits = edit_many(method, world.backbone, [case(i).request for i in (0, 1)], world.prefixes(method))
+    edits = method.edit_many(world.backbone, [case(i).request for i in (0, 1)], world.prefixes(method))
     assert [edit.id for edit in edits] == ["e0", "e1"]
     (origin,) = edits[1].origins
     assert (origin.prompt, origin.target, origin.method) == ("what is it?", "a fox", "unike")
@@ -195,7 +194,7 @@ def refused(world: World, folder: Path, *words: str, **shared: Any) -> None:
     """Loading ends with one line, and the model is as before."""
     before, hooks = snapshot(world.backbone)
     with pytest.raises(UserError) as caught:
-        Edit.load(folder, world.backbone, **(shared or vars(shared_parts(world.method("unike", {})))))
+        Edit.load(folder, world.backbone, **(shared or vars(world.method("unike", {}).get_shared_parts())))
     (line,) = caught.value.problems
     assert all(word in line for word in words), line
     assert "\n" not in line

@@ -9,9 +9,9 @@ import pytest
 import torch
 from helpers import Project
 from PIL import Image
+from untouched import hook_count
 
 from unike.backbones.base import encode_queries
-from unike.backbones.hooks import hook_count
 from unike.config.hparams import HyperParams
 from unike.datasets.mmedit import CaptionDataset, CapVQADataset, VQADataset
 from unike.editor import METRIC_KEYS, MultimodalEditor, _Given

@@ -9,17 +9,18 @@ import torch
 from helpers import diverging
 from original_files import FAMILIES, make_spec
 from PIL import Image
-from untouched import assert_untouched, weights_of
+from untouched import assert_untouched, hook_count, weights_of
 
 from unike.backbones import load_backbone
 from unike.backbones.base import Batch, answer_loss, encode_queries
-from unike.backbones.hooks import hook_count
 from unike.backbones.prefix import PrefixCache
 from unike.backbones.vlm import VisionLanguageBackbone
 from unike.config.hparams import HyperParams
 from unike.datasets.triplets import Triplet
-from unike.edits import RoutedEdit, compose
+from unike.edits import RoutedEdit, compose, shares
+from unike.edits.content import digest
 from unike.edits.deltas import WeightDelta
+from unike.knowledge.memory import KnowledgeMemory
 from unike.knowledge.scope import ScopeEncoder, ScopeMeasure
 from unike.methods.base import build
 from unike.methods.preparation.knowledge import build_knowledge, make_knowledge
@@ -69,10 +70,10 @@ class World:
             self.backbone, self.triplets, [4, 5], hparams
         )
 
-    def method(self, setting: str, **changes):
+    def method(self, setting: str, scope_seed: int = 0, **changes):
         hparams = HyperParams.from_dict({**BASE, **SETTINGS[setting], **changes})
         known = make_knowledge(self.states, self.encoders, hparams)
-        torch.manual_seed(0)
+        torch.manual_seed(scope_seed)
         # Untrained: what the gate measures with is another matter than what it does.
         encoder = ScopeEncoder(self.backbone.layout.width, 16, 8, 2).eval().requires_grad_(False)
         known[4] = replace(known[4], scope=ScopeMeasure(encoder, {1: 0.9}))
@@ -134,7 +135,7 @@ def test_the_base_is_whole_after_an_exception_in_the_middle(world: World, settin
 def test_the_base_is_whole_when_making_the_edit_fails(world: World, monkeypatch) -> None:
     backbone = world.backbone
     before, hooks = weights_of(backbone), hook_count(backbone.model)
-    monkeypatch.setattr("unike.methods.training._judged", diverging(float("nan")))
+    monkeypatch.setattr("unike.methods.training._score_rows", diverging(float("nan")))
     for setting in ("paper", "ft"):
         with pytest.raises(FloatingPointError, match="nan after 0 steps"):
             world.edit(setting)
@@ -220,6 +221,49 @@ def test_composed_edits_are_both_in_force(world: World, setting: str) -> None:
     for edit in (first, second):
         with edit.applied(backbone):
             assert not torch.equal(backbone.suffix(state), together)
+
+
+def test_edits_of_two_scope_classifiers_stay_apart(world: World) -> None:
+    """As one edit, the first would be found by the other's classifier with its own key."""
+    backbone, first = world.backbone, world.edit("trained", 0)
+    other = world.edit("trained", 1, scope_seed=1)
+    assert first.needs()["scope"] != other.needs()["scope"]
+    both = first | other
+    assert [part.kind for part in both.parts] == ["routed", "routed"]
+    assert first.together([first, other]) is None
+    with both.applied(backbone):
+        for i, part in enumerate(both.parts):
+            world.logits(encode_queries(backbone, [query(i)]))
+            assert part.scopes.item() == pytest.approx(1, abs=1e-5)
+    alike = first | world.edit("trained", 1)
+    assert isinstance(alike, RoutedEdit)
+    assert len((both | alike).parts) == 2, "each joins its like, wherever that stands"
+
+
+def test_edits_of_two_memories_stay_apart(world: World) -> None:
+    """Of equal length, and with equal encoders."""
+    first, other = world.edit("paper", 0), world.edit("paper", 1)
+    assert isinstance(first | other, RoutedEdit)
+    bank = other.knowledge[5].bank
+    changed = KnowledgeMemory(bank.keys, bank.values.flip(0))
+    other.knowledge = {**other.knowledge, 5: replace(other.knowledge[5], bank=changed)}
+    assert [part.kind for part in (first | other).parts] == ["routed", "routed"]
+    assert first.together([first, other]) is None
+
+
+def test_joining_many_edits_takes_few_checksums(world: World, monkeypatch) -> None:
+    """One for each object that edits share; none where it is the same object."""
+    taken = []
+    monkeypatch.setattr(shares, "digest", lambda tensors: taken.append(1) or digest(tensors))
+    edits = [replace(world.edit("trained", 0, alpha="adaptive")) for _ in range(2)]
+    assert edits[0].knowledge[4] is not edits[1].knowledge[4]
+    whole = compose([edits[i % 2] for i in range(50)])
+    assert len(whole.records) == 50
+    # Of two layers and one scope classifier, twice.
+    assert len(taken) == 2 * 3
+    again = compose([edits[0]] * 50)
+    assert len(again.records) == 50
+    assert len(taken) == 2 * 3
 
 
 def test_a_later_weight_delta_starts_from_the_former(world: World) -> None:

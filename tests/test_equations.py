@@ -133,7 +133,7 @@ def test_patched_network_is_the_network_with_more_pairs(act, width, n, tokens, b
     patch.zeta.copy_(zeta)
     x = randn(tokens, width, seed=4)
     extra = naive.edited_values(patch.values, beta, zeta, patch.zeta_projection)
-    assert_close(patch.edited_values(), torch.tensor(extra, dtype=torch.float64), **DOUBLE)
+    assert_close(patch.edited_values, torch.tensor(extra, dtype=torch.float64), **DOUBLE)
     expected = naive.memory_network(
         x,
         naive.rows(network.first.weight) + naive.rows(patch.keys.T),
@@ -231,7 +231,7 @@ def test_keys_started_at_queries_answer_their_own_with_one(width, n, tokens, gat
             assert own == pytest.approx(1, abs=off)
         if not gated:
             assert_close(patch.bias.detach(), torch.full((n,), QUERY_BIAS))
-            own = patch.scores(queries)[0, 0].item()
+            own = patch.pairs.scores(queries)[0, 0].item()
             assert own == pytest.approx(1 + QUERY_BIAS, abs=off)
         if n > tokens:
             assert torch.equal(patch.keys[:, 0], patch.keys[:, tokens]) == (noise == 0.0)

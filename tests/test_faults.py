@@ -14,15 +14,13 @@ import pytest
 import torch
 from helpers import Project
 from test_run_edit import errors, start
-from untouched import assert_untouched, weights_of
+from untouched import assert_untouched, hook_count, weights_of
 
 from benchmarks.kill import read_comparable
 from unike import runs
 from unike.backbones import load_backbone
-from unike.backbones.hooks import hook_count
 from unike.config.hparams import HyperParams
-from unike.evaluation import protocols
-from unike.methods import training
+from unike.methods import EditMethod, training
 from unike.runs import inputs
 from unike.runs.records import RECORDS, SUMMARY, RecordWriter, read_records
 from unike.types import Case, UserError
@@ -241,7 +239,7 @@ def test_a_picture_that_vanishes_in_a_sequence(
 
 def diverging_for(parts: runs.Parts, target: str, value: float) -> Callable[..., Any]:
     """Judges as ever, but the loss of the edit with this target becomes ``value``."""
-    judged, wanted = training._judged, parts.backbone.tokenizer(f" {target}", add_special_tokens=False)
+    judged, wanted = training._score_rows, parts.backbone.tokenizer(f" {target}", add_special_tokens=False)
 
     def judge(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         losses, right = judged(logits, labels)
@@ -260,7 +258,7 @@ def test_a_loss_that_is_no_number_fails_its_edit_alone(
 ) -> None:
     weights, hooks = weights_of(parts.backbone), hook_count(parts.backbone.model)
     target = str(cases[1].request.query.target)
-    monkeypatch.setattr(training, "_judged", diverging_for(parts, target, value))
+    monkeypatch.setattr(training, "_score_rows", diverging_for(parts, target, value))
     summary = run(changed(parts, edit_batch_size=size), cases, tmp_path / "run")
     assert (summary["n"], summary["failed"], summary["interrupted"]) == (3, 1, False)
     records = read_records(tmp_path / "run")
@@ -292,7 +290,7 @@ FULL: dict[str, Callable[[], Any]] = {
 
 def forgetful(fits: Callable[[Sequence[str]], bool], fail: Callable[[], Any]) -> tuple[Any, list[int]]:
     """An ``edit_many`` that runs out of memory for the requests that don't fit."""
-    edit_many, sizes = protocols.edit_many, []
+    edit_many, sizes = EditMethod.edit_many, []
 
     def edit(method: Any, backbone: Any, requests: Any, prefixes: Any) -> Any:
         sizes.append(len(requests))
@@ -307,7 +305,7 @@ def forgetful(fits: Callable[[Sequence[str]], bool], fail: Callable[[], Any]) ->
 def test_out_of_memory_halves_the_batch(parts, cases, tmp_path, monkeypatch, kind: str) -> None:
     run(changed(parts, edit_batch_size=2), cases, tmp_path / "twos")
     edit, sizes = forgetful(lambda ids: len(ids) <= 2, FULL[kind])
-    monkeypatch.setattr(protocols, "edit_many", edit)
+    monkeypatch.setattr(EditMethod, "edit_many", edit)
     summary = run(changed(parts, edit_batch_size=4), cases, tmp_path / "run")
     assert sizes == [4, 2, 2]
     assert (summary["n"], summary["failed"]) == (4, 0)
@@ -316,7 +314,7 @@ def test_out_of_memory_halves_the_batch(parts, cases, tmp_path, monkeypatch, kin
 
 def test_out_of_memory_alone_fails_the_edit_and_the_run_goes_on(parts, cases, tmp_path, monkeypatch) -> None:
     edit, sizes = forgetful(lambda ids: "vqa-2" not in ids, FULL["cpu"])
-    monkeypatch.setattr(protocols, "edit_many", edit)
+    monkeypatch.setattr(EditMethod, "edit_many", edit)
     summary = run(changed(parts, edit_batch_size=4), cases, tmp_path / "run")
     assert sizes == [4, 2, 2, 1, 1]
     assert (summary["n"], summary["failed"]) == (3, 1)
@@ -343,7 +341,7 @@ def test_other_errors_are_not_taken_for_full_memory(parts, cases, tmp_path, monk
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
     edit, sizes = forgetful(lambda ids: False, bug)
-    monkeypatch.setattr(protocols, "edit_many", edit)
+    monkeypatch.setattr(EditMethod, "edit_many", edit)
     with pytest.raises(RuntimeError, match="shapes cannot"):
         run(parts, cases, tmp_path / "run")
     assert sizes == [1]

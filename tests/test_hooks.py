@@ -5,10 +5,11 @@ import torch
 from reference import tiny_model
 from torch import nn
 from torch.testing import assert_close
+from untouched import hook_count
 
-from unike.backbones.hooks import capture, first_tensor, hook_count, inputs_of, replace_first, transform
+from unike.backbones.hooks import capture, first_tensor, inputs_of, replace_first, transform
 from unike.backbones.layout import DecoderLayout
-from unike.knowledge.patch import KeyValuePatch, Opened, PatchStack
+from unike.knowledge.patch import KeyValuePatch, OpenEdits, PatchStack
 
 X = torch.arange(12.0).reshape(2, 6) / 12
 
@@ -306,11 +307,11 @@ def test_a_stack_is_the_sum_of_its_open_patches(gated):
     assert_close(stack(queries), each[0] + each[1] + each[2])
     assert not stack(queries).requires_grad
     gates = torch.tensor([[True, False, True], [False, True, False]])
-    got = stack(queries, Opened.of(gates))
+    got = stack(queries, OpenEdits.of(gates))
     assert_close(got[0], (each[0] + each[2])[0])
     assert_close(got[1], each[1][1])
-    assert not stack(queries, Opened.of(torch.zeros(2, 3, dtype=torch.bool))).any()
-    assert stack(queries.half(), Opened.of(gates)).dtype == torch.float16
+    assert not stack(queries, OpenEdits.of(torch.zeros(2, 3, dtype=torch.bool))).any()
+    assert stack(queries.half(), OpenEdits.of(gates)).dtype == torch.float16
 
 
 @pytest.mark.parametrize("gated", [False, True])

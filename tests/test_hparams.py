@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from unike.config import combined
 from unike.config.hparams import OPTIONS, HyperParams, UniKEHyperParams
 from unike.config.release import read_edited_layers
-from unike.config.schema import Section, own_options
+from unike.config.schema import Section, list_own_options
 from unike.config.sections import SECTIONS, EncoderOptions
 from unike.types import BACKBONES, METRIC_PRESETS, TRACKERS, BackboneSpec, UserError
 
@@ -259,15 +259,15 @@ def test_every_option_is_described():
 def test_hyper_parameters_are_every_section_and_each_option_is_in_one():
     whole = [value for value in vars(combined).values() if isinstance(value, type)]
     assert all(issubclass(HyperParams, section) for section in [*SECTIONS, *whole])
-    assert sum(len(own_options(section)) for section in SECTIONS) == len(OPTIONS)
-    assert not any(own_options(section) for section in set(whole) - set(SECTIONS) - {Section})
+    assert sum(len(list_own_options(section)) for section in SECTIONS) == len(OPTIONS)
+    assert not any(list_own_options(section) for section in set(whole) - set(SECTIONS) - {Section})
 
 
 def test_a_section_alone_checks_its_values_and_names_their_source():
     made = EncoderOptions(encoder_lr="1e-3", seed=3)
     assert (made.encoder_lr, made.encoder_steps, made.seed) == (1e-3, 2000, 3)
-    assert made.get_values(EncoderOptions).keys() == own_options(EncoderOptions).keys()
-    assert "seed" not in own_options(EncoderOptions)
+    assert made.get_values(EncoderOptions).keys() == list_own_options(EncoderOptions).keys()
+    assert "seed" not in list_own_options(EncoderOptions)
     assert problems_of(EncoderOptions, encoder_lr=0, encoder_steps="x", source="f.yaml") == (
         "f.yaml: encoder_lr: expected a number above 0, got int 0",
         "f.yaml: encoder_steps: expected a whole number at least 0, got str 'x'",

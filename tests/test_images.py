@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from unike.datasets import images
-from unike.datasets.images import ImageStore, image_path, open_image
+from unike.datasets.images import image_path, open_image
 from unike.types import UserError
 
 
@@ -167,59 +167,3 @@ def test_a_lazily_opened_truncated_pil_image_names_its_file(picture):
 def test_decompression_bomb(picture, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
     assert str(picture) in one_problem(picture)
-
-
-def test_the_store_decodes_each_picture_once(picture, monkeypatch):
-    opened = []
-
-    def counting(source, root=None):
-        opened.append(source)
-        return open_image(source, root)
-
-    monkeypatch.setattr(images, "open_image", counting)
-    store = ImageStore(picture.parent)
-    assert not opened
-    assert store.get("picture.png") is store.get(picture) is store.get(str(picture))
-    assert len(opened) == len(store) == 1
-    image = Image.new("L", (1, 1))
-    assert store.get(image).mode == "RGB"
-    assert len(store) == 1
-
-
-def test_the_store_searches_its_roots_in_order(tmp_path):
-    for folder, color in (("one", "red"), ("two", "blue")):
-        (tmp_path / folder).mkdir()
-        Image.new("RGB", (1, 1), color).save(tmp_path / folder / f"{folder}.png")
-        Image.new("RGB", (1, 1), color).save(tmp_path / folder / "both.png")
-    store = ImageStore([tmp_path / "one", tmp_path / "two"])
-    assert store.get("both.png").getpixel((0, 0)) == (255, 0, 0)
-    assert store.get("two.png").getpixel((0, 0)) == (0, 0, 255)
-    assert store.path("gone.png") == tmp_path / "one" / "gone.png"
-    with pytest.raises(UserError, match=r"gone\.png"):
-        store.get("gone.png")
-    with pytest.raises(UserError):
-        store.get("")
-    with pytest.raises(UserError):
-        store.get(None)
-
-
-def test_the_store_forgets_the_least_recently_used(tmp_path):
-    for name in "abc":
-        Image.new("RGB", (1, 1)).save(tmp_path / f"{name}.png")
-    store = ImageStore(tmp_path, capacity=2)
-    first, second = store.get("a.png"), store.get("b.png")
-    assert store.get("a.png") is first
-    store.get("c.png")
-    assert len(store) == 2
-    assert store.get("a.png") is first
-    assert store.get("b.png") is not second
-    with pytest.raises(UserError, match="capacity"):
-        ImageStore(tmp_path, capacity=0)
-
-
-def test_a_failure_is_not_cached(tmp_path):
-    store = ImageStore(tmp_path)
-    with pytest.raises(UserError):
-        store.get("late.png")
-    Image.new("RGB", (1, 1)).save(tmp_path / "late.png")
-    assert store.get("late.png").size == (1, 1)

@@ -19,11 +19,10 @@ from helpers import OPTIONS, Project, record, save_pictures
 from original_files import FILES, LAVIS, make_spec
 from ours import LIMIT, PROMPTS, TARGET, answers, pictures, pixels
 from safetensors.torch import load_file
-from untouched import assert_untouched, weights_of
+from untouched import assert_untouched, hook_count, weights_of
 
 from unike.backbones import load_backbone
 from unike.backbones.checking import check_spec, require_files
-from unike.backbones.hooks import hook_count
 from unike.config.hparams import HyperParams
 from unike.runs.check import versions
 from unike.types import BackboneSpec, UserError

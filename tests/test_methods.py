@@ -16,7 +16,7 @@ from unike.backbones.base import answer_loss, encode_queries
 from unike.config.hparams import HyperParams
 from unike.evaluation.protocols import one_step
 from unike.evaluation.reader import Reader
-from unike.methods import base, build, methods
+from unike.methods import build, list_methods, register
 from unike.types import Query, UserError
 
 ROOT = Path(__file__).parents[1]
@@ -35,7 +35,7 @@ def world(request: pytest.FixtureRequest, worlds: dict[str, World], monkeypatch)
 
 
 def test_every_registered_method_is_held_to_the_contract() -> None:
-    assert methods() == sorted(SETTINGS)
+    assert list_methods() == sorted(SETTINGS)
 
 
 @each_row
@@ -146,7 +146,7 @@ def test_answers_read_by_the_protocol_are_the_whole_models(world: World, row) ->
 
 def test_a_name_is_registered_once() -> None:
     with pytest.raises(ValueError, match="'ft' is registered already"):
-        base.register("ft")(lambda *_: None)  # type: ignore[arg-type, return-value]
+        register("ft")(lambda *_: None)  # type: ignore[arg-type, return-value]
 
 
 def test_an_unknown_method_is_named_with_its_neighbour() -> None:

@@ -13,16 +13,15 @@ from helpers import Project
 from original_files import FAMILIES, make_spec
 from PIL import Image
 from transformers import Blip2ForConditionalGeneration
+from untouched import hook_count
 
 from unike.backbones import huggingface, loading, placement
 from unike.backbones.base import encode_queries
-from unike.backbones.hooks import hook_count
 from unike.backbones.loading import load_backbone
 from unike.backbones.placement import check_placement, device_map, pick_device, quantization_config
 from unike.backbones.prefix import PrefixCache
 from unike.config.hparams import HyperParams
-from unike.methods import build
-from unike.methods.base import check_method, edited_layers
+from unike.methods import build, check_method, resolve_layers
 from unike.runs import check
 from unike.runs.inputs import require_backbone
 from unike.system import processes
@@ -147,10 +146,10 @@ def test_a_folder_and_original_files_load_with_a_device_map(blip2_project: Proje
 
 def test_layers_that_were_not_meant_to_be_edited_may_lie_elsewhere(monkeypatch) -> None:
     backbone = load_backbone(make_spec("blip2"))
-    assert edited_layers(HyperParams.from_dict(OPTIONS), backbone) == [4, 5]
+    assert resolve_layers(HyperParams.from_dict(OPTIONS), backbone) == [4, 5]
     monkeypatch.setattr(type(backbone), "device", torch.device("cuda"))
     with pytest.raises(UserError, match=r"layers: \[4, 5\] lie on another device than the embeddings"):
-        edited_layers(HyperParams.from_dict(OPTIONS), backbone)
+        resolve_layers(HyperParams.from_dict(OPTIONS), backbone)
 
 
 # ---------------------------------------------------------------- what can't be had

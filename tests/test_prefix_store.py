@@ -113,7 +113,7 @@ def test_the_least_recently_asked_go_first(plain):
     asked = [replace(queries()[0], prompt=f"what is {word}?") for word in ("red", "big", "old")]
     whole = PrefixCache(plain, FIRST)
     whole.state(asked)
-    cache = PrefixCache(plain, FIRST, max_bytes=whole._bytes - 1)
+    cache = PrefixCache(plain, FIRST, max_bytes=whole._rows.size - 1)
     cache.state(asked[:2])
     cache.state(asked[:1])
     cache.state(asked[2:])

@@ -146,7 +146,7 @@ def test_an_edit_that_diverges_is_marked_failed_and_the_next_one_works(backbone,
     reader = Reader(backbone, PrefixCache(backbone, maker.layers(backbone)[0]))
     before = {k: v.clone() for k, v in backbone.model.state_dict().items()}
     with monkeypatch.context() as patched:
-        patched.setattr("unike.methods.training._judged", diverging(float("inf")))
+        patched.setattr("unike.methods.training._score_rows", diverging(float("inf")))
         record = one_step(backbone, maker, one, reader)
     assert record["status"] == "failed"
     assert "inf after 0 steps" in record["error"]

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from unike.knowledge import index as retrieval
 from unike.knowledge.disk import DiskPairs
 from unike.knowledge.index import IndexedMemory, RamPairs, check_faiss, open_memory
-from unike.knowledge.memory import GrowingMemory, JoinedMemory, KnowledgeMemory
+from unike.knowledge.memory import JoinedMemory, KnowledgeMemory
 from unike.types import UserError
 
 pytest.importorskip("faiss")
@@ -147,32 +147,15 @@ def test_appended_items_are_found_at_once():
     assert [stop for _, stop in spans[:-1]] == [start for start, _ in spans[1:]]
 
 
-def test_a_growing_memory_is_the_memory_of_all_its_items():
-    keys, values = pairs(200)
-    memory, queries = GrowingMemory(keys[:1], values[:1]), randn(3, WIDTH, seed=4)
-    kept = []
-    for i in range(1, 200):
-        memory.append(keys[i : i + 1], values[i : i + 1])
-        kept.append(memory.first(i))
-    whole = KnowledgeMemory(keys, values)
-    assert torch.equal(memory.retrieve(queries, K).states, whole.retrieve(queries, K).states)
-    for i, former in enumerate(kept[:120:17], start=0):
-        count = 1 + 17 * i
-        assert len(former) == count
-        assert torch.equal(former.keys, keys[:count])
-        assert torch.equal(former.values, values[:count])
-    assert torch.equal(keys, pairs(200)[0]), "what was given is left alone"
-    with pytest.raises(ValueError, match="201 items"):
-        memory.first(201)
-
-
 def test_appending_copies_nothing_that_is_there():
-    memory = GrowingMemory(*pairs(10))
-    memory.append(*pairs(1))
-    before = memory.keys.data_ptr()
-    memory.append(*pairs(5))
-    assert memory.keys.data_ptr() == before
-    assert len(memory) == 16
+    keys, values = pairs(10)
+    kept = RamPairs(keys, values)
+    kept.append(*pairs(1))
+    before = kept.keys.data_ptr()
+    kept.append(*pairs(5))
+    assert kept.keys.data_ptr() == before
+    assert len(kept) == 16
+    assert torch.equal(keys, pairs(10)[0]), "what was given is left alone"
 
 
 # ---------------------------------------------------------------- masks

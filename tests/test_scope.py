@@ -28,7 +28,7 @@ from unike.knowledge.scope import (
     scope_shares,
     similarities,
 )
-from unike.methods.base import check_method
+from unike.methods import check_method
 from unike.methods.preparation.scope import (
     INSIDE,
     OUTSIDE,

@@ -8,7 +8,7 @@ import pytest
 
 from unike.config.combined import KnowledgeKeyOptions
 from unike.config.hparams import HyperParams
-from unike.config.schema import own_options
+from unike.config.schema import list_own_options
 from unike.config.sections import EditorTrainingOptions, ScopeTrainingOptions
 from unike.datasets.triplets import Triplet
 from unike.methods.preparation import editors, knowledge, scope
@@ -83,5 +83,5 @@ def test_the_key_of_knowledge_is_what_it_was() -> None:
 def test_a_section_holds_its_own_options_and_those_that_it_takes(section: type, names: set[str]) -> None:
     held = {name for name in dir(section(seed=1)) if not name.startswith("_")}
     assert names <= held
-    assert "seed" not in own_options(section)
+    assert "seed" not in list_own_options(section)
     assert "k" not in held

@@ -19,6 +19,7 @@ from unike.backbones import load_backbone
 from unike.config.hparams import HyperParams
 from unike.datasets.answers import normalise_answer
 from unike.evaluation.protocols import one_step
+from unike.methods import resolve_needs
 from unike.runs import inputs
 
 ROOT = Path(__file__).parents[1]
@@ -124,7 +125,7 @@ def test_unike_corrects_the_tiny_backbone(world: World, task: str) -> None:
 def test_knowledge_is_shipped_for_the_shipped_weights(world: World) -> None:
     folder = Path(str(world.hparams.knowledge_dir))
     assert json.loads((folder / "knowledge.json").read_text())["backbone"] == world.backbone.fingerprint
-    assert not inputs.wants_triplets(world.hparams)
+    assert not inputs.wants_triplets(world.hparams, resolve_needs(world.hparams))
     root = Path(world.hparams.name)
     sizes = {p.relative_to(root): p.stat().st_size for p in root.rglob("*") if p.is_file()}
     learnt = sum(size for path, size in sizes.items() if path.parts[0] == "editors")

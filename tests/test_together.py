@@ -10,13 +10,14 @@ from test_methods import IDS, ROWS
 from worlds import BASE, World, case, query
 
 from unike.backbones.base import encode_queries
+from unike.backbones.prefix import _key
 from unike.config.hparams import HyperParams
 from unike.evaluation.protocols import one_step, one_step_many
 from unike.evaluation.reader import Reader
 from unike.knowledge.batching import OwnedMemory, Owners
-from unike.knowledge.memory import Growing, KnowledgeMemory
+from unike.knowledge.memory import GrowingRows, KnowledgeMemory
 from unike.knowledge.scope import ScopeEncoder, ScopeMeasure
-from unike.methods import base, build
+from unike.methods import build
 from unike.types import Case, Query
 
 # Adam makes steps of the rounding of gradients that are nearly nothing; a step is 2e-2 here.
@@ -49,7 +50,7 @@ def test_edits_made_together_are_those_made_alone(world: World, row) -> None:
     prefixes = world.prefixes(method)
     requests = [c.request for c in CASES]
     alone = [method.edit(world.backbone, r, prefixes) for r in requests]
-    together = base.edit_many(method, world.backbone, requests, prefixes)
+    together = method.edit_many(world.backbone, requests, prefixes)
     for one, other in zip(alone, together, strict=True):
         assert one.info.get("steps") == other.info.get("steps")
         assert one.state_dict().keys() == other.state_dict().keys()
@@ -67,7 +68,7 @@ def test_edits_made_together_are_those_made_alone(world: World, row) -> None:
 def test_rows_asked_together_answer_as_under_their_own_edit(world: World, row) -> None:
     method, backbone = world.method(*row), world.backbone
     prefixes = world.prefixes(method)
-    edits = base.edit_many(method, backbone, [c.request for c in CASES[:3]], prefixes)
+    edits = method.edit_many(backbone, [c.request for c in CASES[:3]], prefixes)
     together = edits[0].together(edits)
     if row[1].get("ft_target") == "projection":
         assert edits[0].changes_prefix(backbone, prefixes.first)
@@ -114,12 +115,13 @@ def test_one_that_diverges_leaves_the_others_what_they_are(world: World) -> None
     prefixes = world.prefixes(method)
     requests = [c.request for c in CASES]
     state = prefixes.state([requests[1].query])
-    fine = base.edit_many(method, backbone, [requests[i] for i in (0, 2, 3)], prefixes)
-    spoilt = next(r for k, r in prefixes._rows.items() if torch.equal(r.labels, state.labels[0]))
+    fine = method.edit_many(backbone, [requests[i] for i in (0, 2, 3)], prefixes)
+    spoilt = prefixes._rows.get(_key(requests[1].query))
+    assert torch.equal(spoilt.labels, state.labels[0])
     kept = spoilt.hidden.clone()
     try:
         spoilt.hidden.fill_(float("nan"))
-        mixed = base.edit_many(method, backbone, requests, prefixes)
+        mixed = method.edit_many(backbone, requests, prefixes)
     finally:
         spoilt.hidden.copy_(kept)
     assert isinstance(mixed[1], FloatingPointError)
@@ -140,7 +142,7 @@ def test_a_trained_measure_opens_each_row_for_its_own_edit_alone(world: World) -
     known = dict(plain.knowledge)  # type: ignore[attr-defined]
     known[4] = replace(known[4], scope=measure)
     method = build(hparams, known)
-    edits = base.edit_many(method, world.backbone, [c.request for c in CASES], world.prefixes(method))
+    edits = method.edit_many(world.backbone, [c.request for c in CASES], world.prefixes(method))
     together = edits[0].together(edits)
     queries = [query(i) for i in range(4)]
     with together.applied(world.backbone, torch.arange(4)):
@@ -190,12 +192,12 @@ def test_an_owned_item_is_found_by_its_row_alone(items: int) -> None:
 
 
 def test_rows_grow_without_moving_what_is_there() -> None:
-    first = Growing(torch.zeros(1, 2))
+    first = GrowingRows(torch.zeros(1, 2))
     chain = [first]
     for i in range(1, 9):
         chain.append(chain[-1].extended(torch.full((1, 2), float(i))))
     other = chain[3].extended(torch.full((2, 2), -1.0))
     for count, grown in enumerate(chain, 1):
-        assert torch.equal(grown.rows[:, 0], torch.arange(float(count)))
-    assert other.rows[:, 0].tolist() == [0, 1, 2, 3, -1, -1]
-    assert chain[5].rows.data_ptr() == chain[6].rows.data_ptr()
+        assert torch.equal(grown.tensor[:, 0], torch.arange(float(count)))
+    assert other.tensor[:, 0].tolist() == [0, 1, 2, 3, -1, -1]
+    assert chain[5].tensor.data_ptr() == chain[6].tensor.data_ptr()

@@ -11,14 +11,15 @@ import torch
 from helpers import Project
 from original_files import FAMILIES
 from test_trained_methods import BASE, CASES, World, hparams, query
+from untouched import hook_count
 
 import run_edit
 from scripts import prepare
 from unike.backbones.base import encode_queries
-from unike.backbones.hooks import hook_count, tape
+from unike.backbones.hooks import tape
 from unike.backbones.prefix import PrefixCache
 from unike.methods.base import build
-from unike.methods.training import answer_gradients
+from unike.methods.training import compute_answer_gradients
 from unike.types import EditRequest
 
 EDITOR = {k: v for k, v in BASE.items() if k.startswith(("edit", "c_"))}
@@ -39,7 +40,7 @@ def test_an_untrained_mend_edits_with_the_normalised_gradient(world: World) -> N
     edit = method.edit(world.backbone, EditRequest("e", query(0)), prefixes)
     state = prefixes.state([query(0)])
     value = world.backbone.layout.ffn(5).value
-    inputs, outputs = answer_gradients(world.backbone, state, {"v": value})["v"]
+    inputs, outputs = compute_answer_gradients(world.backbone, state, {"v": value})["v"]
     left, right = edit.factors[5, "value"]
     torch.testing.assert_close(right.T @ left, -BASE["edit_scale"] * outputs.T @ inputs, atol=1e-6, rtol=1e-3)
 
@@ -152,7 +153,7 @@ def test_inputs_and_output_gradients_make_up_the_weights_gradient(family: str, t
     site = backbone.layout.ffn(4)
     modules = {f"key{j}": m for j, m in enumerate(site.keys)} | {"value": site.value}
     state = PrefixCache(backbone, 4).state([query(0)])
-    gradients = answer_gradients(backbone, state, modules)
+    gradients = compute_answer_gradients(backbone, state, modules)
     for key, module in modules.items():
         module.weight.requires_grad_(True)
         try:

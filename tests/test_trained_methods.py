@@ -12,17 +12,16 @@ import pytest
 import torch
 from original_files import FAMILIES, make_spec
 from PIL import Image
-from untouched import assert_untouched, weights_of
+from untouched import assert_untouched, hook_count, weights_of
 
 from unike.backbones import load_backbone
 from unike.backbones.base import Batch, encode_queries
-from unike.backbones.hooks import hook_count
 from unike.backbones.prefix import PrefixCache
 from unike.backbones.vlm import VisionLanguageBackbone
 from unike.config.hparams import HyperParams
 from unike.edits.deltas import LowRankDelta
 from unike.methods.base import build
-from unike.methods.meta_training import Lessons, TrainableMethod, edit_losses, meta_train
+from unike.methods.meta_training import Lessons, TrainableMethod, compute_edit_losses, meta_train
 from unike.methods.preparation.editors import ensure_editor, find_editor, load_editor
 from unike.types import Case, EditRequest, Probe, Query, UserError
 
@@ -278,7 +277,7 @@ def test_training_lowers_what_it_is_judged_by(world: World, name: str, tmp_path:
     assert progress.step == 12
     with torch.no_grad():
         lessons = Lessons(backbone, prefixes)
-        again = [method.validation(backbone, lessons.of(c), prefixes).item() for c in CASES]
+        again = [method.validation(backbone, lessons.adapt(c), prefixes).item() for c in CASES]
     assert sum(again) / len(again) == pytest.approx(progress.best)
     assert_untouched(backbone, before, hooks)
 
@@ -328,11 +327,11 @@ def test_an_editor_is_kept_under_its_weights_and_options(worlds, name: str, tmp_
 def test_an_edit_to_what_the_base_says_anyway_is_turned_round(worlds, monkeypatch) -> None:
     backbone = worlds["blip2"].backbone
     prefixes = PrefixCache(backbone, 4, batch=1)
-    assert Lessons(backbone, prefixes).of(CASES[0]) is CASES[0]
+    assert Lessons(backbone, prefixes).adapt(CASES[0]) is CASES[0]
     labels = prefixes.state([query(0)]).labels
     said = torch.nn.functional.one_hot(labels.roll(-1, 1).clamp(min=0)).float()
     monkeypatch.setattr(backbone, "suffix", lambda _: said)
-    turned = Lessons(backbone, prefixes).of(CASES[0])
+    turned = Lessons(backbone, prefixes).adapt(CASES[0])
     assert turned.request.query.target == "nothing"
     targets = {p.name: p.query.target for p in turned.probes}
     assert {targets[n] for n in ("reliability", "t_generality", "m_generality")} == {"nothing"}
@@ -342,7 +341,7 @@ def test_an_edit_to_what_the_base_says_anyway_is_turned_round(worlds, monkeypatc
 def test_locality_is_measured_on_answers_alone(world: World) -> None:
     backbone, edit = world.backbone, world.edit("mend")
     prefixes = world.prefixes("mend")
-    nll, change = edit_losses(backbone, edit, CASES[0], prefixes)
+    nll, change = compute_edit_losses(backbone, edit, CASES[0], prefixes)
     outside = [p.query for p in CASES[0].probes if p.name in ("t_locality", "m_locality")]
     rows = []
     for one in outside:

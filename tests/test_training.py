@@ -6,7 +6,7 @@ import pytest
 import torch
 from worlds import World, case
 
-from unike.methods import base, training
+from unike.methods import training
 from unike.methods.training import Limits, Trained, train
 
 WORDS, LIMITS = 7, Limits(lr=0.1, max_steps=40, stop_loss=0.3, clip_norm=0.5)
@@ -90,7 +90,7 @@ def test_a_row_that_arrives_early_is_left_as_it_was_and_the_others_go_on(
     }
     method = world.method(name, {**changes[name], "stop_loss": 100.0, "max_steps": 8, "lr": 2e-3})
     short = world.method(name, {**changes[name], "max_steps": max(1, step), "lr": 2e-3})
-    prefixes, judged, calls = world.prefixes(method), training._judged, []
+    prefixes, judged, calls = world.prefixes(method), training._score_rows, []
     requests = [case(0).request, case(1, "two red dogs there").request, case(2, "two dogs").request]
     alone = [method.edit(world.backbone, r, prefixes) for r in requests]
     early = short.edit(world.backbone, requests[1], prefixes) if step else None
@@ -102,8 +102,8 @@ def test_a_row_that_arrives_early_is_left_as_it_was_and_the_others_go_on(
         return losses, right
 
     with monkeypatch.context() as patched:
-        patched.setattr(training, "_judged", arrived)
-        together = base.edit_many(method, world.backbone, requests, prefixes)
+        patched.setattr(training, "_score_rows", arrived)
+        together = method.edit_many(world.backbone, requests, prefixes)
     assert [e.info["steps"] for e in together] == [8, step, 8]
     assert calls == [3] * (step + 1) + [2] * (8 - step)
     for one, other in ((alone[0], together[0]), (alone[2], together[2]), (early, together[1])):

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 
-from unike.backbones.hooks import hook_count
 from unike.backbones.vlm import VisionLanguageBackbone
+
+
+def hook_count(model: nn.Module) -> int:
+    """How many forward hooks the model carries: the same before and after an edit."""
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
 
 def weights_of(backbone: VisionLanguageBackbone) -> dict[str, torch.Tensor]:

@@ -12,17 +12,16 @@ import torch
 from original_files import make_spec
 from PIL import Image
 from todays import TODAY, save_folder, todays_spec
-from untouched import weights_of
+from untouched import hook_count, weights_of
 
 from unike.backbones import load_backbone
 from unike.backbones.base import encode_queries
-from unike.backbones.hooks import hook_count
 from unike.backbones.prefix import PrefixCache
 from unike.backbones.vlm import VisionLanguageBackbone
 from unike.config.hparams import HyperParams
 from unike.datasets.triplets import triplets_of
 from unike.edits import Edit
-from unike.methods import base, build, ike, needs_knowledge
+from unike.methods import base, build, ike, resolve_needs
 from unike.methods.meta_training import TrainableMethod, meta_train
 from unike.methods.preparation.knowledge import build_knowledge, make_knowledge
 from unike.types import METRICS, Case, EditRequest, Probe, Query
@@ -83,7 +82,7 @@ class World:
 
     def method(self, name: str, changes: dict) -> base.EditMethod:
         hparams = HyperParams.from_dict({**BASE, "method": name, **changes})
-        knowledge = make_knowledge(*self.built[:2], hparams) if needs_knowledge(hparams) else {}
+        knowledge = make_knowledge(*self.built[:2], hparams) if resolve_needs(hparams).knowledge else {}
         method = build(hparams, knowledge, lambda: self.train)
         if not isinstance(method, TrainableMethod):
             return method
@@ -112,7 +111,7 @@ def snapshot(backbone: VisionLanguageBackbone) -> tuple[dict[str, torch.Tensor],
 def world_of(family: str, worlds: dict[str, World], monkeypatch: pytest.MonkeyPatch) -> World:
     """The family's world, made once."""
     # The small decoders know few positions: less is left for the question.
-    monkeypatch.setattr(ike, "ASKING", 40)
+    monkeypatch.setattr(ike, "RESERVED_TOKENS", 40)
     if family not in worlds:
         worlds[family] = World(family)
     return worlds[family]

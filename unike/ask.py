@@ -17,7 +17,7 @@ from unike.config.hparams import HyperParams
 from unike.datasets.images import open_image
 from unike.datasets.mmedit import VQA_TEMPLATE
 from unike.editor import MultimodalEditor
-from unike.edits.explain import Active, Asked, deeds, strength, whose
+from unike.edits.explain import EditReport, Explanation, describe_activity, describe_item, rate_strength
 from unike.edits.store import EditStore
 from unike.runs.inputs import require, require_backbone
 from unike.system.text import one_line
@@ -88,7 +88,7 @@ def _chosen(folder: str, only: Sequence[str] | None) -> list[Path]:
 # ---------------------------------------------------------------- as a table
 
 
-def show(asked: Asked, top: int, console: Console | None = None) -> None:
+def show(asked: Explanation, top: int, console: Console | None = None) -> None:
     """Prints the answers, the edits that were active, and what was retrieved."""
     out = console or Console()
     for name, value in (("asked", asked.prompt), ("before", asked.before), ("after", asked.after)):
@@ -96,7 +96,7 @@ def show(asked: Asked, top: int, console: Console | None = None) -> None:
     if not asked.edits:
         out.print("no edit is attached")
         return
-    active = sorted((e for e in asked.edits if e.active), key=strength, reverse=True)
+    active = sorted((e for e in asked.edits if e.active), key=rate_strength, reverse=True)
     gates = "".join(f"; {name} gate opens at {at:.3f}" for name, at in asked.gates.items())
     out.print(Text(f"\n{len(active)} of {len(asked.edits)} edits could speak{gates}"))
     out.print(_edits(active[:top] or asked.edits[:top]))
@@ -104,18 +104,25 @@ def show(asked: Asked, top: int, console: Console | None = None) -> None:
         out.print(_items(asked))
 
 
-def _edits(edits: Sequence[Active]) -> Table:
+def _edits(edits: Sequence[EditReport]) -> Table:
     table = Table(box=box.SIMPLE_HEAD)
     for name in ("edit", "method", "its question", "its answer", "scope", "what it did"):
         table.add_column(name, justify="right" if name == "scope" else "left", overflow="fold")
     for edit in edits:
         scope = "-" if edit.scope is None else f"{edit.scope:.3f}"
-        texts = (edit.id, edit.method or "-", edit.prompt or "-", edit.target or "-", scope, deeds(edit))
+        texts = (
+            edit.id,
+            edit.method or "-",
+            edit.prompt or "-",
+            edit.target or "-",
+            scope,
+            describe_activity(edit),
+        )
         table.add_row(*map(Text, texts))
     return table
 
 
-def _items(asked: Asked) -> Table:
+def _items(asked: Explanation) -> Table:
     caption = "alpha: knowledge's share of attention; weight: the item's share of that"
     table = Table(box=box.SIMPLE_HEAD, caption=caption, caption_justify="left")
     for name in ("layer", "alpha", "weight", "similarity"):
@@ -124,6 +131,6 @@ def _items(asked: Asked) -> Table:
     for layer in asked.layers:
         for n, item in enumerate(layer.items):
             first = (str(layer.layer), f"{layer.alpha:.3f}") if n == 0 else ("", "")
-            texts = (*first, f"{item.weight:.3f}", f"{item.similarity:.3f}", whose(item))
+            texts = (*first, f"{item.weight:.3f}", f"{item.similarity:.3f}", describe_item(item))
             table.add_row(*map(Text, texts), end_section=n == len(layer.items) - 1)
     return table

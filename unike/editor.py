@@ -24,11 +24,11 @@ from unike.edits import Edit, compose
 from unike.edits.attached import EditedModel, Slot
 from unike.edits.base import load_edit
 from unike.edits.content import Shared
-from unike.edits.explain import Asked, ask
+from unike.edits.explain import Explanation, ask
 from unike.edits.files import read_edit
 from unike.evaluation.protocols import one_step
 from unike.evaluation.summary import summarise
-from unike.methods.base import EditMethod, shared_parts
+from unike.methods.base import EditMethod
 from unike.runs import inputs
 from unike.types import Case, EditRequest, Expectation, ImageLike, Probe, Query, UserError
 
@@ -43,21 +43,22 @@ Answer = tuple[list[dict[str, Any]], EditedModel, dict[str, Any]]
 Texts = str | Sequence[str]
 
 
-class _Keeper:
+class _Keeper(EditMethod):
     """A method that remembers the last edit it made."""
 
     def __init__(self, method: EditMethod) -> None:
-        self.method, self.hparams = method, method.hparams
+        super().__init__(method.hparams, method.knowledge)
+        self.method = method
         self.last: Edit | None = None
 
     def layers(self, backbone: Backbone) -> list[int]:
         return self.method.layers(backbone)
 
-    def edit(
-        self, backbone: Backbone, request: EditRequest, prefixes: PrefixCache, history: Edit | None = None
+    def _edit(
+        self, backbone: Backbone, request: EditRequest, prefixes: PrefixCache, history: Edit | None
     ) -> Edit:
         self.last = None
-        self.last = self.method.edit(backbone, request, prefixes, history)
+        self.last = self.method._edit(backbone, request, prefixes, history)
         return self.last
 
 
@@ -133,7 +134,7 @@ class MultimodalEditor:
         """
         return self._slot.generate(self.edits if edited else (), image, prompt, max_new_tokens)
 
-    def ask(self, image: ImageLike | None, prompt: str, top: int = 5) -> Asked:
+    def ask(self, image: ImageLike | None, prompt: str, top: int = 5) -> Explanation:
         """The answers before and after the attached edits, and what was active for this prompt.
 
         Of each layer's retrieved items the ``top`` most attended ones are told. UserError for a picture
@@ -148,7 +149,7 @@ class MultimodalEditor:
         """
         saved = read_edit(folder)
         saved.require(self.backbone)
-        shared = shared_parts(self.prepare().method) if saved.needs else Shared()
+        shared = self.prepare().method.get_shared_parts() if saved.needs else Shared()
         return load_edit(saved, self.backbone, shared)
 
     def edit(

@@ -42,7 +42,8 @@ from scripts.tiny.scenes import (
 from unike.backbones import Backbone, load_backbone
 from unike.config.hparams import HyperParams
 from unike.datasets.answers import normalise_answer
-from unike.methods.preparation.editors import learns, wants_cases
+from unike.methods import resolve_needs
+from unike.methods.preparation.editors import wants_cases
 from unike.types import UserError
 
 VERSION = 1
@@ -240,9 +241,8 @@ def ensure(
         )
     out = Path(hparams.image_root)
     kept = hparams.knowledge_dir is not None and (Path(hparams.knowledge_dir) / "knowledge.json").is_file()
-    if learns(hparams):
-        kept = True
-    kept = kept and not wants_cases(hparams)
+    needs = resolve_needs(hparams)
+    kept = (kept or needs.training) and not wants_cases(hparams, needs)
     wanted = splits or (("eval",) if kept else ("train", "eval"))
     if not _list_missing(out, wanted):
         return

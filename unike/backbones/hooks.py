@@ -112,7 +112,6 @@ def inputs_of(module: nn.Module, run: Callable[[], Any]) -> Inputs:
     raise RuntimeError(f"the forward pass never reached {type(module).__name__}")
 
 
-Before = Callable[[torch.Tensor], None]
 After = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -164,8 +163,3 @@ def marks(modules: Iterable[nn.Module]) -> list[tuple[int, ...]]:
         (len(m._forward_hooks) + len(m._forward_pre_hooks), *(id(p) for p in m._parameters.values()))
         for m in modules
     ]
-
-
-def hook_count(model: nn.Module) -> int:
-    """How many forward hooks the model carries: the same before and after an edit."""
-    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -15,6 +14,7 @@ from PIL import Image
 from unike.backbones.checkpoint_files import reading
 from unike.backbones.store import RowStore, row_key
 from unike.datasets.images import open_image
+from unike.system.cache import BoundedCache
 from unike.system.faults import give_back
 from unike.types import ImageLike, UserError
 
@@ -65,11 +65,10 @@ class FeatureCache:
         max_bytes: int = 1 << 29,
         store: RowStore | None = None,
     ) -> None:
-        self.compute, self.max_bytes, self.store = compute, max_bytes, store
+        self.compute, self.store = compute, store
         self.alone = False
         self.computed = 0
-        self._kept: OrderedDict[str, Parts] = OrderedDict()
-        self._bytes = 0
+        self._kept = BoundedCache[str, Parts](max_bytes, _nbytes)
 
     def seen(
         self,
@@ -80,7 +79,7 @@ class FeatureCache:
     ) -> list[Parts]:
         """What ``compute`` gives for each picture, on ``device``, or where it is computed."""
         keys = [content_key(i) for i in images]
-        found = {k: self._kept[k] for k in keys if k in self._kept}
+        found = {k: parts for k in keys if (parts := self._kept.get(k)) is not None}
         found.update(self._load([k for k in dict.fromkeys(keys) if k not in found], device))
         waiting = list({k: i for k, i in zip(keys, images, strict=True) if k not in found}.items())
         step = 1 if self.alone else batch
@@ -99,13 +98,12 @@ class FeatureCache:
         if waiting:
             give_back()
         for key in keys:
-            self._keep(key, found[key])
+            self._kept.put(key, found[key])
         return [found[k] for k in keys]
 
     def forget(self) -> None:
         """Empties the memory."""
         self._kept.clear()
-        self._bytes = 0
 
     def _load(self, keys: list[str], device: torch.device | None) -> dict[str, Parts]:
         if self.store is None or not keys:
@@ -116,15 +114,6 @@ class FeatureCache:
             for k in keys
             if row_key(k) in rows
         }
-
-    def _keep(self, key: str, seen: Parts) -> None:
-        if key not in self._kept:
-            self._bytes += _nbytes(seen)
-        self._kept[key] = seen
-        self._kept.move_to_end(key)
-        while self._bytes > self.max_bytes and len(self._kept) > 1:
-            _, old = self._kept.popitem(last=False)
-            self._bytes -= _nbytes(old)
 
 
 def _nbytes(parts: Parts) -> int:

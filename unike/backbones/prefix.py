@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -15,13 +13,16 @@ from unike.backbones.hooks import marks
 from unike.backbones.images import content_key
 from unike.backbones.store import RowStore, row_key
 from unike.config.sections import PrefixOptions
+from unike.system.cache import BoundedCache
 from unike.types import Query, UserError
 
 GB = 10**9
+# Image, prompt and target.
+QueryKey = tuple[str | None, str, str | None]
 
 
 @dataclass(frozen=True)
-class _Row:
+class _CachedRow:
     hidden: torch.Tensor
     labels: torch.Tensor
     question_end: int
@@ -36,7 +37,7 @@ class _Row:
         return own if self.positions is None else own | {"positions": self.positions}
 
     @classmethod
-    def of(cls, tensors: Mapping[str, torch.Tensor], device: torch.device) -> _Row:
+    def of(cls, tensors: Mapping[str, torch.Tensor], device: torch.device) -> _CachedRow:
         """The row whose ``tensors`` these are, on ``device``."""
         there = {name: tensor.to(device) for name, tensor in tensors.items() if name != "end"}
         return cls(question_end=int(tensors["end"]), **there)
@@ -64,11 +65,10 @@ class PrefixCache:
         store: RowStore | None = None,
         alone: bool = False,
     ) -> None:
-        self.backbone, self.first, self.max_bytes, self.batch = backbone, first, max_bytes, batch
+        self.backbone, self.first, self.batch = backbone, first, batch
         self.store, self.alone = store, alone
         self.computed = self.loaded = 0
-        self._rows: OrderedDict[Any, _Row] = OrderedDict()
-        self._bytes = 0
+        self._rows = BoundedCache[QueryKey, _CachedRow](max_bytes, lambda row: row.nbytes)
         self._below: list[torch.nn.Module] = []
         if store is not None:
             edited = (backbone.layout.layer(i).modules() for i in range(first, len(backbone.layout)))
@@ -82,9 +82,7 @@ class PrefixCache:
     def state(self, queries: Sequence[Query]) -> PrefixState:
         """The queries as one right-padded batch."""
         keys = [_key(q) for q in queries]
-        rows = {k: self._rows[k] for k in keys if k in self._rows}
-        for key in rows:
-            self._rows.move_to_end(key)
+        rows = {k: row for k in keys if (row := self._rows.get(k)) is not None}
         rows.update(self._load([k for k in dict.fromkeys(keys) if k not in rows]))
         todo = list({k: q for k, q in zip(keys, queries, strict=True) if k not in rows}.items())
         for start in range(0, len(todo), self.batch):
@@ -94,18 +92,18 @@ class PrefixCache:
             if self.store is not None and self._untouched():
                 self.store.put({row_key(k): row.tensors() for k, row in made.items()})
             for key, row in made.items():
-                self._keep(key, row)
+                self._rows.put(key, row)
         state = self._collate([rows[k] for k in keys])
         return replace(state, prompts=tuple(q.prompt for q in queries))
 
-    def _load(self, keys: Sequence[Any]) -> dict[Any, _Row]:
+    def _load(self, keys: Sequence[QueryKey]) -> dict[QueryKey, _CachedRow]:
         if self.store is None or not keys:
             return {}
         found, device, rows = self.store.get([row_key(k) for k in keys]), self.backbone.device, {}
         for key in keys:
             if (kept := found.get(row_key(key))) is not None:
-                rows[key] = _Row.of(kept, device)
-                self._keep(key, rows[key])
+                rows[key] = _CachedRow.of(kept, device)
+                self._rows.put(key, rows[key])
         self.loaded += len(rows)
         return rows
 
@@ -113,28 +111,21 @@ class PrefixCache:
         """Whether no edit lies on what the states come from; on disk a wrong one would outlive the run."""
         return marks(self._below) == self._marks
 
-    def _compute(self, queries: list[Query]) -> list[_Row]:
+    def _compute(self, queries: list[Query]) -> list[_CachedRow]:
         if self.alone and len(queries) > 1:
             return [row for query in queries for row in self._compute([query])]
         state = self.backbone.prefix(encode_queries(self.backbone, queries), self.first)
         lengths = state.attention_mask.sum(1).tolist()
         self.computed += len(queries)
         return [
-            _Row(
+            _CachedRow(
                 state.hidden[i, :n].clone(), state.labels[i, :n].clone(), int(state.question_end[i]),
                 None if state.positions is None else state.positions[i, :, :n].clone(),
             )
             for i, n in enumerate(lengths)
         ]  # fmt: skip
 
-    def _keep(self, key: Any, row: _Row) -> None:
-        self._rows[key] = row
-        self._bytes += row.nbytes
-        while self._bytes > self.max_bytes and len(self._rows) > 1:
-            _, old = self._rows.popitem(last=False)
-            self._bytes -= old.nbytes
-
-    def _collate(self, rows: list[_Row]) -> PrefixState:
+    def _collate(self, rows: list[_CachedRow]) -> PrefixState:
         width = max(len(r.labels) for r in rows)
         hidden = rows[0].hidden.new_zeros(len(rows), width, rows[0].hidden.shape[-1])
         labels = rows[0].labels.new_full((len(rows), width), IGNORED)
@@ -183,6 +174,6 @@ def check_prefix_dir(hparams: PrefixOptions) -> None:
         raise UserError(f"{hparams.source}: prefix_dir: {there} is a file; expected a folder")
 
 
-def _key(query: Query) -> Any:
+def _key(query: Query) -> QueryKey:
     image = None if query.image is None else content_key(query.image)
     return image, query.prompt, query.target

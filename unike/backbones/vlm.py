@@ -6,8 +6,7 @@ Which class of ``transformers`` it is, and what tells it from the others, is an 
 from __future__ import annotations
 
 import hashlib
-from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,10 +21,13 @@ from unike.backbones.hooks import first_tensor, hidden_states, inputs_of
 from unike.backbones.images import FeatureCache, Parts
 from unike.backbones.layout import DecoderLayout
 from unike.backbones.store import RowStore
+from unike.system.cache import BoundedCache
 from unike.types import ImageLike, UserError
 
 # Masks whose layer inputs are kept: those of a training loop and of the probes around it.
 MASKS = 32
+# Texts whose token ids are kept.
+TEXTS = 100_000
 # Answers are the most likely tokens, whatever a checkpoint's own generation settings are.
 GREEDY = {
     "do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0,
@@ -55,10 +57,10 @@ class VisionLanguageBackbone:
         self.prompt = Prompt()
         self.vision = architecture.vision(model, folder, image_size)
         self.cache = FeatureCache(self.vision.see)
-        self._token_ids: dict[str, list[int]] = {}
+        self._token_ids = BoundedCache[str, list[int]](TEXTS)
         self._fingerprint: str | None = None
         self._identity: str | None = None
-        self._layer_inputs: OrderedDict[Any, dict[str, object]] = OrderedDict()
+        self._layer_inputs = BoundedCache[Hashable, dict[str, object]](MASKS)
 
     @property
     def device(self) -> torch.device:
@@ -128,11 +130,11 @@ class VisionLanguageBackbone:
 
     def tokens(self, text: str) -> list[int]:
         """Token ids of ``text`` alone, without BOS or EOS."""
-        if text not in self._token_ids:
-            if len(self._token_ids) > 100_000:
-                self._token_ids.clear()
-            self._token_ids[text] = self.tokenizer(text, add_special_tokens=False).input_ids
-        return self._token_ids[text]
+        ids = self._token_ids.get(text)
+        if ids is None:
+            ids = list(self.tokenizer(text, add_special_tokens=False).input_ids)
+            self._token_ids.put(text, ids)
+        return ids
 
     def prompt_and_answer(self, prompt: str, target: str | None) -> tuple[list[int], list[int]]:
         """Token ids of a text and of the answer behind it, without what a dialogue writes around them."""
@@ -245,12 +247,11 @@ class VisionLanguageBackbone:
         given = (attention_mask,) if positions is None else (attention_mask, positions)
         raw = [tensor.cpu().numpy() for tensor in given]
         key = (attention_mask.device, *((array.dtype, array.shape, array.tobytes()) for array in raw))
-        if key not in self._layer_inputs:
-            self._layer_inputs[key] = self._read_layer_inputs(attention_mask, positions)
-            if len(self._layer_inputs) > MASKS:
-                self._layer_inputs.popitem(last=False)
-        self._layer_inputs.move_to_end(key)
-        return dict(self._layer_inputs[key])
+        inputs = self._layer_inputs.get(key)
+        if inputs is None:
+            inputs = self._read_layer_inputs(attention_mask, positions)
+            self._layer_inputs.put(key, inputs)
+        return dict(inputs)
 
     def _read_layer_inputs(
         self, attention_mask: torch.Tensor, positions: torch.Tensor | None = None

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from unike.config.sections import (
     BackboneOptions,
     DataOptions,
+    EditorOptions,
     EditTrainingOptions,
     EncoderOptions,
     KnowledgeOptions,
@@ -72,6 +73,16 @@ class KnowledgePreparationOptions(KnowledgeLoadingOptions, KnowledgeKeyOptions, 
 @dataclass(frozen=True, kw_only=True)
 class ScopePreparationOptions(ScopeClassifierOptions, PrefixOptions):
     """A scope classifier read where it is kept, and trained where it is not."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditorPreparationOptions(EditorOptions, PrefixOptions):
+    """A meta-learned editor read where it is kept, and trained where it is not."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedPartsOptions(EditorOptions, ScopeClassifierOptions):
+    """What is trained on train records: an editor, a scope classifier."""
 
 
 @dataclass(frozen=True, kw_only=True)

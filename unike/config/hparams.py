@@ -27,7 +27,8 @@ class HyperParams(
     combined.PatchTrainingOptions,
     combined.KnowledgePreparationOptions,
     combined.ScopePreparationOptions,
-    sections.EditorOptions,
+    combined.EditorPreparationOptions,
+    combined.TrainedPartsOptions,
     sections.FineTuningOptions,
     sections.IKEOptions,
     combined.TrainSplitOptions,
@@ -41,7 +42,7 @@ class HyperParams(
     ignored: tuple[str, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
-        checked, problems = _check({name: getattr(self, name) for name in OPTIONS}, {}, self.source)
+        checked, problems = _check_values({name: getattr(self, name) for name in OPTIONS}, {}, self.source)
         if problems:
             raise UserError(*problems)
         for name, value in checked.items():
@@ -98,11 +99,11 @@ class HyperParams(
         if legacy:
             values, ignored = release.translate(values, frozenset(OPTIONS) | frozenset(_ALIASES))
             where = {release.RENAMED.get(key, key): at for key, at in where.items() if key not in ignored}
-        values, found = _rename(values, where, source)
+        values, found = _rename_aliases(values, where, source)
         where = {_resolve_alias(key): at for key, at in where.items()}
         values, changed, more = _apply_overrides(values, overrides, source)
         where = where | dict.fromkeys(changed, f"{source} (override)")
-        checked, wrong = _check(values, where, source)
+        checked, wrong = _check_values(values, where, source)
         problems = [*problems, *found, *more, *wrong]
         if problems:
             raise UserError(*problems)
@@ -148,7 +149,7 @@ def _resolve_alias(key: object) -> object:
     return _ALIASES.get(key, key) if isinstance(key, str) else key
 
 
-def _rename(
+def _rename_aliases(
     values: Mapping[object, object], where: Mapping[object, str], source: str
 ) -> tuple[dict[object, object], list[str]]:
     renamed: dict[object, object] = {}
@@ -163,7 +164,7 @@ def _rename(
     return renamed, problems
 
 
-def _check(
+def _check_values(
     values: Mapping[object, object], where: Mapping[object, str], source: str
 ) -> tuple[dict[str, Any], list[str]]:
     """The values in their own types, and every problem, one line each."""

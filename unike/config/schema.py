@@ -75,7 +75,7 @@ class Section:
 
     def __post_init__(self) -> None:
         problems: list[str] = []
-        for name, known in options_of(type(self)).items():
+        for name, known in list_options(type(self)).items():
             try:
                 value = known.read(getattr(self, name), f"{self.source}: {name}")
                 object.__setattr__(self, name, value)
@@ -86,10 +86,10 @@ class Section:
 
     def get_values(self, section: type[Section]) -> dict[str, object]:
         """The values, by name, of the options that ``section`` itself declares."""
-        return {name: getattr(self, name) for name in own_options(section)}
+        return {name: getattr(self, name) for name in list_own_options(section)}
 
 
-def options_of(section: type[Section]) -> dict[str, Option]:
+def list_options(section: type[Section]) -> dict[str, Option]:
     """A section's options by name, with those that it takes from other sections."""
     found = {}
     for f in fields(section):
@@ -100,7 +100,7 @@ def options_of(section: type[Section]) -> dict[str, Option]:
     return found
 
 
-def own_options(section: type[Section]) -> dict[str, Option]:
+def list_own_options(section: type[Section]) -> dict[str, Option]:
     """A section's options by name, without those that it takes from other sections."""
     others = {f.name for base in section.__bases__ if is_dataclass(base) for f in fields(base)}
-    return {name: known for name, known in options_of(section).items() if name not in others}
+    return {name: known for name, known in list_options(section).items() if name not in others}

@@ -27,7 +27,7 @@ from unike.config.kinds import (
     whole,
     word_or,
 )
-from unike.config.schema import Option, Section, option, own_options, required
+from unike.config.schema import Option, Section, list_own_options, option, required
 from unike.types import BACKBONES, BACKENDS, METRIC_PRESETS, PROTOCOLS, TRACKERS, BackboneSpec
 
 # Options of this group change how fast a run is, and how much memory it takes, not what it finds.
@@ -446,5 +446,5 @@ SECTIONS: dict[type[Section], str] = {
 OPTIONS: dict[str, Option] = {
     name: replace(known, group=group)
     for section, group in SECTIONS.items()
-    for name, known in own_options(section).items()
+    for name, known in list_own_options(section).items()
 }

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections import OrderedDict
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -69,48 +67,6 @@ def open_image(source: Any, root: PathLike | None = None) -> Image.Image:
         if image.format in _PROGRAMS:
             raise UserError(f"{name}: {image.format} pictures are not taken: another program would run them")
         return _decode(image, name)
-
-
-class ImageStore:
-    """Decodes each picture once: a least-recently-used cache over one or more folders.
-
-    ``roots`` are searched in order for relative names; ``capacity`` is the number of decoded pictures
-    kept. The images are shared between callers: copy one before drawing on it.
-    """
-
-    def __init__(self, roots: PathLike | Iterable[PathLike] = (), capacity: int = 256) -> None:
-        if capacity < 1:
-            raise UserError(f"image store: capacity is {capacity}; expected at least 1")
-        folders = [roots] if isinstance(roots, (str, os.PathLike)) else roots
-        self.roots = tuple(Path(folder) for folder in folders)
-        self.capacity = capacity
-        self._decoded: OrderedDict[str, Image.Image] = OrderedDict()
-
-    def path(self, name: PathLike) -> Path:
-        """The first existing file called ``name`` under the roots, or where it ought to be."""
-        candidates = [image_path(root, name) for root in self.roots] or [Path(name)]
-        return next((path for path in candidates if os.path.isfile(path)), candidates[0])
-
-    def get(self, source: Any) -> Image.Image:
-        """The picture as RGB, decoded on first use; a PIL image is converted and not cached.
-
-        Raises:
-            UserError: as ``open_image``; a failure is not cached.
-        """
-        if isinstance(source, Image.Image) or not isinstance(source, (str, os.PathLike)) or not str(source):
-            return open_image(source)
-        path = self.path(source)
-        key = os.path.abspath(path)
-        if key not in self._decoded:
-            self._decoded[key] = open_image(path)
-        self._decoded.move_to_end(key)
-        while len(self._decoded) > self.capacity:
-            self._decoded.popitem(last=False)
-        return self._decoded[key]
-
-    def __len__(self) -> int:
-        """How many decoded pictures are held."""
-        return len(self._decoded)
 
 
 def _require_file(path: Path, name: str) -> None:

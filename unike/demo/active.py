@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from html import escape
 
-from unike.edits.explain import Asked, deeds, strength, whose
+from unike.edits.explain import Explanation, describe_activity, describe_item, rate_strength
 
 MOST_EDITS = 10
 
 
-def render_active(answers: Asked) -> str:
+def render_active(answers: Explanation) -> str:
     """The edits that apply, the strongest first, and each layer's alpha and retrieved items, as HTML."""
     if not answers.edits:
         return "<p>No edit is attached: the base model answers.</p>"
     gates = "".join(f"; threshold of the {escape(name)} gate: {at:.3f}" for name, at in answers.gates.items())
-    active = sorted((edit for edit in answers.edits if edit.active), key=strength, reverse=True)
+    active = sorted((edit for edit in answers.edits if edit.active), key=rate_strength, reverse=True)
     edits = [
-        (e.prompt or "-", e.target or "-", "-" if e.scope is None else f"{e.scope:.3f}", deeds(e))
+        (e.prompt or "-", e.target or "-", "-" if e.scope is None else f"{e.scope:.3f}", describe_activity(e))
         for e in active[:MOST_EDITS]
     ]
     parts = [f"<p>{len(active)} of {len(answers.edits)} edits apply{gates}.</p>"]
@@ -25,7 +25,13 @@ def render_active(answers: Asked) -> str:
         parts.append(_render_table("Edits", ("question", "answer", "scope", "effect"), edits))
     if answers.layers:
         items = [
-            (f"{layer.layer}", f"{layer.alpha:.3f}", f"{i.weight:.3f}", f"{i.similarity:.3f}", whose(i))
+            (
+                f"{layer.layer}",
+                f"{layer.alpha:.3f}",
+                f"{i.weight:.3f}",
+                f"{i.similarity:.3f}",
+                describe_item(i),
+            )
             for layer in answers.layers
             for i in layer.items
         ]

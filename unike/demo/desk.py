@@ -10,7 +10,7 @@ from threading import Lock
 from unike.datasets.images import open_image
 from unike.datasets.mmedit import VQA_TEMPLATE
 from unike.editor import MultimodalEditor
-from unike.edits.explain import Asked
+from unike.edits.explain import Explanation
 from unike.system.text import one_line
 from unike.types import Case, Expectation, Query, UserError
 
@@ -69,14 +69,14 @@ class Desk:
         origins = [(edit.id, origin) for edit in self.editor.edits for origin in edit.origins]
         return [AttachedEdit(name, _strip_template(origin.prompt), origin.target) for name, origin in origins]
 
-    def ask(self, image: str | None, question: str) -> Asked:
+    def ask(self, image: str | None, question: str) -> Explanation:
         """The answers without and with the edits, and what was active; without an image the language model
         alone answers. UserError for an empty or overlong question and for a file that is no image."""
         _check_inputs(image, question=question)
         with self._turn:
             return self._ask(image, question)
 
-    def edit(self, image: str | None, question: str, answer: str) -> Asked:
+    def edit(self, image: str | None, question: str, answer: str) -> Explanation:
         """Edits on top of the attached edits, then asks the same. UserError, with nothing changed, as in
         ``ask``, and also if there is no image or the edit fails."""
         if image is None:
@@ -104,7 +104,7 @@ class Desk:
             for edit in reversed(self.editor.edits):
                 self.editor.detach(edit.id)
 
-    def _ask(self, image: str | None, question: str) -> Asked:
+    def _ask(self, image: str | None, question: str) -> Explanation:
         question = question.strip()
         return self.editor.ask(image, question if image is None else VQA_TEMPLATE.replace("{}", question))
 

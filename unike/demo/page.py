@@ -13,7 +13,7 @@ import gradio as gr
 
 from unike.demo.active import render_active
 from unike.demo.desk import Desk, Question
-from unike.edits.explain import Asked
+from unike.edits.explain import Explanation
 from unike.types import UserError
 
 logger = logging.getLogger("unike")
@@ -171,7 +171,7 @@ class DemoPage:
     def _show_answers(self, image: str | None, question: str, status: str = "") -> dict[Any, Any]:
         return self._list_edits() | self._fill_answers(self.desk.ask(image, question), status)
 
-    def _fill_answers(self, answers: Asked, status: str) -> dict[Any, Any]:
+    def _fill_answers(self, answers: Explanation, status: str) -> dict[Any, Any]:
         return {
             self.status: _render_status(status), self.before: answers.before, self.after: answers.after,
             self.active: render_active(answers),

@@ -9,12 +9,17 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import count
+from types import MappingProxyType
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import nn
 
 from unike.backbones.base import Backbone
+from unike.edits.activity import UNKNOWN, Activity, LayerRetrieval, PromptStates
 from unike.edits.content import Content, Shared, beside
 from unike.edits.files import PLACES, SavedEdit, UnsavedEdit, read_edit, save
 from unike.edits.origin import Origin
@@ -25,13 +30,15 @@ from unike.types import Query, UserError
 class Edit(ABC):
     """A change to what a backbone answers.
 
-    ``info`` holds what the method reports of making it: steps, final loss, seconds. ``origins`` say
-    what it was made from, one for each request in it; methods that are registered fill them in.
+    ``info`` holds what the method reports of making it: steps, final loss, seconds. ``origins`` say what it
+    was made from, one for each request in it; registered methods fill them in. ``weights`` holds new values
+    for parameters of the model, by name, where the edit has any.
     """
 
     kind: ClassVar[str]
     info: dict[str, Any]
     origins: tuple[Origin, ...] = ()
+    weights: Mapping[str, torch.Tensor] = MappingProxyType({})
     _id: str | None = None
 
     @abstractmethod
@@ -44,7 +51,8 @@ class Edit(ABC):
 
     @abstractmethod
     def joined(self, other: Edit) -> Edit | None:
-        """Both as one edit of this kind, this one first; None where they can't be one."""
+        """Both as one edit of this kind, this one first; None where they can't be one. Edits that need
+        different things stay apart, whatever this gives: see ``shares_needs``."""
 
     @abstractmethod
     def packed(self) -> Content:
@@ -62,6 +70,10 @@ class Edit(ABC):
         """Checksums of what the edit shares with others and can't do without, by name: ``knowledge``,
         ``scope`` or ``network``."""
         return {}
+
+    def shares_needs(self, other: Edit) -> bool:
+        """Whether ``other`` needs the same. Asked at every join: a checksum that takes long must be kept."""
+        return self.needs() == other.needs()
 
     @property
     def id(self) -> str:
@@ -108,7 +120,7 @@ class Edit(ABC):
             return NotImplemented
         parts = list(self.parts)
         for new in other.parts:
-            both = ((i, part.joined(new)) for i, part in enumerate(parts))
+            both = ((i, _join(part, new)) for i, part in enumerate(parts))
             place, whole = next(((i, edit) for i, edit in both if edit is not None), (len(parts), new))
             parts[place : place + 1] = [whole]
         out = parts[0] if len(parts) == 1 else Mixed(parts)
@@ -126,6 +138,34 @@ class Edit(ABC):
         """
         return False
 
+    @property
+    def units(self) -> tuple[Unit, ...]:
+        """What it is made of, one for each request that it keeps apart; itself where it keeps none apart."""
+        return (self,)
+
+    @property
+    def inspected_layers(self) -> Sequence[int]:
+        """The layers whose states ``describe_prompt`` and ``list_retrieved`` look at."""
+        return ()
+
+    @property
+    def gates(self) -> Mapping[str, float]:
+        """The similarity from which on the edit applies to a prompt, by the name of what measures it; empty
+        where it always does."""
+        return {}
+
+    def list_retrieved(self, inspection: Inspection) -> tuple[LayerRetrieval, ...]:
+        """What each layer's attention got from memory for the prompt of ``inspection``, by its ``whole``;
+        asked while that is applied."""
+        return ()
+
+    def describe_prompt(self, inspection: Inspection) -> tuple[Activity, ...]:
+        """What each of ``units`` did for the prompt of ``inspection``; asked while nothing is applied.
+
+        The edit may have answered as a part of ``inspection.whole``: its decisions are found there.
+        """
+        return (UNKNOWN,) * len(self.units)
+
     def explain(self) -> dict[str, list[Any]]:
         """What the edit decided for each prompt of the last forward pass: the mean over its layers of
         ``alpha`` and of the best ``similarity`` in memory, and the nearest items that its first layer
@@ -140,6 +180,49 @@ class Edit(ABC):
     def nbytes(self) -> int:
         """Bytes of the edit's own tensors."""
         return sum(t.nbytes for t in self.state_dict().values())
+
+
+class Unit(Protocol):
+    """A part of an edit that belongs to one request, by whose id it goes."""
+
+    @property
+    def id(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """One prompt that was read under ``edits``, in order, applied together as ``whole``; the prompt's
+    ``states``, and how many items of each layer to list: the ``top`` most attended ones."""
+
+    backbone: Backbone
+    edits: tuple[Edit, ...]
+    whole: Edit
+    states: PromptStates
+    top: int
+
+    def locate(self, unit: Unit) -> tuple[Edit, int]:
+        """The part of ``whole`` that has a unit, and its place among that part's units. LookupError where
+        it was merged with others, so that none has it."""
+        return self._places[id(unit)]
+
+    def name_unit(self, unit: Unit) -> str:
+        """The id of the edit that a unit is of; its own where the edit has several."""
+        edit = self._owners[id(unit)]
+        return edit.id if len(edit.units) == 1 else unit.id or edit.id
+
+    def find_request(self, unit: Unit) -> Origin | None:
+        """The request that a unit was made from, where that is known."""
+        edit = self._owners[id(unit)]
+        alone = len(edit.origins) == 1
+        return next((origin for origin in edit.origins if alone or origin.id == unit.id), None)
+
+    @cached_property
+    def _places(self) -> dict[int, tuple[Edit, int]]:
+        return {id(unit): (part, i) for part in self.whole.parts for i, unit in enumerate(part.units)}
+
+    @cached_property
+    def _owners(self) -> dict[int, Edit]:
+        return {id(unit): edit for edit in self.edits for unit in edit.units}
 
 
 class Mixed(Edit):
@@ -209,6 +292,29 @@ class Mixed(Edit):
                 )
         return out
 
+    @property
+    def units(self) -> tuple[Unit, ...]:
+        return tuple(unit for part in self._parts for unit in part.units)
+
+    @property
+    def inspected_layers(self) -> Sequence[int]:
+        return sorted({i for part in self._parts for i in part.inspected_layers})
+
+    @property
+    def gates(self) -> Mapping[str, float]:
+        """Of two with one name, the second has a number behind it."""
+        out: dict[str, float] = {}
+        for name, threshold in (gate for part in self._parts for gate in part.gates.items()):
+            free = (n for i in count(2) if (n := f"{name} {i}") not in out)
+            out[name if name not in out else next(free)] = threshold
+        return out
+
+    def list_retrieved(self, inspection: Inspection) -> tuple[LayerRetrieval, ...]:
+        return tuple(layer for part in self._parts for layer in part.list_retrieved(inspection))
+
+    def describe_prompt(self, inspection: Inspection) -> tuple[Activity, ...]:
+        return tuple(found for part in self._parts for found in part.describe_prompt(inspection))
+
     def explain(self) -> dict[str, list[Any]]:
         """Where several parts decide the same, the last one's."""
         return {key: value for part in self._parts for key, value in part.explain().items()}
@@ -225,6 +331,13 @@ class Together(ABC):
     def explain(self) -> dict[str, list[Any]]:
         """As ``Edit.explain``, by row."""
         return {}
+
+
+def _join(one: Edit, other: Edit) -> Edit | None:
+    """Both as one; None for unlike ones, and for those made with other knowledge, another scope classifier
+    or network: as one edit, both would answer by those of the last."""
+    both = one.joined(other)
+    return both if both is not None and one.shares_needs(other) else None
 
 
 def compose(edits: Sequence[Edit]) -> Edit | None:

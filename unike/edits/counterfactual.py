@@ -13,7 +13,8 @@ from torch import nn
 
 from unike.backbones.base import Backbone
 from unike.backbones.hooks import transform
-from unike.edits import Edit, Together, same_weights
+from unike.edits.activity import Activity
+from unike.edits.base import Edit, Inspection, Together, same_weights
 from unike.edits.content import Content, Shared, digest
 
 
@@ -122,6 +123,9 @@ class SeracEdit(Edit):
     def needs(self) -> dict[str, str]:
         return {"network": digest(self.network.state_dict())}
 
+    def shares_needs(self, other: Edit) -> bool:
+        return isinstance(other, SeracEdit) and same_weights(self.network, other.network)
+
     def packed(self) -> Content:
         parts = ("question", "keys", "values")
         tensors = {f"{n}.{part}": getattr(r, part) for n, r in enumerate(self.records) for part in parts}
@@ -143,6 +147,13 @@ class SeracEdit(Edit):
             raise ValueError("records: expected one or more")
         return cls(tuple(records), network, first)
 
+    @property
+    def units(self) -> tuple[Remembered, ...]:
+        return self.records
+
+    def describe_prompt(self, inspection: Inspection) -> tuple[Activity, ...]:
+        return tuple(_describe_record(*inspection.locate(record)) for record in self.records)
+
     def explain(self) -> dict[str, list[Any]]:
         return {} if self.scopes is None else {"scope": self.scopes.tolist()}
 
@@ -150,14 +161,22 @@ class SeracEdit(Edit):
         same = [e for e in edits if isinstance(e, SeracEdit) and len(e.records) == 1]
         if len(same) < len(edits) or any(e.network is not self.network for e in same):
             return None
+        if any(e.first != self.first for e in same):
+            return None
         return _SeracTogether(SeracEdit(tuple(e.records[0] for e in same), self.network, self.first))
 
     def joined(self, other: Edit) -> Edit | None:
         if not isinstance(other, SeracEdit) or other.first != self.first:
             return None
-        if not same_weights(self.network, other.network):
-            return None
         return SeracEdit(self.records + other.records, other.network, other.first, other.info)
+
+
+def _describe_record(whole: Edit, place: int) -> Activity:
+    assert isinstance(whole, SeracEdit)
+    assert whole.probabilities is not None
+    assert whole.chosen is not None
+    scope = whole.probabilities[0, place].item()
+    return Activity(int(whole.chosen[0]) == place and scope > 0.5, scope)
 
 
 class _SeracTogether(Together):

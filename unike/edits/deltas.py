@@ -12,7 +12,8 @@ from torch.func import functional_call
 
 from unike.backbones.base import Backbone
 from unike.backbones.hooks import After, transform, unhooked
-from unike.edits.base import Edit, Together
+from unike.edits.activity import Activity, WeightChange
+from unike.edits.base import Edit, Inspection, Together
 from unike.edits.content import Content, Shared
 from unike.knowledge.batching import Owners
 
@@ -23,7 +24,7 @@ class WeightDelta(Edit):
     kind = "weights"
 
     def __init__(self, weights: Mapping[str, torch.Tensor], info: dict[str, Any] | None = None) -> None:
-        self.weights = dict(weights)
+        self.weights: Mapping[str, torch.Tensor] = dict(weights)
         self.info = info or {}
 
     @contextmanager
@@ -66,6 +67,16 @@ class WeightDelta(Edit):
             raise ValueError("holds no tensor")
         return cls(weights)
 
+    def describe_prompt(self, inspection: Inspection) -> tuple[Activity, ...]:
+        """Active unless later edits set all of its weights anew."""
+        model, parts = inspection.backbone.model, inspection.whole.parts
+        active = any(part.weights.get(n) is new for part in parts for n, new in self.weights.items())
+        changes = []
+        for name, new in self.weights.items():
+            base = model.get_parameter(name)
+            changes.append(WeightChange.of(name, (new.float() - base.float()).norm(), base))
+        return (Activity(active, weights=tuple(changes)),)
+
     def together(self, edits: Sequence[Edit]) -> Together | None:
         same = [e for e in edits if isinstance(e, WeightDelta) and e.weights.keys() == self.weights.keys()]
         return WeightsTogether([e.weights for e in same]) if len(same) == len(edits) else None
@@ -73,7 +84,7 @@ class WeightDelta(Edit):
     def joined(self, other: Edit) -> Edit | None:
         if not isinstance(other, WeightDelta):
             return None
-        return WeightDelta(self.weights | other.weights, self.info | other.info)
+        return WeightDelta({**self.weights, **other.weights}, self.info | other.info)
 
 
 class WeightsTogether(Together):
@@ -185,6 +196,16 @@ class LowRankDelta(Edit):
         if not factors:
             raise ValueError("sites: expected one or more")
         return cls(factors)
+
+    def describe_prompt(self, inspection: Inspection) -> tuple[Activity, ...]:
+        modules = ffn_sites(inspection.backbone, sorted({i for i, _ in self.factors}))
+        changes = []
+        for (i, role), pair in self.factors.items():
+            # The norm of their product, without building it.
+            left, right = (factor.double() for factor in pair)
+            square = ((left @ left.T) * (right @ right.T)).sum().clamp(min=0)
+            changes.append(WeightChange.of(f"{i}.{role}", square.sqrt(), modules[i, role].weight))
+        return (Activity(True, weights=tuple(changes)),)
 
     def together(self, edits: Sequence[Edit]) -> Together | None:
         same = [e for e in edits if isinstance(e, LowRankDelta) and e.factors.keys() == self.factors.keys()]

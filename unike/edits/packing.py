@@ -10,7 +10,7 @@ import torch
 
 from unike.backbones.base import Backbone
 from unike.edits.content import ANY, Content
-from unike.edits.shares import EditRecord, LayerKnowledge, LayerShare, Routing, checksum_of, measure_of
+from unike.edits.shares import EditRecord, LayerKnowledge, LayerShare, Routing
 from unike.knowledge.patch import KeyValuePatch
 
 
@@ -23,8 +23,8 @@ def needs_of(routing: Routing, layers: Sequence[int], known: Mapping[int, LayerK
         whole = len(parts) == len(layers)
         out["knowledge"] = hashlib.sha256(repr(parts).encode()).hexdigest() if whole else ""
     if routing.scope_gate != "none" and routing.scope_measure == "trained":
-        measure = measure_of(routing, known, layers[0])
-        out["scope"] = "" if measure is None else checksum_of(measure)
+        first = known.get(layers[0])
+        out["scope"] = "" if first is None else first.scope_checksum
     return out
 
 
@@ -40,7 +40,7 @@ def packed_records(records: Sequence[EditRecord], routing: Routing) -> Content:
                     "keys": patch.keys,
                     "up": patch.up,
                     "bias": patch.bias,
-                    "values": patch.edited_values(),
+                    "values": patch.edited_values,
                 }
                 tensors |= {f"{at}.patch.{name}": t for name, t in own.items() if t is not None}
         if record.scope_key is not None:

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import torch
 
 from unike.backbones.base import Backbone
-from unike.edits.base import Edit, Together
+from unike.edits.activity import Activity
+from unike.edits.base import Edit, Inspection, Together
 from unike.edits.content import Content, Shared
 from unike.types import Query
 
@@ -81,6 +82,13 @@ class PromptEdit(Edit):
             raise ValueError("facts: expected one or more")
         return cls(tuple(facts), content.value("room", int))
 
+    @property
+    def units(self) -> tuple[Fact, ...]:
+        return self.facts
+
+    def describe_prompt(self, inspection: Inspection) -> tuple[Activity, ...]:
+        return tuple(_describe_fact(fact, inspection.locate(fact)[0]) for fact in self.facts)
+
     def together(self, edits: Sequence[Edit]) -> Together | None:
         return PromptsTogether() if all(isinstance(e, PromptEdit) for e in edits) else None
 
@@ -88,6 +96,13 @@ class PromptEdit(Edit):
         if not isinstance(other, PromptEdit):
             return None
         return PromptEdit(self.facts + other.facts, other.room, self.info | other.info)
+
+
+def _describe_fact(fact: Fact, whole: Edit) -> Activity:
+    assert isinstance(whole, PromptEdit)
+    own = {id(piece) for piece in (fact.fact, *fact.demonstrations)}
+    texts = tuple(piece.text for piece in whole.shown() if id(piece) in own)
+    return Activity(bool(texts), shown=texts)
 
 
 def _text(value: Any) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -12,14 +12,16 @@ from typing import Any
 import torch
 
 from unike.backbones.base import Backbone
-from unike.edits.base import Edit, Together, same_weights
+from unike.edits.activity import Activity, LayerRetrieval, RetrievedItem
+from unike.edits.base import Edit, Inspection, Together
 from unike.edits.content import Content, Shared
+from unike.edits.decisions import OWN, bank_items, count_firing, explained, item_names, list_retrieved
 from unike.edits.packing import needs_of, packed_records, unpacked_records
-from unike.edits.runtime import OWN, LayerRuntime, ScopeGate, adapter_of, explained, item_names, running
+from unike.edits.runtime import LayerRuntime, ScopeGate, adapter_of, running
 from unike.edits.shares import EditRecord, LayerKnowledge, Routing, measure_of
 from unike.knowledge.adapter import Shift
 from unike.knowledge.batching import OwnedMemory, Owners
-from unike.knowledge.memory import Growing, KnowledgeMemory
+from unike.knowledge.memory import GrowingRows, KnowledgeMemory
 from unike.knowledge.patch import KeyValuePatch, PatchBatch, PatchStack
 from unike.types import Query
 
@@ -30,11 +32,11 @@ class Stacks:
 
     def __init__(self, records: Sequence[EditRecord]) -> None:
         layers = list(records[0].layers)
-        self.keys = {i: Growing(torch.stack([r.layers[i].key for r in records])) for i in layers}
-        self.values = {i: Growing(torch.stack([r.layers[i].value for r in records])) for i in layers}
+        self.keys = {i: GrowingRows(torch.stack([r.layers[i].key for r in records])) for i in layers}
+        self.values = {i: GrowingRows(torch.stack([r.layers[i].value for r in records])) for i in layers}
         self.patches = {i: PatchStack(p) for i in layers if (p := _patches(records, i))}
         keys = _scope_keys(records)
-        self.scope_keys = None if keys is None else Growing(keys)
+        self.scope_keys = None if keys is None else GrowingRows(keys)
 
     def __len__(self) -> int:
         return len(next(iter(self.keys.values())))
@@ -141,8 +143,21 @@ class RoutedEdit(Edit):
                 out[f"{record.id}.scope_key"] = record.scope_key
         return out
 
+    @property
+    def _kind(self) -> tuple[object, ...]:
+        """What the records of one edit agree in."""
+        patch = self.records[0].layers[self.layers[0]].patch
+        return self.layers, self.routing, None if patch is None else (patch.gated, patch.keys.shape)
+
     def needs(self) -> dict[str, str]:
         return needs_of(self.routing, self.layers, self.knowledge)
+
+    def shares_needs(self, other: Edit) -> bool:
+        # The same objects need no checksum, which of a large memory takes seconds.
+        same = isinstance(other, RoutedEdit) and all(
+            self.knowledge.get(i) is other.knowledge.get(i) for i in self.layers
+        )
+        return same or super().shares_needs(other)
 
     def packed(self) -> Content:
         return packed_records(self.records, self.routing)
@@ -153,6 +168,52 @@ class RoutedEdit(Edit):
         out = cls(unpacked_records(content, routing, backbone), routing, shared.knowledge)
         # Else it would retrieve from knowledge that it was made without.
         return out if out.needs() else replace(out, knowledge={})
+
+    @property
+    def units(self) -> tuple[EditRecord, ...]:
+        return self.records
+
+    @property
+    def inspected_layers(self) -> Sequence[int]:
+        return self.layers
+
+    @property
+    def gates(self) -> Mapping[str, float]:
+        return {} if self.gate is None else {self.routing.scope_measure: self.gate.threshold}
+
+    def list_retrieved(self, inspection: Inspection) -> tuple[LayerRetrieval, ...]:
+        return list_retrieved(self.trace, inspection, self._describe_item(inspection))
+
+    def _describe_item(self, inspection: Inspection) -> Callable[[int, float, float], RetrievedItem]:
+        """From place, similarity and weight to an item: the knowledge memory's by its text, an edit's own by
+        its request."""
+        texts, bank = bank_items(self.routing, self.knowledge.get(self.layers[0]))
+
+        def describe(place: int, similarity: float, weight: float) -> RetrievedItem:
+            if place < bank:
+                text = texts[place] if texts else None
+                about = (None, None) if text is None else (text.prompt, text.target)
+                return RetrievedItem(similarity, weight, None, place, *about)
+            record = self.records[place - bank]
+            origin, name = inspection.find_request(record), inspection.name_unit(record)
+            about = (None, None) if origin is None else (origin.prompt, origin.target)
+            return RetrievedItem(similarity, weight, name, place - bank, *about)
+
+        return describe
+
+    def describe_prompt(self, inspection: Inspection) -> tuple[Activity, ...]:
+        return tuple(self._describe_record(record, inspection) for record in self.records)
+
+    def _describe_record(self, record: EditRecord, inspection: Inspection) -> Activity:
+        whole, place = inspection.locate(record)
+        assert isinstance(whole, RoutedEdit)
+        active, scope = True, None
+        if (gate := whole.gate) is not None and gate.similarity is not None:
+            active, scope = bool(gate.open[0, place]), gate.similarity[0, place].item()
+        patches = {i: p for i, share in sorted(record.layers.items()) if (p := share.patch) is not None}
+        neurons = tuple(count_firing(i, patch, inspection.states) for i, patch in patches.items())
+        shown = () if record.demonstration is None else (record.demonstration,)
+        return Activity(active, scope, neurons, shown=shown)
 
     def explain(self) -> dict[str, list[Any]]:
         own = [OWN] if len(self.records) == 1 else [f"edit {r.id}" for r in self.records]
@@ -166,38 +227,22 @@ class RoutedEdit(Edit):
         facts = "\n".join(f"New Fact: {text}" for text in shown)
         return replace(query, prompt=f"{facts}\nPrompt: {query.prompt}")
 
-    def together(self, edits: Sequence[Edit]) -> Together | None:
+    def together(self, edits: Sequence[Edit]) -> RoutedTogether | None:
         same = [e for e in edits if isinstance(e, RoutedEdit) and len(e.records) == 1]
         if len(same) < len(edits) or any(e.routing != self.routing for e in same):
+            return None
+        if not all(self.shares_needs(e) for e in same):
             return None
         if len({_folded(e.records[0]) for e in same}) > 1:
             return None
         return RoutedTogether([e.records[0] for e in same], self.routing, self.knowledge)
 
     def joined(self, other: Edit) -> Edit | None:
-        if not isinstance(other, RoutedEdit) or not _alike(self, other):
+        if not isinstance(other, RoutedEdit) or self._kind != other._kind:
             return None
         out = RoutedEdit(self.records + other.records, other.routing, other.knowledge, other.info)
         out._stacks = self._stacked()
         return out
-
-
-def _alike(one: RoutedEdit, other: RoutedEdit) -> bool:
-    """Whether the records of both can share layers, routing and knowledge."""
-
-    def kind(edit: RoutedEdit) -> tuple[Any, ...]:
-        patch = edit.records[0].layers[edit.layers[0]].patch
-        return edit.layers, edit.routing, None if patch is None else (patch.gated, patch.keys.shape)
-
-    if kind(one) != kind(other) or one.knowledge.keys() != other.knowledge.keys():
-        return False
-    # Encoders are learnt from their bank: where they are equal, so are the banks.
-    pairs = ((known, other.knowledge[i]) for i, known in one.knowledge.items())
-    return all(
-        mine is theirs
-        or (len(mine.bank) == len(theirs.bank) and same_weights(mine.semantic, theirs.semantic))
-        for mine, theirs in pairs
-    )
 
 
 def _gate(edit: RoutedEdit, stacks: Stacks | None, tail: Sequence[EditRecord]) -> ScopeGate | None:
@@ -206,10 +251,10 @@ def _gate(edit: RoutedEdit, stacks: Stacks | None, tail: Sequence[EditRecord]) -
         return None
     measure = measure_of(routing, edit.knowledge, first)
     if measure is None:
-        parts = [] if stacks is None else [stacks.keys[first].rows]
+        parts = [] if stacks is None else [stacks.keys[first].tensor]
         parts += [r.layers[first].key[None] for r in tail]
     else:
-        parts = [] if stacks is None or stacks.scope_keys is None else [stacks.scope_keys.rows]
+        parts = [] if stacks is None or stacks.scope_keys is None else [stacks.scope_keys.tensor]
         parts += [r.scope_key[None] for r in tail if r.scope_key is not None]
     keys = torch.cat(parts)
     if len(keys) != len(edit.records):
@@ -222,7 +267,7 @@ def _with_own(
 ) -> KnowledgeMemory:
     """The bank with the records' own pairs behind it, in their order."""
     if stacks is not None:
-        bank = bank.extended(stacks.keys[index].rows, stacks.values[index].rows)
+        bank = bank.extended(stacks.keys[index].tensor, stacks.values[index].tensor)
     for record in tail:
         share = record.layers[index]
         bank = bank.extended(share.key[None], share.value[None])

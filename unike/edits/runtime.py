@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -13,17 +12,12 @@ from torch import nn
 
 from unike.backbones.base import Backbone, Prompt
 from unike.backbones.hooks import After, transform
+from unike.edits.shares import LayerKnowledge, Routing
 from unike.knowledge.adapter import AdapterLayer, Shift
 from unike.knowledge.batching import Owners
-from unike.knowledge.memory import KnowledgeMemory, Retrieved
-from unike.knowledge.patch import Opened
+from unike.knowledge.memory import KnowledgeMemory
+from unike.knowledge.patch import OpenEdits
 from unike.knowledge.scope import ScopeMeasure, open_edits
-
-# Of what was retrieved, how many items are told, and the name of an edit's own item.
-TOLD, OWN = 3, "own item"
-
-if TYPE_CHECKING:
-    from unike.edits.shares import LayerKnowledge, Routing
 
 Extra = Callable[[torch.Tensor], torch.Tensor]
 
@@ -58,7 +52,7 @@ class ScopeGate:
         self.open = torch.zeros(0, len(keys), dtype=torch.bool)
         # Each prompt's with each edit, (B, E), or with its own alone, (B, 1).
         self.similarity: torch.Tensor | None = None
-        self.frozen, self.opened = frozen, Opened.of(self.open)
+        self.frozen, self.opened = frozen, OpenEdits.of(self.open)
 
     @property
     def scopes(self) -> torch.Tensor | None:
@@ -83,7 +77,7 @@ class ScopeGate:
             similarity = (query * self.directions[self.owners.index]).sum(-1, keepdim=True)
         self.open = open_edits(similarity, self.threshold, self.nearest)
         self.similarity = similarity
-        self.opened = Opened.of(self.open[:, : self.frozen])
+        self.opened = OpenEdits.of(self.open[:, : self.frozen])
 
     def allowed(self) -> torch.Tensor | None:
         """Which of a memory's last items, the edits' own, a prompt may retrieve; None: all."""
@@ -167,45 +161,3 @@ def adapter_of(
         backbone.layout.attention(index), memory, None if known is None else known.semantic,
         routing.k, routing.alpha, routing.attention, routing.tau, routing.similarity_bias,
     )  # fmt: skip
-
-
-def explained(
-    trace: Mapping[int, Shift], scopes: torch.Tensor | None, name: Callable[[int], str]
-) -> dict[str, list[Any]]:
-    """See ``Edit.explain``; ``name`` gives a memory's item by its place."""
-    scope = {} if scopes is None else {"scope": scopes.tolist()}
-    decisions = [decision for _, decision in sorted(trace.items())]
-    if not decisions or not decisions[0].retrieved.similarity.shape[1]:
-        return scope
-    alpha = torch.stack([d.alpha.float() for d in decisions]).mean(0)
-    best = torch.stack([d.retrieved.similarity[:, 0].float() for d in decisions]).mean(0)
-    told = _nearest(decisions[0].retrieved, name)
-    return {"alpha": alpha.tolist(), "similarity": best.tolist(), "retrieved": told, **scope}
-
-
-def _nearest(found: Retrieved, name: Callable[[int], str]) -> list[dict[str, float]]:
-    """For each prompt its ``TOLD`` nearest items that it may have."""
-    allowed = torch.ones_like(found.index, dtype=torch.bool) if found.allowed is None else found.allowed
-    out = []
-    for row in zip(found.index, found.similarity, allowed, strict=True):
-        items: dict[str, float] = {}
-        for place, similarity, open_to in zip(*(t.tolist() for t in row), strict=True):
-            if open_to and len(items) < TOLD:
-                # Several may have one name: the nearest one speaks.
-                items.setdefault(name(place), similarity)
-        out.append(items)
-    return out
-
-
-def item_names(routing: Routing, known: LayerKnowledge | None, own: Sequence[str]) -> Callable[[int], str]:
-    """What the items of a layer's memory are called: the bank's by their question and answer, those of the
-    edits behind it by ``own``."""
-    bank = 0 if known is None or routing.memory == "edit" else len(known.bank)
-    texts = () if known is None else known.items
-
-    def name(place: int) -> str:
-        if place >= bank:
-            return own[place - bank]
-        return f"{texts[place].prompt} {texts[place].target}" if texts else f"item {place}"
-
-    return name

@@ -40,6 +40,15 @@ class LayerKnowledge:
         own = {"keys": self.bank.keys, "values": self.bank.values, **self.semantic.state_dict()}
         return self.origin or digest(own)
 
+    @cached_property
+    def scope_checksum(self) -> str:
+        """Of the scope classifier's numbers and thresholds; empty without one."""
+        if self.scope is None:
+            return ""
+        levels = sorted(self.scope.thresholds.items())
+        encoder = digest(self.scope.encoder.state_dict())
+        return hashlib.sha256(f"{encoder} {levels}".encode()).hexdigest()
+
 
 @dataclass(frozen=True)
 class LayerShare:
@@ -100,9 +109,3 @@ def measure_of(routing: Routing, knowledge: Mapping[int, LayerKnowledge], first:
     """The trained measure, where the routing wants it."""
     known = knowledge.get(first)
     return known.scope if routing.scope_measure == "trained" and known is not None else None
-
-
-def checksum_of(measure: ScopeMeasure) -> str:
-    """Of the encoder's numbers and the thresholds."""
-    levels = sorted(measure.thresholds.items())
-    return hashlib.sha256(f"{digest(measure.encoder.state_dict())} {levels}".encode()).hexdigest()

@@ -27,7 +27,7 @@ from unike.evaluation.metrics import (
     score_generated,
 )
 from unike.evaluation.reader import Asked, Reader
-from unike.methods.base import EditMethod, edit_many
+from unike.methods.base import EditMethod
 from unike.system.faults import out_of_memory
 from unike.types import Case
 
@@ -67,7 +67,7 @@ def one_step_many(
     """
     reader.learn_base(cases)
     started = time.perf_counter()
-    edits = edit_many(method, backbone, [case.request for case in cases], reader.prefixes)
+    edits = method.edit_many(backbone, [case.request for case in cases], reader.prefixes)
     seconds = (time.perf_counter() - started) / len(cases)
     held = [(case, edit) for case, edit in zip(cases, edits, strict=True) if isinstance(edit, Edit)]
     for _, one in held:

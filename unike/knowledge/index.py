@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from filelock import FileLock
 
 from unike.knowledge.disk import DiskPairs
-from unike.knowledge.memory import KnowledgeMemory, Retrieved, Rows, merged
+from unike.knowledge.memory import GrowingRows, KnowledgeMemory, Retrieved, merged
 from unike.types import UserError
 
 logger = logging.getLogger("unike")
@@ -35,7 +35,7 @@ _TRAINING_ITEMS_PER_LIST = 64
 _INDEX = re.compile(r"index-(\d+)-(\d+)\.faiss")
 
 
-class Pairs(Protocol):
+class PairStorage(Protocol):
     """What a memory stands on: ``keys`` and ``values (m, d)``, appended to."""
 
     @property
@@ -53,22 +53,21 @@ class RamPairs:
     """Pairs in memory."""
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        self._rows = Rows(keys), Rows(values)
+        self._keys, self._values = GrowingRows(keys), GrowingRows(values)
 
     @property
     def keys(self) -> torch.Tensor:
-        return self._rows[0].tensor
+        return self._keys.tensor
 
     @property
     def values(self) -> torch.Tensor:
-        return self._rows[1].tensor
+        return self._values.tensor
 
     def __len__(self) -> int:
-        return len(self._rows[0])
+        return len(self._keys)
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        for rows, new in zip(self._rows, (keys, values), strict=True):
-            rows.append(new)
+        self._keys, self._values = self._keys.extended(keys), self._values.extended(values)
 
 
 @dataclass(frozen=True)
@@ -103,7 +102,7 @@ class IndexedMemory(KnowledgeMemory):
     former ones that are not much larger. The index of ``DiskPairs`` lies beside them and is mapped too.
     """
 
-    def __init__(self, pairs: Pairs, tail: int = TAIL, probes: int = 32) -> None:
+    def __init__(self, pairs: PairStorage, tail: int = TAIL, probes: int = 32) -> None:
         self.pairs, self.tail, self.probes = pairs, tail, probes
         self.folder = pairs.folder if isinstance(pairs, DiskPairs) else None
         self.segments: list[_Segment] = [] if self.folder is None else list(_kept(self.folder, len(pairs)))
@@ -152,10 +151,11 @@ class IndexedMemory(KnowledgeMemory):
             self.build()
         known = self.indexed + len(self._directions)
         # Read back: they may be kept in less precision, and another process may have appended too.
-        self._directions.append(F.normalize(self.keys[known:].float(), dim=-1).cpu())
+        new = F.normalize(self.keys[known:].float(), dim=-1).cpu()
+        self._directions = self._directions.extended(new)
 
-    def _none(self) -> Rows:
-        return Rows(torch.zeros(0, self.keys.shape[1]))
+    def _none(self) -> GrowingRows:
+        return GrowingRows(torch.zeros(0, self.keys.shape[1]))
 
     def similarities(self, queries: torch.Tensor) -> torch.Tensor:
         asked = F.normalize(queries.float(), dim=-1).cpu()
@@ -266,7 +266,7 @@ def open_memory(
     """
     if not _by_faiss(len(keys), retrieval, exact_up_to):
         return KnowledgeMemory.compact(keys, values)
-    pairs: Pairs = RamPairs(keys, values)
+    pairs: PairStorage = RamPairs(keys, values)
     if folder is not None:
         try:
             pairs = _mapped_pairs(keys, values, folder, origin, dtype or keys.dtype)

@@ -81,60 +81,6 @@ class KnowledgeMemory:
         return Retrieved(similarity.gather(-1, index), index, self.states(index), open_to)
 
 
-class Rows:
-    """A tensor ``(n, d)`` that is appended to in place, in room that doubles when it is full.
-
-    What was handed out stays as it is: rows are only ever written behind it.
-    """
-
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self._room, self._count = tensor, len(tensor)
-
-    def __len__(self) -> int:
-        return self._count
-
-    @property
-    def tensor(self) -> torch.Tensor:
-        return self._room[: self._count]
-
-    def append(self, tensor: torch.Tensor) -> None:
-        """Further rows ``(m, d)``."""
-        stop = self._count + len(tensor)
-        if stop > len(self._room):
-            wide = self._room.new_zeros(max(stop, 2 * self._count, 16), self._room.shape[1])
-            wide[: self._count] = self.tensor
-            self._room = wide
-        self._room[self._count : stop] = tensor
-        self._count = stop
-
-
-class GrowingMemory(KnowledgeMemory):
-    """A memory that is appended to while it is in use: what is there is neither copied nor read again.
-
-    ``first(n)`` is what it was at ``n`` items; it shares the room and stays as it is.
-    """
-
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        super().__init__(keys, values)
-        self._rows = tuple(Rows(t) for t in (self.keys, self.values, self.directions))
-
-    def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Further pairs ``(n, d)`` behind the others."""
-        added = KnowledgeMemory(keys, values)
-        for rows, new in zip(self._rows, (added.keys, added.values, added.directions), strict=True):
-            rows.append(new)
-        self.keys, self.values, self.directions = (rows.tensor for rows in self._rows)
-
-    def first(self, items: int) -> KnowledgeMemory:
-        """The memory as it was at ``items`` items; ValueError where it never had as many."""
-        if not 0 <= items <= len(self):
-            raise ValueError(f"{items} items: expected 0 to {len(self)}")
-        view = KnowledgeMemory.empty(self.keys.shape[1], self.keys.device)
-        view.keys, view.values = self.keys[:items], self.values[:items]
-        view.directions = self.directions[:items]
-        return view
-
-
 class JoinedMemory(KnowledgeMemory):
     """Several memories read as one, in order, without copying any of them."""
 
@@ -202,34 +148,40 @@ def _whole(allowed: torch.Tensor | None, items: int) -> torch.Tensor | None:
 
 
 @dataclass
-class _Buffer:
-    held: torch.Tensor
+class _Room:
+    """Rows, of which the first ``filled`` are in use."""
+
+    rows: torch.Tensor
     filled: int
 
 
-class Growing:
-    """Rows of a tensor that is appended to; what is there is shared, not copied, as long as only the
-    longest one is extended."""
+class GrowingRows:
+    """Rows ``(n, ...)`` that are added to at the end, in room that doubles when it is full.
+
+    What is there is shared with what it grows into, not copied, as long as only the longest is extended; it
+    is never written to again.
+    """
 
     def __init__(self, rows: torch.Tensor) -> None:
-        self._buffer, self._count = _Buffer(rows, len(rows)), len(rows)
+        self._room, self._count = _Room(rows, len(rows)), len(rows)
 
     def __len__(self) -> int:
         return self._count
 
     @property
-    def rows(self) -> torch.Tensor:
-        return self._buffer.held[: self._count]
+    def tensor(self) -> torch.Tensor:
+        """All rows, a view of the room."""
+        return self._room.rows[: self._count]
 
-    def extended(self, more: torch.Tensor) -> Growing:
-        """These rows and ``more``; this one stays as it is."""
-        count, buffer = self._count + len(more), self._buffer
-        if buffer.filled != self._count or count > len(buffer.held):
-            held = more.new_empty(max(count, 2 * self._count), *more.shape[1:])
-            held[: self._count] = self.rows
-            buffer = _Buffer(held, self._count)
-        buffer.held[self._count : count] = more
-        buffer.filled = count
-        out = Growing(self.rows)
-        out._buffer, out._count = buffer, count
+    def extended(self, more: torch.Tensor) -> GrowingRows:
+        """These rows and ``more (m, ...)``; this one stays as it is."""
+        count, room = self._count + len(more), self._room
+        if room.filled != self._count or count > len(room.rows):
+            rows = self.tensor.new_empty(max(count, 2 * self._count), *more.shape[1:])
+            rows[: self._count] = self.tensor
+            room = _Room(rows, self._count)
+        room.rows[self._count : count] = more
+        room.filled = count
+        out = object.__new__(GrowingRows)
+        out._room, out._count = room, count
         return out

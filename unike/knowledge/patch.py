@@ -8,19 +8,63 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from unike.knowledge.memory import Growing
+from unike.knowledge.memory import GrowingRows
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
 # T-Patcher's keys answer their own query with 1; the bias keeps what is less alike below zero.
 QUERY_BIAS = -0.7
 
 
-class KeyValuePatch(nn.Module):
-    """``n`` extra pairs: ``act(q W_K + b_K) (W_V + beta * W_zeta zeta)``, Eq. (3).
+@dataclass(frozen=True)
+class Pairs:
+    """``n`` extra pairs: ``act(q W_K + b_K) W_V``, Eq. (3).
 
-    ``W_K (d, n)``, ``b_K (n)``, ``W_V (n, d)``, ``W_zeta (d_zeta, d)``; where the network is gated,
-    ``act(q W_gate) * (q W_up)`` stands in place of ``act(q W_K + b_K)``. Parameters are fp32
-    whatever the base model's type. At ``W_V = 0`` and ``beta = 0`` the patch adds exact zeros.
+    ``keys (..., d, n)``, ``values (..., n, d)``, ``bias (n)`` or ``(..., 1, n)``; leading dimensions as the
+    queries have them. Where the network is gated, ``act(q W_K) * (q W_up)``, with ``up`` of the keys' shape
+    and no bias, stands in place of the activation.
+    """
+
+    activation: Activation
+    keys: torch.Tensor
+    values: torch.Tensor
+    up: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+
+    def scores(self, queries: torch.Tensor) -> torch.Tensor:
+        """How well each key matches, before the activation: ``(..., d) -> (..., n)``."""
+        scores = queries @ self.keys
+        return scores if self.bias is None else scores + self.bias
+
+    def activations(self, queries: torch.Tensor) -> torch.Tensor:
+        """The weight of each value: ``(..., d) -> (..., n)``."""
+        activations = self.activation(self.scores(queries))
+        return activations if self.up is None else activations * (queries @ self.up)
+
+    def __call__(self, queries: torch.Tensor) -> torch.Tensor:
+        """What the pairs add, ``(..., d) -> (..., d)``, computed in the keys' type and given in the
+        queries'."""
+        return (self.activations(queries.to(self.keys.dtype)) @ self.values).to(queries.dtype)
+
+
+def move_values(
+    values: torch.Tensor, beta: float, zeta: torch.Tensor | None, projection: torch.Tensor | None
+) -> torch.Tensor:
+    """``W_V + beta * zeta'`` with ``zeta' = W_zeta zeta``, the same for every pair, Eq. (6).
+
+    ``values (..., n, d)``, ``zeta (d_zeta)``, ``projection (..., d_zeta, d)``; the values themselves without
+    one of the latter two, or at ``beta`` 0.
+    """
+    if zeta is None or projection is None or beta == 0.0:
+        return values
+    return values + beta * (zeta @ projection).unsqueeze(-2)
+
+
+class KeyValuePatch(nn.Module):
+    """``n`` extra pairs of one edit in one layer, as trained: ``W_K (d, n)``, ``b_K (n)``, ``W_V (n, d)``,
+    ``W_zeta (d_zeta, d)``, and ``W_up (d, n)`` in place of ``b_K`` where the network is gated.
+
+    Parameters are fp32 whatever the base model's type. At ``W_V = 0`` and ``beta = 0`` the patch adds exact
+    zeros.
     """
 
     def __init__(
@@ -65,25 +109,20 @@ class KeyValuePatch(nn.Module):
         if self.bias is not None:
             self.bias.fill_(QUERY_BIAS)
 
+    @property
     def edited_values(self) -> torch.Tensor:
-        """``W_V + beta * zeta'`` with ``zeta' = W_zeta zeta``, the same for every pair, Eq. (6)."""
-        if self.zeta is None or self.zeta_projection is None or self.beta == 0.0:
-            return self.values
-        return self.values + self.beta * (self.zeta @ self.zeta_projection)
+        """The values with zeta's share in them, ``(n, d)``; see ``move_values``."""
+        return move_values(self.values, self.beta, self.zeta, self.zeta_projection)
 
-    def scores(self, queries: torch.Tensor) -> torch.Tensor:
-        """How strongly each key answers, before the activation: ``(..., d) -> (..., n)``."""
-        scores = queries @ self.keys
-        return scores if self.bias is None else scores + self.bias
-
-    def fired(self, queries: torch.Tensor) -> torch.Tensor:
-        """What each pair answers with, the weight of its value: ``(..., d) -> (..., n)``."""
-        fired = self.activation(self.scores(queries))
-        return fired if self.up is None else fired * (queries @ self.up)
+    @property
+    def pairs(self) -> Pairs:
+        """The pairs as they stand now, with gradients to the parameters."""
+        return Pairs(self.activation, self.keys, self.edited_values, self.up, self.bias)
 
     def forward(self, queries: torch.Tensor) -> torch.Tensor:
-        """The branch's contribution, ``(..., d) -> (..., d)``, in the queries' own type."""
-        return (self.fired(queries.to(self.keys.dtype)) @ self.edited_values()).to(queries.dtype)
+        """What the patch adds, ``(..., d) -> (..., d)``, in the queries' own type."""
+        added: torch.Tensor = self.pairs(queries)
+        return added
 
 
 def activation_loss(scores: torch.Tensor, at: torch.Tensor, top: int = 5) -> torch.Tensor:
@@ -106,31 +145,16 @@ def memory_loss(scores: torch.Tensor, margin: float = 0.0, top: int = 5) -> torc
     return torch.exp(best + margin).mean((-2, -1))
 
 
-def branch(
-    queries: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    activation: Activation,
-    bias: torch.Tensor | None = None,
-    up: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """What the extra pairs add for ``queries (..., T, d)``; ``keys`` and ``up (..., d, N)``, ``bias``
-    ``(..., 1, N)``, ``values (..., N, d)``."""
-    scores = queries @ keys
-    fired = activation(scores if bias is None else scores + bias)
-    return (fired if up is None else fired * (queries @ up)) @ values
-
-
 @dataclass(frozen=True)
-class Opened:
-    """Of ``E`` edits those that speak for each of ``B`` prompts: ``chosen (B, M)``, filled up with
-    others, which ``shut (B, M)`` marks."""
+class OpenEdits:
+    """Of ``E`` edits those that apply to each of ``B`` prompts: ``chosen (B, M)``, filled up with others,
+    which ``closed (B, M)`` marks."""
 
     chosen: torch.Tensor
-    shut: torch.Tensor
+    closed: torch.Tensor
 
     @classmethod
-    def of(cls, open_gates: torch.Tensor) -> Opened:
+    def of(cls, open_gates: torch.Tensor) -> OpenEdits:
         """From ``open_gates (B, E)``."""
         most = int(open_gates.sum(1).max()) if open_gates.numel() else 0
         chosen = open_gates.int().topk(most, dim=1).indices
@@ -140,115 +164,103 @@ class Opened:
 class PatchStack:
     """Frozen patches of one layer as one block that grows: ``E`` edits of ``n`` pairs, a pair per row.
 
-    ``keys``, ``up`` and ``values (E, n, d)``, ``bias (E, n)``. Raises ValueError where the patches
-    differ in kind.
+    ``rows`` are by name ``keys``, ``values`` and, where the network is gated, ``up (E, n, d)``, else
+    ``bias (E, n)``. Raises ValueError where the patches differ in kind.
     """
 
     def __init__(self, patches: Sequence[KeyValuePatch]) -> None:
-        _alike(patches)
+        _require_alike(patches)
         self.activation = patches[0].activation
-        self.keys, self.values = Growing(_rows(patches)[0]), Growing(_rows(patches)[1])
-        self.up = Growing(_up(patches)) if patches[0].gated else None
-        self.bias = None if patches[0].gated else Growing(_bias(patches))
+        self.rows = {name: GrowingRows(rows) for name, rows in _stack_pairs(patches).items()}
 
     def __len__(self) -> int:
-        return len(self.keys)
+        return len(self.rows["keys"])
 
     def extended(self, patches: Sequence[KeyValuePatch]) -> PatchStack:
-        """This stack with further patches behind it; what is there is shared."""
-        _alike(patches, (self.up is not None, self.keys.rows.shape[1:]))
+        """This stack with further patches after it; what is there is shared."""
+        _require_alike(patches, ("up" in self.rows, self.rows["keys"].tensor.shape[1:]))
         out = object.__new__(PatchStack)
         out.activation = self.activation
-        keys, values = _rows(patches)
-        out.keys, out.values = self.keys.extended(keys), self.values.extended(values)
-        out.up = None if self.up is None else self.up.extended(_up(patches))
-        out.bias = None if self.bias is None else self.bias.extended(_bias(patches))
+        out.rows = {name: self.rows[name].extended(more) for name, more in _stack_pairs(patches).items()}
         return out
 
-    def __call__(self, queries: torch.Tensor, opened: Opened | None = None) -> torch.Tensor:
-        """Sum of all branches, ``(B, T, d) -> (B, T, d)``. With ``opened`` those alone are computed that
-        speak for a prompt: what it costs does not grow with ``E``."""
+    def __call__(self, queries: torch.Tensor, opened: OpenEdits | None = None) -> torch.Tensor:
+        """What all patches add, ``(B, T, d) -> (B, T, d)``. With ``opened`` only the edits that apply to a
+        prompt are computed: the cost does not grow with ``E``."""
         if opened is not None and not opened.chosen.shape[1]:
             return torch.zeros_like(queries)
-
-        def taken(part: Growing) -> torch.Tensor:
-            """``(E n, ...)``, or ``(B, M n, ...)`` of those that are opened."""
-            return part.rows.flatten(0, 1) if opened is None else part.rows[opened.chosen].flatten(1, 2)
-
-        wide, values = queries.to(self.keys.rows.dtype), taken(self.values)
-        bias = None if self.bias is None else taken(self.bias).unsqueeze(-2)
-        up = None if self.up is None else taken(self.up).transpose(-1, -2)
+        taken = {
+            name: rows.tensor.flatten(0, 1) if opened is None else rows.tensor[opened.chosen].flatten(1, 2)
+            for name, rows in self.rows.items()
+        }
+        values = taken["values"]
         if opened is not None:
-            pairs = self.keys.rows.shape[1]
-            values = values.masked_fill(opened.shut.repeat_interleave(pairs, 1)[..., None], 0)
-        keys = taken(self.keys).transpose(-1, -2)
-        return branch(wide, keys, values, self.activation, bias, up).to(queries.dtype)
+            pairs = self.rows["keys"].tensor.shape[1]
+            values = values.masked_fill(opened.closed.repeat_interleave(pairs, 1)[..., None], 0)
+        keys = taken["keys"].transpose(-1, -2)
+        up = taken["up"].transpose(-1, -2) if "up" in taken else None
+        bias = taken["bias"].unsqueeze(-2) if "bias" in taken else None
+        return Pairs(self.activation, keys, values, up, bias)(queries)
 
 
 class PatchBatch:
-    """Patches of ``B`` independent edits side by side: ``keys`` and ``up (B, d, n)``, ``bias``
-    ``(B, 1, n)``, ``values (B, n, d)``. Trained here, they are handed back by ``restore``."""
+    """Patches of ``B`` independent edits, batched: each parameter of ``KeyValuePatch`` with a leading
+    dimension ``B``, by name in ``tensors``. What is trained here goes back to the patches by ``restore``."""
 
     def __init__(self, patches: Sequence[KeyValuePatch]) -> None:
-        _alike(patches)
+        _require_alike(patches)
         self.patches = list(patches)
-        self.activation, self.beta = patches[0].activation, patches[0].beta
         first = patches[0]
-        self.zeta = first.zeta
-        self._names = [name for name, _ in first.named_parameters()]
-        self.held: dict[str, torch.Tensor] = {}
-        for name in self._names:
+        self.activation, self.beta, self.zeta = first.activation, first.beta, first.zeta
+        self.tensors: dict[str, torch.Tensor] = {}
+        for name, _ in first.named_parameters():
             tensor = torch.stack([p.get_parameter(name).detach() for p in patches])
-            self.held[name] = tensor.requires_grad_(first.keys.requires_grad)
+            self.tensors[name] = tensor.requires_grad_(first.keys.requires_grad)
 
     def parameters(self) -> list[torch.Tensor]:
         """Each with a row per edit."""
-        return list(self.held.values())
+        return list(self.tensors.values())
+
+    @property
+    def pairs(self) -> Pairs:
+        """The pairs as they stand now, for queries ``(B, T, d)``, or ``(T, d)`` that all edits get."""
+        tensors = self.tensors
+        values = move_values(tensors["values"], self.beta, self.zeta, tensors.get("zeta_projection"))
+        bias = tensors["bias"][:, None] if "bias" in tensors else None
+        return Pairs(self.activation, tensors["keys"], values, tensors.get("up"), bias)
 
     def keep(self, rows: torch.Tensor) -> None:
-        """Hands back all edits but ``rows``, which stay, in tensors of their own."""
+        """Restores all edits but ``rows``, which stay, in tensors of their own."""
         staying = set(rows.tolist())
         self.restore([i for i in range(len(self.patches)) if i not in staying])
         self.patches = [self.patches[i] for i in rows.tolist()]
-        for name, tensor in self.held.items():
-            self.held[name] = tensor.detach()[rows].requires_grad_(tensor.requires_grad)
+        for name, tensor in self.tensors.items():
+            self.tensors[name] = tensor.detach()[rows].requires_grad_(tensor.requires_grad)
 
     @torch.no_grad()
     def restore(self, rows: Sequence[int]) -> None:
         """Writes these rows into the patches that they came from."""
         for i in rows:
-            for name, tensor in self.held.items():
+            for name, tensor in self.tensors.items():
                 self.patches[i].get_parameter(name).copy_(tensor[i])
-
-    def scores(self, queries: torch.Tensor) -> torch.Tensor:
-        """``(B, T, d)`` or ``(T, d)`` to ``(B, T, n)``: how strongly each key answers."""
-        scores = queries @ self.held["keys"]
-        return scores + self.held["bias"][:, None] if "bias" in self.held else scores
 
     def __call__(self, queries: torch.Tensor) -> torch.Tensor:
         """``(B, T, d) -> (B, T, d)``."""
-        held, values = self.held, self.held["values"]
-        if self.zeta is not None and self.beta and "zeta_projection" in held:
-            values = values + self.beta * (self.zeta @ held["zeta_projection"])[:, None]
-        bias = held["bias"][:, None] if "bias" in held else None
-        wide = queries.to(values.dtype)
-        return branch(wide, held["keys"], values, self.activation, bias, held.get("up")).to(queries.dtype)
+        return self.pairs(queries)
 
 
-def _alike(patches: Sequence[KeyValuePatch], kind: tuple[bool, torch.Size] | None = None) -> None:
+def _require_alike(patches: Sequence[KeyValuePatch], kind: tuple[bool, torch.Size] | None = None) -> None:
     kinds = {(p.gated, p.keys.T.shape) for p in patches} | ({kind} if kind else set())
     if len(kinds) > 1:
         raise ValueError("patches of one stack must agree in width, number of keys and gating")
 
 
-def _rows(patches: Sequence[KeyValuePatch]) -> tuple[torch.Tensor, torch.Tensor]:
-    keys = torch.stack([p.keys.detach().T for p in patches])
-    return keys, torch.stack([p.edited_values().detach() for p in patches])
-
-
-def _up(patches: Sequence[KeyValuePatch]) -> torch.Tensor:
-    return torch.stack([p.up.detach().T for p in patches if p.up is not None])
-
-
-def _bias(patches: Sequence[KeyValuePatch]) -> torch.Tensor:
-    return torch.stack([p.bias.detach() for p in patches if p.bias is not None])
+def _stack_pairs(patches: Sequence[KeyValuePatch]) -> dict[str, torch.Tensor]:
+    """The patches' pairs, a row each, without gradients."""
+    pairs = [patch.pairs for patch in patches]
+    rows = {"keys": [p.keys.T for p in pairs], "values": [p.values for p in pairs]}
+    if patches[0].gated:
+        rows["up"] = [p.up.T for p in pairs if p.up is not None]
+    else:
+        rows["bias"] = [p.bias for p in pairs if p.bias is not None]
+    return {name: torch.stack([t.detach() for t in tensors]) for name, tensors in rows.items()}

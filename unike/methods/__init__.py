@@ -1,9 +1,40 @@
-"""Editing methods; importing this package registers all of them."""
+"""Editing methods. All are registered here; none is imported before it is made."""
 
-from unike.methods import ft, ike, ke, mend, serac, tpatcher, unike
-from unike.methods.base import EditMethod, build, methods, needs_cases, needs_knowledge, register
+from typing import TYPE_CHECKING, Any
+
+from unike.methods.registry import (
+    MethodNeeds,
+    check_method,
+    list_methods,
+    register,
+    resolve_needs,
+    resolve_needs_if_valid,
+)
+from unike.system.lazy import load_attribute
+
+if TYPE_CHECKING:
+    from unike.methods.base import EditMethod, build, resolve_layers
+    from unike.methods.meta_training import TrainableMethod
 
 __all__ = [
-    "EditMethod", "build", "ft", "ike", "ke", "mend", "methods", "needs_cases", "needs_knowledge", "register",
-    "serac", "tpatcher", "unike",
-]  # fmt: skip
+    "EditMethod",
+    "MethodNeeds",
+    "TrainableMethod",
+    "build",
+    "check_method",
+    "list_methods",
+    "register",
+    "resolve_layers",
+    "resolve_needs",
+    "resolve_needs_if_valid",
+]
+
+_HOMES = {
+    **dict.fromkeys(("EditMethod", "build", "resolve_layers"), "unike.methods.base"),
+    "TrainableMethod": "unike.methods.meta_training",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # On first use: torch takes seconds, and an unknown method should not.
+    return load_attribute(__name__, name, _HOMES)

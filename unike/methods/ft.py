@@ -1,4 +1,4 @@
-"""Fine-tuning, the field's plain baseline: of the last decoder layer, or of the vision projection."""
+"""Fine-tuning, the plain baseline: of the last decoder layer, or of the vision projection."""
 
 from __future__ import annotations
 
@@ -9,62 +9,45 @@ from torch import nn
 
 from unike.backbones.base import IGNORED, Backbone, PrefixState, encode_queries, narrowed
 from unike.backbones.prefix import PrefixCache
-from unike.config.hparams import HyperParams
 from unike.edits import Edit
 from unike.edits.deltas import WeightDelta, WeightsTogether
-from unike.methods.base import Knowledge, edited_layers, made, one_by_one, register
+from unike.methods.base import EditMethod, unwrap
 from unike.methods.training import Limits, Trained, train
 from unike.types import EditRequest, Query, UserError
 
 
-def _has_plain_weights(hparams: HyperParams) -> None:
-    if hparams.quantization != "none" and hparams.ft_target == "layers":
-        raise UserError(
-            f"{hparams.source}: method: ft trains the weights of `layers`; expected quantization: none, "
-            "or ft_target: projection"
-        )
-
-
-@register("ft", check=_has_plain_weights)
-class FineTuning:
+class FineTuning(EditMethod):
     """Trains the weights of the YAML's ``layers`` (one, as published) until the target is predicted.
 
-    With ``ft_target: projection`` it trains what carries the picture into the decoder instead, as
-    MMEdit does; each step then runs the whole decoder.
+    With ``ft_target: projection`` it trains what carries the image into the decoder instead, as MMEdit
+    does; each step then runs the whole decoder, and ``layers`` are left as they are.
     """
 
-    def __init__(self, hparams: HyperParams, knowledge: Knowledge) -> None:
-        self.hparams = hparams
-
-    def layers(self, backbone: Backbone) -> list[int]:
-        """The trained layers, or the last ones, untouched, where the projection is trained."""
-        return edited_layers(self.hparams, backbone)
-
-    def edit(
-        self, backbone: Backbone, request: EditRequest, prefixes: PrefixCache, history: Edit | None = None
+    def _edit(
+        self, backbone: Backbone, request: EditRequest, prefixes: PrefixCache, history: Edit | None
     ) -> WeightDelta:
         """New values of the weights, started from those of ``history``."""
-        former = history.weights if isinstance(history, WeightDelta) else {}
-        start = {name: former.get(name, p).detach() for name, p in self._trained(backbone).items()}
+        former = {} if history is None else history.weights
+        start = {name: former.get(name, p).detach() for name, p in self._find_trained(backbone).items()}
         if self.hparams.ft_target == "layers":
             state = prefixes.state([request.query])
-            return made(self._train(_Layers(backbone, state, start, 1), state.labels)[0])
+            return unwrap(self._train(_LayerWeights(backbone, state, start, 1), state.labels)[0])
         if request.query.image is None:
-            raise UserError(f"edit {request.id}: has no picture; ft_target: projection needs one")
-        learner = _Projection(backbone, request.query, start)
-        return made(self._train(learner, encode_queries(backbone, [request.query]).labels)[0])
+            raise UserError(f"edit {request.id}: has no image; ft_target: projection needs one")
+        learner = _ProjectionWeights(backbone, request.query, start)
+        return unwrap(self._train(learner, encode_queries(backbone, [request.query]).labels)[0])
 
-    def edit_many(
+    def _edit_many(
         self, backbone: Backbone, requests: Sequence[EditRequest], prefixes: PrefixCache
-    ) -> list[WeightDelta | FloatingPointError]:
-        """Independent edits: the layers' side by side, the projection's one by one."""
+    ) -> Sequence[Edit | FloatingPointError]:
+        """The layers' edits batched, the projection's one by one."""
         if self.hparams.ft_target == "layers":
             state = prefixes.state([r.query for r in requests])
-            start = {name: p.detach() for name, p in self._trained(backbone).items()}
-            return self._train(_Layers(backbone, state, start, len(requests)), state.labels)
-        return one_by_one(lambda request: self.edit(backbone, request, prefixes), requests)
+            start = {name: p.detach() for name, p in self._find_trained(backbone).items()}
+            return self._train(_LayerWeights(backbone, state, start, len(requests)), state.labels)
+        return super()._edit_many(backbone, requests, prefixes)
 
-    def _trained(self, backbone: Backbone) -> dict[str, nn.Parameter]:
+    def _find_trained(self, backbone: Backbone) -> dict[str, nn.Parameter]:
         modules: list[nn.Module] = [backbone.projection]
         if self.hparams.ft_target == "layers":
             modules = [backbone.layout.layer(i) for i in self.layers(backbone)]
@@ -72,7 +55,7 @@ class FineTuning:
         return {name: p for name, p in backbone.model.named_parameters() if id(p) in own}
 
     def _train(
-        self, learner: _Layers | _Projection, labels: torch.Tensor
+        self, learner: _LayerWeights | _ProjectionWeights, labels: torch.Tensor
     ) -> list[WeightDelta | FloatingPointError]:
         out: list[WeightDelta | FloatingPointError] = []
         for how, weights in zip(
@@ -86,8 +69,8 @@ class FineTuning:
         return out
 
 
-class _Layers:
-    """``count`` edits' weights in training, each for its row of ``state``; ``finished`` holds them then."""
+class _LayerWeights:
+    """Weights of ``count`` edits in training, one per row of ``state``; ``finished`` takes the results."""
 
     def __init__(
         self, backbone: Backbone, state: PrefixState, start: Mapping[str, torch.Tensor], count: int
@@ -119,7 +102,7 @@ class _Layers:
             self.state = narrowed(self.backbone, self.state, rows)
 
 
-class _Projection:
+class _ProjectionWeights:
     """The vision projection in training: each step runs the whole decoder."""
 
     def __init__(self, backbone: Backbone, query: Query, start: Mapping[str, torch.Tensor]) -> None:

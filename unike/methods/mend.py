@@ -14,12 +14,10 @@ from torch import nn
 
 from unike.backbones.base import Backbone
 from unike.backbones.prefix import PrefixCache
-from unike.config.hparams import HyperParams
 from unike.edits import Edit
 from unike.edits.deltas import LowRankDelta, Site, ffn_sites
-from unike.methods.base import Knowledge, edited_layers, register
-from unike.methods.meta_training import TrainableMethod, edit_losses
-from unike.methods.training import answer_gradients
+from unike.methods.meta_training import TrainableMethod, compute_edit_losses
+from unike.methods.training import compute_answer_gradients
 from unike.types import Case, EditRequest
 
 
@@ -64,70 +62,63 @@ class _ShapeEditor(nn.Module):
 
 
 class MendNetwork(nn.Module):
-    """All shapes' networks, and each site's learnt step size."""
+    """All shapes' networks, and each edited module's learned step size."""
 
     def __init__(self, sites: Mapping[Site, nn.Linear], rank: int, scale: float) -> None:
         super().__init__()
         shapes: dict[str, list[Site]] = {}
         for site, module in sites.items():
-            shapes.setdefault(_shape(module), []).append(site)
+            shapes.setdefault(_name_shape(module), []).append(site)
         self.place = {site: (name, mode) for name, own in shapes.items() for mode, site in enumerate(own)}
-        rows = {_shape(m): m.weight.shape for m in sites.values()}
+        rows = {_name_shape(m): m.weight.shape for m in sites.values()}
         self.editors = nn.ModuleDict(
             {name: _ShapeEditor(rows[name][0], rows[name][1], rank, len(own)) for name, own in shapes.items()}
         )
         self.log_scale = nn.Parameter(torch.full((len(sites),), scale).log())
 
     def forward(self, site: Site, pairs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The factors of a site's change, from its ``pairs (T, in + out)``."""
+        """The factors of a module's change, from its ``pairs (T, in + out)``."""
         name, mode = self.place[site]
         left, right = self.editors[name](pairs, mode)
         return left, -self.log_scale[list(self.place).index(site)].exp() * right
 
 
-def _shape(module: nn.Linear) -> str:
+def _name_shape(module: nn.Linear) -> str:
     outputs, inputs = module.weight.shape
     return f"{inputs}x{outputs}"
 
 
-@register("mend")
 class MEND(TrainableMethod):
     """Edits the feed-forward networks of the YAML's ``layers`` with one transformed gradient."""
-
-    def __init__(self, hparams: HyperParams, knowledge: Knowledge) -> None:
-        self.hparams = hparams
-
-    def layers(self, backbone: Backbone) -> list[int]:
-        return edited_layers(self.hparams, backbone)
 
     def build(self, backbone: Backbone) -> MendNetwork:
         sites = ffn_sites(backbone, self.layers(backbone))
         return MendNetwork(sites, self.hparams.editor_rank, self.hparams.edit_scale)
 
     def calibrate(self, backbone: Backbone, cases: Sequence[Case], prefixes: PrefixCache) -> None:
-        """Mean and spread of the raw pairs, by shape."""
+        """Sets mean and standard deviation of the raw pairs, by shape."""
         network = self._network
         pairs: dict[str, list[torch.Tensor]] = {}
         for case in cases:
-            for site, own in self._pairs(backbone, case.request, prefixes).items():
+            for site, own in self._read_pairs(backbone, case.request, prefixes).items():
                 pairs.setdefault(network.place[site][0], []).append(own)
         for name, parts in pairs.items():
             editor, seen = network.editors[name], torch.cat(parts)
             editor.mean.copy_(seen.mean(0))  # type: ignore[union-attr, operator]
             editor.std.copy_(seen.std(0))  # type: ignore[union-attr, operator]
 
-    def edit(
-        self, backbone: Backbone, request: EditRequest, prefixes: PrefixCache, history: Edit | None = None
+    def _edit(
+        self, backbone: Backbone, request: EditRequest, prefixes: PrefixCache, history: Edit | None
     ) -> LowRankDelta:
-        """From the base model's gradients, whatever ``history`` holds: the editor knows no others, and
-        answers the larger ones of an edited model with ever larger changes."""
+        """From the base model's gradients, whatever ``history`` holds: the editor was trained on no others,
+        and turns the larger ones of an edited model into ever larger changes."""
         with torch.no_grad():
-            return self._edit(backbone, request, prefixes)
+            return self._make_delta(backbone, request, prefixes)
 
     def loss(self, backbone: Backbone, case: Case, prefixes: PrefixCache) -> torch.Tensor:
         hp = self.hparams
-        edit = self._edit(backbone, case.request, prefixes)
-        nll, change = edit_losses(backbone, edit, case, prefixes, hp.editor_probes)
+        edit = self._make_delta(backbone, case.request, prefixes)
+        nll, change = compute_edit_losses(backbone, edit, case, prefixes, hp.editor_probes)
         return hp.c_edit * nll + hp.c_loc * change
 
     @property
@@ -135,15 +126,15 @@ class MEND(TrainableMethod):
         assert isinstance(self.trained, MendNetwork)
         return self.trained
 
-    def _edit(self, backbone: Backbone, request: EditRequest, prefixes: PrefixCache) -> LowRankDelta:
-        pairs = self._pairs(backbone, request, prefixes)
+    def _make_delta(self, backbone: Backbone, request: EditRequest, prefixes: PrefixCache) -> LowRankDelta:
+        pairs = self._read_pairs(backbone, request, prefixes)
         return LowRankDelta({site: self._network(site, own) for site, own in pairs.items()}, {"steps": 1})
 
-    def _pairs(
+    def _read_pairs(
         self, backbone: Backbone, request: EditRequest, prefixes: PrefixCache
     ) -> dict[Site, torch.Tensor]:
-        """Each site's ``(T, in + out)``: input and output gradient of every token that has one."""
+        """Each module's ``(T, in + out)``: input and output gradient of every token that has one."""
         state = prefixes.state([request.query])
         sites = ffn_sites(backbone, self.layers(backbone))
-        gradients = answer_gradients(backbone, state, sites, None)
+        gradients = compute_answer_gradients(backbone, state, sites, None)
         return {site: torch.cat([x, d], 1)[(d != 0).any(1)] for site, (x, d) in gradients.items()}

@@ -1,20 +1,19 @@
-"""One training loop for the methods that learn to edit: KE, MEND, SERAC.
+"""One training loop for the meta-learned methods: KE, MEND, SERAC.
 
-Only suffixes run: the prefix states are constants of the queries. A run that is killed at any
-point and started again gives the same editor, bit for bit: what is drawn depends on the seed and
-the step alone, and every prefix is computed in a batch of its own. Several processes share the cases
-of each step and add up their gradients.
+Only the edited layers run: the activations below them are constants of the queries. A run that is
+killed at any point and started again gives the same editor, bit for bit: random draws depend on the
+seed and the step alone, and lower-layer activations are computed one query at a time. Several processes
+share the cases of each step and add up their gradients.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -22,31 +21,31 @@ from torch import nn
 
 from unike.backbones.base import Backbone, answer_loss
 from unike.backbones.prefix import PrefixCache, open_prefixes
-from unike.config.hparams import HyperParams
+from unike.config.combined import EditorPreparationOptions
+from unike.config.sections import EditorTrainingOptions
 from unike.edits import Edit
+from unike.edits.content import Shared
+from unike.methods.base import EditMethod
 from unike.system import processes
 from unike.system.files import check_tensors, read_index, write_index
-from unike.types import FIVE_METRICS, Case, EditRequest, Query, UserError
+from unike.system.progress import Tick, ignore_progress
+from unike.types import FIVE_METRICS, Case, Query, UserError
 
-Tick = Callable[[str, int], None]
 Tensors = dict[str, torch.Tensor]
+# As optimisers take it: ``params``, and options of their own.
+ParameterGroup = dict[str, list[nn.Parameter] | float]
 TRAINING = "training the editor"
 CALIBRATION_CASES = 64
 
 
-class TrainableMethod(ABC):
-    """An ``EditMethod`` whose ``network`` is trained on cases before it makes its first edit."""
+class TrainableMethod(EditMethod):
+    """A method whose ``network`` is trained on cases before it makes its first edit."""
 
-    hparams: HyperParams
+    trainable = True
     network: nn.Module | None = None
 
-    @abstractmethod
-    def layers(self, backbone: Backbone) -> list[int]: ...
-
-    @abstractmethod
-    def edit(
-        self, backbone: Backbone, request: EditRequest, prefixes: PrefixCache, history: Edit | None = None
-    ) -> Edit: ...
+    def get_shared_parts(self) -> Shared:
+        return Shared(self.knowledge, self.network)
 
     @abstractmethod
     def build(self, backbone: Backbone) -> nn.Module:
@@ -54,13 +53,13 @@ class TrainableMethod(ABC):
 
     @abstractmethod
     def loss(self, backbone: Backbone, case: Case, prefixes: PrefixCache) -> torch.Tensor:
-        """What training lowers, for one case; a scalar."""
+        """The training loss of one case; a scalar."""
 
     def validation(self, backbone: Backbone, case: Case, prefixes: PrefixCache) -> torch.Tensor:
-        """What a held-out case is judged by: the loss, unless that changes its meaning in training."""
+        """The loss of a held-out case: that of training, unless it changes its meaning in training."""
         return self.loss(backbone, case, prefixes)
 
-    def parameters(self) -> list[dict[str, Any]]:
+    def parameters(self) -> list[ParameterGroup]:
         """Parameter groups as optimisers take them."""
         return [{"params": list(self.trained.parameters())}]
 
@@ -69,11 +68,11 @@ class TrainableMethod(ABC):
         return
 
     def settle(self) -> None:
-        """Called after each step: puts parameters back into their range."""
+        """Clamps parameters to their range; called after each step."""
         return
 
     def start(self, backbone: Backbone) -> None:
-        """A fresh network, drawn from the run's seed."""
+        """Puts an untrained network in, drawn from the run's seed."""
         with torch.random.fork_rng():
             torch.manual_seed(self.hparams.seed)
             self.network = self.build(backbone).to(backbone.device)
@@ -87,23 +86,23 @@ class TrainableMethod(ABC):
         return self.network
 
 
-# ---------------------------------------------------------------- what an edit costs
+# ---------------------------------------------------------------- losses
 
 
-def scope_of(case: Case, probes: str = "five") -> tuple[list[Query], list[Query]]:
+def split_by_scope(case: Case, probes: str = "five") -> tuple[list[Query], list[Query]]:
     """The case's queries in and out of the edit's scope."""
     used = [p for p in case.probes if probes == "all" or p.name in FIVE_METRICS]
     inside = [p.query for p in used if p.expect == "target"] or [case.request.query]
     return inside, [p.query for p in used if p.expect == "unchanged"]
 
 
-def edit_losses(
+def compute_edit_losses(
     backbone: Backbone, edit: Edit, case: Case, prefixes: PrefixCache, probes: str = "five"
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean answer loss of the probes that expect the target, and mean KL from the base model over the
     answers of those that expect no change. ``probes`` is the YAML's ``editor_probes``.
     """
-    inside, outside = scope_of(case, probes)
+    inside, outside = split_by_scope(case, probes)
     state = prefixes.state([*inside, *outside])
     with torch.no_grad():
         base = backbone.suffix(prefixes.state(outside)) if outside else None
@@ -121,31 +120,32 @@ def edit_losses(
 
 
 class Lessons:
-    """Cases as an editor learns from them.
+    """Cases as an editor is trained on them.
 
-    An edit to what the base says anyway teaches nothing: there the wrong answer becomes the target,
-    as with the alternative answers on which KE and MEND were trained.
+    An edit to what the base model answers anyway teaches nothing: there the wrong answer becomes the
+    target, as with the alternative answers on which KE and MEND were trained.
     """
 
     def __init__(self, backbone: Backbone, prefixes: PrefixCache) -> None:
         self.backbone, self.prefixes = backbone, prefixes
         self._kept: dict[tuple[str, str], Case] = {}
 
-    def of(self, case: Case) -> Case:
+    def adapt(self, case: Case) -> Case:
+        """The case, with its wrong answer as the target where the base model knows the right one."""
         key = (case.task, case.request.id)
         if key not in self._kept:
             wrong = case.request.wrong
-            self._kept[key] = _retargeted(case, wrong) if wrong and self._known(case) else case
+            self._kept[key] = _replace_target(case, wrong) if wrong and self._is_known(case) else case
         return self._kept[key]
 
     @torch.no_grad()
-    def _known(self, case: Case) -> bool:
+    def _is_known(self, case: Case) -> bool:
         state = self.prefixes.state([case.request.query])
         predicted = self.backbone.suffix(state)[:, :-1].argmax(-1)
         return bool((predicted == state.labels[:, 1:])[state.answer_mask].all())
 
 
-def _retargeted(case: Case, target: str) -> Case:
+def _replace_target(case: Case, target: str) -> Case:
     probes = tuple(
         replace(p, query=replace(p.query, target=target)) if p.expect == "target" else p for p in case.probes
     )
@@ -156,13 +156,9 @@ def _retargeted(case: Case, target: str) -> Case:
 # ---------------------------------------------------------------- the loop
 
 
-def silent(what: str, count: int) -> None:
-    """A progress callback that shows nothing."""
-
-
 @dataclass
 class Progress:
-    """Where a training stands: the validations' mean ``losses``, and how many came since the best."""
+    """State of a training: the validations' mean ``losses``, and how many came since the best."""
 
     step: int = 0
     best: float = math.inf
@@ -176,33 +172,33 @@ def meta_train(
     backbone: Backbone,
     cases: Sequence[Case],
     val_cases: Sequence[Case],
-    hparams: HyperParams,
+    hparams: EditorPreparationOptions,
     folder: Path,
-    tick: Tick = silent,
-    facts: dict[str, Any] | None = None,
+    tick: Tick = ignore_progress,
+    facts: Mapping[str, object] | None = None,
 ) -> Progress:
     """Trains a method's network and leaves it with the weights of its best validation.
 
     A checkpoint is written to ``folder`` at every validation, and training goes on from it if
-    ``facts`` and cases are still the same. ``tick`` hears of every train case (1) and held-out one (0).
+    ``facts`` and cases are still the same. ``tick`` is called for every train case (1) and held-out one (0).
     Raises FloatingPointError where a loss is no longer a number.
     """
     prefixes = open_prefixes(hparams, backbone, method.layers(backbone)[0], batch=1)
     lessons = Lessons(backbone, prefixes)
     method.start(backbone)
-    run = _Run(method, hparams, folder, {"facts": facts or {}, "cases": _names(cases)})
+    run = _Run(method, hparams, folder, {"facts": facts or {}, "cases": _identify(cases)})
     with torch.random.fork_rng():
         torch.manual_seed(hparams.seed)
         if not run.resume():
-            method.calibrate(backbone, [lessons.of(c) for c in cases[:CALIBRATION_CASES]], prefixes)
+            method.calibrate(backbone, [lessons.adapt(c) for c in cases[:CALIBRATION_CASES]], prefixes)
             run.start_alike()
         else:
             tick(TRAINING, run.progress.step * hparams.editor_batch)
         while not run.done:
             run.optimiser.zero_grad(set_to_none=True)
-            batch = _batch(cases, run.progress.step, hparams)
+            batch = _draw_batch(cases, run.progress.step, hparams)
             for case in processes.share(batch):
-                loss = method.loss(backbone, lessons.of(case), prefixes)
+                loss = method.loss(backbone, lessons.adapt(case), prefixes)
                 if not math.isfinite(loss.item()):
                     raise FloatingPointError(f"the loss is {loss.item()} after {run.progress.step} steps")
                 (loss / hparams.editor_batch).backward()
@@ -210,11 +206,11 @@ def meta_train(
             if others := len(batch) - len(processes.share(batch)):
                 tick(TRAINING, others)
             run.step()
-            if run.due:
+            if run.validation_is_due:
                 with torch.no_grad():
                     losses = processes.spread(
                         val_cases,
-                        lambda case: method.validation(backbone, lessons.of(case), prefixes).item(),
+                        lambda case: method.validation(backbone, lessons.adapt(case), prefixes).item(),
                         lambda _: tick(TRAINING, 0),
                     )
                 run.judge(sum(losses) / max(1, len(losses)))
@@ -224,11 +220,11 @@ def meta_train(
     return run.progress
 
 
-def _names(cases: Sequence[Case]) -> list[Any]:
+def _identify(cases: Sequence[Case]) -> list[list[str | None]]:
     return [[c.task, c.request.id, c.request.query.prompt, c.request.query.target] for c in cases]
 
 
-def _batch(cases: Sequence[Case], step: int, hparams: HyperParams) -> list[Case]:
+def _draw_batch(cases: Sequence[Case], step: int, hparams: EditorTrainingOptions) -> list[Case]:
     """The step's cases: the epochs' own shuffles, one after the other."""
     out, orders = [], {}
     for n in range(step * hparams.editor_batch, (step + 1) * hparams.editor_batch):
@@ -244,7 +240,11 @@ class _Run:
     """Optimiser, progress and best weights of one training, and their checkpoint."""
 
     def __init__(
-        self, method: TrainableMethod, hparams: HyperParams, folder: Path, facts: dict[str, Any]
+        self,
+        method: TrainableMethod,
+        hparams: EditorTrainingOptions,
+        folder: Path,
+        facts: Mapping[str, object],
     ) -> None:
         self.method, self.hparams, self.folder, self.facts = method, hparams, folder, facts
         self.progress = Progress()
@@ -257,16 +257,16 @@ class _Run:
         return p.step >= hp.editor_steps or p.waited >= hp.editor_patience
 
     @property
-    def due(self) -> bool:
+    def validation_is_due(self) -> bool:
         """Whether this step is followed by a validation and a checkpoint."""
         step = self.progress.step
         return step % self.hparams.editor_val_every == 0 or step >= self.hparams.editor_steps
 
     def start_alike(self) -> None:
-        """Every process trains the main one's network: devices may round differently."""
+        """Gives every process the main one's network: devices may round differently."""
         if processes.joined():
             network = self.method.trained
-            network.load_state_dict(processes.first(lambda: copied(network.state_dict())))
+            network.load_state_dict(processes.first(lambda: copy_tensors(network.state_dict())))
 
     def step(self) -> None:
         own = [p for group in self.optimiser.param_groups for p in group["params"]]
@@ -277,12 +277,12 @@ class _Run:
         self.progress.step += 1
 
     def judge(self, loss: float) -> None:
-        """Takes note of a validation, and of the weights where it is the best so far."""
+        """Records a validation, and the weights where it is the best so far."""
         p = self.progress
         p.losses.append(loss)
         if loss < p.best:
             p.best, p.best_step, p.waited = loss, p.step, 0
-            self.best = copied(self.method.trained.state_dict())
+            self.best = copy_tensors(self.method.trained.state_dict())
         else:
             p.waited += 1
 
@@ -297,10 +297,10 @@ class _Run:
         """Tensors first, under a name of their own; the index that names them replaces the former
         one in one go, so that a kill at any moment leaves a whole checkpoint."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        tensors = {f"network.{k}": v for k, v in copied(self.method.trained.state_dict()).items()}
+        tensors = {f"network.{k}": v for k, v in copy_tensors(self.method.trained.state_dict()).items()}
         tensors |= {f"best.{k}": v for k, v in self.best.items()}
         for number, state in self.optimiser.state_dict()["state"].items():
-            tensors |= {f"adam.{number}.{k}": v for k, v in copied(state).items()}
+            tensors |= {f"adam.{number}.{k}": v for k, v in copy_tensors(state).items()}
         tensors["rng"] = torch.get_rng_state()
         name = f"checkpoint-{self.progress.step}.safetensors"
         save_file(tensors, self.folder / name)
@@ -317,10 +317,10 @@ class _Run:
             return False
         check_tensors(self.folder / "checkpoint.json", self.folder / kept["tensors"])
         tensors = load_file(self.folder / kept["tensors"])
-        self.method.trained.load_state_dict(_under(tensors, "network."))
-        self.best = _under(tensors, "best.")
+        self.method.trained.load_state_dict(_take_prefixed(tensors, "network."))
+        self.best = _take_prefixed(tensors, "best.")
         states: dict[int, Tensors] = {}
-        for name, tensor in _under(tensors, "adam.").items():
+        for name, tensor in _take_prefixed(tensors, "adam.").items():
             number, _, key = name.partition(".")
             states.setdefault(int(number), {})[key] = tensor
         groups = self.optimiser.state_dict()["param_groups"]
@@ -330,10 +330,10 @@ class _Run:
         return True
 
 
-def copied(tensors: Tensors) -> Tensors:
+def copy_tensors(tensors: Tensors) -> Tensors:
     """Tensors as safetensors takes them."""
     return {k: v.detach().cpu().clone().contiguous() for k, v in tensors.items()}
 
 
-def _under(tensors: Tensors, prefix: str) -> Tensors:
+def _take_prefixed(tensors: Tensors, prefix: str) -> Tensors:
     return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}

@@ -1,9 +1,9 @@
-"""Extra key-value pairs as UniKE and T-Patcher make and train them, and an edit's own states."""
+"""Extra key-value pairs as UniKE and T-Patcher draw and train them, and an edit's own states."""
 
 from __future__ import annotations
 
 import zlib
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -13,28 +13,29 @@ import torch
 from unike.backbones.base import Backbone, PrefixState, narrowed
 from unike.backbones.hooks import capture
 from unike.backbones.prefix import PrefixCache
-from unike.config.hparams import HyperParams
+from unike.config.combined import FreshPatchOptions, PatchTrainingOptions
+from unike.config.sections import PatchLossOptions
 from unike.edits import Edit, RoutedEdit, RoutedTogether
 from unike.knowledge.patch import KeyValuePatch, activation_loss, memory_loss
-from unike.methods.base import Knowledge, edited_layers, made
+from unike.methods.base import EditMethod, Knowledge, unwrap
 from unike.methods.training import Limits, Trained, train
 from unike.types import EditRequest
 
 
 @dataclass(frozen=True)
 class OwnStates:
-    """An edit's own states in one layer, from the base model: ``asked (p + 1, d)`` of the prompt,
+    """An edit's own states in one layer, from the base model: ``prompt (p + 1, d)`` of its prompt,
     ``sem (d)`` at its end, ``pos (d)`` at the end of prompt + target, ``ffn (T, d)``, the
     feed-forward network's inputs that predict the answer."""
 
-    asked: torch.Tensor
+    prompt: torch.Tensor
     sem: torch.Tensor
     pos: torch.Tensor
     ffn: torch.Tensor
 
 
 @torch.no_grad()
-def own_states(backbone: Backbone, state: PrefixState, layers: list[int]) -> list[dict[int, OwnStates]]:
+def read_own_states(backbone: Backbone, state: PrefixState, layers: list[int]) -> list[dict[int, OwnStates]]:
     """Knowledge states of each row, a query with its target, by layer."""
     attention = {i: backbone.layout.attention(i).module for i in layers}
     readers = {i: backbone.layout.ffn(i).keys[0] for i in layers}
@@ -46,17 +47,17 @@ def own_states(backbone: Backbone, state: PrefixState, layers: list[int]) -> lis
         found = {}
         for i in layers:
             ffn = y[i].reshape(*state.labels.shape, -1)[row, end:last]
-            asked = x[i][row, : end + 1].clone()
-            found[i] = OwnStates(asked, asked[-1], x[i][row, last].clone(), ffn.clone())
+            prompt = x[i][row, : end + 1].clone()
+            found[i] = OwnStates(prompt, prompt[-1], x[i][row, last].clone(), ffn.clone())
         out.append(found)
     return out
 
 
-def fresh_patches(
+def draw_patches(
     backbone: Backbone,
     request: EditRequest,
     states: dict[int, OwnStates],
-    hparams: HyperParams,
+    hparams: FreshPatchOptions,
     knowledge: Knowledge,
 ) -> dict[int, KeyValuePatch]:
     """A patch per layer, drawn from the run's seed and the edit's id."""
@@ -74,38 +75,32 @@ def fresh_patches(
     return patches
 
 
-Outcome = RoutedEdit | FloatingPointError
+PatchOutcome = RoutedEdit | FloatingPointError
 
 
-class PatchMethod(ABC):
-    """A method whose edits are trained patches: alone, on top of others, or side by side."""
+class PatchMethod(EditMethod):
+    """A method whose edits are trained patches: alone, on top of others, or batched."""
 
-    hparams: HyperParams
-    knowledge: Knowledge
-
-    def layers(self, backbone: Backbone) -> list[int]:
-        return edited_layers(self.hparams, backbone)
-
-    def edit(
-        self, backbone: Backbone, request: EditRequest, prefixes: PrefixCache, history: Edit | None = None
+    def _edit(
+        self, backbone: Backbone, request: EditRequest, prefixes: PrefixCache, history: Edit | None
     ) -> RoutedEdit:
-        """One edit, trained while the former ones are in force."""
-        return made(self.made(backbone, [request], prefixes, history)[0])
+        """One edit, trained while ``history`` is applied."""
+        return unwrap(self.make_edits(backbone, [request], prefixes, history)[0])
 
-    def edit_many(
+    def _edit_many(
         self, backbone: Backbone, requests: Sequence[EditRequest], prefixes: PrefixCache
-    ) -> list[Outcome]:
-        """Independent edits, trained side by side; each as ``edit`` makes it alone."""
-        return self.made(backbone, requests, prefixes, None)
+    ) -> list[PatchOutcome]:
+        """Independent edits, trained in one batch; each as ``_edit`` makes it alone."""
+        return self.make_edits(backbone, requests, prefixes, None)
 
     @abstractmethod
-    def made(
+    def make_edits(
         self,
         backbone: Backbone,
         requests: Sequence[EditRequest],
         prefixes: PrefixCache,
         history: Edit | None,
-    ) -> list[Outcome]:
+    ) -> list[PatchOutcome]:
         """An edit for each request; with ``history`` there is one request."""
 
 
@@ -113,23 +108,23 @@ def train_patches(
     backbone: Backbone,
     state: PrefixState,
     edits: Sequence[RoutedEdit],
-    hparams: HyperParams,
+    hparams: PatchTrainingOptions,
     knowledge: Knowledge,
     history: Edit | None = None,
-) -> list[Outcome]:
-    """Trains each edit's patches on its row of ``state`` and freezes them; side by side, or one on top
-    of ``history``. An edit whose loss stops being a number has the error in its place."""
+) -> list[PatchOutcome]:
+    """Trains each edit's patches on its row of ``state`` and freezes them; batched, or one on top of
+    ``history``. An edit whose loss stops being a number has the error in its place."""
     with ExitStack() as stack:
-        learner = _Together(backbone, state, edits, hparams, knowledge)
+        learner = _BatchedPatches(backbone, state, edits, hparams, knowledge)
         if history is not None:
             (edit,) = edits
             stack.enter_context((history | edit).applied(backbone))
-            learner = _OnTop(backbone, state, edits, hparams, knowledge)
+            learner = _StackedPatch(backbone, state, edits, hparams, knowledge)
         learner.watch(stack)
         trained = train(learner, state.labels, Limits.of(hparams))
-    out: list[Outcome] = []
+    out: list[PatchOutcome] = []
     for edit, how in zip(edits, trained, strict=True):
-        for parameter in _parameters(edit):
+        for parameter in _list_parameters(edit):
             parameter.requires_grad_(False)
             parameter.grad = None
         if isinstance(how, Trained):
@@ -138,20 +133,20 @@ def train_patches(
     return out
 
 
-def _parameters(edit: RoutedEdit) -> list[torch.nn.Parameter]:
+def _list_parameters(edit: RoutedEdit) -> list[torch.nn.Parameter]:
     patches = [s.patch for s in edit.records[0].layers.values() if s.patch is not None]
     return [p for patch in patches for p in patch.parameters()]
 
 
-class _Together:
-    """Edits of one record each in training, independent of each other."""
+class _BatchedPatches:
+    """Independent edits of one record each, trained in one batch."""
 
     def __init__(
         self,
         backbone: Backbone,
         state: PrefixState,
         edits: Sequence[RoutedEdit],
-        hparams: HyperParams,
+        hparams: PatchLossOptions,
         knowledge: Knowledge,
     ) -> None:
         self.backbone, self.state, self.hparams, self.knowledge = backbone, state, hparams, knowledge
@@ -161,11 +156,11 @@ class _Together:
 
     def _gather(self, edits: Sequence[RoutedEdit]) -> RoutedTogether | None:
         together = edits[0].together(edits)
-        assert isinstance(together, RoutedTogether), "edits of one method agree in what they are"
+        assert together is not None, "edits of one method agree in what they are"
         return together
 
     def watch(self, stack: ExitStack) -> None:
-        """Looks at the feed-forward networks' inputs, where a loss needs them."""
+        """Captures the feed-forward networks' inputs, where a loss needs them."""
         if self.hparams.activation_loss or self.hparams.memory_loss:
             readers = {i: self.backbone.layout.ffn(i).keys[0] for i in self.edits[0].layers}
             self.seen = stack.enter_context(capture(readers))
@@ -183,7 +178,7 @@ class _Together:
     def scores(self, index: int, queries: torch.Tensor) -> torch.Tensor:
         """``(b, T, d)`` or ``(T, d)`` to ``(b, T, n)``."""
         assert self.together is not None
-        return self.together.patches[index].scores(queries)
+        return self.together.patches[index].pairs.scores(queries)
 
     def extra_loss(self) -> torch.Tensor | None:
         """T-Patcher's activation and memory losses, weighted as in the YAML."""
@@ -207,14 +202,14 @@ class _Together:
             self.state = narrowed(self.backbone, self.state, rows)
 
 
-class _OnTop(_Together):
-    """One edit in training while it is applied, with those before it."""
+class _StackedPatch(_BatchedPatches):
+    """One edit, trained while it and those before it are applied."""
 
     def _gather(self, edits: Sequence[RoutedEdit]) -> RoutedTogether | None:
         return None
 
     def parameters(self) -> list[torch.Tensor]:
-        return list(_parameters(self.edits[0]))
+        return list(_list_parameters(self.edits[0]))
 
     def logits(self) -> torch.Tensor:
         return self.backbone.answer_logits(self.state)
@@ -222,7 +217,7 @@ class _OnTop(_Together):
     def scores(self, index: int, queries: torch.Tensor) -> torch.Tensor:
         patch = self.edits[0].records[0].layers[index].patch
         assert patch is not None
-        found = patch.scores(queries)
+        found = patch.pairs.scores(queries)
         return found if found.ndim == 3 else found[None]
 
     def keep(self, rows: torch.Tensor) -> None:

@@ -16,16 +16,22 @@ from unike.types import UserError
 # variable, since processes that share a run inherit it; not a key of the YAML, which must never run code.
 VARIABLE = "UNIKE_METHODS"
 GROUP = "unike.methods"
+# Names that are imported, and ``GROUP`` once all of its entry points are.
 _LOADED: set[str] = set()
 
 
 def load_own_methods() -> None:
     """Imports what ``UNIKE_METHODS`` and the entry points of ``unike.methods`` name, each once; what is
-    imported registers itself. UserError where that fails."""
+    imported registers itself. UserError where that fails.
+
+    Installed packages are searched once per process; the variable is read anew in every call.
+    """
     for name in filter(None, os.environ.get(VARIABLE, "").split(os.pathsep)):
         _load(name, VARIABLE)
-    for point in entry_points(group=GROUP):
-        _load(point.value, f"entry point {point.name} of {GROUP}")
+    if GROUP not in _LOADED:
+        for point in entry_points(group=GROUP):
+            _load(point.value, f"entry point {point.name} of {GROUP}")
+        _LOADED.add(GROUP)
 
 
 def _load(name: str, source: str) -> None:

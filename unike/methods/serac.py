@@ -1,11 +1,10 @@
 """SERAC: a memory of edits, a scope classifier, and a counterfactual model (Mitchell et al. 2022b).
 
-The base answers what no edit is about; within the scope of one, the counterfactual model does. The
-published pair of separate transformers is replaced by two small networks on the frozen backbone's
-own states. The classifier reads words, and with ``serac_scope: multimodal`` the state of the
-question on its picture; it never sees an answer. The counterfactual model is one step of attention
-before the head: each position looks among the edit's answer positions for the one that stands where
-it stands, and takes that one's token.
+Within the scope of an edit the counterfactual model answers, elsewhere the base model. The published
+pair of separate transformers is replaced by two small networks on the frozen backbone's own states.
+The classifier reads the prompt's words, and with ``serac_scope: multimodal`` the question's hidden state
+given its image; it never sees an answer. The counterfactual model is one attention step before the
+head: each position attends to the edit's answer positions, and copies the token of the one that matches.
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ from torch import nn
 from unike.backbones.base import Backbone, PrefixState, answer_loss
 from unike.backbones.hooks import capture, transform
 from unike.backbones.prefix import PrefixCache
-from unike.config.hparams import HyperParams
 from unike.edits import Edit
 from unike.edits.counterfactual import (
     Remembered,
@@ -27,29 +25,21 @@ from unike.edits.counterfactual import (
     SeracNetwork,
     _words,
 )
-from unike.methods.base import Knowledge, edited_layers, register
-from unike.methods.meta_training import TrainableMethod, scope_of
+from unike.methods.meta_training import TrainableMethod, split_by_scope
 from unike.types import Case, EditRequest
 
 
-@register("serac")
 class SERAC(TrainableMethod):
-    """Keeps the edits beside the model, whose weights stay what they are."""
-
-    def __init__(self, hparams: HyperParams, knowledge: Knowledge) -> None:
-        self.hparams = hparams
-
-    def layers(self, backbone: Backbone) -> list[int]:
-        return edited_layers(self.hparams, backbone)
+    """Keeps edits in a memory of their own; the model's weights stay as they are."""
 
     def build(self, backbone: Backbone) -> SeracNetwork:
         multimodal = self.hparams.serac_scope == "multimodal"
         return SeracNetwork(backbone.layout.width, self.hparams.editor_rank, multimodal)
 
-    def edit(
-        self, backbone: Backbone, request: EditRequest, prefixes: PrefixCache, history: Edit | None = None
+    def _edit(
+        self, backbone: Backbone, request: EditRequest, prefixes: PrefixCache, history: Edit | None
     ) -> SeracEdit:
-        """Remembers the request; no step is taken, whatever ``history`` holds."""
+        """Stores the request; no training step is taken, whatever ``history`` holds."""
         with torch.no_grad():
             record = self._remember(backbone, request, prefixes)
         return SeracEdit((record,), self._network, prefixes.first, {"steps": 0})
@@ -57,15 +47,15 @@ class SERAC(TrainableMethod):
     def loss(self, backbone: Backbone, case: Case, prefixes: PrefixCache) -> torch.Tensor:
         """The counterfactual answers' loss within the scope, and the classifier's on both sides of it."""
         record = self._remember(backbone, case.request, prefixes)
-        inside, outside = scope_of(case, self.hparams.editor_probes)
+        inside, outside = split_by_scope(case, self.hparams.editor_probes)
         scope = self._network.scope
-        questions = self._questions(backbone, prefixes.state([*inside, *outside]))
+        questions = self._embed_questions(backbone, prefixes.state([*inside, *outside]))
         logits = scope.logits(questions, record.question[None])[:, 0]
         wanted = (torch.arange(len(logits), device=logits.device) < len(inside)).to(logits.dtype)
         counted = F.binary_cross_entropy_with_logits(logits, wanted, reduction="none")
         classified = sum(counted[wanted == side].mean() for side in (0, 1) if bool((wanted == side).any()))
         state = prefixes.state(inside)
-        nll = answer_loss(self._counterfactual(backbone, state, record), state.labels).mean()
+        nll = answer_loss(self._compute_counterfactual(backbone, state, record), state.labels).mean()
         return self.hparams.c_edit * nll + self.hparams.c_loc * classified
 
     @property
@@ -73,12 +63,14 @@ class SERAC(TrainableMethod):
         assert isinstance(self.trained, SeracNetwork)
         return self.trained
 
-    def _questions(self, backbone: Backbone, state: PrefixState) -> torch.Tensor:
+    def _embed_questions(self, backbone: Backbone, state: PrefixState) -> torch.Tensor:
         ends = state.hidden[torch.arange(len(state), device=state.hidden.device), state.question_end]
         return self._network.scope([_words(backbone, text) for text in state.prompts], ends.float())
 
-    def _counterfactual(self, backbone: Backbone, state: PrefixState, record: Remembered) -> torch.Tensor:
-        """Logits where every query is taken to be in scope."""
+    def _compute_counterfactual(
+        self, backbone: Backbone, state: PrefixState, record: Remembered
+    ) -> torch.Tensor:
+        """Logits with every query treated as in scope."""
         keys, values = (t.expand(len(state), *t.shape) for t in (record.keys, record.values))
 
         def answer(x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
@@ -90,15 +82,15 @@ class SERAC(TrainableMethod):
 
     def _remember(self, backbone: Backbone, request: EditRequest, prefixes: PrefixCache) -> Remembered:
         state = prefixes.state([request.query])
-        with torch.no_grad(), capture(_last(backbone)) as seen:
+        with torch.no_grad(), capture(_find_last(backbone)) as seen:
             backbone.suffix(state)
         end, stop = int(state.question_end[0]), int(state.attention_mask[0].sum())
         states = seen["last"][0, end:stop].float()
         words = backbone.layout.unembeddings.weight[state.labels[0, end + 1 : stop]].float()
         network = self._network.counterfactual
         values = F.pad(network.values(states[:-1], words), (0, 0, 0, 1))
-        return Remembered(request.id, self._questions(backbone, state)[0], network.keys(states), values)
+        return Remembered(request.id, self._embed_questions(backbone, state)[0], network.keys(states), values)
 
 
-def _last(backbone: Backbone) -> Mapping[str, nn.Module]:
+def _find_last(backbone: Backbone) -> Mapping[str, nn.Module]:
     return {"last": backbone.layout.layer(len(backbone.layout) - 1)}

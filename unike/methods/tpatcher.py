@@ -1,7 +1,7 @@
 """T-Patcher (Huang et al. 2023): UniKE's intrinsic half alone, with its own keys and losses.
 
-Each new key starts at a query of the edit's own. The activation loss keeps it firing there, the
-memory loss keeps it silent on remembered queries of the training split.
+Each new key starts at one of the edit's own queries. The activation loss keeps it active there, the
+memory loss keeps it inactive on stored queries of the training split.
 """
 
 from __future__ import annotations
@@ -13,39 +13,32 @@ from unike.backbones.base import Backbone
 from unike.backbones.prefix import PrefixCache
 from unike.config.hparams import HyperParams
 from unike.edits import Edit, EditRecord, LayerShare, RoutedEdit, Routing
-from unike.methods.base import Knowledge, register
-from unike.methods.patching import Outcome, PatchMethod, fresh_patches, own_states, train_patches
-from unike.types import EditRequest, UserError
+from unike.methods.base import Knowledge
+from unike.methods.patching import PatchMethod, PatchOutcome, draw_patches, read_own_states, train_patches
+from unike.types import EditRequest
 
 
-def _has_losses(hparams: HyperParams) -> None:
-    if not hparams.activation_loss and not hparams.memory_loss:
-        raise UserError(
-            f"{hparams.source}: activation_loss, memory_loss: both are 0; T-Patcher needs at least one"
-        )
-
-
-@register("tpatcher", lambda hparams: hparams.memory_loss > 0, check=_has_losses)
 class TPatcher(PatchMethod):
-    """Patches without zeta, gate and in-context knowledge, whatever the YAML says of these."""
+    """Patches without zeta, gate and in-context knowledge, whatever the YAML's options for these."""
 
     def __init__(self, hparams: HyperParams, knowledge: Knowledge) -> None:
-        self.hparams = hparams
-        self.knowledge = knowledge
+        super().__init__(hparams, knowledge)
         self.settings = replace(hparams, key_init="query", beta=0.0)
         self.routing = Routing(external="none")
 
-    def made(
+    def make_edits(
         self,
         backbone: Backbone,
         requests: Sequence[EditRequest],
         prefixes: PrefixCache,
         history: Edit | None,
-    ) -> list[Outcome]:
+    ) -> list[PatchOutcome]:
         state = prefixes.state([r.query for r in requests])
         edits = []
-        for request, states in zip(requests, own_states(backbone, state, self.layers(backbone)), strict=True):
-            patches = fresh_patches(backbone, request, states, self.settings, self.knowledge)
+        for request, states in zip(
+            requests, read_own_states(backbone, state, self.layers(backbone)), strict=True
+        ):
+            patches = draw_patches(backbone, request, states, self.settings, self.knowledge)
             shares = {i: LayerShare(s.sem, s.pos, patches[i]) for i, s in states.items()}
             edits.append(RoutedEdit((EditRecord(request.id, shares),), self.routing))
         return train_patches(backbone, state, edits, self.settings, self.knowledge, history)

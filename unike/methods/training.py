@@ -13,7 +13,7 @@ from torch import nn
 
 from unike.backbones.base import IGNORED, Backbone, PrefixState, answer_loss
 from unike.backbones.hooks import tape
-from unike.config.hparams import HyperParams
+from unike.config.sections import EditTrainingOptions
 from unike.edits import Edit
 
 K = TypeVar("K")
@@ -30,7 +30,7 @@ class Trained:
 
 @dataclass(frozen=True)
 class Limits:
-    """How an edit is trained: the YAML's keys of the same names."""
+    """When training an edit ends, and how large its steps are: the YAML's keys of the same names."""
 
     lr: float
     max_steps: int
@@ -38,12 +38,12 @@ class Limits:
     clip_norm: float
 
     @classmethod
-    def of(cls, hparams: HyperParams) -> Limits:
+    def of(cls, hparams: EditTrainingOptions) -> Limits:
         return cls(hparams.lr, hparams.max_steps, hparams.stop_loss, hparams.clip_norm)
 
 
 class Learner(Protocol):
-    """What is trained: ``B`` independent edits side by side, a row each."""
+    """What is trained: a batch of ``B`` independent edits, a row each."""
 
     def parameters(self) -> Sequence[torch.Tensor]:
         """Each ``(B, ...)``; of a single edit in any shape."""
@@ -54,11 +54,11 @@ class Learner(Protocol):
         ...
 
     def extra_loss(self) -> torch.Tensor | None:
-        """``(B)``, beside the answer's; called after ``logits``."""
+        """``(B)``, added to the answer's; called after ``logits``."""
         ...
 
     def keep(self, rows: torch.Tensor) -> None:
-        """Training goes on with these rows alone, in parameters of their own; the others are finished."""
+        """Trains these rows alone from now on, in parameters of their own; the others are finished."""
         ...
 
 
@@ -73,7 +73,7 @@ def train(learner: Learner, labels: torch.Tensor, limits: Limits) -> list[Traine
     found: dict[int, Trained | FloatingPointError] = {}
     rows = list(range(len(labels)))
     for step in range(limits.max_steps + 1):
-        losses, right = _judged(learner.logits(), labels)
+        losses, right = _score_rows(learner.logits(), labels)
         values, rights = losses.tolist(), right.tolist()
         staying = []
         for i, (row, value) in enumerate(zip(rows, values, strict=True)):
@@ -91,7 +91,7 @@ def train(learner: Learner, labels: torch.Tensor, limits: Limits) -> list[Traine
             optimiser.zero_grad(set_to_none=True)
             total[chosen].sum().backward()
         if len(staying) < len(rows):
-            parameters = _cut(learner, optimiser, parameters, chosen)
+            parameters = _drop_rows(learner, optimiser, parameters, chosen)
             labels, rows = labels[chosen], [rows[i] for i in staying]
         if not staying:
             break
@@ -100,7 +100,7 @@ def train(learner: Learner, labels: torch.Tensor, limits: Limits) -> list[Traine
     return [found[row] for row in sorted(found)]
 
 
-def _judged(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _score_rows(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Each row's mean loss, and whether all of its answer tokens are predicted."""
     goal = labels[:, 1:]
     at = goal != IGNORED
@@ -111,10 +111,10 @@ def _judged(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, t
     return losses, wrong == 0
 
 
-def _cut(
+def _drop_rows(
     learner: Learner, optimiser: torch.optim.Adam, parameters: Sequence[torch.Tensor], rows: torch.Tensor
 ) -> list[torch.Tensor]:
-    """Lets the other rows go, with their gradients and moments; the parameters that are left."""
+    """Drops all but ``rows``, with their gradients and moments; the parameters that are left."""
     learner.keep(rows)
     left = list(learner.parameters())
     if not len(rows):
@@ -139,7 +139,7 @@ def _clip(parameters: Sequence[torch.Tensor], rows: int, limit: float) -> None:
         gradient.mul_(factor.view(rows, *[1] * (gradient.ndim - 1)))
 
 
-def answer_gradients(
+def compute_answer_gradients(
     backbone: Backbone, state: PrefixState, modules: Mapping[K, nn.Module], history: Edit | None = None
 ) -> dict[K, tuple[torch.Tensor, torch.Tensor]]:
     """Input ``(T, in)`` and output gradient ``(T, out)`` of each linear module, by its key, for the

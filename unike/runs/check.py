@@ -18,9 +18,8 @@ from unike.config.hparams import HyperParams
 from unike.config.schema import Section
 from unike.config.sections import BackboneOptions, DataOptions
 from unike.knowledge.index import check_faiss
-from unike.methods import needs_knowledge
-from unike.methods.base import check_method, needs_scope
-from unike.methods.preparation.editors import find_editor, learns
+from unike.methods import check_method, resolve_needs_if_valid
+from unike.methods.preparation.editors import find_editor
 from unike.methods.preparation.scope import find_scope_classifier
 from unike.runs import inputs
 from unike.runs.tracking import check_trackers
@@ -50,11 +49,12 @@ def findings(hparams: HyperParams, task: str) -> list[Finding]:
         found.append(_tried(lambda: check_faiss("faiss", hparams.source), "retrieval: faiss is installed"))
     if hparams.log_to:
         found.append(_tried(lambda: check_trackers(hparams), f"log_to: {', '.join(hparams.log_to)}"))
-    if found[0].ok and needs_knowledge(hparams):
+    needs = resolve_needs_if_valid(hparams)
+    if needs.knowledge:
         found += _knowledge(hparams)
-    if found[0].ok and needs_scope(hparams):
+    if needs.scope:
         found += _learnt(hparams, "scope_dir", "measure", find_scope_classifier)
-    if found[0].ok and learns(hparams):
+    if needs.training:
         found += _learnt(hparams, "editor_dir", "editor", find_editor)
     # Two data sets may lack the same folder: once is enough.
     return list(dict.fromkeys(found + versions(hparams.backend)))

@@ -14,14 +14,13 @@ from unike.backbones.placement import check_placement, pick_device
 from unike.backbones.prefix import check_prefix_dir
 from unike.config.combined import TrainSplitOptions
 from unike.config.hparams import HyperParams
-from unike.config.sections import DataOptions
+from unike.config.sections import DataOptions, KnowledgeOptions
 from unike.datasets.mmedit import CaptionDataset, CapVQADataset, VQADataset
 from unike.datasets.triplets import Triplet, triplets_of
 from unike.evaluation.sequences import sequences_of
 from unike.knowledge.index import check_faiss
-from unike.methods import methods, needs_cases, needs_knowledge
-from unike.methods.base import check_method, needs_scope
-from unike.methods.preparation.editors import learns, wants_cases
+from unike.methods import MethodNeeds, check_method, resolve_needs, resolve_needs_if_valid
+from unike.methods.preparation.editors import wants_cases
 from unike.runs.tracking import check_trackers
 from unike.types import Case, UserError
 
@@ -70,19 +69,20 @@ def preflight(
 ) -> Sequence[Case]:
     """The eval cases of a run whose inputs are all there; one UserError with every problem otherwise."""
     opened: list[Sequence[Case]] = []
+    needs = resolve_needs_if_valid(hparams)
     require(
         lambda: require_backbone(hparams),
         lambda: opened.append(open_datasets(hparams, task, size, skip_broken)),
-        lambda: wants_triplets(hparams) and knowledge_triplets(hparams, skip_broken),
-        lambda: (needs_cases(hparams) or wants_cases(hparams)) and train_cases(hparams, skip_broken),
+        lambda: wants_triplets(hparams, needs) and knowledge_triplets(hparams, skip_broken),
+        lambda: (needs.cases or wants_cases(hparams, needs)) and train_cases(hparams, skip_broken),
         lambda: opened and hparams.protocol != "one_step" and sequences_of(hparams, opened[0]),
     )
     return opened[0]
 
 
-def wants_triplets(hparams: HyperParams) -> bool:
+def wants_triplets(hparams: KnowledgeOptions, needs: MethodNeeds) -> bool:
     """Whether the train annotations may be needed: not where ``knowledge_dir`` is such a folder itself."""
-    if hparams.method not in methods() or not needs_knowledge(hparams):
+    if not needs.knowledge:
         return False
     if hparams.knowledge_dir is None:
         raise UserError(
@@ -212,7 +212,8 @@ def train_cases(
 ) -> Sequence[Case]:
     """What the method wants of the train annotations, the tasks in turn, or of ``given`` cases: all of
     them to learn from, or the first ``hparams.triplets`` to show."""
-    if learns(hparams) or needs_scope(hparams):
+    needs = resolve_needs(hparams)
+    if needs.training or needs.scope:
         return training_cases(hparams, skip_broken) if given is None else list(given)
     return list(islice(_train_split(hparams, skip_broken) if given is None else given, hparams.triplets))
 

@@ -10,8 +10,8 @@ from unike.backbones.prefix import open_prefixes
 from unike.config.hparams import HyperParams
 from unike.datasets.triplets import Triplet
 from unike.evaluation.reader import Reader
-from unike.methods import build, needs_knowledge
-from unike.methods.base import CaseSource, EditMethod, Knowledge, needs_scope
+from unike.methods import build, resolve_needs
+from unike.methods.base import CaseSource, EditMethod, Knowledge
 from unike.methods.meta_training import TRAINING, TrainableMethod
 from unike.methods.preparation.editors import ensure_editor
 from unike.methods.preparation.knowledge import ensure_knowledge
@@ -56,7 +56,8 @@ def prepare(
 
     ``triplets`` and ``cases`` take the place of the train annotations that the YAML names.
     """
-    if not needs_knowledge(hparams):
+    needs = resolve_needs(hparams)
+    if not needs.knowledge:
         return {}
     source = triplets or (lambda: knowledge_triplets(hparams))
     steps = len(layers) * hparams.encoder_steps
@@ -68,7 +69,7 @@ def prepare(
     }
     with bars(totals, progress and processes.is_main()) as tick:
         known = ensure_knowledge(backbone, hparams, layers, source, tick)
-        if needs_scope(hparams):
+        if needs.scope:
             teaching = cases or (lambda: training_cases(hparams))
             measure = ensure_scope(backbone, hparams, layers[0], teaching, tick)
             known = {**known, layers[0]: replace(known[layers[0]], scope=measure)}

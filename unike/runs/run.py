@@ -21,9 +21,8 @@ from unike.edits import Edit, EditStore
 from unike.evaluation.protocols import one_step_many
 from unike.evaluation.reader import Reader
 from unike.evaluation.summary import RunningMeans
-from unike.methods import needs_cases, needs_knowledge
-from unike.methods.base import edited_layers, needs_scope
-from unike.methods.preparation.editors import find_editor, learns, wants_cases
+from unike.methods import resolve_layers, resolve_needs
+from unike.methods.preparation.editors import find_editor, wants_cases
 from unike.methods.preparation.scope import find_scope_classifier
 from unike.runs.inputs import (
     TASKS,
@@ -119,13 +118,14 @@ def edit_store(hparams: ProtocolOptions, folder: str | None) -> EditStore | None
 def checksums(hparams: HyperParams, task: str) -> dict[str, str]:
     """SHA-256 of every data file that a run reads, by YAML key."""
     files = {f"data.{n}.eval": annotation_file(hparams, n, "eval") for n in parts_of(task)}
-    if wants_triplets(hparams) or needs_cases(hparams) or wants_cases(hparams):
+    needs = resolve_needs(hparams)
+    if wants_triplets(hparams, needs) or needs.cases or wants_cases(hparams, needs):
         files |= {f"data.{n}.train": path for n, path in train_files(hparams).items()}
-    elif needs_knowledge(hparams):
+    elif needs.knowledge:
         files["knowledge_dir"] = str(Path(str(hparams.knowledge_dir)) / "knowledge.safetensors")
-    elif learns(hparams):
+    elif needs.training:
         files["editor_dir"] = str(Path(str(find_editor(hparams))) / "editor.safetensors")
-    if needs_scope(hparams) and (kept := find_scope_classifier(hparams)) is not None:
+    if needs.scope and (kept := find_scope_classifier(hparams)) is not None:
         files["scope_dir"] = str(kept / "scope.safetensors")
     return {key: sha256_of(path) for key, path in files.items()}
 
@@ -252,10 +252,10 @@ def edits_at_once(hparams: HyperParams, backbone: Backbone) -> int:
     an eighth of the memory takes, at most ``AT_ONCE``: the same on the same machine, whatever else runs."""
     if isinstance(hparams.edit_batch_size, int):
         return hparams.edit_batch_size
-    width, layers = backbone.layout.width, len(edited_layers(hparams, backbone))
+    width, layers = backbone.layout.width, len(resolve_layers(hparams, backbone))
     trained = layers * width * (3 * hparams.n_keys + (hparams.encoder_dim or width))
     if hparams.method == "ft":
-        edited = (backbone.layout.layer(i) for i in edited_layers(hparams, backbone))
+        edited = (backbone.layout.layer(i) for i in resolve_layers(hparams, backbone))
         trained = sum(p.numel() for layer in edited for p in layer.parameters())
     # Each with its gradient and two moments; and a few dozen states a token and layer for the gradient.
     need = 4 * 4 * trained + 4 * layers * width * 40 * TOKENS

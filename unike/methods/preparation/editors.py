@@ -13,12 +13,12 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 
 from unike.backbones.base import Backbone
-from unike.config.hparams import HyperParams
+from unike.config.combined import TrainedPartsOptions
 from unike.config.sections import EditorOptions, EditorTrainingOptions
-from unike.methods.base import build, methods
-from unike.methods.meta_training import Progress, TrainableMethod, copied, meta_train
+from unike.methods.meta_training import Progress, TrainableMethod, copy_tensors, meta_train
 from unike.methods.preparation.folders import Facts, find_folder, hash_facts
-from unike.methods.preparation.scope import wants_scope
+from unike.methods.preparation.scope import find_scope_classifier
+from unike.methods.registry import MethodNeeds
 from unike.system import processes
 from unike.system.files import check_tensors, write_index
 from unike.system.progress import Tick, ignore_progress
@@ -45,17 +45,12 @@ def describe_editor(backbone: Backbone, method: TrainableMethod) -> Facts:
     }
 
 
-def learns(hparams: HyperParams) -> bool:
-    """Whether the method is trained on cases before it edits."""
-    return hparams.method in methods() and isinstance(build(hparams), TrainableMethod)
-
-
-def wants_cases(hparams: HyperParams) -> bool:
+def wants_cases(hparams: TrainedPartsOptions, needs: MethodNeeds) -> bool:
     """Whether train annotations are needed for an editor or a scope classifier that is still to be
     trained."""
-    if learns(hparams):
+    if needs.training:
         return find_editor(hparams) is None
-    return hparams.method in methods() and wants_scope(hparams)
+    return needs.scope and find_scope_classifier(hparams) is None
 
 
 def find_editor(hparams: EditorOptions, facts: Facts | None = None) -> Path | None:
@@ -73,7 +68,7 @@ def save_editor(method: TrainableMethod, facts: Facts, progress: Progress, folde
     """Writes the trained network, its index last, and deletes the checkpoint."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "editor.safetensors"
-    save_file(copied(method.trained.state_dict()), path)
+    save_file(copy_tensors(method.trained.state_dict()), path)
     write_index(folder / "editor.json", {**facts, "training": asdict(progress)}, path)
     for left in folder.glob("checkpoint*"):
         left.unlink()

