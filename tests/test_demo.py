@@ -140,7 +140,7 @@ def test_an_edit_that_fails_leaves_the_former_in_force(
     def fail(*_: Any, **__: Any) -> None:
         raise FloatingPointError("loss is nan")
 
-    monkeypatch.setattr(desk.editor.prepare().method, "edit", fail)
+    monkeypatch.setattr(desk.editor.prepare().method, "_edit", fail)
     with pytest.raises(UserError, match="the edit failed: loss is nan"):
         desk.edit(picture, "which animals?", "two dogs")
     assert desk.edits == held
