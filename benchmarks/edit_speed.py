@@ -60,15 +60,15 @@ TARGETS = {
 
 
 @dataclass(frozen=True)
-class Difference:
+class Deviation:
     """Differences of a record's results: of final losses, and the largest of its logits as a share of the
     largest logit."""
 
     loss: float
     logits: float
 
-    def combine(self, other: Difference) -> Difference:
-        return Difference(max(self.loss, other.loss), max(self.logits, other.logits))
+    def combine(self, other: Deviation) -> Deviation:
+        return Deviation(max(self.loss, other.loss), max(self.logits, other.logits))
 
     def is_within(self, tolerance: float) -> bool:
         return max(self.loss, self.logits) <= tolerance
@@ -136,13 +136,13 @@ class OurModes:
 
 def compare_records(
     done: Sequence[ReferenceRecord], records: Sequence[Any], logits: Sequence[Any]
-) -> list[Difference]:
+) -> list[Deviation]:
     """The difference of each record from the reference's; infinite if the steps differ."""
     out = []
     for reference, record, ours in zip(done, records, logits, strict=True):
         loss = abs(record["loss"] - reference.losses[-1]) if "loss" in record else float("inf")
         same = record.get("steps") == reference.steps
-        out.append(Difference(loss if same else float("inf"), _find_largest(reference, ours)))
+        out.append(Deviation(loss if same else float("inf"), _find_largest(reference, ours)))
     return out
 
 
@@ -152,7 +152,7 @@ def _find_largest(reference: ReferenceRecord, ours: Sequence[torch.Tensor]) -> f
     return max((a - b).abs().max().item() for a, b in pairs) / size
 
 
-def measure_rounding(reference: Reference, case: Case, done: ReferenceRecord) -> Difference:
+def measure_rounding(reference: Reference, case: Case, done: ReferenceRecord) -> Deviation:
     """The reference's difference from itself with the last bit of its first keys changed."""
     nudged = reference.record(case, nudge=torch.finfo(torch.float32).eps)
     record = {"steps": nudged.steps, "loss": nudged.losses[-1]}
@@ -175,13 +175,13 @@ def time_rounds(world: TimedSetup, rows: Measurements) -> bool:
     reference, ours = Reference(world.backbone, world.method), OurModes(world.backbone, world.method)
     seconds: dict[str, list[float]] = {name: [] for name in ("reference", *MODES)}
     same = True
-    found: list[Difference] = []
-    unstable: list[Difference] = []
+    found: list[Deviation] = []
+    unstable: list[Deviation] = []
     kinks: list[float] = []
     for number, block in enumerate(world.blocks):
         alone = block[: world.alone]
         done, taken = time_call(partial(_run_reference, reference, alone))
-        spent, worst = {"reference": taken / len(alone)}, [Difference(0.0, 0.0)] * len(alone)
+        spent, worst = {"reference": taken / len(alone)}, [Deviation(0.0, 0.0)] * len(alone)
         for name, (cached, batched) in MODES.items():
             some = block if batched else alone
             records, taken = ours.make_records(some, cached, batched)
@@ -212,8 +212,8 @@ def add_rows(
     world: TimedSetup,
     rows: Measurements,
     seconds: dict[str, list[float]],
-    found: Sequence[Difference],
-    unstable: Sequence[Difference],
+    found: Sequence[Deviation],
+    unstable: Sequence[Deviation],
     kinks: Sequence[float],
 ) -> None:
     """Adds the rows of times, ratios and differences."""

@@ -75,7 +75,7 @@ def ensure(planned: Sequence[Run], jobs: int | None = None) -> WorkOutcome:
                 for group in groups:
                     run_group(group, nullcontext(), watch, lambda: False)
             else:
-                _Pool(groups, jobs, watch).run()
+                _ProcessPool(groups, jobs, watch).run()
         except KeyboardInterrupt:
             watch.outcome.interrupted = True
     return watch.outcome
@@ -236,7 +236,7 @@ class _Watcher:
         self.bar.write(line, file=sys.stderr)
 
 
-class _Pool:
+class _ProcessPool:
     """Processes, at most ``jobs`` at a time, each with a group of runs."""
 
     def __init__(self, groups: Sequence[list[Run]], jobs: int, watch: _Watcher) -> None:
