@@ -16,7 +16,7 @@ from helpers import Project
 from test_run_edit import errors, start
 from untouched import assert_untouched, hook_count, weights_of
 
-from benchmarks.kill import comparable
+from benchmarks.kill import read_comparable
 from unike import runs
 from unike.backbones import load_backbone
 from unike.config.hparams import HyperParams
@@ -66,7 +66,7 @@ def whole(parts: runs.Parts, cases: Sequence[Case], tmp_path_factory: pytest.Tem
 
 
 def lines(folder: Path) -> list[bytes]:
-    return comparable(folder / RECORDS).splitlines()
+    return read_comparable(folder / RECORDS).splitlines()
 
 
 def summary_of(folder: Path) -> dict[str, Any]:
@@ -74,7 +74,7 @@ def summary_of(folder: Path) -> dict[str, Any]:
 
 
 def same_end(folder: Path, whole: Path) -> bool:
-    return all(comparable(folder / name) == comparable(whole / name) for name in (RECORDS, SUMMARY))
+    return all(read_comparable(folder / name) == read_comparable(whole / name) for name in (RECORDS, SUMMARY))
 
 
 # ---------------------------------------------------------------- disks

@@ -180,8 +180,8 @@ def test_a_table_is_run_once_and_then_read(copied: Project, capsys, monkeypatch)
 
 def test_sequences_are_run_too(copied: Project) -> None:
     runs = [run for run in read(copied, write_plan(copied, [FT], [FT]), tables=["2"]) if run.length == 2]
-    assert workers.ensure(runs, 1) == workers.Outcome()
-    found = plan.summary(runs[0])
+    assert workers.ensure(runs, 1) == workers.WorkOutcome()
+    found = plan.summarise_run(runs[0])
     assert found["sequences"] == {"n": 2, "length": 2}
     assert plan.is_complete(runs[0])
 
@@ -220,7 +220,7 @@ def test_ctrl_c_keeps_what_is_there(copied: Project, capsys, monkeypatch) -> Non
         patch.setattr(loop, "run_one_step_batch", stopped)
         assert tables.main(command(copied, path, "--size", "2", "--jobs", "1", "edit_batch_size=1")) == 130
     assert [len(r) for r in measured(copied.root / "out").values()] == [2, 1]
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "the same command continues" in capsys.readouterr().err
     assert tables.main(command(copied, path, "--size", "2", "--jobs", "1")) == 0
     assert [len(r) for r in measured(copied.root / "out").values()] == [2, 2]
 

@@ -34,20 +34,20 @@ def test_rows_on_the_same_cases_are_one_group(copied: Project) -> None:
     path = write_plan(copied, [FT, UNIKE], [UNIKE])
     planned = list({run.folder: run for run in read(copied, path)}.values())
     by_length = [["FT", "UniKE"], ["UniKE"]]
-    assert [len(group) for group in workers.grouped(planned, 1)] == [3]
-    assert sorted([r.row.name for r in group] for group in workers.grouped(planned, 2)) == by_length
-    assert sorted([r.row.name for r in group] for group in workers.grouped(planned, 8)) == by_length
+    assert [len(group) for group in workers.group_runs(planned, 1)] == [3]
+    assert sorted([r.row.name for r in group] for group in workers.group_runs(planned, 2)) == by_length
+    assert sorted([r.row.name for r in group] for group in workers.group_runs(planned, 8)) == by_length
     fewer = read(copied, path, size=1)
-    assert len(workers.grouped([*planned, *fewer], 1)) == 2
+    assert len(workers.group_runs([*planned, *fewer], 1)) == 2
 
 
 def test_the_most_work_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     planned = [r for r in plan.read_plan(tables=["2", "3"]) if r.row.name == "UniKE"]
-    groups = workers.grouped(planned, 2)
+    groups = workers.group_runs(planned, 2)
     assert [group[0].task for group in groups] == ["caption", "caption", "vqa", "vqa", "cross", "cross"]
     assert [len(group) for group in groups] == [2, 2, 2, 2, 1, 1]
-    assert len(workers.grouped(planned, 8)) == 10
+    assert len(workers.group_runs(planned, 8)) == 10
 
 
 def test_rows_together_give_what_each_gives_alone(copied: Project) -> None:
