@@ -253,9 +253,9 @@ class _ProcessPool:
     def run(self) -> None:
         try:
             with share_cores(self.jobs):
-                while (self.left or self.at_work) and not self.stop.is_set():
-                    while self.left and len(self.at_work) < self.jobs:
-                        self._start(self.left.pop(0))
+                while (self.waiting or self.running) and not self.stop.is_set():
+                    while self.waiting and len(self.running) < self.jobs:
+                        self._start(self.waiting.pop(0))
                     self._listen(0.2)
                     self._check_processes()
         except KeyboardInterrupt:
@@ -266,7 +266,7 @@ class _ProcessPool:
     def _start(self, group: list[Run]) -> None:
         target = (group, self.locks[group[0].backbone], self.reports, self.stop)
         process = self.context.Process(target=_run_child, args=target, name=group[0].name)
-        # A child is deaf to Ctrl-C until it can end well: it would print tracebacks while it imports.
+        # A child ignores Ctrl-C while it starts: it would print tracebacks of its imports.
         with ignore_interrupts():
             process.start()
         self.running.append(process)
