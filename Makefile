@@ -14,9 +14,9 @@ LAVIS := .venv-lavis/bin/python
 LAVIS_READY := .venv-lavis/.ready
 PAGE := .venv-page/bin/python
 PAGE_READY := .venv-page/.ready
-# Tests run side by side, one thread each: tiny models gain nothing from a second one. WORKERS=0: in one process.
+# Tests run in parallel, one thread each: toy models gain nothing from a second thread. WORKERS=0: one process.
 WORKERS ?= logical
-SIDE_BY_SIDE = -n $(WORKERS) --maxprocesses=8 --dist=worksteal
+PARALLEL = -n $(WORKERS) --maxprocesses=8 --dist=worksteal
 # Slow tests run where CI=true.
 FAST_ONLY = $(if $(filter true,$(CI)),,-m "not slow")
 
@@ -32,10 +32,10 @@ help:  ## shows this list
 	@echo '  PYTHON=python3      the Python that .venv is made with'
 	@echo '  PIP_FLAGS=          more options for pip'
 	@echo '  PYTEST_FLAGS=       more options for pytest'
-	@echo '  WORKERS=logical     tests side by side: 0 is one process'
+	@echo '  WORKERS=logical     test processes; 0: one process, in which --pdb works'
 	@echo '  CI=true             make test runs the slow tests too'
 
-demo: $(DEMO_READY)  ## edits both tiny backbones, on E-VQA and E-IC; results in results/demo
+demo: $(DEMO_READY)  ## edits both toy models, on E-VQA and E-IC; results in results/demo
 	@rm -rf results/demo
 	@set -e; for backbone in tiny_blip2 tiny_minigpt4; do for task in vqa caption; do \
 		set -x; \
@@ -45,11 +45,11 @@ demo: $(DEMO_READY)  ## edits both tiny backbones, on E-VQA and E-IC; results in
 	done; done
 	@echo 'All of it is installed in .venv; to go on: source .venv/bin/activate'
 
-demo-page: $(PAGE_READY)  ## serves a page to try editing on, to this computer alone
+demo-page: $(PAGE_READY)  ## serves a page to try editing, on this computer only
 	$(PAGE) -m unike.demo
 
 test: $(DEV_READY)  ## runs the tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SIDE_BY_SIDE) $(FAST_ONLY) $(PYTEST_FLAGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) $(FAST_ONLY) $(PYTEST_FLAGS)
 
 test-lavis: $(LAVIS_READY) $(DEV_READY)  ## tests `backend: lavis` in an environment of its own, .venv-lavis (6 GB); not in CI
 	OMP_NUM_THREADS=1 $(LAVIS) -m pytest -m "not slow" $(PYTEST_FLAGS) tests/test_lavis.py tests/test_backbones.py tests/test_methods.py

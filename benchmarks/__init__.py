@@ -1,1 +1,1 @@
-"""Benchmarks: what is computed again, what is kept, and what that is worth. See README.md."""
+"""Benchmarks of seconds and memory, and tests with damaged inputs and killed runs. See README.md."""

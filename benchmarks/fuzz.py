@@ -1,13 +1,13 @@
-"""Fuzzing: damaged inputs by the thousand, each taken with the right meaning or refused in plain lines.
+"""Fuzzing: thousands of damaged inputs, each of which must load correctly or fail with a clear message.
 
     python -m benchmarks.fuzz --mutants 20000 --shell 40
     python -m benchmarks.fuzz --targets yaml edits --mutants 500
 
-Every mutant goes through the functions that the command line calls; ``--shell`` of them through
-``run_edit.py`` itself. A mutant fails that raises anything but a UserError, or one with an empty or a broken
-line; that takes more than 5 seconds of the processor; that writes, deletes, starts or connects anything (told
-by Python's audit events); or that is taken and means something else. A failed mutant is named by its number,
-from which ``--seed`` makes it again, and kept in ``--keep``. Ends with 1 where one failed.
+Every mutant goes through the functions that the command line calls, ``--shell`` of them through
+``run_edit.py`` itself. A mutant fails in four cases: it raises anything but a UserError, or one with an empty
+or a broken line; it takes more than 5 CPU seconds; it writes, deletes, starts or connects anything (seen in
+Python's audit events); it loads and means something else. A failed mutant is named by its number, from which
+``--seed`` makes it again, and stored in ``--keep``. Exit code 1 if one failed.
 """
 
 from __future__ import annotations
@@ -52,19 +52,19 @@ _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 _EVENTS = ("os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.link", "os.symlink", "os.truncate")
 _STARTS = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "socket.connect")
 
-# Makes a mutant in the folder, and then takes or refuses it: true where it was taken.
+# Makes a mutant in the folder and returns the function that loads it, or refuses it with a UserError.
 Target = Callable[[Path, random.Random], Callable[[], bool]]
 
 
 class HangError(BaseException):
-    """More than ``SECONDS`` of the processor; no Exception, so that nothing swallows it."""
+    """More than ``SECONDS`` of CPU time; no Exception, so that nothing swallows it."""
 
 
 @dataclass
 class Tally:
-    """What became of one target's mutants."""
+    """The results of one target's mutants."""
 
-    taken: int = 0
+    loaded: int = 0
     refused: int = 0
     slowest: float = 0.0
     failed: list[str] = field(default_factory=list)
@@ -73,70 +73,70 @@ class Tally:
 # ---------------------------------------------------------------- targets
 
 
-def yaml_target(folder: Path, draw: random.Random) -> Callable[[], bool]:
-    """A shipped YAML; what is taken must hold the values that plain YAML reads."""
+def mutate_yaml(folder: Path, draw: random.Random) -> Callable[[], bool]:
+    """A bundled YAML; if it loads, it must have the values that plain YAML reads."""
     source = draw.choice(sorted(p for p in (ROOT / "hparams").glob("**/*.yaml") if p.name != "tables.yaml"))
     path = folder / "mutant.yaml"
-    path.write_bytes(mutants.yaml_text(source.read_text("utf-8"), draw))
+    path.write_bytes(mutants.damage_yaml(source.read_text("utf-8"), draw))
 
-    def take() -> bool:
+    def load() -> bool:
         hparams = HyperParams.from_hparams(path)
         known = {alias: o.name for o in OPTIONS.values() for alias in o.aliases}
         for key, value in yaml.safe_load(path.read_text("utf-8")).items():
-            held = getattr(hparams, known.get(key, key))
-            require(_same(held, value), f"{key}: {value!r} became {held!r}")
+            loaded = getattr(hparams, known.get(key, key))
+            require(_is_same(loaded, value), f"{key}: {value!r} became {loaded!r}")
         again = HyperParams.from_dict(hparams.to_dict(), source=hparams.source)
-        require(again == hparams, "its own values make another")
+        require(again == hparams, "its own values give other hyper-parameters")
         json.dumps(hparams.to_dict(), allow_nan=False)
         return True
 
-    return take
+    return load
 
 
-def _same(held: Any, given: Any) -> bool:
-    if isinstance(held, tuple):
-        names = [given] if isinstance(given, str) else list(given)
-        return sorted(map(_lower, held)) == sorted(map(_lower, names))
-    if isinstance(held, float) and not isinstance(given, bool):
-        return held == float(given)
-    if isinstance(given, int) and isinstance(held, str):
-        return held == f"cuda:{given}"
-    return bool(_lower(held) == _lower(given))
+def _is_same(loaded: Any, written: Any) -> bool:
+    if isinstance(loaded, tuple):
+        names = [written] if isinstance(written, str) else list(written)
+        return sorted(map(_lower, loaded)) == sorted(map(_lower, names))
+    if isinstance(loaded, float) and not isinstance(written, bool):
+        return loaded == float(written)
+    if isinstance(written, int) and isinstance(loaded, str):
+        return loaded == f"cuda:{written}"
+    return bool(_lower(loaded) == _lower(written))
 
 
 def _lower(value: Any) -> Any:
     return value.lower() if isinstance(value, str) else value
 
 
-def annotation_target(folder: Path, draw: random.Random) -> Callable[[], bool]:
-    """An annotation file behind a YAML, its pictures in a folder with a way out of it."""
-    pictures = folder / "pictures"
-    if not pictures.exists():
-        pictures.mkdir()
+def mutate_annotations(folder: Path, draw: random.Random) -> Callable[[], bool]:
+    """An annotation file of a YAML, with its images in a folder that has a link out of it."""
+    images = folder / "pictures"
+    if not images.exists():
+        images.mkdir()
         for i in range(4):
-            Image.new("RGB", (8, 8), (i, i, i)).save(pictures / f"{i}.png")
-        (pictures / "outside.png").symlink_to(ORIGINALS / "dims.json")
+            Image.new("RGB", (8, 8), (i, i, i)).save(images / f"{i}.png")
+        (images / "outside.png").symlink_to(ORIGINALS / "dims.json")
     path = folder / "vqa.json"
-    path.write_bytes(mutants.annotations([_record(i) for i in range(3)], draw))
+    path.write_bytes(mutants.damage_annotations([_make_record(i) for i in range(3)], draw))
     hparams = HyperParams(
-        model_name="blip2", name="x", image_root=str(pictures), data={"vqa": {"eval": str(path)}}
+        model_name="blip2", name="x", image_root=str(images), data={"vqa": {"eval": str(path)}}
     )
 
-    def take() -> bool:
+    def load() -> bool:
         cases = open_datasets(hparams, "vqa")
         records = load_records(path)
-        require(len(cases) == len(records), "records are gone")
+        require(len(cases) == len(records), "records are missing")
         for case, record in zip(cases, records, strict=True):
-            require(case.request.query.target == record["alt"].strip(), "alt is another")
-            require(record["src"].strip() in case.request.query.prompt, "src is another")
+            require(case.request.query.target == record["alt"].strip(), "alt differs")
+            require(record["src"].strip() in case.request.query.prompt, "src differs")
             for query in (p.query for p in case.probes):
-                require(query.image is None or not lies_outside(pictures, query.image), "leads outside")
+                require(query.image is None or not lies_outside(images, query.image), "leads outside")
         return True
 
-    return take
+    return load
 
 
-def _record(i: int) -> dict[str, Any]:
+def _make_record(i: int) -> dict[str, Any]:
     return {
         "src": f"what is {i}?", "rephrase": f"which is {i}?", "pred": "a dog", "alt": f"a fox {i}",
         "image": f"{i}.png", "image_rephrase": f"{i + 1}.png", "loc": "who?", "loc_ans": "a man",
@@ -145,41 +145,41 @@ def _record(i: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def picture_target(folder: Path, draw: random.Random) -> Callable[[], bool]:
-    """A small picture of some format, damaged, or with a header that claims too much."""
-    kind, content = draw.choice(mutants.pictures(draw))
+def mutate_image(folder: Path, draw: random.Random) -> Callable[[], bool]:
+    """A small image of some format, damaged, or with a header that claims too much."""
+    kind, content = draw.choice(mutants.make_images(draw))
     huge = draw.random() < 0.05
     path = folder / f"mutant.{draw.choice((kind, 'png', 'jpg'))}"
-    path.write_bytes(mutants.huge_picture(draw) if huge else mutants.damaged(content, draw))
+    path.write_bytes(mutants.make_huge_image(draw) if huge else mutants.damage(content, draw))
 
-    def take() -> bool:
+    def load() -> bool:
         image = open_image(path)
         pixels = image.width * image.height
-        require(image.mode == "RGB" and 0 < pixels <= (Image.MAX_IMAGE_PIXELS or pixels), "is no picture")
+        require(image.mode == "RGB" and 0 < pixels <= (Image.MAX_IMAGE_PIXELS or pixels), "is no image")
         require(len(image.tobytes()) == 3 * pixels, "lacks pixels")
         return True
 
-    return take
+    return load
 
 
-def checkpoint_target(folder: Path, draw: random.Random) -> Callable[[], bool]:
+def mutate_checkpoint(folder: Path, draw: random.Random) -> Callable[[], bool]:
     """One of the small original files, or a safetensors file."""
     source = draw.choice([*sorted(ORIGINALS.glob("*.pth")), *sorted(ORIGINALS.glob("*/*.safetensors"))])
     path = folder / f"mutant{source.suffix}"
-    path.write_bytes(mutants.checkpoint(source.read_bytes(), draw))
+    path.write_bytes(mutants.damage_checkpoint(source.read_bytes(), draw))
 
-    def take() -> bool:
+    def load() -> bool:
         for name, tensor in load_state(path).items():
             require(tensor.layout is torch.strided, f"{name} is sparse")
-            # Reads every number: what a file claims without holding it would end here.
+            # Reads every number: a file that claims more than it holds would end here.
             require(tensor.nbytes <= path.stat().st_size, f"{name} is larger than its file")
             tensor.sum()
         return True
 
-    return take
+    return load
 
 
-def knowledge_target(folder: Path, draw: random.Random) -> Callable[[], bool]:
+def mutate_knowledge(folder: Path, draw: random.Random) -> Callable[[], bool]:
     """A folder of memory and encoders, one of its two files damaged."""
     sound = folder / "sound"
     if not sound.exists():
@@ -195,27 +195,27 @@ def knowledge_target(folder: Path, draw: random.Random) -> Callable[[], bool]:
     own.mkdir(exist_ok=True)
     for file in sound.iterdir():
         content = file.read_bytes()
-        (own / file.name).write_bytes(mutants.damaged(content, draw) if file.name == name else content)
+        (own / file.name).write_bytes(mutants.damage(content, draw) if file.name == name else content)
 
-    def take() -> bool:
+    def load() -> bool:
         states, encoders = load_states(own, torch.device("cpu"))
         hparams = HyperParams(model_name="blip2", name="x")
         (known,) = make_knowledge(states, encoders, hparams).values()
         require(isinstance(known, LayerKnowledge), "is no knowledge")
         before, _ = load_states(sound, torch.device("cpu"))
-        require(torch.equal(states[1].states.sem, before[1].states.sem), "numbers are others")
+        require(torch.equal(states[1].states.sem, before[1].states.sem), "numbers differ")
         return True
 
-    return take
+    return load
 
 
 TARGETS: dict[str, Target] = {
-    "yaml": yaml_target,
-    "annotations": annotation_target,
-    "pictures": picture_target,
-    "checkpoints": checkpoint_target,
-    "knowledge": knowledge_target,
-    "edits": edits.target,
+    "yaml": mutate_yaml,
+    "annotations": mutate_annotations,
+    "pictures": mutate_image,
+    "checkpoints": mutate_checkpoint,
+    "knowledge": mutate_knowledge,
+    "edits": edits.mutate_edit,
 }
 
 
@@ -234,8 +234,8 @@ def _audit(event: str, arguments: tuple[Any, ...]) -> None:
 
 
 @contextmanager
-def watched() -> Iterator[list[str]]:
-    """What is written, deleted, started or connected inside the block."""
+def watch_effects() -> Iterator[list[str]]:
+    """Yields a list that collects what is written, deleted, started or connected inside the block."""
     global _watched
     _watched = []
     try:
@@ -244,19 +244,19 @@ def watched() -> Iterator[list[str]]:
         _watched = None
 
 
-def _hang(*_: Any) -> None:
+def _raise_hang(*_: Any) -> None:
     raise HangError
 
 
-def judged(take: Callable[[], bool]) -> tuple[str, str]:
-    """``taken``, ``refused`` or ``failed``, and why."""
+def judge(load: Callable[[], bool]) -> tuple[str, str]:
+    """``loaded``, ``refused`` or ``failed``, and the reason."""
     signal.setitimer(signal.ITIMER_PROF, SECONDS)
     try:
-        with watched() as seen:
-            take()
-        verdict, reason = "taken", ""
+        with watch_effects() as seen:
+            load()
+        verdict, reason = "loaded", ""
     except UserError as error:
-        verdict, reason = "refused", _wrong_lines(error)
+        verdict, reason = "refused", _describe_wrong_lines(error)
     except HangError:
         verdict, reason = "failed", f"more than {SECONDS} s"
     except Exception:
@@ -268,7 +268,7 @@ def judged(take: Callable[[], bool]) -> tuple[str, str]:
     return ("failed" if reason else verdict), reason
 
 
-def _wrong_lines(error: UserError) -> str:
+def _describe_wrong_lines(error: UserError) -> str:
     bad = [line for line in error.problems if not line.strip() or "\n" in line or len(line) > 2000]
     with suppress(UnicodeEncodeError):
         "".join(error.problems).encode()
@@ -283,9 +283,9 @@ def fuzz(target: str, make: Target, numbers: range, seed: int, folder: Path, kee
     tally = Tally()
     folder.mkdir(parents=True, exist_ok=True)
     for number in numbers:
-        take = make(folder, random.Random(f"{seed}/{target}/{number}"))
+        load = make(folder, random.Random(f"{seed}/{target}/{number}"))
         began = time.process_time()
-        verdict, reason = judged(take)
+        verdict, reason = judge(load)
         tally.slowest = max(tally.slowest, time.process_time() - began)
         if verdict == "failed":
             tally.failed.append(f"{target} {number}: {reason}")
@@ -293,19 +293,19 @@ def fuzz(target: str, make: Target, numbers: range, seed: int, folder: Path, kee
                 keep.mkdir(parents=True, exist_ok=True)
                 for path in folder.glob("[mv]*.*"):
                     (keep / f"{target}-{number}-{path.name}").write_bytes(path.read_bytes())
-        elif verdict == "taken":
-            tally.taken += 1
+        elif verdict == "loaded":
+            tally.loaded += 1
         else:
             tally.refused += 1
     return tally
 
 
-def shell(numbers: range, seed: int, folder: Path) -> Tally:
+def fuzz_shell(numbers: range, seed: int, folder: Path) -> Tally:
     """YAMLs through ``run_edit.py --check`` in a process of its own: exit code 0 or 2, no traceback."""
     tally = Tally()
     folder.mkdir(parents=True, exist_ok=True)
     for number in numbers:
-        yaml_target(folder, random.Random(f"{seed}/shell/{number}"))
+        mutate_yaml(folder, random.Random(f"{seed}/shell/{number}"))
         command = [sys.executable, str(ROOT / "run_edit.py"), "--hparams_dir", "mutant.yaml", "--check"]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
         lines = done.stderr.splitlines()
@@ -315,7 +315,7 @@ def shell(numbers: range, seed: int, folder: Path) -> Tally:
         elif done.returncode == 2:
             tally.refused += 1
         else:
-            tally.taken += 1
+            tally.loaded += 1
     return tally
 
 
@@ -323,26 +323,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     add = parser.add_argument
     add("--targets", nargs="+", choices=[*TARGETS], default=[*TARGETS])
-    add("--mutants", type=int, default=20_000, help="of all targets together")
-    add("--shell", type=int, default=0, help="YAMLs that go through run_edit.py as well")
+    add("--mutants", type=int, default=20_000, help="for all targets together")
+    add("--shell", type=int, default=0, help="YAMLs that also go through run_edit.py")
     add("--seed", type=int, default=0)
-    add("--keep", type=Path, metavar="DIR", help="where failed mutants are kept")
+    add("--keep", type=Path, metavar="DIR", help="where failed mutants are stored")
     args = parser.parse_args(argv)
     targets = {name: TARGETS[name] for name in args.targets}
     sys.addaudithook(_audit)
-    signal.signal(signal.SIGPROF, _hang)
+    signal.signal(signal.SIGPROF, _raise_hang)
     each, tallies = -(-args.mutants // len(targets)), {}
     with tempfile.TemporaryDirectory() as scratch:
         for name, make in targets.items():
             tallies[name] = fuzz(name, make, range(each), args.seed, Path(scratch, name), args.keep)
         if args.shell:
-            tallies["shell"] = shell(range(args.shell), args.seed, Path(scratch, "shell"))
+            tallies["shell"] = fuzz_shell(range(args.shell), args.seed, Path(scratch, "shell"))
     print(
-        "| target | mutants | taken | refused | failed | slowest, s |\n| --- | --- | --- | --- | --- | --- |"
+        "| target | mutants | loaded | refused | failed | slowest, s |\n| --- | --- | --- | --- | --- | --- |"
     )
     for name, t in tallies.items():
-        total = t.taken + t.refused + len(t.failed)
-        print(f"| {name} | {total} | {t.taken} | {t.refused} | {len(t.failed)} | {t.slowest:.2f} |")
+        total = t.loaded + t.refused + len(t.failed)
+        print(f"| {name} | {total} | {t.loaded} | {t.refused} | {len(t.failed)} | {t.slowest:.2f} |")
     failed = [line for tally in tallies.values() for line in tally.failed]
     print(*failed[:20], sep="\n")
     return 1 if failed else 0

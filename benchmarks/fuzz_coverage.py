@@ -1,11 +1,11 @@
-"""Coverage-guided fuzzing of what parses a user's files: ``pip install atheris`` (Linux), then
+"""Coverage-guided fuzzing of the parsers of a user's files: ``pip install atheris`` (Linux), then
 
     python -m benchmarks.fuzz_coverage yaml -max_total_time=60
     python -m benchmarks.fuzz_coverage annotations -max_total_time=60 CORPUS
 
-What stands behind the target is libFuzzer's. Bytes are taken with the right meaning or refused as UserError,
-one printable line per problem; anything else ends the run with the input that did it. ``benchmarks.fuzz``
-has more targets, without guidance.
+The arguments after the target are libFuzzer's. Bytes must load correctly or be refused by a UserError, one
+printable line per problem. Anything else ends the run with the input that caused it. ``benchmarks.fuzz`` has
+more targets, without guidance.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ SEED = b"model_name: blip2\nname: x\nmethod: ft\nlayers: [1, 2]\nlr: 1e-3\ndata:
 
 
 def read_yaml(path: Path) -> None:
-    """A YAML that is taken says again what it says."""
+    """A YAML that loads must give the same hyper-parameters when it is written out and read again."""
     hparams = HyperParams.from_hparams(path)
     again = HyperParams.from_dict(hparams.to_dict())
-    assert again == hparams, "written out and read again it is another one"
+    assert again == hparams, "written out and read again it differs"
 
 
 def read_annotations(path: Path) -> None:
-    """Every record is a case, or one line of what is left out."""
+    """Every record must become a case, or one line about why it is left out."""
     data = VQADataset(path, skip_broken=True)
     assert len(list(data)) == len(data)
 
@@ -49,7 +49,7 @@ def main() -> None:
     folder = tempfile.TemporaryDirectory()
     path = Path(folder.name) / f"input.{name}"
 
-    def one(data: bytes) -> None:
+    def try_input(data: bytes) -> None:
         path.write_bytes(data)
         try:
             TARGETS[name](path)
@@ -57,8 +57,8 @@ def main() -> None:
             if not error.problems or not all(line.isprintable() for line in error.problems):
                 raise ValueError(f"refused with {error.problems!r}") from error
 
-    one(SEED if name == "yaml" else b"[]")
-    atheris.Setup([sys.argv[0], *sys.argv[2:]], one)
+    try_input(SEED if name == "yaml" else b"[]")
+    atheris.Setup([sys.argv[0], *sys.argv[2:]], try_input)
     atheris.Fuzz()
 
 

@@ -1,14 +1,14 @@
-"""Kill test: runs ended by SIGKILL at random moments and resumed, held against one that nobody disturbed.
+"""Kill test: runs ended by SIGKILL at random moments and resumed, compared with an undisturbed run.
 
     python -m benchmarks.kill --runs 50 --size 20
     python -m benchmarks.kill --runs 3 --size 8 edit_batch_size=2
     python -m benchmarks.kill --runs 10 --protocol sequential sequence_length=5 sequences=4
 
 Each attempt is a process of its own, forked from one that has loaded the backbone and edited nothing, so
-that every attempt starts with empty caches. Half of the kills come at a moment drawn from the time of the
-undisturbed run, half as soon as a drawn number of bytes is recorded. A run is killed up to ``--kills`` times
-and then goes on to its end. Records, summary and manifest must be the undisturbed run's, byte for byte, once
-times, memory and the list of starts are left out. Ends with 1 where something differs. Needs ``os.fork``.
+every attempt starts with empty caches. Half of the kills come at a moment drawn from the time of the
+undisturbed run, half once a drawn number of bytes is recorded. A run is killed up to ``--kills`` times and
+then continues to its end. Records, summary and manifest must equal the undisturbed run's byte for byte, apart
+from times, memory and the list of starts. Exit code 1 if something differs. Needs ``os.fork``.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from unike.runs.records import MANIFEST, RECORDS, SUMMARY
 from unike.system import launching
 from unike.types import PROTOCOLS, Case
 
-# What no two runs share: how long they took, what they held, when and how they were started.
+# The fields that differ between runs: durations, memory, when and how they were started.
 VARYING = frozenset({"seconds", "peak_memory_bytes", "started", "resumed", "command"})
 _PAUSE = 0.0005
 
@@ -45,8 +45,8 @@ Attempt = Callable[[Path], None]
 
 
 @dataclass
-class Outcome:
-    """What the runs came to: attempts killed, attempts killed after some records, faults found."""
+class KillCounts:
+    """Counts of runs, kills (``in_between``: after some records) and faults."""
 
     runs: int = 0
     kills: int = 0
@@ -68,20 +68,20 @@ class Outcome:
         )
 
 
-def comparable(path: Path) -> bytes:
-    """A run's file without what varies from run to run."""
+def read_comparable(path: Path) -> bytes:
+    """The bytes of a run's file without the fields that vary from run to run."""
     lines = path.read_text("utf-8").splitlines() if path.suffix == ".jsonl" else [path.read_text("utf-8")]
-    return "\n".join(json.dumps(_without(json.loads(line))) for line in lines).encode()
+    return "\n".join(json.dumps(_drop_varying(json.loads(line))) for line in lines).encode()
 
 
-def _without(value: Any) -> Any:
+def _drop_varying(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _without(item) for key, item in value.items() if key not in VARYING}
-    return [_without(item) for item in value] if isinstance(value, list) else value
+        return {key: _drop_varying(item) for key, item in value.items() if key not in VARYING}
+    return [_drop_varying(item) for item in value] if isinstance(value, list) else value
 
 
-def attempt(parts: runs.Parts, cases: Sequence[Case], task: str, generated: bool = True) -> Attempt:
-    """Starts a run in a folder, or goes on with the one that is there."""
+def make_attempt(parts: runs.Parts, cases: Sequence[Case], task: str, generated: bool = True) -> Attempt:
+    """A function that starts a run in a folder, or continues the run that is there."""
 
     def start(folder: Path) -> None:
         resume = (folder / MANIFEST).exists()
@@ -91,8 +91,8 @@ def attempt(parts: runs.Parts, cases: Sequence[Case], task: str, generated: bool
     return start
 
 
-def forked(work: Callable[[], None]) -> int:
-    """Runs ``work`` in a copy of this process and gives its id."""
+def fork_process(work: Callable[[], None]) -> int:
+    """Runs ``work`` in a copy of this process; returns its id."""
     sys.stdout.flush()
     sys.stderr.flush()
     if child := os.fork():
@@ -108,14 +108,14 @@ def forked(work: Callable[[], None]) -> int:
         os._exit(code)
 
 
-def _ended(child: int) -> int | None:
+def _poll(child: int) -> int | None:
     found, status = os.waitpid(child, os.WNOHANG)
     return os.waitstatus_to_exitcode(status) if found else None
 
 
-def _killed(child: int, due: Callable[[], bool]) -> bool:
-    """Whether the process was killed as soon as ``due``, or had ended by itself before."""
-    while (code := _ended(child)) is None:
+def _kill_when(child: int, due: Callable[[], bool]) -> bool:
+    """Kills the process once it is ``due``; False if it had ended by itself before."""
+    while (code := _poll(child)) is None:
         if due():
             os.kill(child, signal.SIGKILL)
             return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
@@ -125,8 +125,8 @@ def _killed(child: int, due: Callable[[], bool]) -> bool:
     return False
 
 
-def _moment(draw: random.Random, seconds: float, size: int, records: Path) -> Callable[[], bool]:
-    """When to kill: at a moment of the run's time, or once so many bytes are recorded."""
+def _draw_moment(draw: random.Random, seconds: float, size: int, records: Path) -> Callable[[], bool]:
+    """When to kill: at a moment of the run's time, or once a number of bytes is recorded."""
     if draw.random() < 0.5:
         until = time.monotonic() + draw.uniform(0, seconds)
         return lambda: time.monotonic() >= until
@@ -134,34 +134,34 @@ def _moment(draw: random.Random, seconds: float, size: int, records: Path) -> Ca
     return lambda: records.exists() and records.stat().st_size >= wanted
 
 
-def _compare(folder: Path, whole: Path, outcome: Outcome) -> None:
+def _compare(folder: Path, whole: Path, outcome: KillCounts) -> None:
     names = [Counter(json.loads(line)["id"] for line in (f / RECORDS).open()) for f in (whole, folder)]
     outcome.runs += 1
     outcome.records += names[1].total()
     outcome.lost += (names[0] - names[1]).total()
     outcome.doubled += sum(count - 1 for count in names[1].values())
     for name in (RECORDS, SUMMARY, MANIFEST):
-        if comparable(folder / name) != comparable(whole / name):
+        if read_comparable(folder / name) != read_comparable(whole / name):
             outcome.differing.append(f"{folder.name}/{name}")
     if {p.name for p in folder.iterdir()} != {p.name for p in whole.iterdir()}:
         outcome.differing.append(f"{folder.name}: {sorted(p.name for p in folder.iterdir())}")
 
 
-def kill_test(start: Attempt, folder: Path, number: int, kills: int, seed: int) -> Outcome:
+def run_kill_test(start: Attempt, folder: Path, number: int, kills: int, seed: int) -> KillCounts:
     """``number`` runs below ``folder``, each killed up to ``kills`` times, against an undisturbed one."""
-    whole, outcome = folder / "whole", Outcome()
+    whole, outcome = folder / "whole", KillCounts()
     began = time.monotonic()
-    _killed(forked(lambda: start(whole)), lambda: False)
+    _kill_when(fork_process(lambda: start(whole)), lambda: False)
     seconds, size = time.monotonic() - began, (whole / RECORDS).stat().st_size
     for i in range(number):
         own, draw = folder / f"run-{i:02}", random.Random(f"{seed}/{i}")
         for _ in range(draw.randint(1, kills)):
-            child = forked(lambda own=own: start(own))  # type: ignore[misc]
-            if not _killed(child, _moment(draw, seconds, size, own / RECORDS)):
+            child = fork_process(lambda own=own: start(own))  # type: ignore[misc]
+            if not _kill_when(child, _draw_moment(draw, seconds, size, own / RECORDS)):
                 break
             outcome.kills += 1
             outcome.in_between += (own / RECORDS).exists() and 0 < (own / RECORDS).stat().st_size < size
-        _killed(forked(lambda own=own: start(own)), lambda: False)  # type: ignore[misc]
+        _kill_when(fork_process(lambda own=own: start(own)), lambda: False)  # type: ignore[misc]
         _compare(own, whole, outcome)
     return outcome
 
@@ -186,7 +186,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parts = runs.assemble(hparams, load_backbone(hparams), progress=False)
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        outcome = kill_test(attempt(parts, cases, args.task), Path(folder), args.runs, args.kills, args.seed)
+        outcome = run_kill_test(
+            make_attempt(parts, cases, args.task), Path(folder), args.runs, args.kills, args.seed
+        )
     print(outcome, f"({time.monotonic() - began:.0f} s)")
     print(*outcome.differing, sep="\n", end="")
     return 0 if outcome.ok else 1

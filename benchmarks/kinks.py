@@ -1,4 +1,4 @@
-"""Where two computations of an edit part: a ReLU neuron that rounding lets fire on one side alone."""
+"""Where two computations of an edit diverge: a ReLU neuron that, by rounding, fires in only one of them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Seen = dict[int, list[torch.Tensor]]
 
 
 @contextmanager
-def _watched(backbone: VisionLanguageBackbone, layers: Sequence[int]) -> Iterator[Seen]:
+def _watch_neurons(backbone: VisionLanguageBackbone, layers: Sequence[int]) -> Iterator[Seen]:
     """Pre-activations of the model's own neurons at each training step; extra pairs are left out."""
     seen: Seen = {i: [] for i in layers}
 
@@ -36,22 +36,22 @@ def _watched(backbone: VisionLanguageBackbone, layers: Sequence[int]) -> Iterato
         yield seen
 
 
-def kink(
+def find_kink(
     backbone: VisionLanguageBackbone,
     layers: Sequence[int],
     one: Callable[[], object],
     other: Callable[[], object],
     tolerance: float,
 ) -> float | None:
-    """How far from zero, on its further side, a neuron was when ``one`` and ``other`` first let it fire on
-    one side alone; both train the same edit.
+    """The larger distance from zero of a neuron that fires in only one of ``one`` and ``other``, at the first
+    step where there is such a neuron; both train the same edit.
 
-    A gradient jumps there, and Adam carries the jump into every later step. None where no neuron did, or
-    where the two were apart by more than ``tolerance`` already: that was not rounding.
+    Its gradient exists in one of them only, and Adam carries the difference into every later step. None if
+    there is no such neuron, or if the two already differ by more than ``tolerance``: that is not rounding.
     """
     passes = []
     for run in (one, other):
-        with _watched(backbone, layers) as seen:
+        with _watch_neurons(backbone, layers) as seen:
             run()
         passes.append(list(zip(*seen.values(), strict=False)))
     for ours, theirs in zip(*passes, strict=False):

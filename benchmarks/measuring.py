@@ -1,4 +1,4 @@
-"""What the benchmarks share: paired timings, rows for the report, the machine."""
+"""Shared by the benchmarks: timings, rows for the report, the machine."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Row:
-    """One measured figure: the ``median`` of ``runs``, and its ``target`` (``">= 4"``) where it has one."""
+class Measurement:
+    """One measured figure: the ``median`` of ``runs``, and its ``target`` (``">= 4"``) if it has one."""
 
     benchmark: str
     case: str
@@ -33,7 +33,7 @@ class Row:
     command: str
 
     @property
-    def met(self) -> bool | None:
+    def is_met(self) -> bool | None:
         """Whether the target is met; None without one."""
         if self.target is None:
             return None
@@ -41,15 +41,15 @@ class Row:
         return self.median >= float(value) if sign == ">=" else self.median <= float(value)
 
     def __str__(self) -> str:
-        verdict = "" if self.met is None else f"  ({self.target}: {'met' if self.met else 'NOT met'})"
+        verdict = "" if self.is_met is None else f"  ({self.target}: {'met' if self.is_met else 'NOT met'})"
         return f"{self.case:34} {self.metric:42} {self.median:10.4g} {self.unit}{verdict}"
 
 
-class Rows:
+class Measurements:
     """The rows of one run of one benchmark."""
 
     def __init__(self, benchmark: str) -> None:
-        self.benchmark, self.command, self.rows = benchmark, command_line(), list[Row]()
+        self.benchmark, self.command, self.rows = benchmark, format_command(), list[Measurement]()
 
     def add(
         self, case: str, metric: str, values: Sequence[float], unit: str, target: str | None = None
@@ -58,37 +58,37 @@ class Rows:
 
     def keep(
         self, case: str, metric: str, values: Sequence[float], unit: str, target: str | None = None
-    ) -> Row:
-        """Like ``add``, without showing it."""
+    ) -> Measurement:
+        """Like ``add``, without printing it."""
         median = statistics.median(values)
-        row = Row(self.benchmark, case, metric, median, len(values), unit, target, self.command)
+        row = Measurement(self.benchmark, case, metric, median, len(values), unit, target, self.command)
         self.rows.append(row)
         return row
 
     def write(self, path: Path | None) -> None:
-        """JSON with the machine; nothing where no path is given."""
+        """Writes JSON with the machine; nothing if ``path`` is None."""
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
-            content = {"machine": machine(), "rows": [asdict(row) for row in self.rows]}
+            content = {"machine": describe_machine(), "rows": [asdict(row) for row in self.rows]}
             path.write_text(json.dumps(content, indent=1) + "\n")
 
 
-def timed(run: Callable[[], T]) -> tuple[T, float]:
-    """What ``run`` gives, and its seconds."""
+def time_call(run: Callable[[], T]) -> tuple[T, float]:
+    """The value of ``run()``, and its seconds."""
     started = time.perf_counter()
-    given = run()
-    return given, time.perf_counter() - started
+    value = run()
+    return value, time.perf_counter() - started
 
 
-def resident(field: str) -> int:
+def read_resident(field: str) -> int:
     """Bytes of a field of ``/proc/self/status``: ``VmHWM``, the peak of resident pages, those of mapped
     files among them; ``RssAnon``, ``RssFile``: what is resident now."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
 
-def command_line() -> str:
-    """The command of this run, as a user types it, without where its output goes."""
+def format_command() -> str:
+    """The command of this run as a user types it, without the path of its output."""
     main: Any = sys.modules["__main__"]
     module = getattr(getattr(main, "__spec__", None), "name", None)
     words = list(sys.argv[1:])
@@ -98,18 +98,18 @@ def command_line() -> str:
     return " ".join(["python", "-m", str(module), *words])
 
 
-def machine() -> dict[str, Any]:
+def describe_machine() -> dict[str, Any]:
     """CPU, cores, memory and versions."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
-        "cpu": _cpu_name(), "cores": usable, "threads": torch.get_num_threads(),
+        "cpu": _read_cpu_name(), "cores": usable, "threads": torch.get_num_threads(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "python": platform.python_version(), "torch": torch.__version__,
         "transformers": transformers.__version__,
     }  # fmt: skip
 
 
-def _cpu_name() -> str:
+def _read_cpu_name() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""The fuzzer's edit folders: damaged, or changed by somebody who knows how to make the checksums fit."""
+"""The fuzzer's edit folders: damaged, or changed with matching checksums."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ from unike.types import Query
 
 
 @lru_cache(maxsize=1)
-def backbone() -> VisionLanguageBackbone:
-    config = models.opt_config(width=64, layers=5, vision_layers=2, vision_width=64, side=2, queries=4)
-    return models.random_backbone(config)
+def make_backbone() -> VisionLanguageBackbone:
+    config = models.make_opt_config(width=64, layers=5, vision_layers=2, vision_width=64, side=2, queries=4)
+    return models.make_random_backbone(config)
 
 
-def sound_edits() -> Iterator[Edit]:
-    """One of each kind that needs nothing else, and all of them together."""
-    model, generator = backbone(), torch.Generator().manual_seed(1)
+def make_sound_edits() -> Iterator[Edit]:
+    """One edit of each kind that needs nothing else, and several composed."""
+    model, generator = make_backbone(), torch.Generator().manual_seed(1)
     layers, width = model.layout.last(2), model.layout.width
 
     def draw(*shape: int) -> torch.Tensor:
@@ -79,11 +79,12 @@ def sound_edits() -> Iterator[Edit]:
     yield edits[0] | edits[2] | edits[4]
 
 
-def target(folder: Path, draw: random.Random) -> Callable[[], bool]:
-    """A folder that must load as what it says, or be refused; what is only damaged, as what it was."""
+def mutate_edit(folder: Path, draw: random.Random) -> Callable[[], bool]:
+    """An edit folder that must load as what its index says, or be refused; a folder that is only damaged must
+    load as the undamaged edit."""
     sound = folder / "sound"
     if not sound.exists():
-        for i, edit in enumerate(sound_edits()):
+        for i, edit in enumerate(make_sound_edits()):
             edit.save(sound / str(i))
     source, own = draw.choice(sorted(sound.iterdir())), folder / "edit"
     shutil.rmtree(own, ignore_errors=True)
@@ -91,39 +92,39 @@ def target(folder: Path, draw: random.Random) -> Callable[[], bool]:
     damaged = draw.random() < 0.4
     if damaged:
         path = own / draw.choice((INDEX, TENSORS))
-        path.write_bytes(mutants.damaged(path.read_bytes(), draw))
+        path.write_bytes(mutants.damage(path.read_bytes(), draw))
     else:
         index = json.loads((own / INDEX).read_text("utf-8"))
         if draw.random() < 0.4:
-            save_file(mutants.changed_tensors(load_file(own / TENSORS), draw), own / TENSORS)
+            save_file(mutants.change_tensors(load_file(own / TENSORS), draw), own / TENSORS)
         else:
             name = "values" if draw.random() < 0.6 else draw.choice(sorted(index))
-            index[name] = mutants.changed_value(index[name], draw)
+            index[name] = mutants.change_value(index[name], draw)
         _sign(own, index)
-    return lambda: _taken(own, source if damaged else own)
+    return lambda: _load_edit(own, source if damaged else own)
 
 
 def _sign(own: Path, index: dict) -> None:
-    """Makes the checksums fit where they can."""
+    """Makes the checksums match if possible."""
     data = (own / TENSORS).read_bytes()
     index |= {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     try:
         index = sign(index)
     except ValueError:
-        # What JSON lacks, a hostile file can still hold.
+        # A hostile file can hold values that JSON cannot express.
         index["checksum"] = "0"
     (own / INDEX).write_text(json.dumps(index), "utf-8")
 
 
-def _taken(own: Path, like: Path) -> bool:
-    """Loads the folder, holds it against what ``like`` says, and asks the model under it."""
-    model, query = backbone(), Query(None, "what is it?", "a fox")
-    edit, said = Edit.load(own, model), read_edit(like)
-    packed, tensors = edit.pack(), said.tensors()
-    require(json.loads(json.dumps(packed.values)) == said.values, "its values are others")
-    require(packed.tensors.keys() == tensors.keys(), "its tensors are others")
-    require(all(torch.equal(t, tensors[n]) for n, t in packed.tensors.items()), "its numbers are others")
-    require((edit.id, edit.origins) == (said.id, said.origins), "it comes from elsewhere")
+def _load_edit(own: Path, like: Path) -> bool:
+    """Loads the folder, compares it with the folder ``like``, and runs the model with it."""
+    model, query = make_backbone(), Query(None, "what is it?", "a fox")
+    edit, expected = Edit.load(own, model), read_edit(like)
+    packed, tensors = edit.pack(), expected.tensors()
+    require(json.loads(json.dumps(packed.values)) == expected.values, "its values differ")
+    require(packed.tensors.keys() == tensors.keys(), "its tensors differ")
+    require(all(torch.equal(t, tensors[n]) for n, t in packed.tensors.items()), "its numbers differ")
+    require((edit.id, edit.origins) == (expected.id, expected.origins), "its origin differs")
     with torch.no_grad(), edit.applied(model):
         model(encode_queries(model, [edit.rewrite(query)]))
     return True

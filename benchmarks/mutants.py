@@ -1,4 +1,4 @@
-"""Damaged inputs for the fuzzer: each is a function of sound content and a generator of random numbers."""
+"""Damaged inputs for the fuzzer: each is a function of valid content and a random generator."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ _VALUES: tuple[Any, ...] = (
 )  # fmt: skip
 
 
-def damaged(content: bytes, draw: random.Random) -> bytes:
-    """A few bytes changed, taken out, doubled, moved or put in, or the end cut off."""
+def damage(content: bytes, draw: random.Random) -> bytes:
+    """The content with a few bytes changed, removed, repeated, moved or inserted, or with the end cut off."""
     data = bytearray(content)
     for _ in range(draw.choice((1, 1, 1, 2, 4, 16))):
         at, length = draw.randrange(len(data) + 1), draw.choice((1, 2, 8, 64, 512))
@@ -57,10 +57,10 @@ def damaged(content: bytes, draw: random.Random) -> bytes:
     return bytes(data)
 
 
-def yaml_text(text: str, draw: random.Random) -> bytes:
-    """A YAML with lines or values exchanged, now and then with bytes damaged or far too long."""
+def damage_yaml(text: str, draw: random.Random) -> bytes:
+    """A YAML with lines or values replaced, sometimes with damaged bytes, rarely far too long."""
     if draw.random() < 0.25:
-        return damaged(text.encode(), draw)
+        return damage(text.encode(), draw)
     lines = text.splitlines()
     for _ in range(draw.choice((1, 1, 2, 3))):
         at = draw.randrange(len(lines))
@@ -69,7 +69,7 @@ def yaml_text(text: str, draw: random.Random) -> bytes:
         if how == 0 and sign:
             lines[at] = f"{key}: {draw.choice(_TEXTS)}"
         elif how == 1 and sign:
-            lines[at] = f"{damaged(key.encode(), draw).decode('utf-8', 'replace')}: 1"
+            lines[at] = f"{damage(key.encode(), draw).decode('utf-8', 'replace')}: 1"
         elif how == 2:
             lines.insert(at, draw.choice(lines))
         elif how == 3:
@@ -85,20 +85,20 @@ def yaml_text(text: str, draw: random.Random) -> bytes:
     if draw.random() < 0.002:
         lines.append(draw.choice(("name: ", "# ", "", "data: [")) + draw.choice("a[ -") * LONG)
     if draw.random() < 0.002:
-        lines.append(_explosion())
+        lines.append(_make_explosion())
     return "\n".join(lines).encode("utf-8", "replace")
 
 
-def _explosion() -> str:
-    """Aliases of aliases: some hundred bytes that mean a billion values."""
+def _make_explosion() -> str:
+    """Aliases of aliases: a few hundred bytes that mean a billion values."""
     steps = [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12)]
     return "\n".join(["a0: &a0 [x]", *steps])
 
 
-def annotations(records: Sequence[dict[str, Any]], draw: random.Random) -> bytes:
-    """Annotations with fields exchanged, renamed, taken out or put in, or with damaged bytes."""
+def damage_annotations(records: Sequence[dict[str, Any]], draw: random.Random) -> bytes:
+    """Annotations with fields replaced, renamed, removed or inserted, or with damaged bytes."""
     if draw.random() < 0.25:
-        return damaged(json.dumps(records).encode(), draw)
+        return damage(json.dumps(records).encode(), draw)
     changed: Any = copy.deepcopy(list(records))
     for _ in range(draw.choice((1, 1, 2, 4))):
         record = draw.choice(changed)
@@ -123,8 +123,8 @@ def annotations(records: Sequence[dict[str, Any]], draw: random.Random) -> bytes
     return json.dumps(changed).encode()
 
 
-def pictures(draw: random.Random) -> list[tuple[str, bytes]]:
-    """Small sound pictures by format."""
+def make_images(draw: random.Random) -> list[tuple[str, bytes]]:
+    """Small valid images by format."""
     found = []
     image = Image.frombytes("RGB", (24, 18), draw.randbytes(24 * 18 * 3))
     for kind in ("png", "jpeg", "gif", "bmp", "tiff", "webp", "ppm", "tga", "ico", "jpeg2000", "sgi", "pcx"):
@@ -134,8 +134,8 @@ def pictures(draw: random.Random) -> list[tuple[str, bytes]]:
     return found
 
 
-def huge_picture(draw: random.Random) -> bytes:
-    """A bitmap's header that claims far more pixels than there are."""
+def make_huge_image(draw: random.Random) -> bytes:
+    """An image whose header claims far more pixels than there are."""
     out = io.BytesIO()
     Image.new("RGB", (8, 8)).save(out, draw.choice(("bmp", "png", "gif")))
     data = bytearray(out.getvalue())
@@ -152,34 +152,34 @@ class _Code:
         return eval, (f"__import__('os').mkdir({self.command!r})",)
 
 
-def _claiming() -> dict[str, torch.Tensor]:
-    """A tensor of 10^12 numbers over one."""
+def _make_claiming() -> dict[str, torch.Tensor]:
+    """A tensor of 10^12 numbers over the storage of one."""
     return {"cls_token": torch.zeros(1).expand(10**6, 10**6)}
 
 
-def checkpoint(content: bytes, draw: random.Random) -> bytes:
-    """A checkpoint with damaged bytes, or written anew to do harm."""
+def damage_checkpoint(content: bytes, draw: random.Random) -> bytes:
+    """A checkpoint with damaged bytes, or a hostile one."""
     if draw.random() < 0.7 or not content.startswith(b"PK"):
-        return damaged(content, draw)
+        return damage(content, draw)
     makers: tuple[Callable[[], bytes], ...] = (
-        lambda: _saved({"cls_token": _Code("written-by-a-pickle")}),
+        lambda: _save({"cls_token": _Code("written-by-a-pickle")}),
         lambda: pickle.dumps(_Code("written-by-a-pickle"), protocol=2),
-        lambda: _saved(_claiming()),
-        lambda: _packed(content, draw),
-        lambda: _entries(content, draw),
-        lambda: _saved({"a": torch.zeros(3).to_sparse(), "b": torch.zeros(2)}),
-        lambda: _saved({"model": draw.choice(({}, [], {1: torch.ones(2)}, {"a": 1}))}),
+        lambda: _save(_make_claiming()),
+        lambda: _pack_bomb(content, draw),
+        lambda: _damage_entries(content, draw),
+        lambda: _save({"a": torch.zeros(3).to_sparse(), "b": torch.zeros(2)}),
+        lambda: _save({"model": draw.choice(({}, [], {1: torch.ones(2)}, {"a": 1}))}),
     )
     return draw.choice(makers)()
 
 
-def _saved(content: Any) -> bytes:
+def _save(content: Any) -> bytes:
     out = io.BytesIO()
     torch.save(content, out)
     return out.getvalue()
 
 
-def _packed(content: bytes, draw: random.Random) -> bytes:
+def _pack_bomb(content: bytes, draw: random.Random) -> bytes:
     """A zip bomb: an entry of zeros, compressed a thousandfold."""
     out = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as new:
@@ -189,27 +189,27 @@ def _packed(content: bytes, draw: random.Random) -> bytes:
     return out.getvalue()
 
 
-def _entries(content: bytes, draw: random.Random) -> bytes:
-    """An archive whose entries are damaged one by one, as its directory still fits."""
+def _damage_entries(content: bytes, draw: random.Random) -> bytes:
+    """An archive with damaged entries and a valid directory."""
     out = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(out, "w", zipfile.ZIP_STORED) as new:
         names = old.namelist()
         hit = draw.choice([name for name in names if name.endswith("data.pkl")] + names)
         for name in names:
             if name != hit or draw.random() < 0.8:
-                new.writestr(name, damaged(old.read(name), draw) if name == hit else old.read(name))
+                new.writestr(name, damage(old.read(name), draw) if name == hit else old.read(name))
     return out.getvalue()
 
 
-def changed_value(value: Any, draw: random.Random) -> Any:
-    """A JSON value with one place in it exchanged, taken out, doubled or moved by one."""
+def change_value(value: Any, draw: random.Random) -> Any:
+    """A JSON value with one place in it replaced, removed, repeated or changed by one."""
     if isinstance(value, dict) and value and draw.random() < 0.9:
         name = draw.choice(sorted(value))
         rest = {n: v for n, v in value.items() if n != name}
         how = draw.randrange(12)
         if how == 0:
             return rest
-        return {**rest, name + "s" if how == 1 else name: changed_value(value[name], draw)}
+        return {**rest, name + "s" if how == 1 else name: change_value(value[name], draw)}
     if isinstance(value, list) and value and draw.random() < 0.9:
         at = draw.randrange(len(value))
         how = draw.randrange(8)
@@ -217,14 +217,14 @@ def changed_value(value: Any, draw: random.Random) -> Any:
             return value[:at] + value[at + 1 :]
         if how == 1:
             return [*value, value[at]]
-        return [*value[:at], changed_value(value[at], draw), *value[at + 1 :]]
+        return [*value[:at], change_value(value[at], draw), *value[at + 1 :]]
     if type(value) in (int, float) and draw.random() < 0.5:
         return value + draw.choice((-1, 1, 0.5, 1000))
     return draw.choice(_VALUES)
 
 
-def changed_tensors(tensors: dict[str, torch.Tensor], draw: random.Random) -> dict[str, torch.Tensor]:
-    """Tensors of which one is gone, doubled, or of another shape, type or content."""
+def change_tensors(tensors: dict[str, torch.Tensor], draw: random.Random) -> dict[str, torch.Tensor]:
+    """The tensors with one of them removed, repeated, or given another shape, type or content."""
     name = draw.choice(sorted(tensors) or ["0.4.key"])
     tensor = tensors.get(name, torch.ones(2))
     makers: tuple[Callable[[], dict[str, torch.Tensor]], ...] = (
@@ -245,6 +245,6 @@ def changed_tensors(tensors: dict[str, torch.Tensor], draw: random.Random) -> di
 
 
 def require(condition: bool, reason: str) -> None:
-    """AssertionError for an input that was taken and means something else."""
+    """AssertionError for an input that loads and means something else."""
     if not condition:
-        raise AssertionError(f"taken, but {reason}")
+        raise AssertionError(f"loaded, but {reason}")

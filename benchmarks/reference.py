@@ -1,10 +1,10 @@
-"""The reference procedure as published, written naively: what UniKE's edits are measured against.
+"""The reference for UniKE's edits: the procedure as published, written naively.
 
-The whole model with its vision encoder runs at every training step and at every probe, before and
-after the edit; the edited layers' feed-forward weights are concatenated at each forward with the extra
-pairs; nothing is kept from one pass to the next, and records come one at a time. Optimiser, initial
-patches, stopping rule and retrieval are those of ``unike``, so that both must give the same results.
-As in the published loaders, pictures are opened and normalised once per record.
+The whole model with its vision encoder runs at every training step and at every probe, before and after the
+edit. The edited layers' feed-forward weights are concatenated with the extra pairs at each forward pass.
+Nothing is cached between passes, and records are edited one at a time. Optimiser, initial patches, stopping
+rule and retrieval are those of ``unike``, so both must give the same results. As in the published loaders,
+images are opened and normalised once per record.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from unike.types import Case, Query
 
 
 @dataclass(frozen=True)
-class Done:
-    """A record of the reference: ``losses`` before each step and after the last, and the logits at each
-    probe's answer positions ``(T, v)``, ``before`` and ``after`` the edit."""
+class ReferenceRecord:
+    """A record of the reference: ``losses`` before each step and after the last; the logits at each probe's
+    answer positions ``(T, v)``, ``before`` and ``after`` the edit."""
 
     losses: list[float]
     before: list[torch.Tensor]
@@ -44,19 +44,19 @@ class Done:
 
 
 class WholeModel:
-    """A backbone asked one query at a time, from the pixels on; ``passes`` counts the forward passes."""
+    """A backbone run on one query at a time, from the pixels on; ``passes`` counts the forward passes."""
 
     def __init__(self, backbone: VisionLanguageBackbone) -> None:
         self.backbone, self.passes = backbone, 0
         self._opened: dict[int, torch.Tensor] = {}
 
     def open(self, queries: Sequence[Query]) -> None:
-        """Normalises the pictures of a record, and forgets those of the one before."""
+        """Normalises the images of a record, and forgets those of the last record."""
         shown = [q.image for q in queries if q.image is not None]
         self._opened = {id(image): self.backbone.vision.pixels(image)["pixel_values"] for image in shown}
 
     def __call__(self, query: Query) -> tuple[torch.Tensor, Batch]:
-        """Logits ``(1, s, v)`` of a query with its target, and the batch that was asked."""
+        """Logits ``(1, s, v)`` of a query with its target, and its batch."""
         self.passes += 1
         batch = self.encode(query)
         return self.backbone(batch).logits, batch
@@ -84,16 +84,16 @@ class WholeModel:
         return Batch(embeds, torch.ones_like(labels), labels, end, (query.prompt,))
 
 
-def at_answers(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def select_answers(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """The logits ``(T, v)`` that predict one row's answer tokens; ``logits (s, v)``, ``labels (s)``."""
     return logits[:-1][labels[1:] != IGNORED].float()
 
 
 class Reference:
-    """Edits one case after the other with ``method``'s settings, seed and knowledge.
+    """Edits one case at a time with ``method``'s settings, seed and knowledge.
 
-    Raises ValueError where the method is more than the paper's preset: both halves, no gate, none of
-    T-Patcher's losses.
+    Raises ValueError unless the method is the paper's preset: both halves, no gate, none of T-Patcher's
+    losses.
     """
 
     def __init__(self, backbone: VisionLanguageBackbone, method: UniKE) -> None:
@@ -101,41 +101,41 @@ class Reference:
         if not (hp.intrinsic and hp.external == "latent" and hp.scope_gate == "none"):
             raise ValueError("the reference has both halves and no gate")
         if hp.activation_loss or hp.memory_loss:
-            raise ValueError("the reference has the answer's loss alone")
+            raise ValueError("the reference has only the answer's loss")
         self.backbone, self.method, self.hparams = backbone, method, hp
         self.whole = WholeModel(backbone)
 
-    def record(self, case: Case, nudge: float = 0.0) -> Done:
+    def record(self, case: Case, nudge: float = 0.0) -> ReferenceRecord:
         """One edit from the base model, with all of the case's probes before and after.
 
-        ``nudge`` changes the first keys by that share, to see what rounding alone can do.
+        ``nudge`` changes the first keys by that share, to measure the effect of rounding alone.
 
-        Raises FloatingPointError where the loss is no longer a number.
+        Raises FloatingPointError if the loss is no longer a number.
         """
         queries = [p.query for p in case.probes]
         self.whole.open([case.request.query, *queries])
-        before = [self.ask(q) for q in queries]
-        states = self.own_states(case.request.query)
+        before = [self.compute_logits(q) for q in queries]
+        states = self.compute_own_states(case.request.query)
         patches = draw_patches(self.backbone, case.request, states, self.hparams, self.method.knowledge)
         for patch in patches.values():
             patch.keys.data.mul_(1 + nudge)
         shares = {i: LayerShare(s.sem, s.pos) for i, s in states.items()}
-        # Without patches a routed edit is the attention shift alone.
+        # Without patches a routed edit is only the attention shift.
         shift = RoutedEdit((EditRecord(case.request.id, shares),), self.method.routing, self.method.knowledge)
-        with shift.applied(self.backbone), concatenated(self.backbone, patches):
+        with shift.applied(self.backbone), concatenate_patches(self.backbone, patches):
             losses = self.train(case.request.query, patches)
-            after = [self.ask(q) for q in queries]
-        return Done(losses, before, after)
+            after = [self.compute_logits(q) for q in queries]
+        return ReferenceRecord(losses, before, after)
 
     @torch.no_grad()
-    def ask(self, query: Query) -> torch.Tensor:
+    def compute_logits(self, query: Query) -> torch.Tensor:
         """Logits at the answer's positions, ``(T, v)``."""
         logits, batch = self.whole(query)
-        return at_answers(logits[0], batch.labels[0])
+        return select_answers(logits[0], batch.labels[0])
 
     @torch.no_grad()
-    def own_states(self, query: Query) -> dict[int, OwnStates]:
-        """What the edit's own pair and its first keys are made of, from a whole pass."""
+    def compute_own_states(self, query: Query) -> dict[int, OwnStates]:
+        """The states for the edit's own pair and its first keys, from a whole pass."""
         layers, layout = self.method.layers(self.backbone), self.backbone.layout
         attention = {i: layout.attention(i).module for i in layers}
         with capture(attention) as x, capture({i: layout.ffn(i).keys[0] for i in layers}) as y:
@@ -154,7 +154,7 @@ class Reference:
         optimiser = torch.optim.Adam(parameters, lr=hp.lr)
         while True:
             logits, batch = self.whole(query)
-            answers, goal = at_answers(logits[0], batch.labels[0]), batch.labels[batch.labels != IGNORED]
+            answers, goal = select_answers(logits[0], batch.labels[0]), batch.labels[batch.labels != IGNORED]
             loss = F.cross_entropy(answers, goal)
             losses.append(loss.item())
             if not math.isfinite(losses[-1]):
@@ -169,15 +169,17 @@ class Reference:
 
 
 @contextmanager
-def concatenated(backbone: VisionLanguageBackbone, patches: Mapping[int, KeyValuePatch]) -> Iterator[None]:
+def concatenate_patches(
+    backbone: VisionLanguageBackbone, patches: Mapping[int, KeyValuePatch]
+) -> Iterator[None]:
     """Feed-forward networks run on ``[W_K; keys]`` and ``[W_V; values]``, concatenated at each forward."""
     with ExitStack() as stack:
         for index, patch in patches.items():
             site = backbone.layout.ffn(index)
             first = [patch.keys] if patch.up is None else [patch.keys, patch.up]
             for linear, extra in zip(site.keys, first, strict=True):
-                _swap(stack, linear, _with_keys(linear, extra, patch.bias))
-            _swap(stack, site.value, _with_values(site.value, patch))
+                _swap(stack, linear, _make_keys_forward(linear, extra, patch.bias))
+            _swap(stack, site.value, _make_values_forward(site.value, patch))
         yield
 
 
@@ -187,7 +189,7 @@ def _swap(stack: ExitStack, module: nn.Module, forward: Any) -> None:
     stack.callback(delattr, module, "forward")
 
 
-def _with_keys(linear: Any, keys: nn.Parameter, bias: nn.Parameter | None) -> Any:
+def _make_keys_forward(linear: Any, keys: nn.Parameter, bias: nn.Parameter | None) -> Any:
     def forward(x: torch.Tensor) -> torch.Tensor:
         weight = torch.cat([linear.weight, keys.T.to(linear.weight.dtype)])
         if linear.bias is None:
@@ -198,7 +200,7 @@ def _with_keys(linear: Any, keys: nn.Parameter, bias: nn.Parameter | None) -> An
     return forward
 
 
-def _with_values(linear: Any, patch: KeyValuePatch) -> Any:
+def _make_values_forward(linear: Any, patch: KeyValuePatch) -> Any:
     def forward(x: torch.Tensor) -> torch.Tensor:
         values = patch.edited_values.T.to(linear.weight.dtype)
         return F.linear(x, torch.cat([linear.weight, values], dim=1), linear.bias)

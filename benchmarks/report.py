@@ -1,4 +1,4 @@
-"""One table of all benchmarks in ``docs/performance.md``, from the files that they wrote with ``--json``.
+"""One table of all benchmarks in ``docs/performance.md``, from the files of their ``--json``.
 
 ``python -m benchmarks.report results/benchmarks/*.json --write docs/performance.md``
 """
@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measuring import Row
-from unike.report.paper.tables import rewritten
+from benchmarks.measuring import Measurement
+from unike.report.paper.tables import rewrite_blocks
 from unike.types import UserError
 
 HEAD = (
@@ -23,16 +23,16 @@ HEAD = (
 VERDICTS = {None: "", True: "yes", False: "**no**"}
 
 
-def read(path: Path) -> tuple[dict[str, Any], list[Row]]:
-    """A file's machine and rows; UserError where it isn't what a benchmark writes."""
+def read(path: Path) -> tuple[dict[str, Any], list[Measurement]]:
+    """A file's machine and rows; UserError if no benchmark wrote it."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        return dict(content["machine"]), [Row(**row) for row in content["rows"]]
+        return dict(content["machine"]), [Measurement(**row) for row in content["rows"]]
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise UserError(f"{path}: {error}; expected a file that a benchmark wrote with --json") from error
 
 
-def described(machine: Mapping[str, Any]) -> str:
+def describe(machine: Mapping[str, Any]) -> str:
     """The machine in one line."""
     return (
         f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads of torch, "
@@ -41,39 +41,39 @@ def described(machine: Mapping[str, Any]) -> str:
     )
 
 
-def table(files: Sequence[tuple[Mapping[str, Any], Sequence[Row]]]) -> str:
-    """Markdown: the rows, machine by machine, then the commands that gave them."""
-    blocks: dict[str, list[Row]] = {}
+def format_table(files: Sequence[tuple[Mapping[str, Any], Sequence[Measurement]]]) -> str:
+    """Markdown: the rows of each machine, then their commands."""
+    blocks: dict[str, list[Measurement]] = {}
     for machine, rows in files:
-        blocks.setdefault(described(machine), []).extend(rows)
+        blocks.setdefault(describe(machine), []).extend(rows)
     out = []
     for machine_line, rows in blocks.items():
-        out += [f"Machine: {machine_line}.", "", *HEAD, *(_line(row) for row in rows), ""]
+        out += [f"Machine: {machine_line}.", "", *HEAD, *(_format_row(row) for row in rows), ""]
         commands = dict.fromkeys(row.command for row in rows)
         out += ["Commands:", "", "```bash", *commands, "```", ""]
     return "\n".join(out).rstrip()
 
 
-def _line(row: Row) -> str:
+def _format_row(row: Measurement) -> str:
     unit = f" {row.unit}" if row.unit else ""
     cells = [row.benchmark, row.case, row.metric, f"{row.median:.3g}{unit}", str(row.runs)]
     target = "" if row.target is None else f"{row.target.replace('>=', '≥').replace('<=', '≤')}{unit}"
-    return "| " + " | ".join([*cells, target, VERDICTS[row.met]]) + " |"
+    return "| " + " | ".join([*cells, target, VERDICTS[row.is_met]]) + " |"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("files", type=Path, nargs="+", help="what the benchmarks wrote")
-    parser.add_argument("--write", type=Path, help="the page whose marked place takes the table")
-    given = parser.parse_args(arguments)
+    parser.add_argument("files", type=Path, nargs="+", help="files that benchmarks wrote with --json")
+    parser.add_argument("--write", type=Path, help="the page with the table's markers")
+    args = parser.parse_args(arguments)
     try:
-        shown = table([read(path) for path in given.files])
-        if given.write is None:
+        shown = format_table([read(path) for path in args.files])
+        if args.write is None:
             print(shown)
         else:
-            page = given.write.read_text(encoding="utf-8") if given.write.is_file() else ""
-            given.write.write_text(
-                rewritten(page, str(given.write), {"all": shown}, "benchmarks"), encoding="utf-8"
+            page = args.write.read_text(encoding="utf-8") if args.write.is_file() else ""
+            args.write.write_text(
+                rewrite_blocks(page, str(args.write), {"all": shown}, "benchmarks"), encoding="utf-8"
             )
     except UserError as error:
         print(error, file=sys.stderr)

@@ -1,4 +1,4 @@
-"""What a batched training step costs: its FLOP/s as a share of this machine's own matmul peak."""
+"""A batched training step's FLOP/s as a share of this machine's own matmul peak."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch.profiler import ProfilerActivity
 from torch.profiler import profile as torch_profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.measuring import Rows, timed
-from benchmarks.models import PRESET, opt_config, random_backbone, random_cases, random_knowledge
+from benchmarks.measuring import Measurements, time_call
+from benchmarks.models import PRESET, draw_cases, draw_knowledge, make_opt_config, make_random_backbone
 from unike.backbones.prefix import PrefixCache
 from unike.backbones.vlm import VisionLanguageBackbone
 from unike.config.hparams import HyperParams
@@ -25,11 +25,11 @@ WIDTH, FEW, MANY, SIDE = 1024, 2, 12, 2048
 TARGET = ">= 0.5"
 
 
-def matmul_peak(runs: int, side: int = SIDE) -> list[float]:
+def measure_peak(runs: int, side: int = SIDE) -> list[float]:
     """FLOP/s of large square matmuls in fp32, with this process's threads."""
     one, other = torch.randn(side, side), torch.randn(side, side)
-    timed(lambda: one @ other)
-    return [2 * side**3 / timed(lambda: one @ other)[1] for _ in range(runs)]
+    time_call(lambda: one @ other)
+    return [2 * side**3 / time_call(lambda: one @ other)[1] for _ in range(runs)]
 
 
 class Steps:
@@ -39,7 +39,7 @@ class Steps:
         self.backbone, self.requests = backbone, requests
         plain = HyperParams.from_dict(PRESET)
         layers = resolve_layers(plain, backbone)
-        self.knowledge: Knowledge = random_knowledge(backbone, layers, plain)
+        self.knowledge: Knowledge = draw_knowledge(backbone, layers, plain)
         self.prefixes = PrefixCache(backbone, layers[0])
         self.prefixes.state([r.query for r in requests])
 
@@ -47,13 +47,13 @@ class Steps:
         hparams = HyperParams.from_dict({**PRESET, "max_steps": count, "stop_loss": 0.0})
         build(hparams, self.knowledge).edit_many(self.backbone, self.requests, self.prefixes)
 
-    def seconds(self) -> float:
-        """Of one step: what further steps add to an edit."""
-        few, many = (timed(partial(self.take, n))[1] for n in (FEW, MANY))
+    def time_step(self) -> float:
+        """Seconds of one step: the time that further steps add to an edit."""
+        few, many = (time_call(partial(self.take, n))[1] for n in (FEW, MANY))
         return (many - few) / (MANY - FEW)
 
-    def flops(self) -> float:
-        """Of one step's matmuls, forward and backward, as torch counts them."""
+    def count_flops(self) -> float:
+        """FLOPs of one step's matmuls, forward and backward, as counted by torch."""
         counted = []
         for count in (FEW, FEW + 1):
             with FlopCounterMode(display=False) as counter:
@@ -62,20 +62,20 @@ class Steps:
         return float(counted[1] - counted[0])
 
 
-def profile(rows: Rows, batch: int, runs: int, width: int = WIDTH) -> None:
-    """Adds the rows, and prints what torch's profiler says of an edit's steps."""
-    config = opt_config(width=width, layers=4, vision_layers=1, vision_width=64, side=4)
-    backbone = random_backbone(config)
-    requests = [c.request for c in random_cases(batch, backbone.vision.image_size)]
+def profile_steps(rows: Measurements, batch: int, runs: int, width: int = WIDTH) -> None:
+    """Adds the rows, and prints the table of torch's profiler for an edit's steps."""
+    config = make_opt_config(width=width, layers=4, vision_layers=1, vision_width=64, side=4)
+    backbone = make_random_backbone(config)
+    requests = [c.request for c in draw_cases(batch, backbone.vision.image_size)]
     steps, case = Steps(backbone, requests), f"width {width}, {batch} records"
-    flops = steps.flops()
+    flops = steps.count_flops()
     shares: list[float] = []
     speeds: list[float] = []
     peaks: list[float] = []
     for _ in range(runs):
-        # The clock of a shared machine drifts: peak and step are measured close to each other.
-        peak = max(matmul_peak(3))
-        speed = flops / steps.seconds()
+        # The speed of a shared machine drifts: peak and step are measured close to each other.
+        peak = max(measure_peak(3))
+        speed = flops / steps.time_step()
         peaks.append(peak / 1e9)
         speeds.append(speed / 1e9)
         shares.append(speed / peak)

@@ -1,1 +1,1 @@
-"""Command-line helpers of the project."""
+"""Commands of a checkout."""

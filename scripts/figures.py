@@ -3,8 +3,8 @@
     python -m scripts.figures --figures 2a 4c --backbones tiny_blip2 --write docs/results.md
 
 Figures 2a and 4a to 4c show runs of ``hparams/tables.yaml``, 5a the spaces of the two encoders, 5b
-worked examples. Each is a PNG, and an SVG where that is small; ``--write`` puts them and what they
-show between ``<!-- figure 2a -->`` and ``<!-- end of figure 2a -->``.
+worked examples. Each is a PNG, and an SVG if that is small; ``--write`` puts them and their captions
+between ``<!-- figure 2a -->`` and ``<!-- end of figure 2a -->``.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from scripts import figure_data as data
-from scripts.plan import BACKBONES, OUTPUT, PLAN, Run, is_complete, read_plan, records
+from scripts.plan import BACKBONES, OUTPUT, PLAN, Run, is_complete, load_records, read_plan
 from scripts.workers import ensure
 from unike.config.hparams import HyperParams
 from unike.report.paper import figures
-from unike.report.paper.tables import rewritten
+from unike.report.paper.tables import rewrite_blocks
 from unike.system import findings
 from unike.types import UserError
 
-# Where in the plan a figure's runs stand.
+# The table of the plan with a figure's runs.
 TABLES = {"2a": "1", "4a": "figure4a", "4b": "figure4b", "4c": "5", "5b": "figure5b"}
 NAMES = ("2a", "4a", "4b", "4c", "5a", "5b")
 VARIANTS = {"UniKE, scoped": "scoped", "UniKE": "preset"}
@@ -38,17 +38,17 @@ MEANS = "generality is the mean of T-Gen and M-Gen, locality of T-Loc and M-Loc"
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """A figure's pictures by file name without its ending, and the sentence under them."""
+class PaperFigure:
+    """A figure's images by file name without its ending, and the sentence under them."""
 
-    pictures: Mapping[str, Any]
+    images: Mapping[str, Any]
     caption: str
 
 
-def plan(args: argparse.Namespace) -> dict[str, list[Run]]:
-    """The runs behind each figure that shows runs."""
+def plan_runs(args: argparse.Namespace) -> dict[str, list[Run]]:
+    """The runs of each figure that shows runs."""
     wanted = {name: TABLES[name] for name in args.figures if name in TABLES}
-    # Read at once: rows of two tables that mean the same run share its folder.
+    # Read together: rows of two tables that mean the same run share its folder.
     tables = list(dict.fromkeys(wanted.values()))
     planned = read_plan(args.plan, tables, args.backbones, args.size, args.results) if tables else []
     found = {name: [run for run in planned if run.table == table] for name, table in wanted.items()}
@@ -56,80 +56,82 @@ def plan(args: argparse.Namespace) -> dict[str, list[Run]]:
         found["4c"] = [run for run in found["4c"] if run.row.paper]
     if lost := [name for name, some in found.items() if not some]:
         raise UserError(
-            *(f"{args.plan}: {wanted[name]}: has none of the rows that figure {name} shows" for name in lost)
+            *(f"{args.plan}: {wanted[name]}: none of the rows of figure {name} is there" for name in lost)
         )
     return found
 
 
-def sample(planned: Sequence[Run]) -> str:
+def describe_sample(planned: Sequence[Run]) -> str:
     """How many records each run has, and from which seed."""
-    counts = {sum(r.get("status", "ok") == "ok" for r in records(run)) for run in planned}
+    counts = {sum(r.ok for r in load_records(run)) for run in planned}
     seeds = ", ".join(str(s) for s in sorted({run.hparams.seed for run in planned}))
     n = f"{min(counts)} to {max(counts)}" if len(counts) > 1 else str(*counts)
     return f"n = {n} records of each row and task, seed {seeds}"
 
 
-def draw_trade_off(planned: Sequence[Run]) -> Drawn:
+def draw_trade_off(planned: Sequence[Run]) -> PaperFigure:
     caption = (
         f"generality against locality after one edit, teacher-forced; {MEANS}; filled: ours, {BARS}; "
-        f"hollow: the paper's Table 1, full-size models; both axes have most room near 100; {sample(planned)}"
+        f"hollow: the paper's Table 1, full-size models; both axes have most room near 100; "
+        f"{describe_sample(planned)}"
     )
-    return Drawn({"figure2a": figures.trade_off(data.trade_off(planned))}, caption)
+    return PaperFigure({"figure2a": figures.draw_trade_off(data.collect_trade_off(planned))}, caption)
 
 
-def draw_items(planned: Sequence[Run]) -> Drawn:
+def draw_items(planned: Sequence[Run]) -> PaperFigure:
     caption = (
-        f"how many states UniKE retrieves and how many demonstrations IKE shows, after one edit, "
-        f"teacher-forced; {MEANS}; {BARS}; {sample(planned)}"
+        f"the number of states that UniKE retrieves and of demonstrations that IKE shows, after one edit, "
+        f"teacher-forced; {MEANS}; {BARS}; {describe_sample(planned)}"
     )
-    return Drawn({"figure4a": figures.sweeps(data.sweeps(planned))}, caption)
+    return PaperFigure({"figure4a": figures.draw_sweeps(data.collect_sweeps(planned))}, caption)
 
 
-def draw_alpha(planned: Sequence[Run]) -> Drawn:
+def draw_alpha(planned: Sequence[Run]) -> PaperFigure:
     caption = (
         f"a fixed weight alpha of the retrieved knowledge against the adaptive one, after one edit, "
-        f"teacher-forced; {MEANS}; {BARS}; {sample(planned)}"
+        f"teacher-forced; {MEANS}; {BARS}; {describe_sample(planned)}"
     )
-    return Drawn({"figure4b": figures.sweeps(data.sweeps(planned))}, caption)
+    return PaperFigure({"figure4b": figures.draw_sweeps(data.collect_sweeps(planned))}, caption)
 
 
-def draw_zeta(planned: Sequence[Run]) -> Drawn:
+def draw_zeta(planned: Sequence[Run]) -> PaperFigure:
     caption = (
         f"the direction zeta that is added to the extra values, after one edit, teacher-forced; {MEANS}; "
-        f"{BARS}; diamonds: the paper, whose values are taken to be of MiniGPT-4 on E-VQA; {sample(planned)}"
+        f"{BARS}; diamonds: the paper, assumed to be of MiniGPT-4 on E-VQA; {describe_sample(planned)}"
     )
-    return Drawn({"figure4c": figures.grouped_bars(*data.zetas(planned))}, caption)
+    return PaperFigure({"figure4c": figures.draw_grouped_bars(*data.collect_zetas(planned))}, caption)
 
 
-def draw_spaces(backbones: Sequence[HyperParams], layer: int | None, size: int | None) -> Drawn:
-    rows, told = {}, []
+def draw_spaces(backbones: Sequence[HyperParams], layer: int | None, size: int | None) -> PaperFigure:
+    rows, counts = {}, []
     for hparams in backbones:
-        rows[data.title(hparams)], n, at = data.spaces(hparams, layer, size)
-        told.append(f"{data.title(hparams)}: n = {n} triplets, layer {at}")
+        rows[data.name_backbone(hparams)], n, at = data.compute_spaces(hparams, layer, size)
+        counts.append(f"{data.name_backbone(hparams)}: n = {n} triplets, layer {at}")
     seeds = ", ".join(str(s) for s in sorted({h.seed for h in backbones}))
     caption = (
         f"states of right and wrong answers to questions that the encoders were not trained on, by t-SNE "
-        f"over cosine distance, seed {seeds}; {'; '.join(told)}; under each panel, measured in the space "
-        f"itself: how many states have the other answer to the same question as the nearest one, and how "
-        f"many of the {data.NEIGHBOURS} nearest to other questions are as true as the state (50% by chance)"
+        f"over cosine distance, seed {seeds}; {'; '.join(counts)}; under each panel, measured in the "
+        f"space itself: the share of states whose nearest state is the other answer to the same question, "
+        f"and the share of the {data.NEIGHBOURS} nearest to other questions that are as true as the state "
+        f"(50% by chance)"
     )
-    return Drawn({"figure5a": figures.spaces(rows)}, caption)
+    return PaperFigure({"figure5a": figures.draw_spaces(rows)}, caption)
 
 
-def draw_examples(planned: Sequence[Run]) -> Drawn:
-    pictures = {}
+def draw_examples(planned: Sequence[Run]) -> PaperFigure:
+    images = {}
     for backbone in dict.fromkeys(run.backbone for run in planned):
         own = [run for run in planned if run.backbone == backbone]
-        pictures[f"figure5b-{backbone}"] = figures.examples(data.examples(own, VARIANTS, EXAMPLES))
-    shown = ", ".join(data.title(h) for h in {r.backbone: r.hparams for r in planned}.values())
+        images[f"figure5b-{backbone}"] = figures.draw_examples(data.collect_examples(own, VARIANTS, EXAMPLES))
+    shown = ", ".join(data.name_backbone(h) for h in {r.backbone: r.hparams for r in planned}.values())
     seeds = ", ".join(str(s) for s in sorted({run.hparams.seed for run in planned}))
     caption = (
         f"the first {EXAMPLES} edits of each task's eval split ({shown}), answers generated before and "
-        f"after; the first three columns should give the target, the last two what was said before; "
-        f"{figures.HELD}: it does, {figures.BROKEN}: it does not; scoped: the row UniKE, scoped; preset: the "
-        f"paper's settings; seed {seeds}"
+        f"after; the first three columns should give the target, the last two the answer before the edit; "
+        f"{figures.PASS_MARK}: passes, {figures.FAIL_MARK}: fails; scoped: the row UniKE, scoped; "
+        f"preset: the paper's settings; seed {seeds}"
     )
-    return Drawn(pictures, caption)
+    return PaperFigure(images, caption)
 
 
 DRAW = {
@@ -137,8 +139,8 @@ DRAW = {
 }  # fmt: skip
 
 
-def block(name: str, drawn: Drawn, files: Sequence[Path], document: Path) -> str:
-    """Markdown of a figure: its pictures, linked from the document, and its caption."""
+def format_block(name: str, drawn: PaperFigure, files: Sequence[Path], document: Path) -> str:
+    """Markdown of a figure: its images, linked from the document, and its caption."""
     links = [
         f"![Figure {name}]({Path(os.path.relpath(f, document.parent)).as_posix()})"
         for f in files
@@ -147,25 +149,25 @@ def block(name: str, drawn: Drawn, files: Sequence[Path], document: Path) -> str
     return "\n\n".join([*links, f"Figure {name}: {drawn.caption}."])
 
 
-def with_blocks(document: Path, blocks: Mapping[str, str]) -> str:
-    """The document with figures' blocks between their marks; UserError where it or a mark is missing."""
+def insert_blocks(document: Path, blocks: Mapping[str, str]) -> str:
+    """The document with figures' blocks between their markers; UserError if it or a marker is missing."""
     try:
         text = document.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise UserError(f"--write: {document}: cannot be read: {error}") from None
-    return rewritten(text, str(document), blocks, "figure")
+    return rewrite_blocks(text, str(document), blocks, "figure")
 
 
-def check(args: argparse.Namespace) -> tuple[dict[str, list[Run]], list[HyperParams]]:
-    """What is to be drawn; UserError with everything wrong before a model is loaded."""
+def check_inputs(args: argparse.Namespace) -> tuple[dict[str, list[Run]], list[HyperParams]]:
+    """The runs and YAMLs to draw; UserError with every problem before a model is loaded."""
     planned: dict[str, list[Run]] = {}
     own: list[HyperParams] = []
     spaces = "5a" in args.figures
     findings.require(
         lambda: figures.require("matplotlib"),
         lambda: spaces and figures.require("sklearn"),
-        lambda: args.write and with_blocks(args.write, dict.fromkeys(args.figures, "")),
-        lambda: planned.update(plan(args)),
+        lambda: args.write and insert_blocks(args.write, dict.fromkeys(args.figures, "")),
+        lambda: planned.update(plan_runs(args)),
         *(
             lambda b=b: own.append(HyperParams.from_hparams(args.plan.parent / f"{b}.yaml"))
             for b in (args.backbones if spaces else ())
@@ -176,21 +178,21 @@ def check(args: argparse.Namespace) -> tuple[dict[str, list[Run]], list[HyperPar
 
 
 def run(args: argparse.Namespace) -> int:
-    planned, own = check(args)
+    planned, own = check_inputs(args)
     outcome = ensure([r for some in planned.values() for r in some], args.jobs)
     problems = list(outcome.failures)
     for name in args.figures:
         left = sum(not is_complete(r) for r in planned.get(name, ()))
         if left:
             problems.append(
-                f"figure {name}: is not drawn: {left} of its {len(planned[name])} rows are not run"
+                f"figure {name}: is not drawn: {left} of its {len(planned[name])} rows are not complete"
             )
             continue
         drawn = DRAW[name](planned[name]) if name in DRAW else draw_spaces(own, args.layer, args.size)
-        files = [f for stem, made in drawn.pictures.items() for f in figures.save(made, args.output / stem)]
+        files = [f for stem, image in drawn.images.items() for f in figures.save(image, args.output / stem)]
         print(*files, sep="\n")
         if args.write:
-            text = with_blocks(args.write, {name: block(name, drawn, files, args.write)})
+            text = insert_blocks(args.write, {name: format_block(name, drawn, files, args.write)})
             args.write.write_text(text, encoding="utf-8")
     print(
         *(f"error: {problem}" for problem in problems), sep="\n", end="\n" * bool(problems), file=sys.stderr
@@ -209,7 +211,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=OUTPUT, metavar="FOLDER", help="where the runs are")
     parser.add_argument("--plan", type=Path, default=PLAN, metavar="FILE")
     parser.add_argument("--jobs", type=int, metavar="N", help="processes; default: one a core")
-    parser.add_argument("--write", type=Path, metavar="FILE", help="markdown file with the figures' marks")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="markdown file with the figures' markers")
     try:
         return run(parser.parse_args(argv))
     except UserError as error:

@@ -1,4 +1,4 @@
-"""Runs the notebooks and keeps in them what they show, so that they can be read without running them.
+"""Runs the notebooks and stores their outputs in them, so that they can be read without running them.
 
     python -m scripts.notebooks                              # all of notebooks/
     python -m scripts.notebooks notebooks/quickstart.ipynb
@@ -25,7 +25,7 @@ from unike.types import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-# What an editor or a kernel adds to a notebook says nothing about it.
+# The only metadata stored: what an editor or a kernel adds is dropped.
 METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
@@ -33,10 +33,10 @@ METADATA = {
 COLOURS = 128
 
 
-def executed(path: Path, folder: Path) -> nbformat.NotebookNode:
-    """The notebook, run from the top in ``folder``, with all that it shows, progress left out.
+def execute(path: Path, folder: Path) -> nbformat.NotebookNode:
+    """The notebook, run from the top in ``folder``, with all outputs except progress.
 
-    Raises nbclient's CellExecutionError where a cell fails.
+    Raises nbclient's CellExecutionError if a cell fails.
     """
     notebook = nbformat.read(path, as_version=4)
     known = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
@@ -48,13 +48,13 @@ def executed(path: Path, folder: Path) -> nbformat.NotebookNode:
     notebook.metadata = nbformat.from_dict(METADATA)
     for cell in notebook.cells:
         if cell.cell_type == "code":
-            # Progress, and that data are drawn, go to the error stream.
-            cell.outputs = [slim(out) for out in cell.outputs if out.get("name") != "stderr"]
+            # Progress bars and notices of drawing go to the error stream.
+            cell.outputs = [shrink_image(out) for out in cell.outputs if out.get("name") != "stderr"]
     return notebook
 
 
 def is_notebook(path: Path) -> bool:
-    """Whether the file is there and holds a notebook."""
+    """Whether the file exists and holds a notebook."""
     try:
         nbformat.validate(nbformat.read(path, as_version=4))
     except (OSError, ValueError, AttributeError, nbformat.ValidationError):
@@ -62,12 +62,12 @@ def is_notebook(path: Path) -> bool:
     return True
 
 
-def slim(output: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """The output with its picture, if it has one, in few colours: a third of the bytes, and the same to
-    the eye."""
+def shrink_image(output: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """The output with its image, if it has one, in few colours: a third of the bytes, without a visible
+    difference."""
     if "image/png" in output.get("data", {}):
-        picture, small = Image.open(io.BytesIO(base64.b64decode(output.data["image/png"]))), io.BytesIO()
-        picture.convert("RGB").quantize(COLOURS).save(small, "PNG", optimize=True)
+        image, small = Image.open(io.BytesIO(base64.b64decode(output.data["image/png"]))), io.BytesIO()
+        image.convert("RGB").quantize(COLOURS).save(small, "PNG", optimize=True)
         output.data["image/png"] = base64.b64encode(small.getvalue()).decode()
     return output
 
@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if wrong := [path for path in paths if not is_notebook(path)]:
             raise UserError(*(f"{path}: cannot be read as a notebook" for path in wrong))
         for path in paths:
-            notebook = executed(path, path.parent)
+            notebook = execute(path, path.parent)
             nbformat.write(notebook, path)
             print(f"{path.name}: {path.stat().st_size / 1000:.0f} KB")
         return 0

@@ -1,8 +1,8 @@
-"""What is run for a table or a figure, read from a plan (``hparams/tables.yaml``).
+"""The runs of a table or a figure, read from a plan (``hparams/tables.yaml``).
 
     runs = read_plan(Path("hparams/tables.yaml"), ["1"], ["tiny_blip2"], size=20)
     outcome = scripts.workers.ensure(runs)     # runs what is missing
-    summaries = {run.row: summary(run) for run in runs if is_complete(run)}
+    summaries = {run.row: summarise_run(run) for run in runs if is_complete(run)}
 
 Rows that mean the same run, in whichever table they stand, have the same ``folder``.
 """
@@ -21,7 +21,8 @@ from typing import Any
 
 from unike.config.hparams import OPTIONS, HyperParams
 from unike.config.yaml_reader import read_yaml
-from unike.evaluation.summary import summarise
+from unike.evaluation.record import Record
+from unike.evaluation.summary import Summary, summarise
 from unike.report.paper import published
 from unike.report.paper.tables import EXTRAS
 from unike.runs.inputs import TASKS
@@ -43,8 +44,8 @@ _KINDS: dict[str, tuple[Any, str]] = {
 class RowPlan:
     """A row of a table: a YAML, ``{backbone}`` in its path filled in, with changes.
 
-    ``paper`` is its name in the paper's figures (None: it has none there), ``ours`` marks the rows whose
-    best is compared with the best of the others, ``line`` and ``x`` place it in a figure.
+    ``paper`` is its name in the paper's figures (None: it has none). ``ours`` marks the rows whose best is
+    compared with the best of the others. ``line`` and ``x`` place it in a figure.
     """
 
     name: str
@@ -58,10 +59,10 @@ class RowPlan:
 
 @dataclass(frozen=True)
 class TablePlan:
-    """A table: its rows on each of the tasks, at each of the lengths; of length 1 is one-step editing.
+    """A table: its rows on each of the tasks, at each of the lengths; length 1 is one-step editing.
 
-    ``paper`` names the published figures, ``reference`` the row whose order they state, ``extras`` what is
-    shown and told beside them, see ``unike.report.paper.tables.Block``.
+    ``paper`` names the published figures, ``reference`` the row whose order they state, ``extras`` further
+    columns and statements, see ``unike.report.paper.tables.Block``.
     """
 
     title: str
@@ -75,8 +76,8 @@ class TablePlan:
     set: Mapping[str, Any] = field(default_factory=dict)
     set_by_length: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
 
-    def changes(self, row: RowPlan, length: int) -> dict[str, Any]:
-        """What the row's YAML is changed in: row over length over table."""
+    def list_changes(self, row: RowPlan, length: int) -> dict[str, Any]:
+        """The changes of the row's YAML: the row's own come before the length's, those before the table's."""
         own = dict(self.set) | dict(self.set_by_length.get(length, {})) | dict(row.set)
         if length == 1:
             return {k: v for k, v in own.items() if k not in ("sequences", "curve_cases")}
@@ -85,7 +86,7 @@ class TablePlan:
 
 @dataclass(frozen=True)
 class Run:
-    """A row in one block of a table. ``folder`` holds its records, and those of every row alike."""
+    """A row in one block of a table. ``folder`` has its records; equal rows share a folder."""
 
     table: str
     row: RowPlan
@@ -98,11 +99,11 @@ class Run:
 
     @property
     def name(self) -> str:
-        return f"{self.backbone}, {self.task}, {placed(self.hparams)}, {self.row.name}"
+        return f"{self.backbone}, {self.task}, {name_protocol(self.hparams)}, {self.row.name}"
 
 
-def placed(hparams: HyperParams) -> str:
-    """The protocol with its length."""
+def name_protocol(hparams: HyperParams) -> str:
+    """The protocol's name, with the length of its sequences."""
     if hparams.protocol == "one_step":
         return hparams.protocol
     return f"{hparams.protocol}-{hparams.sequence_length}"
@@ -120,7 +121,7 @@ def read_tables(path: Path = PLAN) -> dict[str, TablePlan]:
             continue
         for name, entry in entries.items():
             try:
-                found[str(name)] = _table(entry, f"{path}: {name}")
+                found[str(name)] = _parse_table(entry, f"{path}: {name}")
             except UserError as error:
                 problems += error.problems
     if problems:
@@ -128,8 +129,8 @@ def read_tables(path: Path = PLAN) -> dict[str, TablePlan]:
     return found
 
 
-def table_names(path: Path = PLAN) -> list[str]:
-    """What ``--table all`` stands for: the tables, without the figures' sweeps."""
+def list_tables(path: Path = PLAN) -> list[str]:
+    """The names that ``--table all`` means: the tables, without the figures' sweeps."""
     values, _, _ = read_yaml(str(path))
     return [str(name) for name in values.get("tables") or {}]
 
@@ -145,68 +146,70 @@ def read_plan(
 ) -> list[Run]:
     """Every run of the named tables and figures, in the order of the plan.
 
-    ``size`` bounds the records, ``sequences`` the sequences of each run, ``overrides`` are
-    ``key=value`` for all rows. One UserError names everything wrong: the plan, unknown tables, YAMLs
-    that are missing or hold a misspelt key.
+    ``size`` limits the records and ``sequences`` the sequences of each run; ``overrides`` are ``key=value``
+    for all rows. One UserError has every problem: of the plan, unknown tables, missing YAMLs, misspelt keys.
     """
     plans = read_tables(path)
-    names = list(dict.fromkeys(n for t in tables for n in (table_names(path) if t == "all" else [t])))
+    names = list(dict.fromkeys(n for t in tables for n in (list_tables(path) if t == "all" else [t])))
     known = f"expected {', '.join(plans)} or all"
     problems = [f"--table: {n}: not in {path}; {known}" for n in names if n not in plans]
     if size is not None and size < 1:
         problems.append(f"--size: {size}; expected 1 or more")
     bases: dict[Path, HyperParams | UserError] = {}
-    checked = partial(_base, bases, overrides)
+    checked = partial(_read_base, bases, overrides)
     wanted = [(n, b, t, k, r) for n in names if n in plans for b in backbones
               for t in plans[n].tasks for k in plans[n].lengths for r in plans[n].rows]  # fmt: skip
     out: list[Run] = []
     folders: dict[str, Path] = {}
     for name, backbone, task, length, row in wanted:
         file = path.parent / row.yaml.format(backbone=backbone)
-        changes = plans[name].changes(row, length)
+        changes = plans[name].list_changes(row, length)
         if sequences is not None and length > 1:
             changes["sequences"] = min(sequences, changes.get("sequences", sequences))
-        made: list[HyperParams] = []
-        make = partial(_changed, changes, f"{path}: {row.name}", overrides)
-        problems += collect_problems(lambda: made.append(make(checked(file))))  # noqa: B023
-        if made:
-            folder = _folder(output, backbone, task, made[0], size, row.name, folders)
-            out.append(Run(name, row, backbone, task, length, made[0], size, folder))
+        changed: list[HyperParams] = []
+        change = partial(_apply_changes, changes, f"{path}: {row.name}", overrides)
+        problems += collect_problems(lambda: changed.append(change(checked(file))))  # noqa: B023
+        if changed:
+            folder = _locate_folder(output, backbone, task, changed[0], size, row.name, folders)
+            out.append(Run(name, row, backbone, task, length, changed[0], size, folder))
     if problems:
         raise UserError(*dict.fromkeys(problems))
     return out
 
 
 def is_complete(run: Run) -> bool:
-    """Whether all records of the run are there."""
-    return _kept(run).get("interrupted") is False
+    """Whether the run has all its records."""
+    return _read_summary(run).get("interrupted") is False
 
 
-def _kept(run: Run) -> dict[str, Any]:
+def _read_summary(run: Run) -> Summary:
     try:
-        found: dict[str, Any] = json.loads((run.folder / SUMMARY).read_text(encoding="utf-8"))
+        found: Summary = json.loads((run.folder / SUMMARY).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return found
 
 
-def records(run: Run) -> list[dict[str, Any]]:
-    """What is recorded of the run up to now; empty where nothing is."""
+def load_records(run: Run) -> list[Record]:
+    """The run's records so far, possibly none."""
     return read_records(run.folder) if run.folder.is_dir() else []
 
 
-def summary(run: Run) -> dict[str, Any]:
-    """The run's records summed up, as ``summarise`` gives it; ``interrupted`` where some are missing."""
-    kept, hp = _kept(run), run.hparams
-    # Summing up takes a second; a summary of an earlier version may lack parts.
-    if kept.get("interrupted") is False and "means" in kept:
-        return kept
-    found = summarise(records(run), hp.seed, hp.metric_presets)
-    return found | {"interrupted": not is_complete(run)}
+def summarise_run(run: Run) -> Summary:
+    """The summary of the run's records, as from ``summarise``; ``interrupted`` if some are missing."""
+    stored, hp = _read_summary(run), run.hparams
+    # To sum up takes a second; a summary of an earlier version may lack parts.
+    if stored.get("interrupted") is False and "means" in stored:
+        return stored
+    found = summarise(load_records(run), hp.seed, hp.metric_presets)
+    found["interrupted"] = not is_complete(run)
+    return found
 
 
-def _base(known: dict[Path, HyperParams | UserError], overrides: Sequence[str], file: Path) -> HyperParams:
-    """The YAML, read once; its problems and those of the overrides on it are said once, under its name."""
+def _read_base(
+    known: dict[Path, HyperParams | UserError], overrides: Sequence[str], file: Path
+) -> HyperParams:
+    """The YAML, read once; its problems and those of the overrides are reported once, under its name."""
     if file not in known:
         try:
             HyperParams.from_hparams(file, overrides)
@@ -219,15 +222,15 @@ def _base(known: dict[Path, HyperParams | UserError], overrides: Sequence[str], 
     return found
 
 
-def _changed(
+def _apply_changes(
     changes: Mapping[str, Any], source: str, overrides: Sequence[str], base: HyperParams
 ) -> HyperParams:
-    made = HyperParams.from_dict({**base.to_dict(), **changes}, source=source, overrides=overrides)
-    # What files lack is the fault of the YAML that names them: said once, not for every row.
-    return HyperParams.from_dict(made.to_dict(), source=base.source)
+    changed = HyperParams.from_dict({**base.to_dict(), **changes}, source=source, overrides=overrides)
+    # Missing files are a problem of the YAML that names them: reported once, not for every row.
+    return HyperParams.from_dict(changed.to_dict(), source=base.source)
 
 
-def _folder(
+def _locate_folder(
     output: Path,
     backbone: str,
     task: str,
@@ -236,27 +239,27 @@ def _folder(
     name: str,
     known: dict[str, Path],
 ) -> Path:
-    """By what the run depends on; the row's name is there for readers only.
+    """The run's folder, named by a hash of what the run depends on; the row's name is for readers only.
 
-    Options at their defaults are left out: one that is new leaves the runs before it what they were.
+    Options at their defaults are left out, so that a new option does not rename the folders of earlier runs.
     """
-    made = {key: v for key, v in hparams.decisive().items() if v != OPTIONS[key].default}
-    what = json.dumps({"hparams": made, "task": task, "size": size}, sort_keys=True)
+    set_by_user = {key: v for key, v in hparams.decisive().items() if v != OPTIONS[key].default}
+    what = json.dumps({"hparams": set_by_user, "task": task, "size": size}, sort_keys=True)
     key = hashlib.sha256(what.encode()).hexdigest()[:10]
     if key not in known:
-        group = output / f"{backbone}-{task}-{placed(hparams)}"
+        group = output / f"{backbone}-{task}-{name_protocol(hparams)}"
         slug = re.sub(r"\W+", "-", name).strip("-").lower()
         known[key] = next(iter(sorted(group.glob(f"*-{key}"))), group / f"{slug}-{key}")
     return known[key]
 
 
-def _table(entry: Any, at: str) -> TablePlan:
-    values = _known(entry, TablePlan, at)
+def _parse_table(entry: Any, at: str) -> TablePlan:
+    values = _check_keys(entry, TablePlan, at)
     problems: list[str] = []
     rows: list[RowPlan] = []
     for number, row in enumerate(values.get("rows") or [], 1):
         try:
-            rows.append(_row(row, f"{at}: row {number}"))
+            rows.append(_parse_row(row, f"{at}: row {number}"))
         except UserError as error:
             problems += error.problems
     repeated = {r.name for r in rows if [o.name for o in rows].count(r.name) > 1}
@@ -267,7 +270,7 @@ def _table(entry: Any, at: str) -> TablePlan:
     wrong = [("protocol", plan.protocol, PROTOCOLS)]
     wrong += [("tasks", task, TASKS) for task in plan.tasks]
     wrong += [("extras", extra, EXTRAS) for extra in plan.extras]
-    wrong += [("paper", plan.paper, published.keys())] if plan.paper is not None else []
+    wrong += [("paper", plan.paper, published.list_tables())] if plan.paper is not None else []
     problems += [f"{at}: {k}: {v}; expected {', '.join(among)}" for k, v, among in wrong if v not in among]
     problems += [
         f"{at}: lengths: {n}; expected whole numbers from 1 on"
@@ -281,15 +284,15 @@ def _table(entry: Any, at: str) -> TablePlan:
     return plan
 
 
-def _row(entry: Any, at: str) -> RowPlan:
-    values = _known(entry, RowPlan, at)
+def _parse_row(entry: Any, at: str) -> RowPlan:
+    values = _check_keys(entry, RowPlan, at)
     values["set"] = dict(values.get("set") or {})
     values.setdefault("paper", values["name"])
     return RowPlan(**values)
 
 
-def _known(entry: Any, kind: type, at: str) -> dict[str, Any]:
-    """The entry's values, every key known and every needed one there."""
+def _check_keys(entry: Any, kind: type, at: str) -> dict[str, Any]:
+    """The entry's values; UserError for an unknown key and for a missing one."""
     if not isinstance(entry, dict):
         raise UserError(f"{at}: expected lines of `key: value`")
     names = [f.name for f in fields(kind)]

@@ -1,5 +1,6 @@
-"""Builds what a YAML's method learns before it edits, and prints how well it was learnt: memory,
-encoders and scope for UniKE, the editor for KE, MEND and SERAC. An editor's killed training goes on.
+"""Prepares a YAML's method before the first edit and prints its held-out scores: memory, encoders and
+scope classifier for UniKE, the meta-learned editor for KE, MEND and SERAC. A killed training of an editor
+continues.
 
 python -m scripts.prepare --hparams_dir hparams/blip2.yaml
 """
@@ -30,8 +31,8 @@ from unike.system import launching, processes
 from unike.types import UserError
 
 
-def fit_table(fits: Mapping[str, Mapping[str, float]], title: str) -> Table:
-    """One row per layer."""
+def make_fit_table(fits: Mapping[str, Mapping[str, float]], title: str) -> Table:
+    """A table of the encoders' held-out losses and accuracies, one row per layer."""
     table = Table(title=title, box=box.SIMPLE_HEAD)
     for column in ("layer", "L1 held out", "L2 held out", "top-1, %", "truth, %"):
         table.add_column(column, justify="right")
@@ -41,8 +42,8 @@ def fit_table(fits: Mapping[str, Mapping[str, float]], title: str) -> Table:
     return table
 
 
-def loaded(hparams: HyperParams) -> Backbone:
-    """The backbone, in every process, and its train data, drawn by one of them."""
+def load(hparams: HyperParams) -> Backbone:
+    """Loads the backbone in every process, and draws its train data in one of them."""
     backbone = processes.run_everywhere(lambda: load_backbone(hparams))
     if hparams.generate_data:
         from scripts.tiny import make_data
@@ -51,13 +52,13 @@ def loaded(hparams: HyperParams) -> Backbone:
     return backbone
 
 
-def train(hparams: HyperParams, needs: MethodNeeds, skip_broken: bool) -> int:
+def train_editor(hparams: HyperParams, needs: MethodNeeds, skip_broken: bool) -> int:
     """Loads the editor or trains it."""
     if not processes.run_once(lambda: wants_cases(hparams, needs)):
         if processes.is_main():
             print(f"editor: {find_editor(hparams)}")
         return 0
-    backbone = loaded(hparams)
+    backbone = load(hparams)
     cases = processes.run_in_turn(lambda: inputs.read_train_cases(hparams, skip_broken))
     runs.assemble(hparams, backbone, cases=lambda: cases)
     if not processes.is_main():
@@ -77,10 +78,10 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
     processes.run_in_turn(lambda: checks.require_backbone(hparams))
     needs = resolve_needs(hparams)
     if needs.training:
-        return train(hparams, needs, args.skip_broken)
+        return train_editor(hparams, needs, args.skip_broken)
     if not needs.knowledge:
         raise UserError(f"{hparams.source}: method: {hparams.method} with these options needs no knowledge")
-    backbone = loaded(hparams)
+    backbone = load(hparams)
     triplets = processes.run_in_turn(lambda: inputs.read_triplets(hparams, skip_broken=args.skip_broken))
     layers = build(hparams).layers(backbone)
     runs.prepare(hparams, backbone, layers, triplets=lambda: triplets)
@@ -88,14 +89,16 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
         return 0
     folder = find_knowledge(hparams, backbone, triplets)
     index: dict[str, Any] = json.loads((folder / "knowledge.json").read_text(encoding="utf-8"))
-    print(as_text(fit_table(index["fit"], f"{len(triplets)} triplets")))
+    print(as_text(make_fit_table(index["fit"], f"{len(triplets)} triplets")))
     print(f"memory and encoders: {folder}")
     if needs.scope:
         kept = Path(str(find_scope_classifier(hparams)))
         learnt = json.loads((kept / "scope.json").read_text(encoding="utf-8"))
         for size, shares in learnt["held_out"].items():
             right = ", ".join(f"{name} {100 * share:.1f}" for name, share in shares.items())
-            print(f"scope among {size} edits, threshold {learnt['thresholds'][size]:.2f}, right: {right}, %")
+            print(
+                f"scope among {size} edits, threshold {learnt['thresholds'][size]:.2f}, accuracy: {right}, %"
+            )
         print(f"scope: {kept}")
     return 0
 

@@ -1,11 +1,11 @@
-"""Makes a table of the paper: runs what is missing, reads what is there, prints ours beside the paper's.
+"""Makes a table of the paper: runs what is missing, reads the rest, prints our figures and the paper's.
 
     python -m scripts.tables --table 1 --backbones tiny_blip2 tiny_minigpt4
     python -m scripts.tables --table all --write docs/results.md
 
-What is run stands in hparams/tables.yaml. Records are kept under ``--output``: a run that was cut off goes
-on where it was. Exit code 0, 1 where rows failed, 2 for input that the user can mend (one line per
-problem), 130 after Ctrl-C; then the table shows what there is.
+hparams/tables.yaml lists the runs. Records are kept under ``--output``: an interrupted run continues. Exit
+code 0, 1 if rows failed, 2 for problems with the input (one line each), 130 after Ctrl-C; then the table
+shows the finished records.
 """
 
 from __future__ import annotations
@@ -18,28 +18,28 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from scripts.plan import BACKBONES, OUTPUT, PLAN, Run, TablePlan, is_complete, read_plan, read_tables
-from scripts.plan import records as records_of
-from scripts.plan import summary as summary_of
-from scripts.workers import Outcome, ensure
+from scripts.plan import load_records as records_of
+from scripts.plan import summarise_run as summary_of
+from scripts.workers import WorkOutcome, ensure
 from unike.report.measures import Row
 from unike.report.paper import published
-from unike.report.paper.tables import FORMATS, LEGEND, Block, csv_rows, latex, markdown, rewritten
+from unike.report.paper.tables import FORMATS, LEGEND, Block, csv_rows, latex, markdown, rewrite_blocks
 from unike.types import UserError
 
-TASK_TITLES = {"vqa": "E-VQA", "caption": "E-IC", "cross": "E-VQA and E-IC in turn"}
+TASK_TITLES = {"vqa": "E-VQA", "caption": "E-IC", "cross": "E-VQA and E-IC interleaved"}
 
 
-def blocks_of(runs: Sequence[Run], plans: dict[str, TablePlan]) -> list[Block]:
+def make_blocks(runs: Sequence[Run], plans: dict[str, TablePlan]) -> list[Block]:
     """A block for each table, backbone, task and number of edits, in the order of the runs."""
     groups: dict[tuple[str, str, str, int], list[Run]] = {}
     for run in runs:
         groups.setdefault((run.table, run.backbone, run.task, run.length), []).append(run)
-    return [_block(group, plans[name]) for (name, *_), group in groups.items()]
+    return [_make_block(group, plans[name]) for (name, *_), group in groups.items()]
 
 
-def _block(group: Sequence[Run], plan: TablePlan) -> Block:
+def _make_block(group: Sequence[Run], plan: TablePlan) -> Block:
     run, hp = group[0], group[0].hparams
-    figures = published.figures(plan.paper, hp.model_name, run.task, run.length) if plan.paper else {}
+    figures = published.read_figures(plan.paper, hp.model_name, run.task, run.length) if plan.paper else {}
     rows = tuple(
         Row(
             r.row.name,
@@ -51,51 +51,51 @@ def _block(group: Sequence[Run], plan: TablePlan) -> Block:
         )
         for r in group
     )
-    edits = "one edit" if run.length == 1 else f"{run.length} edits in a row"
+    edits = "one edit" if run.length == 1 else f"{run.length} sequential edits"
     title = f"{published.FAMILY_TITLES[hp.model_name]} ({run.backbone}), {TASK_TITLES[run.task]}, {edits}"
     last = plan.paper == published.LIFELONG and run.task == "vqa" and run.length == max(plan.lengths)
     return Block(
         run.table, title, run.backbone, run.task, run.length, rows,
-        label=published.label(plan.paper) if plan.paper else "paper",
+        label=published.choose_label(plan.paper) if plan.paper else "paper",
         reference=plan.reference, extras=plan.extras, seed=hp.seed,
-        beside=published.lifelong(hp.model_name) if last else None,
+        beside=published.read_lifelong(hp.model_name) if last else None,
     )  # fmt: skip
 
 
-def sections(blocks: Sequence[Block], plans: dict[str, TablePlan]) -> dict[str, str]:
-    """The Markdown of each table: how to read it, whose figures are beside it, then its blocks."""
+def render_sections(blocks: Sequence[Block], plans: dict[str, TablePlan]) -> dict[str, str]:
+    """The Markdown of each table: how to read it, the source of the published figures, then its blocks."""
     out = {}
     for name in dict.fromkeys(block.table for block in blocks):
         key = plans[name].paper
-        whose = f" {published.label(key)}: {published.source(key)}." if key else ""
+        whose = f" {published.choose_label(key)}: {published.read_source(key)}." if key else ""
         own = [markdown(block) for block in blocks if block.table == name]
         out[name] = "\n".join([f"{LEGEND}{whose}\n", *own])
     return out
 
 
-def rendered(blocks: Sequence[Block], plans: dict[str, TablePlan], form: str) -> str:
+def render(blocks: Sequence[Block], plans: dict[str, TablePlan], form: str) -> str:
     """All blocks in one of ``FORMATS``."""
     if form == "csv":
         return csv_rows(blocks)
     if form == "latex":
         return "\n".join(map(latex, blocks))
-    found = sections(blocks, plans)
+    found = render_sections(blocks, plans)
     titles = {
         name: f"Table {name}: {plans[name].title}" if name.isdigit() else plans[name].title for name in found
     }
     return "\n".join(f"## {titles[name]}\n\n{text}" for name, text in found.items())
 
 
-def report(outcome: Outcome) -> int:
-    """Says how the work ended; the exit code."""
+def report_outcome(outcome: WorkOutcome) -> int:
+    """Prints failures and interruption; the exit code."""
     for failure in outcome.failures:
         print(f"error: {failure}", file=sys.stderr)
     if outcome.interrupted:
-        print("interrupted; the same command goes on", file=sys.stderr)
+        print("interrupted; the same command continues", file=sys.stderr)
     return 130 if outcome.interrupted else 1 if outcome.failures else 0
 
 
-def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     add = parser.add_argument
     add("--table", nargs="+", required=True, metavar="NAME", help="1, 2, 3, 4, 5, lifelong, or all")
@@ -104,9 +104,9 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--sequences", type=int, metavar="N", help="at most N sequences of each run")
     add("--format", choices=FORMATS, default="md")
     add("--jobs", type=int, metavar="N", help="processes; default: one per core, one on a GPU")
-    add("--output", type=Path, default=OUTPUT, metavar="DIR", help="where the records lie")
+    add("--output", type=Path, default=OUTPUT, metavar="DIR", help="where the records are")
     add("--write", type=Path, metavar="FILE", help="put the tables between their markers in this file")
-    add("--plan", type=Path, default=PLAN, metavar="FILE", help="what is run")
+    add("--plan", type=Path, default=PLAN, metavar="FILE", help="the runs")
     add("overrides", nargs="*", metavar="key=value", help="changes to every row")
     args = parser.parse_intermixed_args(argv)
     # Lists of names take what follows them, overrides too.
@@ -125,29 +125,30 @@ def run(args: argparse.Namespace) -> int:
         args.plan, args.table, args.backbones, args.size, args.output, args.overrides, args.sequences
     )
     if args.write is not None:
-        _checked_markers(args.write, planned)
+        _check_markers(args.write, planned)
     outcome = ensure(planned, args.jobs)
     plans = read_tables(args.plan)
-    blocks = blocks_of(planned, plans)
-    print(rendered(blocks, plans, args.format), end="")
-    code = report(outcome)
+    blocks = make_blocks(planned, plans)
+    print(render(blocks, plans, args.format), end="")
+    code = report_outcome(outcome)
     if args.write is not None and code == 0:
         text = args.write.read_text(encoding="utf-8")
-        args.write.write_text(rewritten(text, str(args.write), sections(blocks, plans)), encoding="utf-8")
+        text = rewrite_blocks(text, str(args.write), render_sections(blocks, plans))
+        args.write.write_text(text, encoding="utf-8")
     return code
 
 
-def _checked_markers(path: Path, planned: Sequence[Run]) -> None:
-    """UserError where the tables could not be written, before hours of work."""
+def _check_markers(path: Path, planned: Sequence[Run]) -> None:
+    """UserError if the tables could not be written, before hours of work."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--write: {path}: cannot be read: {error}") from None
-    rewritten(text, str(path), {run.table: "" for run in planned})
+    rewrite_blocks(text, str(path), {run.table: "" for run in planned})
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = arguments(argv)
+    args = parse_arguments(argv)
     try:
         return run(args)
     except UserError as error:

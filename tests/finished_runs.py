@@ -10,7 +10,8 @@ from typing import Any
 from helpers import OPTIONS, record, save_pictures
 
 from unike.config.hparams import HyperParams
-from unike.evaluation.summary import KEPT
+from unike.evaluation.record import Record
+from unike.evaluation.summary import UNCHANGED_PROBES
 from unike.runs.records import MANIFEST, RECORDS
 from unike.system.files import compute_sha256
 from unike.types import FIVE_METRICS
@@ -23,17 +24,19 @@ PER_CASE = {
 }
 
 
-def ended(number: int, held: Sequence[str] = FIVE_METRICS, **more: Any) -> dict[str, Any]:
-    """A record of which the probes in ``held`` did what they should."""
+def ended(number: int, passing: Sequence[str] = FIVE_METRICS, **more: Any) -> dict[str, Any]:
+    """A record of which the probes in ``passing`` pass."""
     data = record(number)
     scores = {
-        mode: {m: {"before": float(m in KEPT), "after": float(m in held)} for m in FIVE_METRICS}
+        mode: {
+            m: {"before": float(m in UNCHANGED_PROBES), "after": float(m in passing)} for m in FIVE_METRICS
+        }
         for mode in ("teacher_forced", "generated")
     }
     answers = {
         m: {
             "prompt": f"Question: {data['src']} Short answer:", "target": data["alt"], "before": "nothing",
-            "after": data["alt"] if (m in held) != (m in KEPT) else "nothing",
+            "after": data["alt"] if (m in passing) != (m in UNCHANGED_PROBES) else "nothing",
         }
         for m in FIVE_METRICS
     }  # fmt: skip
@@ -47,6 +50,11 @@ def ended(number: int, held: Sequence[str] = FIVE_METRICS, **more: Any) -> dict[
         "loss": 0.01,
     }
     return {**made, "bytes": 2048, "scores": scores, "decisions": decisions, "answers": answers, **more}
+
+
+def as_records(values: Sequence[dict[str, Any]]) -> list[Record]:
+    """The records of JSON objects."""
+    return [Record.from_json(one) for one in values]
 
 
 def save_run(

@@ -13,16 +13,16 @@ from untouched import hook_count
 from worlds import World, case
 
 from benchmarks import edit_speed, full_size, models, report
-from benchmarks.kinks import kink
-from benchmarks.measuring import Row, Rows
-from benchmarks.reference import Reference, WholeModel, concatenated
-from benchmarks.step_profile import Steps, profile
+from benchmarks.kinks import find_kink
+from benchmarks.measuring import Measurement, Measurements
+from benchmarks.reference import Reference, WholeModel, concatenate_patches
+from benchmarks.step_profile import Steps, profile_steps
 from unike.config.hparams import HyperParams
 from unike.methods import build
 from unike.methods.unike import UniKE
 
 FIXED = {"max_steps": 5, "stop_loss": 0.0, "key_init": "query", "beta": 0.1}
-SMALL = models.opt_config(width=64, layers=5, vision_layers=2, vision_width=64, side=2, queries=4)
+SMALL = models.make_opt_config(width=64, layers=5, vision_layers=2, vision_width=64, side=2, queries=4)
 
 
 def method_of(world: World, **changes) -> UniKE:
@@ -34,10 +34,10 @@ def method_of(world: World, **changes) -> UniKE:
 def test_losses_and_logits_are_those_of_the_reference(world):
     method, asked = method_of(world), case(1)
     done = Reference(world.backbone, method).record(asked)
-    ours = edit_speed.Ours(world.backbone, method)
-    records, _ = ours.records([asked], cached=False, batched=False)
-    (apart,) = edit_speed.differences([done], records, ours.logits([asked], batched=False))
-    assert apart.within(edit_speed.TOLERANCE)
+    ours = edit_speed.OurModes(world.backbone, method)
+    records, _ = ours.make_records([asked], cached=False, batched=False)
+    (apart,) = edit_speed.compare_records([done], records, ours.compute_logits([asked], batched=False))
+    assert apart.is_within(edit_speed.TOLERANCE)
     changed = [(a - b).abs().max() for a, b in zip(done.after, done.before, strict=True)]
     assert min(changed) > 100 * edit_speed.TOLERANCE
 
@@ -62,12 +62,12 @@ def test_both_stop_by_the_same_rule(world):
 def test_side_by_side_is_compared_too(world):
     method, cases = method_of(world), [case(1), case(2)]
     done = [Reference(world.backbone, method).record(c) for c in cases]
-    ours = edit_speed.Ours(world.backbone, method)
-    records, _ = ours.records(cases, cached=True, batched=True)
-    logits = ours.logits(cases, batched=True)
-    assert all(a.within(edit_speed.TOLERANCE) for a in edit_speed.differences(done, records, logits))
-    others = edit_speed.differences(done[::-1], records, logits)
-    assert not any(a.within(100 * edit_speed.TOLERANCE) for a in others), "another record's results differ"
+    ours = edit_speed.OurModes(world.backbone, method)
+    records, _ = ours.make_records(cases, cached=True, batched=True)
+    logits = ours.compute_logits(cases, batched=True)
+    assert all(a.is_within(edit_speed.TOLERANCE) for a in edit_speed.compare_records(done, records, logits))
+    others = edit_speed.compare_records(done[::-1], records, logits)
+    assert not any(a.is_within(100 * edit_speed.TOLERANCE) for a in others), "another record's results differ"
 
 
 def test_the_reference_computes_everything_anew_and_leaves_the_model_as_it_was(world, monkeypatch):
@@ -96,7 +96,7 @@ def test_weights_are_concatenated_at_each_forward(world, monkeypatch):
         joined.append(tuple(getattr(t, "shape", ()) for t in tensors))
         return cat(tensors, dim=dim, **rest)
 
-    with concatenated(world.backbone, patches):
+    with concatenate_patches(world.backbone, patches):
         whole = WholeModel(world.backbone)
         whole.open([request.query])
         monkeypatch.setattr(torch, "cat", counted)
@@ -113,21 +113,21 @@ def test_the_reference_refuses_what_it_does_not_do(world, change):
         Reference(world.backbone, method_of(world, **change))
 
 
-def small_world(given) -> edit_speed.World:
-    backbone = models.random_backbone(SMALL)
+def small_world(given) -> edit_speed.TimedSetup:
+    backbone = models.make_random_backbone(SMALL)
     hparams = HyperParams.from_dict({**models.PRESET, "max_steps": given.steps, "stop_loss": 0.0, "k": 5})
-    method = build(hparams, models.random_knowledge(backbone, backbone.layout.last(4), hparams, 30))
+    method = build(hparams, models.draw_knowledge(backbone, backbone.layout.last(4), hparams, 30))
     assert isinstance(method, UniKE)
-    cases = models.random_cases(4, backbone.vision.image_size)
-    return edit_speed.World(backbone, method, [cases[:2], cases[2:]], 1, "wide, small")
+    cases = models.draw_cases(4, backbone.vision.image_size)
+    return edit_speed.TimedSetup(backbone, method, [cases[:2], cases[2:]], 1, "wide, small")
 
 
 def test_edit_speed_writes_rows_and_says_where_results_differ(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(edit_speed, "wide_world", small_world)
+    monkeypatch.setattr(edit_speed, "make_wide_setup", small_world)
     out = tmp_path / "speed.json"
     arguments = ["--steps", "3", "--rounds", "1", "--batch", "2", "--json", str(out)]
     assert edit_speed.main(arguments) == 0
-    rows = [Row(**row) for row in json.loads(out.read_text())["rows"]]
+    rows = [Measurement(**row) for row in json.loads(out.read_text())["rows"]]
     ratios = [row for row in rows if "reference / ours" in row.metric]
     assert [row.target for row in ratios] == [">= 4", ">= 10", ">= 10", ">= 25"]
     assert {row.runs for row in ratios} == {1}
@@ -149,12 +149,12 @@ def test_edit_speed_refuses_numbers_below_one(capsys):
 
 
 def test_the_profile_counts_the_flops_of_a_step(capsys):
-    rows = Rows("edit_speed")
-    profile(rows, batch=2, runs=1, width=64)
+    rows = Measurements("edit_speed")
+    profile_steps(rows, batch=2, runs=1, width=64)
     assert rows.rows[-1].target == ">= 0.5"
-    backbone = models.random_backbone(SMALL)
-    requests = [c.request for c in models.random_cases(2, backbone.vision.image_size)]
-    one, two = Steps(backbone, requests[:1]).flops(), Steps(backbone, requests).flops()
+    backbone = models.make_random_backbone(SMALL)
+    requests = [c.request for c in models.draw_cases(2, backbone.vision.image_size)]
+    one, two = Steps(backbone, requests[:1]).count_flops(), Steps(backbone, requests).count_flops()
     # Twice the rows, nearly twice the matmuls; no fewer than the four layers' own forward.
     assert 1.8 * one < two < 2.2 * one
     tokens = 4 + len(backbone.prompt_and_answer(requests[0].query.prompt, requests[0].query.target)[0])
@@ -163,19 +163,19 @@ def test_the_profile_counts_the_flops_of_a_step(capsys):
 
 def test_a_folder_of_random_weights_loads_through_unike(tmp_path, monkeypatch):
     monkeypatch.setattr(models, "SHARD_BYTES", 1 << 18)
-    folder = models.random_folder("blip2", tmp_path / "blip2", SMALL)
+    folder = models.write_random_folder("blip2", tmp_path / "blip2", SMALL)
     assert len(list(folder.glob("*.safetensors"))) > 1
     backbone = models.load_full("blip2", folder)
     assert {p.dtype for p in backbone.model.parameters()} == {torch.bfloat16}
-    hparams = models.full_hparams(2, 16)
+    hparams = models.make_full_hparams(2, 16)
     knowledge = models.write_knowledge(tmp_path / "known", 64, backbone.layout.last(4), hparams, 20)
-    method = full_size.method_of(backbone, hparams, knowledge)
-    spent = full_size.one_edit(backbone, method, models.random_cases(1, backbone.vision.image_size)[0])
+    method = full_size.build_method(backbone, hparams, knowledge)
+    spent = full_size.time_edit(backbone, method, models.draw_cases(1, backbone.vision.image_size)[0])
     assert min(spent.values()) > 0
     # What is there is not drawn again.
     files = [*folder.iterdir(), *knowledge.iterdir()]
     times = [p.stat().st_mtime_ns for p in files]
-    models.random_folder("blip2", folder, SMALL)
+    models.write_random_folder("blip2", folder, SMALL)
     models.write_knowledge(knowledge, 64, backbone.layout.last(4), hparams, 20)
     assert times == [p.stat().st_mtime_ns for p in files]
 
@@ -183,23 +183,23 @@ def test_a_folder_of_random_weights_loads_through_unike(tmp_path, monkeypatch):
 @pytest.mark.parametrize("family", ["blip2", "minigpt4"])
 def test_full_dimensions_are_those_of_the_published_models(family):
     with torch.device("meta"):
-        model = models.Blip2ForConditionalGeneration(models.full_config(family))
+        model = models.Blip2ForConditionalGeneration(models.make_full_config(family))
     billions = sum(p.numel() for p in model.parameters()) / 1e9
     assert billions == pytest.approx({"blip2": 3.74, "minigpt4": 7.83}[family], rel=0.01)
 
 
 def test_rows_become_a_table_in_its_marked_place(tmp_path, capsys):
-    def row(**changes) -> Row:
+    def row(**changes) -> Measurement:
         plain = {
             "benchmark": "edit_speed", "case": "wide", "metric": "cold: reference / ours", "median": 5.678,
             "runs": 5, "unit": "x", "target": ">= 4", "command": "python -m benchmarks.edit_speed",
         }  # fmt: skip
-        return Row(**{**plain, **changes})
+        return Measurement(**{**plain, **changes})
 
-    assert [row(median=m).met for m in (3.9, 4.0)] == [False, True]
-    assert [row(median=m, target="<= 4").met for m in (4.0, 4.1)] == [True, False]
-    assert row(target=None).met is None
-    rows = Rows("edit_speed")
+    assert [row(median=m).is_met for m in (3.9, 4.0)] == [False, True]
+    assert [row(median=m, target="<= 4").is_met for m in (4.0, 4.1)] == [True, False]
+    assert row(target=None).is_met is None
+    rows = Measurements("edit_speed")
     rows.rows = [row(), row(case="narrow", median=2.0, command="python -m benchmarks.other")]
     rows.write(tmp_path / "one.json")
     page = tmp_path / "page.md"
@@ -230,7 +230,7 @@ def test_a_neuron_that_fires_on_one_side_alone_is_found(world, monkeypatch):
     backbone, method, asked = world.backbone, method_of(world), case(1)
     site, layers = backbone.layout.ffn(4), method.layers(backbone)
     run = partial(method.edit, backbone, asked.request, world.prefixes(method))
-    assert kink(backbone, layers, run, run, 1e-5) is None
+    assert find_kink(backbone, layers, run, run, 1e-5) is None
     forward = site.keys[0].forward
 
     def nudged(by: float):
@@ -252,7 +252,7 @@ def test_a_neuron_that_fires_on_one_side_alone_is_found(world, monkeypatch):
 
         return edited
 
-    found = kink(backbone, layers, nudged(2e-7), nudged(-1e-7), 1e-5)
+    found = find_kink(backbone, layers, nudged(2e-7), nudged(-1e-7), 1e-5)
     assert found == (pytest.approx(2e-7, rel=0.1) if isinstance(site.activation, torch.nn.ReLU) else None)
-    assert kink(backbone, layers, nudged(2e-7), nudged(1e-7), 1e-5) is None, "on the same side"
-    assert kink(backbone, layers, nudged(2e-3), nudged(-1e-7), 1e-5) is None, "more than rounding"
+    assert find_kink(backbone, layers, nudged(2e-7), nudged(1e-7), 1e-5) is None, "on the same side"
+    assert find_kink(backbone, layers, nudged(2e-3), nudged(-1e-7), 1e-5) is None, "more than rounding"

@@ -69,7 +69,7 @@ def run_folder(folder: Path, ids: str, seed: int = 1) -> Path:
     ],
 )
 def test_the_kill_test_sees(tmp_path: Path, ids, seed, lost, doubled, differing) -> None:
-    whole, outcome = run_folder(tmp_path / "whole", "abc"), kill.Outcome()
+    whole, outcome = run_folder(tmp_path / "whole", "abc"), kill.KillCounts()
     kill._compare(run_folder(tmp_path / "run", ids, seed), whole, outcome)
     assert (outcome.lost, outcome.doubled) == (lost, doubled)
     assert outcome.differing == [f"run/{name}" for name in differing]
@@ -77,7 +77,7 @@ def test_the_kill_test_sees(tmp_path: Path, ids, seed, lost, doubled, differing)
 
 
 def test_the_kill_test_sees_what_a_killed_run_left(tmp_path: Path) -> None:
-    whole, outcome = run_folder(tmp_path / "whole", "abc"), kill.Outcome()
+    whole, outcome = run_folder(tmp_path / "whole", "abc"), kill.KillCounts()
     (run_folder(tmp_path / "run", "abc") / ".summary.json.1.tmp").touch()
     kill._compare(tmp_path / "run", whole, outcome)
     assert not outcome.ok
@@ -87,12 +87,12 @@ def test_the_kill_test_sees_what_a_killed_run_left(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_damaged_inputs_are_taken_or_refused() -> None:
+def test_damaged_inputs_are_loaded_or_refused() -> None:
     said = started("benchmarks.fuzz", "--mutants", "600", "--shell", "1", "--seed", "7")
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in said.strip().splitlines()[2:]]
     assert [row[0] for row in rows] == [*fuzz.TARGETS, "shell"]
-    for _, count, taken, refused, failed, _ in rows:
-        assert int(taken) + int(refused) == int(count) > 0
+    for _, count, loaded, refused, failed, _ in rows:
+        assert int(loaded) + int(refused) == int(count) > 0
         assert failed == "0"
     assert sum(int(row[2]) for row in rows) > 0
     assert sum(int(row[3]) for row in rows) > 0
@@ -100,7 +100,7 @@ def test_damaged_inputs_are_taken_or_refused() -> None:
 
 @pytest.fixture(scope="module")
 def audited() -> None:
-    """Python takes no such hook back: outside of ``watched`` it looks at nothing."""
+    """Python takes no such hook back: outside of ``watch_effects`` it looks at nothing."""
     sys.addaudithook(fuzz._audit)
 
 
@@ -132,9 +132,9 @@ def deletes(path: Path) -> Callable[[], bool]:
 @pytest.mark.usefixtures("audited")
 def test_the_fuzzer_sees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fuzz, "SECONDS", 0.3)
-    former = signal.signal(signal.SIGPROF, fuzz._hang)
+    former = signal.signal(signal.SIGPROF, fuzz._raise_hang)
     takes: dict[str, tuple[Any, str, str]] = {
-        "sound": (plain, "taken", ""),
+        "sound": (plain, "loaded", ""),
         "refused": (refuses("a.yaml: k: expected a number"), "refused", ""),
         "a bug": (lambda: {}["x"], "failed", "KeyError"),
         "another meaning": (
@@ -154,7 +154,7 @@ def test_the_fuzzer_sees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     }
     try:
         for name, (take, verdict, reason) in takes.items():
-            found = fuzz.judged(take)
+            found = fuzz.judge(take)
             assert found[0] == verdict, name
             assert reason in found[1] if reason else not found[1], name
     finally:

@@ -10,7 +10,7 @@ from finished_runs import ended, save_run
 from test_report import HOSTILE, hostile
 
 from benchmarks import pages
-from benchmarks.browser import PHONE, Browser, browser, lacking
+from benchmarks.browser import PHONE, Browser, list_missing, open_browser
 from benchmarks.report import read
 from unike.report import write_report
 from unike.tables import main as compare_main
@@ -19,7 +19,7 @@ from unike.types import FIVE_METRICS
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.browser,
-    pytest.mark.skipif(bool(lacking()), reason=f"not installed: {lacking()}"),
+    pytest.mark.skipif(bool(list_missing()), reason=f"not installed: {list_missing()}"),
 ]
 SHOWN = "return [...document.querySelectorAll('.case:not([hidden]) .id')].map((e) => e.textContent)"
 LOADED = "return document.querySelectorAll('.case img[src]').length"
@@ -27,7 +27,7 @@ LOADED = "return document.querySelectorAll('.case img[src]').length"
 
 @pytest.fixture(scope="module")
 def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    with browser(tmp_path_factory.mktemp("profile")) as opened:
+    with open_browser(tmp_path_factory.mktemp("profile")) as opened:
         yield opened
 
 
@@ -53,15 +53,15 @@ def test_it_opens_quietly_and_shows_pictures_when_they_come_near(tab: Browser, p
     tab.run("document.querySelector('.case summary').click()")
     tab.wait(f"{LOADED} > 6")
     assert tab.run("return [...document.querySelectorAll('article img')].every((i) => i.naturalWidth > 0)")
-    assert tab.complaints() == []
-    assert tab.requested(page) == []
+    assert tab.read_console() == []
+    assert tab.list_requests(page) == []
 
 
 def test_it_filters_and_sorts(tab: Browser, page: Path) -> None:
     tab.open(page)
     everything = [f"vqa-{i}" for i in range(6)]
     assert tab.run(SHOWN) == everything
-    choose(tab, "filter", "lost m_locality")
+    choose(tab, "filter", "fails m_locality")
     assert tab.run(SHOWN) == ["vqa-1", "vqa-3", "vqa-5"]
     assert tab.run("return document.getElementById('count').textContent") == "3 of 6 cases"
     choose(tab, "search", "NUMBER 3?")
@@ -75,7 +75,7 @@ def test_it_filters_and_sorts(tab: Browser, page: Path) -> None:
     assert tab.run(SHOWN) == everything
     tab.run("document.getElementById('down').click()")
     assert tab.run(SHOWN) == everything[::-1]
-    choose(tab, "sort", "held")
+    choose(tab, "sort", "passes")
     assert tab.run(SHOWN) == [f"vqa-{i}" for i in (0, 2, 4, 1, 3, 5)]
 
 
@@ -101,10 +101,10 @@ def test_nobody_is_left_out(tab: Browser, page: Path, dark: bool) -> None:
     tab.open(page)
     tab.run("document.querySelectorAll('details').forEach((d) => { d.open = true; })")
     tab.wait("return document.querySelectorAll('.case article').length === 30")
-    assert tab.violations() == []
+    assert tab.find_violations() == []
     tab.run("document.querySelector('h1').remove(); document.querySelector('label').replaceWith('x')")
     tab.run("document.querySelectorAll('.prompt').forEach((p) => p.setAttribute('role', 'nonsense'))")
-    assert tab.violations() != [], "axe finds what is wrong"
+    assert tab.find_violations() != [], "axe finds what is wrong"
 
 
 def test_a_phone_shows_all_without_scrolling_sideways(tab: Browser, page: Path) -> None:
@@ -112,7 +112,7 @@ def test_a_phone_shows_all_without_scrolling_sideways(tab: Browser, page: Path) 
     tab.run("document.querySelectorAll('details').forEach((d) => { d.open = true; })")
     tab.wait("return document.querySelectorAll('.case article').length === 30")
     assert tab.run("return document.documentElement.scrollWidth <= window.innerWidth")
-    assert tab.violations() == []
+    assert tab.find_violations() == []
 
 
 def test_hostile_records_do_nothing(tab: Browser, tmp_path: Path) -> None:
@@ -122,8 +122,8 @@ def test_hostile_records_do_nothing(tab: Browser, tmp_path: Path) -> None:
     tab.wait("return document.querySelectorAll('.case article').length > 0")
     assert HOSTILE in tab.run("return document.body.textContent")
     assert tab.run("return document.images.length") == 0
-    assert tab.complaints() == []
-    assert tab.requested(page) == []
+    assert tab.read_console() == []
+    assert tab.list_requests(page) == []
 
 
 def test_scripts_of_others_would_not_run(tab: Browser, tmp_path: Path, page: Path) -> None:
@@ -135,8 +135,8 @@ def test_scripts_of_others_would_not_run(tab: Browser, tmp_path: Path, page: Pat
     )
     tab.open(open_page)
     assert tab.run("return window.ran ?? null") is None
-    assert len(tab.complaints()) == 2
-    tab.requested(open_page)
+    assert len(tab.read_console()) == 2
+    tab.list_requests(open_page)
 
 
 def test_a_comparison_opens(tab: Browser, tmp_path: Path) -> None:
@@ -146,11 +146,11 @@ def test_a_comparison_opens(tab: Browser, tmp_path: Path) -> None:
     assert compare_main(["compare", str(one), str(other), "--html", str(page)]) == 0
     tab.open(page)
     assert tab.run(SHOWN) == ["vqa-1", "vqa-2"]
-    choose(tab, "filter", "held in B alone")
+    choose(tab, "filter", "passes in B alone")
     assert tab.run(SHOWN) == []
-    assert tab.violations() == []
-    assert tab.complaints() == []
-    assert tab.requested(page) == []
+    assert tab.find_violations() == []
+    assert tab.read_console() == []
+    assert tab.list_requests(page) == []
 
 
 def test_the_benchmark_opens_both_pages(tmp_path: Path) -> None:

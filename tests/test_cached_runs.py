@@ -15,14 +15,14 @@ import run_edit  # noqa: E402
 from unike.backbones.vision import Blip2Vision  # noqa: E402
 from unike.backbones.vlm import VisionLanguageBackbone  # noqa: E402
 from unike.config.hparams import HyperParams  # noqa: E402
-from unike.runs.records import read_records  # noqa: E402
+from unike.runs.records import read_lines  # noqa: E402
 
 
 def run(project: Project, name: str, *overrides: str) -> list[dict]:
     output = project.root / name
     arguments = ["--hparams_dir", str(project.yaml), "--task", "vqa", "--size", "3", "--output", str(output)]
     assert run_edit.main([*arguments, *overrides]) == 0
-    return [{k: v for k, v in r.items() if k != "seconds"} for r in read_records(output)]
+    return [{k: v for k, v in r.items() if k != "seconds"} for r in read_lines(output)]
 
 
 @pytest.fixture

@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_report import HOSTILE, assert_self_contained, shown_text
 
-from unike.report.compare import compare, summed_up
-from unike.report.compare_page import GAINED, LOST, compared_page
+from unike.report.compare import compare, describe_flips
+from unike.report.compare_page import GAINED, LOST, build_comparison_page
 from unike.tables import main
 from unike.types import FIVE_METRICS, UserError
 
@@ -63,7 +63,7 @@ def test_flips(runs: tuple[Path, Path]) -> None:
     assert [(f.id, f.probe, f.to_b) for f in found.flips] == [
         ("vqa-1", "reliability", False), ("vqa-2", "m_locality", True), ("vqa-3", "m_locality", True),
     ]  # fmt: skip
-    assert "3 probes of 3 cases flipped (generated): 2 held in B alone, 1 in A alone" in summed_up(found)
+    assert "3 probes of 3 cases flipped (generated): 2 pass in B alone, 1 in A alone" in describe_flips(found)
 
 
 @settings(max_examples=6, deadline=None)
@@ -75,16 +75,16 @@ def test_flips(runs: tuple[Path, Path]) -> None:
     )
 )
 def test_turned_round_the_differences_are_too(
-    tmp_path_factory: pytest.TempPathFactory, held: list[tuple[set[str], set[str]]]
+    tmp_path_factory: pytest.TempPathFactory, passing: list[tuple[set[str], set[str]]]
 ) -> None:
     folder = tmp_path_factory.mktemp("runs")
-    a = save_run(folder / "a", [ended(i, list(one)) for i, (one, _) in enumerate(held)])
-    b = save_run(folder / "b", [ended(i, list(other)) for i, (_, other) in enumerate(held)])
+    a = save_run(folder / "a", [ended(i, list(one)) for i, (one, _) in enumerate(passing)])
+    b = save_run(folder / "b", [ended(i, list(other)) for i, (_, other) in enumerate(passing)])
     there, back, same = compare(a, b, 0), compare(b, a, 0), compare(a, a, 0)
     for d, e in zip(there.differences, back.differences, strict=True):
         assert (d.value, d.low, d.high) == pytest.approx((-e.value, -e.high, -e.low))
     assert {(f.id, f.probe, not f.to_b) for f in there.flips} == {(f.id, f.probe, f.to_b) for f in back.flips}
-    assert len(there.flips) == sum(len(one ^ other) for one, other in held)
+    assert len(there.flips) == sum(len(one ^ other) for one, other in passing)
     assert not same.flips
     assert {(d.value, d.low, d.high) for d in same.differences} == {(0.0, 0.0, 0.0)}
 
@@ -130,12 +130,12 @@ def test_the_page_has_the_flips_with_their_pictures(runs: tuple[Path, Path], tmp
     read = shown_text(page)
     assert_self_contained(read)
     assert "A is a, B is b" in read.text
-    assert "held in B alone: M-Locality" in read.text
-    assert "another picture and question" in read.text
+    assert "passes in B alone: M-Locality" in read.text
+    assert "another image and question" in read.text
     assert len([a for a in read.of("li") if a.get("class") == "case"]) == 3
     assert len([a for a in read.of("img") if a.get("alt")]) == 3
     found = compare(*runs)
-    tags = [view.tags for view in compared_page(found, {}).cases]
+    tags = [view.tags for view in build_comparison_page(found, {}).cases]
     assert [(GAINED in t, LOST in t) for t in tags] == [(False, True), (True, False), (True, False)]
 
 

@@ -5,20 +5,22 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from unike.evaluation.metrics import harmonic_mean, mean_of, paired_difference
+from unike.evaluation.record import Place, Record, Score
 from unike.evaluation.summary import summarise
-from unike.report.measures import Row, difference
+from unike.report.measures import Row, compare_rows
 from unike.report.paper import published
-from unike.report.paper.claims import FAILS, HOLDS, UNCLEAR, baselines, best_of_ours, order
-from unike.report.paper.tables import Block, Cell, csv_rows, latex, markdown, marked, rewritten
+from unike.report.paper.claims import FAILS, HOLDS, UNCLEAR, check_baselines, check_best_of_ours, check_order
+from unike.report.paper.tables import Block, Cell, csv_rows, latex, mark_best, markdown, rewrite_blocks
 from unike.types import FIVE_METRICS, METRICS, UserError
 
 
-def records(values: dict[str, float] | float, n: int = 20, sequences: int = 0, seed: int = 0) -> list[dict]:
+def records(values: dict[str, float] | float, n: int = 20, sequences: int = 0) -> list[Record]:
     """Records whose metrics' means are exactly the given ones, in percent."""
     means = dict.fromkeys(METRICS, values) if isinstance(values, float) else values
     out = []
@@ -26,7 +28,8 @@ def records(values: dict[str, float] | float, n: int = 20, sequences: int = 0, s
         scores = {m: {"before": 0.25, "after": float(i < round(mean * n / 100))} for m, mean in means.items()}
         record = {"id": str(i), "status": "ok", "steps": 3, "seconds": 0.5, "bytes": 2048}
         record |= {"scores": {"teacher_forced": scores, "generated": scores}}
-        out.append(record | ({"sequence": i % sequences, "kind": "final"} if sequences else {}))
+        place = {"sequence": i % sequences, "position": 1, "kind": "final"} if sequences else {}
+        out.append(Record.from_json(record | place))
     return out
 
 
@@ -58,7 +61,7 @@ def block(*rows: Row, **more) -> Block:
     ],
 )
 def test_the_best_and_the_second_are_marked_as_they_are_shown(values, marks) -> None:
-    assert [cell.mark for cell in marked([Cell(value) for value in values])] == marks
+    assert [cell.mark for cell in mark_best([Cell(value) for value in values])] == marks
 
 
 def test_rows_that_are_not_complete_are_not_compared() -> None:
@@ -105,7 +108,7 @@ def test_csv_holds_plain_numbers() -> None:
     paper = {"reliability": 98.8}
     one = row("UniKE, [scoped]", 90.0, paper)
     lines = list(csv.DictReader(io.StringIO(csv_rows([block(one)]))))
-    found = {(line["reading"], line["measure"]): line for line in lines}
+    found = {(line["mode"], line["measure"]): line for line in lines}
     assert {line["row"] for line in lines} == {"UniKE, [scoped]"}
     entry = one.summary["metrics"]["reliability"]["teacher_forced"]["after"]
     line = found["teacher_forced", "reliability"]
@@ -118,10 +121,9 @@ def test_csv_holds_plain_numbers() -> None:
 
 
 def test_extras_are_shown_where_they_are_asked_for() -> None:
-    made = records(90.0)
-    for record in made:
-        record["presets"] = {"easyedit": {"t_locality": 0.5, "m_locality": 0.25}}
-        record["decisions"] = {"alpha": dict.fromkeys(METRICS, 0.125)}
+    presets = {"easyedit": {"t_locality": 0.5, "m_locality": 0.25}}
+    decisions = {"alpha": dict.fromkeys(METRICS, 0.125)}
+    made = [replace(record, presets=presets, decisions=decisions) for record in records(90.0)]
     one = Row("UniKE", summarise(made, 0, ("paper", "easyedit")), made, {"generality": 95.1})
     plain = markdown(block(one))
     assert "easyedit" not in plain
@@ -132,20 +134,20 @@ def test_extras_are_shown_where_they_are_asked_for() -> None:
     assert "| method | mean generality | paper | mean locality |" in text
     assert "| 95.1 |" in text
     assert "| UniKE | 0.12 |" in text
-    assert "Published for 1,000 edits in a row" in text
+    assert "Published for 1,000 sequential edits" in text
 
 
 def test_a_table_takes_the_place_between_its_markers() -> None:
     text = "a\n<!-- table 1 -->\nold\n<!-- end of table 1 -->\nb\n<!-- table 2 -->\n<!-- end of table 2 -->\n"
-    new = rewritten(text, "x.md", {"1": "| new |\n"})
+    new = rewrite_blocks(text, "x.md", {"1": "| new |\n"})
     assert new == text.replace("\nold\n", "\n\n| new |\n\n")
-    assert rewritten(new, "x.md", {"1": "| new |"}) == new
+    assert rewrite_blocks(new, "x.md", {"1": "| new |"}) == new
     with pytest.raises(UserError) as caught:
-        rewritten(text, "x.md", {"3": "", "4": ""})
+        rewrite_blocks(text, "x.md", {"3": "", "4": ""})
     assert [p.split(":")[0] for p in caught.value.problems] == ["x.md", "x.md"]
     assert "<!-- table 3 -->" in caught.value.problems[0]
     with pytest.raises(UserError, match="table 1"):
-        rewritten(text + text, "x.md", {"1": ""})
+        rewrite_blocks(text + text, "x.md", {"1": ""})
 
 
 # ---------------------------------------------------------------- paired differences
@@ -189,20 +191,21 @@ def test_a_difference_is_of_the_records_that_both_hold() -> None:
     one, other = records(50.0), records(50.0)
     part = Row("part", summarise(other[:5], 0), other[:5])
     whole = Row("whole", summarise(one, 0), one)
-    assert difference(whole, part, "reliability", 0) == (0.0, 0.0, 0.0)
-    assert difference(whole, Row("none", {}, []), "reliability", 0) is None
-    moved = [r | {"id": f"x{r['id']}"} for r in other]
-    assert difference(whole, Row("others", {}, moved), "reliability", 0) is None
+    assert compare_rows(whole, part, "reliability", 0) == (0.0, 0.0, 0.0)
+    assert compare_rows(whole, Row("none", {}, []), "reliability", 0) is None
+    moved = [replace(r, id=f"x{r.id}") for r in other]
+    assert compare_rows(whole, Row("others", {}, moved), "reliability", 0) is None
 
 
 def test_sequences_are_drawn_whole() -> None:
     one, other = records(50.0, sequences=2), records(0.0, sequences=2)
     for i, record in enumerate(one):
-        record["scores"]["teacher_forced"]["reliability"]["after"] = float(i % 2)
-    found = difference(Row("a", {}, one), Row("b", {}, other), "reliability", 0)
+        forced = {**record.get_scores("teacher_forced"), "reliability": Score(0.25, float(i % 2))}
+        one[i] = replace(record, scores={"teacher_forced": forced})
+    found = compare_rows(Row("a", {}, one), Row("b", {}, other), "reliability", 0)
     assert found == (50.0, 0.0, 100.0)
-    steps = [r | {"kind": "step", "id": f"{r['id']}s"} for r in one]
-    assert difference(Row("a", {}, steps), Row("b", {}, steps), "reliability", 0) is None
+    steps = [replace(r, id=f"{r.id}s", place=Place(None, r.sequence or 0, 1, "step")) for r in one]
+    assert compare_rows(Row("a", {}, steps), Row("b", {}, steps), "reliability", 0) is None
 
 
 # ---------------------------------------------------------------- claims
@@ -212,7 +215,7 @@ def test_the_order_holds_fails_or_cannot_be_told() -> None:
     paper = metrics(90.0)
     best = row("UniKE", metrics(95.0, m_generality=10.0, t_locality=50.0), metrics(95.0, m_locality=90.0))
     other = row("MEND", metrics(20.0, m_generality=90.0, t_locality=50.0), paper)
-    (found,) = order([best, other, row("ours", 100.0)], "UniKE", 0)
+    (found,) = check_order([best, other, row("ours", 100.0)], "UniKE", 0)
     assert found.claim == "UniKE against MEND"
     # M-Locality is the same in the paper: it states no order.
     parts = found.verdict.split("; ")
@@ -220,22 +223,22 @@ def test_the_order_holds_fails_or_cannot_be_told() -> None:
     assert parts[1] == f"{UNCLEAR}: T-Loc (paper 95.0 > 90.0, ours 50.0 = 50.0)"
     assert parts[2].startswith(f"{HOLDS}: Rel, T-Gen")
     assert "M-Loc" not in found.verdict
-    (found,) = order([row("UniKE", 95.0, metrics(95.0)), row("MEND", 20.0, paper)], "UniKE", 0)
+    (found,) = check_order([row("UniKE", 95.0, metrics(95.0)), row("MEND", 20.0, paper)], "UniKE", 0)
     assert str(found) == "UniKE against MEND: holds"
 
 
 def test_no_order_without_the_reference() -> None:
-    assert order([row("MEND", 20.0, metrics(90.0))], "UniKE", 0) == []
-    assert order([row("UniKE", 90.0), row("MEND", 20.0, metrics(90.0))], "UniKE", 0) == []
+    assert check_order([row("MEND", 20.0, metrics(90.0))], "UniKE", 0) == []
+    assert check_order([row("UniKE", 90.0), row("MEND", 20.0, metrics(90.0))], "UniKE", 0) == []
 
 
 @pytest.mark.parametrize(("ours", "verdict"), [(95.0, HOLDS), (55.0, UNCLEAR), (10.0, FAILS)])
 def test_whether_ours_is_the_best(ours: float, verdict: str) -> None:
     rows = [row("a", 50.0), row("b", 30.0), row("scoped", ours, ours=True), row("other", 5.0, ours=True)]
-    found = best_of_ours(rows, 0)
+    found = check_best_of_ours(rows, 0)
     assert [v.verdict for v in found] == [verdict, verdict]
     assert f"scoped {ours:.1f}, a 50.0" in found[0].figures
-    assert best_of_ours(rows[:2], 0) == []
+    assert check_best_of_ours(rows[:2], 0) == []
 
 
 AS_PUBLISHED = {
@@ -254,33 +257,33 @@ OTHERWISE = {
 @pytest.mark.parametrize(("values", "verdict"), [(AS_PUBLISHED, HOLDS), (OTHERWISE, FAILS)])
 def test_baselines_behave_as_published_or_not(values: dict, verdict: str) -> None:
     rows = [row(name, means, metrics(90.0)) for name, means in values.items()]
-    found = baselines(rows)
+    found = check_baselines(rows)
     assert [v.verdict for v in found] == [verdict] * 6
     assert all(v.figures for v in found)
-    assert {v.claim.split(":")[0] for v in baselines(rows[1:2])} <= {"SERAC, which reads the text"}
-    assert baselines([]) == []
+    assert {v.claim.split(":")[0] for v in check_baselines(rows[1:2])} <= {"SERAC, which reads the text"}
+    assert check_baselines([]) == []
 
 
 # ---------------------------------------------------------------- published figures
 
 
 def test_published_figures() -> None:
-    assert published.figures("table1_one_step", "blip2", "vqa")["UniKE"] == dict(
+    assert published.read_figures("table1_one_step", "blip2", "vqa")["UniKE"] == dict(
         zip(FIVE_METRICS, (98.8, 98.4, 94.8, 98.3, 96.7), strict=True)
     )
-    assert published.figures("table2_sequential", "minigpt4", "caption", 20)["FT"]["reliability"] == 64.0
-    assert published.figures("table3_cross_task_10", "minigpt4", "cross", 10)["KE"]["m_locality"] == 60.2
-    assert published.figures("table4_ablation", "minigpt4", "vqa")["only Intrin"]["reliability"] == 83.5
-    assert published.figures(published.ZETA, "minigpt4", "vqa")["random"] == {
+    assert published.read_figures("table2_sequential", "minigpt4", "caption", 20)["FT"]["reliability"] == 64.0
+    assert published.read_figures("table3_cross_task_10", "minigpt4", "cross", 10)["KE"]["m_locality"] == 60.2
+    assert published.read_figures("table4_ablation", "minigpt4", "vqa")["only Intrin"]["reliability"] == 83.5
+    assert published.read_figures(published.ZETA, "minigpt4", "vqa")["random"] == {
         "generality": 86.5, "locality": 86.2,
     }  # fmt: skip
-    assert published.figures("lifelong", "blip2", "vqa", 1)["FT-L"]["t_generality"] == 48.8
-    assert published.lifelong("blip2")[1000]["LiveEdit"]["m_locality"] == 97.38
+    assert published.read_figures("lifelong", "blip2", "vqa", 1)["FT-L"]["t_generality"] == 48.8
+    assert published.read_lifelong("blip2")[1000]["LiveEdit"]["m_locality"] == 97.38
 
 
-@pytest.mark.parametrize("key", published.keys())
+@pytest.mark.parametrize("key", published.list_tables())
 def test_what_was_not_published_is_empty(key: str) -> None:
-    assert published.source(key)
-    assert published.figures(key, "minigpt4", "nothing", 7) == {}
+    assert published.read_source(key)
+    assert published.read_figures(key, "minigpt4", "nothing", 7) == {}
     if key != "table1_one_step":
-        assert published.figures(key, "blip2", "caption", 7) == {}
+        assert published.read_figures(key, "blip2", "caption", 7) == {}

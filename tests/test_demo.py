@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from unike.demo import __main__ as command
-from unike.demo.active import active_html
+from unike.demo.active import render_active
 from unike.demo.desk import FOLLOW_UPS, MOST_CHARACTERS, Desk
 from unike.editor import MultimodalEditor
 from unike.edits.activity import LayerRetrieval, RetrievedItem
@@ -60,7 +60,7 @@ def test_examples_are_the_records_with_what_to_ask_next(desk: Desk, blip2_projec
     assert list(asked) == [
         FOLLOW_UPS[n] for n in ("t_generality", "m_generality", "m_locality", "t_locality")
     ]
-    rephrased, text_only = asked["question rephrased"], asked["no picture"]
+    rephrased, text_only = asked["question rephrased"], asked["no image"]
     assert (rephrased.text, rephrased.right, rephrased.expect) == (
         "which thing is number 5?",
         "two dogs",
@@ -109,7 +109,7 @@ def test_without_a_picture_the_language_model_is_asked(desk: Desk) -> None:
 @pytest.mark.parametrize(
     ("image", "question", "answer", "lines"),
     [
-        (None, QUESTION, TARGET, ["picture: missing; choose one or upload one"]),
+        (None, QUESTION, TARGET, ["image: missing; choose one or upload one"]),
         ("0.png", "", " ", ["question: is empty", "right answer: is empty"]),
         ("0.png", "x" * (MOST_CHARACTERS + 1), TARGET, ["question: 501 characters; expected at most 500"]),
         ("bad.png", QUESTION, TARGET, ["bad.png: not an image"]),
@@ -140,7 +140,7 @@ def test_an_edit_that_fails_leaves_the_former_in_force(
     def fail(*_: Any, **__: Any) -> None:
         raise FloatingPointError("loss is nan")
 
-    monkeypatch.setattr(desk.editor.prepare().method, "edit", fail)
+    monkeypatch.setattr(desk.editor.prepare().method, "_edit", fail)
     with pytest.raises(UserError, match="the edit failed: loss is nan"):
         desk.edit(picture, "which animals?", "two dogs")
     assert desk.edits == held
@@ -179,22 +179,22 @@ def asked(text: str) -> Explanation:
 
 
 def test_what_was_active_is_shown() -> None:
-    text = Tags(active_html(asked("what is it?"))).text
+    text = Tags(render_active(asked("what is it?"))).text
     for part in (
-        "1 of 2 edits",
-        "scope gate opens at 0.500",
+        "1 of 2 edits apply",
+        "threshold of the scope gate: 0.500",
         "what is it?",
         "0.750",
         "0.125",
         "item 7 of the knowledge memory",
     ):
         assert part in text
-    assert "No edit is in force" in active_html(replace(asked("x"), edits=(), layers=()))
+    assert "No edit is attached" in render_active(replace(asked("x"), edits=(), layers=()))
 
 
 @given(st.text() | st.sampled_from(["<script>alert(1)</script>", "<img src=x onerror=alert(1)>", "&lt;"]))
 def test_no_text_becomes_a_tag(text: str) -> None:
-    assert Tags(active_html(asked(text))).tags == Tags(active_html(asked("plain"))).tags
+    assert Tags(render_active(asked(text))).tags == Tags(render_active(asked("plain"))).tags
 
 
 # ---------------------------------------------------------------- the command
@@ -230,7 +230,7 @@ def test_a_port_that_is_taken_is_said_before_anything_is_loaded(capsys: pytest.C
         other.listen()
         port = other.getsockname()[1]
         assert command.main(["--port", str(port)]) == 2
-    assert capsys.readouterr().err.startswith(f"error: port: {port}: cannot be had: ")
+    assert capsys.readouterr().err.startswith(f"error: port: {port}: cannot be used: ")
 
 
 def test_a_missing_gradio_is_said_in_one_line(

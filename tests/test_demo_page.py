@@ -13,7 +13,7 @@ from helpers import Project
 
 pytest.importorskip("gradio", reason="not installed: gradio (make test-page)")
 
-from benchmarks.browser import PHONE, Browser, browser, lacking
+from benchmarks.browser import PHONE, Browser, list_missing, open_browser
 from unike.demo.__main__ import HOST
 from unike.demo.desk import Desk
 from unike.demo.page import serve
@@ -23,7 +23,7 @@ from unike.runs.inputs import open_datasets
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.browser,
-    pytest.mark.skipif(bool(lacking()), reason=f"not installed: {lacking()}"),
+    pytest.mark.skipif(bool(list_missing()), reason=f"not installed: {list_missing()}"),
 ]
 # Gradio's own: the upload button's name for screen readers is not the text on it.
 THEIRS = ('label-content-name-mismatch: <button class="upload-container',)
@@ -59,7 +59,7 @@ def served(blip2_project: Project, called: list[str]) -> Iterator[tuple[Desk, st
 
 @pytest.fixture(scope="module")
 def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    with browser(tmp_path_factory.mktemp("profile")) as opened:
+    with open_browser(tmp_path_factory.mktemp("profile")) as opened:
         yield opened
 
 
@@ -86,7 +86,7 @@ def answers(tab: Browser) -> list[str]:
 
 
 def says(tab: Browser, words: str) -> None:
-    tab.wait(f"return document.querySelector('#said').innerText.includes({words!r})")
+    tab.wait(f"return document.querySelector('#status').innerText.includes({words!r})")
 
 
 def test_an_edit_from_the_first_question_to_its_undoing(page: Browser, served: tuple[Desk, str]) -> None:
@@ -116,8 +116,8 @@ def test_an_edit_from_the_first_question_to_its_undoing(page: Browser, served: t
     says(page, "Undone.")
     assert answers(page) == [before, before]
     assert desk.edits == []
-    assert page.complaints() == []
-    assert [address for address in page.requested(url) if not address.startswith((url, "blob:"))] == []
+    assert page.read_console() == []
+    assert [address for address in page.list_requests(url) if not address.startswith((url, "blob:"))] == []
 
 
 def test_the_page_is_readable_by_everybody(page: Browser, served: tuple[Desk, str]) -> None:
@@ -131,7 +131,7 @@ def test_the_page_is_readable_by_everybody(page: Browser, served: tuple[Desk, st
         page.wait("return document.querySelectorAll('#edits input').length > 0")
         press(page, "#active button")
         page.wait("return document.querySelectorAll('#active table').length === 2")
-        assert [v for v in page.violations() if not v.startswith(THEIRS)] == []
+        assert [v for v in page.find_violations() if not v.startswith(THEIRS)] == []
         press(page, "#undo-all")
         page.wait("return document.querySelectorAll('#edits input').length === 0")
 
@@ -141,22 +141,22 @@ def test_uploads(page: Browser, served: tuple[Desk, str], blip2_project: Project
     (tmp_path / "bad.png").write_bytes(b"no picture")
 
     def upload(path: Path) -> None:
-        page.driver.find_element("css selector", "#picture input[type=file]").send_keys(str(path))
+        page.driver.find_element("css selector", "#image input[type=file]").send_keys(str(path))
 
     upload(tmp_path / "large.png")
     page.wait("return document.body.innerText.includes('exceed the maximum allowed size')")
     upload(tmp_path / "bad.png")
-    page.wait("return document.querySelectorAll('#picture img').length === 1")
+    page.wait("return document.querySelectorAll('#image img').length === 1")
     write(page, "#question", "<b>what</b> is it?")
     press(page, "#ask")
     says(page, "bad.png: not an image")
     assert answers(page) == ["", ""]
     assert "Traceback" not in page.driver.page_source
-    press(page, "#picture button[aria-label]")
-    page.wait("return document.querySelectorAll('#picture input[type=file]').length === 1")
+    press(page, "#image button[aria-label]")
+    page.wait("return document.querySelectorAll('#image input[type=file]').length === 1")
     mine = blip2_project.data / "2.png"
     upload(mine)
-    page.wait("return document.querySelectorAll('#picture img').length === 1")
+    page.wait("return document.querySelectorAll('#image img').length === 1")
     press(page, "#ask")
     page.wait("return document.querySelector('#before textarea').value !== ''")
     assert answers(page)[0] == served[0].ask(str(mine), "<b>what</b> is it?").before, (
@@ -175,7 +175,7 @@ def test_a_failure_of_ours_is_one_line(
 
     monkeypatch.setattr(served[0].editor, "ask", fail)
     press(page, "#examples button:has(img)")
-    says(page, "internal error: RuntimeError; the terminal says more")
+    says(page, "internal error: RuntimeError; see the terminal")
     assert "secret" not in page.driver.page_source
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from helpers import Project
 
-from benchmarks.kill import comparable
+from benchmarks.kill import read_comparable
 from unike import runs
 from unike.backbones import load_backbone
 from unike.backbones.vlm import VisionLanguageBackbone
@@ -43,7 +43,7 @@ def records(blip2_project: Project, backbone: VisionLanguageBackbone, tmp_path: 
         cases = inputs.open_datasets(hparams, "vqa", size)
         with runs.open_run(parts, "vqa", folder, resume=False) as writer:
             runs.run_cases(parts, cases, writer, progress=False)
-        return comparable(folder / RECORDS).splitlines()
+        return read_comparable(folder / RECORDS).splitlines()
 
     return run
 

@@ -60,8 +60,30 @@ def test_a_broken_link_is_seen(tmp_path: Path) -> None:
     assert broken_links(page) == ["#another", "nowhere.md"]
 
 
+# Files that a page names in code, with their folder; those of a run, a user or a model are not ours.
+NAMED = re.compile(
+    r"`((?:unike|scripts|tests|benchmarks|notebooks|docs|hparams)/[\w./-]+\.(?:py|md|ipynb|yaml))`"
+)
+USERS = {"hparams/my_tables.yaml"}
+
+
+def lost_files(text: str) -> list[str]:
+    """The files of the project that a text names and that do not exist."""
+    return sorted(name for name in set(NAMED.findall(text)) - USERS if not (ROOT / name).is_file())
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_files_that_a_page_names_exist(page: Path) -> None:
+    assert lost_files(page.read_text(encoding="utf-8")) == []
+
+
+def test_a_file_that_moved_is_noticed() -> None:
+    text = "see `unike/retrieval.py`, `unike/types.py` and `hparams/my_tables.yaml`"
+    assert lost_files(text) == ["unike/retrieval.py"]
+
+
 def test_the_reference_is_that_of_the_dataclass() -> None:
-    assert reference.PAGE.read_text(encoding="utf-8") == reference.page()
+    assert reference.PAGE.read_text(encoding="utf-8") == reference.render_page()
     assert reference.main(["--check"]) == 0
 
 
@@ -118,10 +140,10 @@ def test_python_blocks_run(name: str, tmp_path: Path) -> None:
     """All of a page in one go, in a folder that sees the project's YAMLs and weights."""
     for shared in ("hparams", "hugging_cache", "data"):
         (tmp_path / shared).symlink_to(ROOT / shared)
-    picture = "from PIL import Image\nImage.new('RGB', (64, 64), 'blue').save('my_picture.png')\n"
+    image = "from PIL import Image\nImage.new('RGB', (64, 64), 'blue').save('my_image.png')\n"
     # What the page leaves to its reader.
     rows = "import torch\nkeys, values, queries = (torch.randn(50, 768) for _ in range(3))\n"
-    code = picture + rows + "\n".join(text for _, text in blocks(ROOT / name, "python"))
+    code = image + rows + "\n".join(text for _, text in blocks(ROOT / name, "python"))
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=environment(), capture_output=True, text=True
     )

@@ -14,10 +14,10 @@ import pytest
 from helpers import Project
 from test_run_edit import ROOT, errors, start
 
-from unike.edits import EditStore, Fact, Origin, PromptEdit, PromptText
+from unike.edits import Edit, EditStore, Fact, Origin, PromptEdit, PromptText
 from unike.edits.__main__ import apply_edits, main, parse_arguments
 from unike.edits.files import read_edit
-from unike.runs.records import read_records
+from unike.runs.records import read_lines
 from unike.system.text import one_line
 from unike.types import UserError
 
@@ -203,11 +203,11 @@ def test_a_run_keeps_its_edits_and_they_apply(copied: Project, capsys) -> None:
     options = ("--size", "2", "--output", str(copied.root / "run"), "--save_edits", str(folder))
     assert start(copied, *options) == 0
     store = EditStore(folder)
-    assert store.ids() == [r["id"] for r in read_records(copied.root / "run")]
+    assert store.ids() == [r["id"] for r in read_lines(copied.root / "run")]
     assert start(copied, *options[:1], "3", *options[2:], "--resume") == 0
-    assert store.ids() == [r["id"] for r in read_records(copied.root / "run")]
+    assert store.ids() == [r["id"] for r in read_lines(copied.root / "run")]
     assert len(store) == 3
-    told = read_records(copied.root / "run")[1]
+    told = read_lines(copied.root / "run")[1]
     command = ["apply", str(folder), "--hparams_dir", str(copied.yaml), "--edits", told["id"]]
     table, words = apply_edits(store, parse_arguments(command))
     answers = told["answers"]["reliability"]
@@ -249,6 +249,30 @@ def test_bad_input_ends_before_a_model_is_loaded(copied: Project, capsys) -> Non
     assert "expected a store of edits" in errors(capsys)[0]
 
 
+@pytest.mark.parametrize("options", [(), ("protocol=sequential", "sequence_length=4", "sequences=1")])
+def test_an_edit_that_cannot_be_kept_is_not_recorded(copied: Project, capsys, monkeypatch, options) -> None:
+    folder, run = copied.root / "edits", copied.root / "run"
+    command = ("--save_edits", str(folder), "--output", str(run), "method=ft", "layers=1", *options)
+    add, count = EditStore.add, []
+
+    def fill(store: EditStore, edit: Edit, replace: bool = False) -> None:
+        count.append(edit.id)
+        if len(count) == 3:
+            raise UserError("no room")
+        add(store, edit, replace)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(EditStore, "add", fill)
+        assert start(copied, *command, "edit_batch_size=1") == 2
+    assert errors(capsys) == ["error: no room"]
+    assert len(read_lines(run)) == 2
+    assert EditStore(folder).ids() == count[:2]
+    assert start(copied, *command, "edit_batch_size=1", "--resume") == 0
+    made = [r for r in read_lines(run) if "kind" not in r or r["kind"] == "step"]
+    assert EditStore(folder).ids() == [r["case"] if "case" in r else r["id"] for r in made]
+    assert len(made) == 4
+
+
 def test_a_sequence_keeps_its_edits(copied: Project) -> None:
     folder, run = copied.root / "edits", str(copied.root / "run")
     sequence = (
@@ -259,5 +283,5 @@ def test_a_sequence_keeps_its_edits(copied: Project) -> None:
         "ike_retriever=states",
     )
     assert start(copied, "--save_edits", str(folder), "--output", run, *sequence) == 0
-    steps = [r["case"] for r in read_records(run) if r["kind"] == "step"]
+    steps = [r["case"] for r in read_lines(run) if r["kind"] == "step"]
     assert EditStore(folder).ids() == steps

@@ -14,7 +14,7 @@ from untouched import hook_count
 from unike.backbones.base import encode_queries
 from unike.config.hparams import HyperParams
 from unike.datasets.mmedit import CaptionDataset, CapVQADataset, VQADataset
-from unike.editor import METRIC_KEYS, MultimodalEditor, _Given
+from unike.editor import METRIC_KEYS, MultimodalEditor, _Requests
 from unike.edits import RoutedEdit
 from unike.types import Query, UserError
 
@@ -233,11 +233,11 @@ def test_removing_leaves_what_else_is_attached(editor: MultimodalEditor, project
 
 def test_an_edits_id_is_that_of_its_request(project: Project) -> None:
     images = [picture(project), picture(project), picture(project, 1)]
-    given = _Given([PROMPT] * 3, [TARGET] * 3, images, None, None, {})
-    first, again, elsewhere = (case.request.id for case in given.cases(None, set()))
+    given = _Requests([PROMPT] * 3, [TARGET] * 3, images, None, None, {})
+    first, again, elsewhere = (case.request.id for case in given.make_cases(None, set()))
     assert again == f"{first}-2"
     assert elsewhere != first
-    assert [c.request.id for c in given.cases(None, {elsewhere})][2] == f"{elsewhere}-2"
+    assert [c.request.id for c in given.make_cases(None, {elsewhere})][2] == f"{elsewhere}-2"
 
 
 def test_knowledge_in_the_prompt_reaches_generation(editor: MultimodalEditor, project: Project) -> None:

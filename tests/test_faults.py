@@ -16,13 +16,13 @@ from helpers import Project
 from test_run_edit import errors, start
 from untouched import assert_untouched, hook_count, weights_of
 
-from benchmarks.kill import comparable
+from benchmarks.kill import read_comparable
 from unike import runs
 from unike.backbones import load_backbone
 from unike.config.hparams import HyperParams
 from unike.methods import EditMethod, training
 from unike.runs import inputs
-from unike.runs.records import RECORDS, SUMMARY, RecordWriter, read_records
+from unike.runs.records import RECORDS, SUMMARY, RecordWriter, read_lines
 from unike.types import Case, UserError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -66,7 +66,7 @@ def whole(parts: runs.Parts, cases: Sequence[Case], tmp_path_factory: pytest.Tem
 
 
 def lines(folder: Path) -> list[bytes]:
-    return comparable(folder / RECORDS).splitlines()
+    return read_comparable(folder / RECORDS).splitlines()
 
 
 def summary_of(folder: Path) -> dict[str, Any]:
@@ -74,7 +74,7 @@ def summary_of(folder: Path) -> dict[str, Any]:
 
 
 def same_end(folder: Path, whole: Path) -> bool:
-    return all(comparable(folder / name) == comparable(whole / name) for name in (RECORDS, SUMMARY))
+    return all(read_comparable(folder / name) == read_comparable(whole / name) for name in (RECORDS, SUMMARY))
 
 
 # ---------------------------------------------------------------- disks
@@ -200,7 +200,7 @@ def test_a_picture_that_vanishes_is_a_failed_record_on_request(
     summary = run(parts, cases, tmp_path / "run", skip_broken=True)
     assert (summary["n"], summary["failed"], summary["interrupted"]) == (3, 1, False)
     assert lines(tmp_path / "run")[:3] == lines(whole)[:3]
-    last = read_records(tmp_path / "run")[3]
+    last = read_lines(tmp_path / "run")[3]
     assert (last["id"], last["status"], "10.png" in last["error"]) == ("vqa-3", "failed", True)
 
 
@@ -217,12 +217,12 @@ def test_a_picture_that_vanishes_in_a_sequence(
         content = losing(copied.data / "10.png", after, patched)
         with pytest.raises(UserError, match=r"10\.png"):
             run(sequence, cases, tmp_path / "ended")
-    assert len(read_records(tmp_path / "ended")) < 8
+    assert len(read_lines(tmp_path / "ended")) < 8
     (copied.data / "10.png").write_bytes(content)
     losing(copied.data / "10.png", after, monkeypatch)
     summary = run(sequence, cases, tmp_path / "run", skip_broken=True)
     assert (summary["n"], summary["failed"], summary["interrupted"]) == (3, 1, False)
-    records = read_records(tmp_path / "run")
+    records = read_lines(tmp_path / "run")
     assert len(records) == 8
     lost = [r for r in records if r["status"] == "failed"]
     assert {r["case"] for r in lost} == {"vqa-3"}
@@ -261,7 +261,7 @@ def test_a_loss_that_is_no_number_fails_its_edit_alone(
     monkeypatch.setattr(training, "_score_rows", diverging_for(parts, target, value))
     summary = run(changed(parts, edit_batch_size=size), cases, tmp_path / "run")
     assert (summary["n"], summary["failed"], summary["interrupted"]) == (3, 1, False)
-    records = read_records(tmp_path / "run")
+    records = read_lines(tmp_path / "run")
     assert [r["status"] for r in records] == ["ok", "failed", "ok", "ok"]
     assert str(value) in records[1]["error"]
     assert "scores" not in records[1]
@@ -275,7 +275,7 @@ def test_edits_that_really_diverge_are_failed_and_leave_the_base(parts, cases, t
     weights, hooks = weights_of(parts.backbone), hook_count(parts.backbone.model)
     summary = run(changed(parts, lr=1e30), cases, tmp_path / "run")
     assert (summary["n"], summary["failed"]) == (0, 4)
-    assert all(r["error"].startswith("the loss is nan after ") for r in read_records(tmp_path / "run"))
+    assert all(r["error"].startswith("the loss is nan after ") for r in read_lines(tmp_path / "run"))
     assert_untouched(parts.backbone, weights, hooks)
 
 
@@ -318,7 +318,7 @@ def test_out_of_memory_alone_fails_the_edit_and_the_run_goes_on(parts, cases, tm
     summary = run(changed(parts, edit_batch_size=4), cases, tmp_path / "run")
     assert sizes == [4, 2, 2, 1, 1]
     assert (summary["n"], summary["failed"]) == (3, 1)
-    failed = read_records(tmp_path / "run")[2]
+    failed = read_lines(tmp_path / "run")[2]
     assert (failed["id"], failed["status"], failed["error"]) == ("vqa-2", "failed", "out of memory")
 
 
@@ -332,7 +332,7 @@ def test_out_of_memory_in_a_sequence_fails_one_edit(parts, cases, tmp_path, monk
     monkeypatch.setattr(sequence.method, "edit", full, raising=False)
     summary = run(sequence, cases, tmp_path / "run")
     assert (summary["n"], summary["failed"]) == (3, 1)
-    failed = [r for r in read_records(tmp_path / "run") if r["status"] == "failed"]
+    failed = [r for r in read_lines(tmp_path / "run") if r["status"] == "failed"]
     assert [(r["case"], r["error"]) for r in failed] == [("vqa-2", "out of memory")] * 2
 
 

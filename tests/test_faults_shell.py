@@ -14,7 +14,7 @@ from helpers import Project, record
 from test_faults import lines, same_end, summary_of
 from test_run_edit import ROOT
 
-from unike.runs.records import RECORDS, read_records
+from unike.runs.records import RECORDS, read_lines
 
 pytestmark = pytest.mark.slow
 
@@ -64,7 +64,7 @@ def test_ctrl_c_and_other_hparams_than_before(copied: Project) -> None:
     summary = summary_of(copied.root / "run")
     assert summary["interrupted"]
     # What is not yet on the disk when Ctrl-C comes is cut off again.
-    assert 1 <= summary["n"] == len(read_records(copied.root / "run")) < 40
+    assert 1 <= summary["n"] == len(read_lines(copied.root / "run")) < 40
     before = {p: p.read_bytes() for p in (copied.root / "run").iterdir()}
     (line,) = said(shell(copied, "--output", "run", "--resume", "k=2"), 2)
     assert line == "error: run: k: 3 in the run to resume, 2 now"

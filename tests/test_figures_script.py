@@ -10,12 +10,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from finished_runs import as_records
 from helpers import Project, record
 
 from scripts import figure_data as data
 from scripts import figures as script
 from scripts.plan import RowPlan, Run, read_plan
 from unike.config.hparams import HyperParams
+from unike.evaluation.record import Answer, Record, Score
 from unike.report.paper import published
 from unike.runs import inputs
 from unike.runs.records import RecordWriter
@@ -44,19 +46,19 @@ def planned(folder: Path, row: RowPlan, means: list[float], task: str = "vqa", *
 def test_an_interval_is_of_the_mean_of_the_metrics_over_records_that_did_not_fail() -> None:
     one = {"t_generality": 1.0, "m_generality": 0.5}
     other = {"t_generality": 0.0, "m_generality": 0.5}
-    records = [scored("a", one), scored("b", other), scored("c", one, "failed")]
-    found = data.interval(records, data.GENERALITY, 0)
+    records = as_records([scored("a", one), scored("b", other), scored("c", one, "failed")])
+    found = data.compute_interval(records, data.GENERALITY, 0)
     assert found.mean == 50.0
     assert (found.low, found.high) == (25.0, 75.0)
     with pytest.raises(UserError, match="no record"):
-        data.interval(records[2:], data.GENERALITY, 0)
+        data.compute_interval(records[2:], data.GENERALITY, 0)
 
 
 def test_a_point_stands_beside_the_papers_own(tmp_path: Path) -> None:
     rows = [RowPlan("UniKE", "x", paper="UniKE"), RowPlan("UniKE, scoped", "x", ours=True)]
-    found = data.trade_off([planned(tmp_path / r.name, r, [0.5, 1.0]) for r in rows])
+    found = data.collect_trade_off([planned(tmp_path / r.name, r, [0.5, 1.0]) for r in rows])
     first, second = found["MiniGPT-4, E-VQA"]
-    told = published.figures("table1_one_step", "minigpt4", "vqa")["UniKE"]
+    told = published.read_figures("table1_one_step", "minigpt4", "vqa")["UniKE"]
     assert first.paper == (
         (told["t_locality"] + told["m_locality"]) / 2,
         (told["t_generality"] + told["m_generality"]) / 2,
@@ -71,7 +73,7 @@ def test_a_sweep_is_in_the_order_of_its_values_with_the_adaptive_one_apart(tmp_p
         RowPlan("0.1", "x", set={"alpha": 0.1}, x=0.1),
     ]
     swept = [planned(tmp_path / r.name, r, [m], **r.set) for r, m in zip(rows, (0.9, 0.3, 0.1), strict=True)]
-    ((key, sweep),) = data.sweeps(swept).items()
+    ((key, sweep),) = data.collect_sweeps(swept).items()
     assert key == ("MiniGPT-4", "E-VQA")
     assert (sweep.settings, sweep.apart, sweep.label) == (["0.1", "0.3", "adaptive"], 1, "alpha")
     assert [v.mean for v in sweep.lines["locality"]] == pytest.approx([10, 30, 90])
@@ -80,9 +82,9 @@ def test_a_sweep_is_in_the_order_of_its_values_with_the_adaptive_one_apart(tmp_p
 def test_zetas_stand_beside_the_papers(tmp_path: Path) -> None:
     row = RowPlan("no zeta", "x", set={"zeta": "none"}, paper="without")
     some = [planned(tmp_path / task, row, [0.5], task, zeta="none") for task in ("vqa", "caption")]
-    panels, paper = data.zetas(some)
+    panels, paper = data.collect_zetas(some)
     assert panels["MiniGPT-4, E-IC"]["locality"]["none"].mean == 50
-    told = published.figures(published.ZETA, "minigpt4", "vqa")["without"]
+    told = published.read_figures(published.ZETA, "minigpt4", "vqa")["without"]
     assert paper == {"MiniGPT-4, E-VQA": {group: {"none": told[group]} for group in data.MEANS}}
 
 
@@ -91,7 +93,7 @@ def test_the_shipped_plan_has_what_every_figure_shows() -> None:
         figures=["4a", "4b", "4c", "5b"], plan=ROOT / "hparams/tables.yaml", size=None,
         backbones=["tiny_blip2"], results=Path("results"),
     )  # fmt: skip
-    found = script.plan(args)
+    found = script.plan_runs(args)
     lines = {}
     for run in found["4a"]:
         if run.task == "vqa":
@@ -116,7 +118,7 @@ def test_neighbours_are_those_of_a_slow_count() -> None:
         others = [j for j in near if j != (i + 9) % 18][: data.NEIGHBOURS]
         same += [(j < 9) == (i < 9) for j in others]
     expected = 100 * np.mean(twins), 100 * np.mean(same)
-    assert data.neighbours(right, wrong) == pytest.approx(expected)
+    assert data.count_neighbours(right, wrong) == pytest.approx(expected)
 
 
 def test_an_embedding_is_the_same_for_a_seed_and_keeps_clusters_apart() -> None:
@@ -130,7 +132,7 @@ def test_an_embedding_is_the_same_for_a_seed_and_keeps_clusters_apart() -> None:
 
 def test_the_spaces_are_of_questions_that_the_encoders_were_not_trained_on(blip2_project: Project) -> None:
     hparams = HyperParams.from_hparams(blip2_project.yaml)
-    held = {(t.query.image, t.query.prompt) for t in data.held_out_triplets(hparams)}
+    held = {(t.query.image, t.query.prompt) for t in data.read_held_out_triplets(hparams)}
     trained = {(t.query.image, t.query.prompt) for t in inputs.read_triplets(hparams)}
     assert held
     assert not held & trained
@@ -140,28 +142,28 @@ def test_the_embedded_benchmark_has_a_val_split_for_the_spaces(copied: Project) 
     copied.write_records([record(9)], split="val")
     copied.write_records([record(9, caption=True)], "caption", "val")
     drawn = HyperParams.from_dict(copied.options(generate_data=True))
-    prompts = [t.query.prompt for t in data.held_out_triplets(drawn)]
+    prompts = [t.query.prompt for t in data.read_held_out_triplets(drawn)]
     assert prompts == ["Question: what is number 9? Short answer:", "a photo of"]
-    assert len(data.held_out_triplets(drawn, 1)) == 1
-    others = [t.query.prompt for t in data.held_out_triplets(replace(drawn, generate_data=False))]
+    assert len(data.read_held_out_triplets(drawn, 1)) == 1
+    others = [t.query.prompt for t in data.read_held_out_triplets(replace(drawn, generate_data=False))]
     assert prompts[0] not in others
 
 
 def test_examples_are_the_first_of_the_file_and_told_as_recorded(blip2_project: Project) -> None:
     cases = inputs.open_datasets(HyperParams.from_hparams(blip2_project.yaml), "vqa")
-    assert [c.request.id for c in data.chosen(cases, 2)] == ["vqa-0", "vqa-1"]
-    scores = {p.name: {"after": float(p.name != "m_locality")} for p in cases[0].probes}
-    answers = {p.name: {"before": "old", "after": f"new {p.name}"} for p in cases[0].probes}
-    told = {"id": "vqa-0", "scores": {"generated": scores}, "answers": answers}
-    example = data.example(cases[0], {"scoped": told})
-    assert [c.heading for c in example.cells] == ["edited", "rephrased", "picture drawn anew", "unrelated"]
-    assert [c.after["scoped"].good for c in example.cells] == [True, True, True, False]
-    assert example.cells[1].question == "which thing is number 5?"
-    assert example.cells[2].after["scoped"].text == "new m_generality"
+    assert [c.request.id for c in data.choose_cases(cases, 2)] == ["vqa-0", "vqa-1"]
+    scores = {p.name: Score(0.0, float(p.name != "m_locality")) for p in cases[0].probes}
+    answers = {p.name: Answer("what?", "new", "old", f"new {p.name}") for p in cases[0].probes}
+    told = Record("vqa-0", scores={"generated": scores}, answers=answers)
+    example = data.make_example(cases[0], {"scoped": told})
+    assert [c.heading for c in example.panels] == ["edited", "rephrased", "image rephrased", "unrelated"]
+    assert [c.after["scoped"].good for c in example.panels] == [True, True, True, False]
+    assert example.panels[1].question == "which thing is number 5?"
+    assert example.panels[2].after["scoped"].text == "new m_generality"
     assert example.name == f"E-VQA, vqa-0: old → {cases[0].request.query.target}"
-    for broken in ({"id": "vqa-0", "status": "failed"}, {"id": "vqa-0", "scores": {"teacher_forced": {}}}):
+    for broken in (Record("vqa-0", status="failed"), Record("vqa-0", scores={"teacher_forced": {}})):
         with pytest.raises(UserError, match="vqa-0 failed or has no generated"):
-            data.example(cases[0], {"scoped": broken})
+            data.make_example(cases[0], {"scoped": broken})
 
 
 # ---------------------------------------------------------------- the script
@@ -170,7 +172,7 @@ def test_examples_are_the_first_of_the_file_and_told_as_recorded(blip2_project: 
 def test_a_block_links_its_pictures_from_the_document(tmp_path: Path) -> None:
     document = tmp_path / "docs" / "results.md"
     files = [tmp_path / "docs/figures/figure2a.png", tmp_path / "docs/figures/figure2a.svg"]
-    block = script.block("2a", script.Drawn({}, "n = 3"), files, document)
+    block = script.format_block("2a", script.PaperFigure({}, "n = 3"), files, document)
     assert block == "![Figure 2a](figures/figure2a.png)\n\nFigure 2a: n = 3."
 
 
@@ -178,9 +180,9 @@ def test_a_block_takes_the_place_between_its_marks_alone(tmp_path: Path) -> None
     document = tmp_path / "results.md"
     text = "prose\n<!-- figure 2a -->\nold\n<!-- end of figure 2a -->\n<!-- table 2a -->\n"
     document.write_text(text)
-    assert script.with_blocks(document, {"2a": "new"}) == text.replace("\nold\n", "\n\nnew\n\n")
+    assert script.insert_blocks(document, {"2a": "new"}) == text.replace("\nold\n", "\n\nnew\n\n")
     with pytest.raises(UserError, match="expected <!-- figure 4a -->"):
-        script.with_blocks(document, {"4a": "new"})
+        script.insert_blocks(document, {"4a": "new"})
 
 
 @pytest.mark.parametrize(

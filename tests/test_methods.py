@@ -14,7 +14,7 @@ from worlds import BASE, COLORS, SETTINGS, World, case, query, snapshot, world_o
 
 from unike.backbones.base import answer_loss, encode_queries
 from unike.config.hparams import HyperParams
-from unike.evaluation.protocols import one_step
+from unike.evaluation.protocols import run_one_step
 from unike.evaluation.reader import Reader
 from unike.methods import build, list_methods, register
 from unike.types import Query, UserError
@@ -127,9 +127,9 @@ def test_a_later_edit_goes_on_from_the_former(world: World, row) -> None:
 def test_answers_read_by_the_protocol_are_the_whole_models(world: World, row) -> None:
     backbone, one, method = world.backbone, case(0), world.method(*row)
     reader = Reader(backbone, world.prefixes(method))
-    before = reader.base(one)
+    before = reader.predict_base(one)
     edit = method.edit(backbone, one.request, reader.prefixes)
-    after = reader.edited(one, edit, before)
+    after = reader.predict_edited(one, edit, before).predictions
     asked = [edit.rewrite(p.query) for p in one.probes]
     batch = encode_queries(backbone, asked)
     with edit.applied(backbone):
@@ -138,7 +138,7 @@ def test_answers_read_by_the_protocol_are_the_whole_models(world: World, row) ->
     at = batch.labels[:, 1:] != -100
     assert [r.predicted_ids for r in after] == [tuple(best[i][at[i]].tolist()) for i in range(len(asked))]
     assert [r.generated for r in after] == written
-    assert one_step(backbone, method, one, reader)["status"] == "ok"
+    assert run_one_step(backbone, method, one, reader).record.ok
 
 
 # ---------------------------------------------------------------- the register

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from unike.datasets.answers import normalise_answer
 from unike.evaluation.metrics import (
-    Reading,
+    Prediction,
     agreement,
     base_score,
     base_score_generated,
@@ -39,7 +39,7 @@ def naive_share(one, other):
 @given(rows=triples)
 def test_teacher_forced_values(rows):
     target, was, now = zip(*rows, strict=True)
-    before, after = Reading(target, was, edited=False), Reading(target, now, edited=True)
+    before, after = Prediction(target, was, edited=False), Prediction(target, now, edited=True)
     assert token_accuracy(now, target) == pytest.approx(naive_share(now, target))
     assert agreement(was, now) == pytest.approx(naive_share(was, now))
     assert score(TARGET, before, after) == pytest.approx(naive_share(now, target))
@@ -49,7 +49,7 @@ def test_teacher_forced_values(rows):
 
 
 def test_locality_compares_with_the_model_not_with_the_answer():
-    before, after = Reading([1, 2], [8, 9], edited=False), Reading([1, 2], [1, 2], edited=True)
+    before, after = Prediction([1, 2], [8, 9], edited=False), Prediction([1, 2], [1, 2], edited=True)
     assert score(UNCHANGED, before, after) == 0.0
     assert score(TARGET, before, after) == 1.0
 
@@ -64,7 +64,7 @@ def test_locality_compares_with_the_model_not_with_the_answer():
     ],
 )
 def test_generated_values(was, now, target_value, unchanged_value):
-    before, after = Reading([1], [2], was, edited=False), Reading([1], [1], now, edited=True)
+    before, after = Prediction([1], [2], was, edited=False), Prediction([1], [1], now, edited=True)
     assert score_generated(TARGET, before, after) == target_value
     assert score_generated(UNCHANGED, before, after) == unchanged_value
     assert base_score_generated(TARGET, before) == float(was == "two cats")
@@ -73,26 +73,26 @@ def test_generated_values(was, now, target_value, unchanged_value):
 
 @pytest.mark.parametrize("measure", [score, score_generated])
 def test_a_model_cannot_be_compared_with_itself(measure):
-    before, after = Reading([1], [2], "x", edited=False), Reading([1], [1], "y", edited=True)
+    before, after = Prediction([1], [2], "x", edited=False), Prediction([1], [1], "y", edited=True)
     measure(TARGET, before, after)
     for pair in [(before, before), (after, after), (after, before)]:
         with pytest.raises(ValueError, match="edited model"):
             measure(TARGET, *pair)
     with pytest.raises(ValueError, match="different answers"):
-        measure(TARGET, before, Reading([3], [3], "y", edited=True))
+        measure(TARGET, before, Prediction([3], [3], "y", edited=True))
     with pytest.raises(TypeError):
-        Reading([1], [1], "y")
+        Prediction([1], [1], "y")
 
 
 def test_readings_that_lack_something():
-    before, after = Reading([1], [2], edited=False), Reading([1], [1], edited=True)
+    before, after = Prediction([1], [2], edited=False), Prediction([1], [1], edited=True)
     for probe in (TARGET, UNCHANGED):
         with pytest.raises(ValueError, match="no generated text"):
             score_generated(probe, before, after)
     with pytest.raises(ValueError, match="expects a target"):
         score_generated(Probe("x", Query(None, "q"), "target"), before, after)
     with pytest.raises(ValueError, match="as many predictions"):
-        Reading([1, 2], [1], edited=True)
+        Prediction([1, 2], [1], edited=True)
     with pytest.raises(ValueError, match="as many predictions"):
         token_accuracy([], [])
     with pytest.raises(ValueError, match="edited model"):
@@ -100,8 +100,8 @@ def test_readings_that_lack_something():
 
 
 def test_readings_take_arrays_and_hold_plain_integers():
-    reading = Reading(np.array([1, 2]), np.array([3, 4]), edited=False)
-    assert reading == Reading((1, 2), (3, 4), edited=False)
+    reading = Prediction(np.array([1, 2]), np.array([3, 4]), edited=False)
+    assert reading == Prediction((1, 2), (3, 4), edited=False)
     assert type(reading.target_ids[0]) is int
 
 

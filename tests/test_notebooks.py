@@ -14,7 +14,7 @@ import nbformat
 from nbclient.exceptions import CellExecutionError
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 
-from scripts.notebooks import NOTEBOOKS, ROOT, executed, main
+from scripts.notebooks import NOTEBOOKS, ROOT, execute, main
 
 BYTES = 400_000
 # Of any machine: a folder below the root, not the end of a longer or relative path.
@@ -105,7 +105,7 @@ def copy(tmp_path: Path) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_a_notebook_runs(path: Path, copy: Path) -> None:
-    notebook = executed(path, copy)
+    notebook = execute(path, copy)
     assert problems(notebook) == []
     stored = nbformat.read(path, as_version=4)
     kinds = [
@@ -119,4 +119,4 @@ def test_a_cell_that_fails_is_told(copy: Path) -> None:
     path = copy / "broken.ipynb"
     nbformat.write(new_notebook(cells=[new_code_cell("1 / 0")]), path)
     with pytest.raises(CellExecutionError, match="ZeroDivisionError"):
-        executed(path, copy)
+        execute(path, copy)

@@ -15,8 +15,8 @@ import yaml
 from helpers import Project, record
 
 from scripts import plan, tables, workers
-from unike.runs import run as loop
-from unike.runs.records import RECORDS, read_records
+from unike.runs import batches as loop
+from unike.runs.records import RECORDS, read_lines
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).parents[1]
@@ -53,7 +53,7 @@ def measured(folder: Path) -> dict[str, list[dict[str, Any]]]:
     """All records below a folder, without the times."""
     return {
         str(path.parent.relative_to(folder)): [
-            {k: v for k, v in r.items() if k != "seconds"} for r in read_records(path.parent)
+            {k: v for k, v in r.items() if k != "seconds"} for r in read_lines(path.parent)
         ]
         for path in sorted(folder.glob(f"*/*/{RECORDS}"))
     }
@@ -180,8 +180,8 @@ def test_a_table_is_run_once_and_then_read(copied: Project, capsys, monkeypatch)
 
 def test_sequences_are_run_too(copied: Project) -> None:
     runs = [run for run in read(copied, write_plan(copied, [FT], [FT]), tables=["2"]) if run.length == 2]
-    assert workers.ensure(runs, 1) == workers.Outcome()
-    found = plan.summary(runs[0])
+    assert workers.ensure(runs, 1) == workers.WorkOutcome()
+    found = plan.summarise_run(runs[0])
     assert found["sequences"] == {"n": 2, "length": 2}
     assert plan.is_complete(runs[0])
 
@@ -208,19 +208,19 @@ def test_a_row_that_fails_leaves_the_others(copied: Project, capsys, monkeypatch
 
 def test_ctrl_c_keeps_what_is_there(copied: Project, capsys, monkeypatch) -> None:
     path = write_plan(copied, [FT, INTRIN])
-    one_step, asked = loop.one_step_many, []
+    run_one_step_batch, asked = loop.run_one_step_batch, []
 
     def stopped(*arguments: Any) -> Any:
         asked.append(arguments)
         if len(asked) == 4:
             raise KeyboardInterrupt
-        return one_step(*arguments)
+        return run_one_step_batch(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "one_step_many", stopped)
+        patch.setattr(loop, "run_one_step_batch", stopped)
         assert tables.main(command(copied, path, "--size", "2", "--jobs", "1", "edit_batch_size=1")) == 130
     assert [len(r) for r in measured(copied.root / "out").values()] == [2, 1]
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "the same command continues" in capsys.readouterr().err
     assert tables.main(command(copied, path, "--size", "2", "--jobs", "1")) == 0
     assert [len(r) for r in measured(copied.root / "out").values()] == [2, 2]
 

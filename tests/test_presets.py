@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unike.evaluation.metrics import PRESETS, Reading, needs_ranks, ngram_entropy, preset_score, score
-from unike.evaluation.reader import leaders
+from unike.evaluation.metrics import PRESETS, Prediction, needs_ranks, ngram_entropy, preset_score, score
+from unike.evaluation.reader import find_leaders
 from unike.types import METRIC_PRESETS, Probe, Query
 
 TEXT = Probe("t_locality", Query(None, "who?", "a dog"), "unchanged")
@@ -19,11 +19,11 @@ IMAGE = Probe("m_locality", Query("j.png", "who?", "a dog"), "unchanged")
 TARGET = Probe("reliability", Query("i.png", "what?", "two cats"), "target")
 
 
-def reading(logits: torch.Tensor, target: list[int], edited: bool) -> Reading:
+def reading(logits: torch.Tensor, target: list[int], edited: bool) -> Prediction:
     """As the reader makes it: ``logits (s, v)`` of prompt and answer, the answer at their end."""
-    best, ranked = leaders(logits)
+    best, ranked = find_leaders(logits)
     predicted = logits.argmax(-1)[-len(target) - 1 : -1].tolist()
-    return Reading(target, predicted, edited=edited, best=best, ranked=ranked)
+    return Prediction(target, predicted, edited=edited, best=best, ranked=ranked)
 
 
 def softmax(row: list[float]) -> list[float]:
@@ -100,7 +100,7 @@ def test_what_a_preset_needs():
     assert tuple(PRESETS) == METRIC_PRESETS
     assert not needs_ranks(["paper", "release"])
     assert needs_ranks(["paper", "easyedit"])
-    bare = Reading([1], [1], edited=False), Reading([1], [1], edited=True)
+    bare = Prediction([1], [1], edited=False), Prediction([1], [1], edited=True)
     assert preset_score("release", IMAGE, *bare) == 1.0
     with pytest.raises(ValueError, match="no ranks"):
         preset_score("easyedit", IMAGE, *bare)

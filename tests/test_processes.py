@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 
 import run_edit  # noqa: E402
 from scripts import prepare  # noqa: E402
-from unike.runs.records import SHARDS, read_manifest, read_records  # noqa: E402
+from unike.runs.records import SHARDS, read_lines, read_manifest  # noqa: E402
 from unike.system import launching, processes  # noqa: E402
 from unike.types import UserError  # noqa: E402
 
@@ -55,7 +55,7 @@ def errors(text: str) -> list[str]:
 
 
 def without_times(folder: Path) -> list[dict[str, Any]]:
-    return [{k: v for k, v in record.items() if k != "seconds"} for record in read_records(folder)]
+    return [{k: v for k, v in record.items() if k != "seconds"} for record in read_lines(folder)]
 
 
 # ---------------------------------------------------------------- the same results
@@ -77,7 +77,7 @@ def test_two_processes_write_the_records_of_one(copied: Project, protocol: str) 
     # A process of its own, too: in one that has run other things, last bits may differ.
     ended(shell(copied, *options, "--output", "one"), 0)
     assert without_times(copied.root / "two") == without_times(copied.root / "one")
-    assert len(read_records(copied.root / "two")) == (4 if protocol == "one_step" else 12)
+    assert len(read_lines(copied.root / "two")) == (4 if protocol == "one_step" else 12)
     alone = [file.read_bytes() for file in (copied.root / "knowledge").rglob("*.safetensors")]
     assert alone == together, "knowledge states and what is learnt from them"
     ours, theirs = (json.loads((copied.root / name / "summary.json").read_text()) for name in ("one", "two"))
@@ -135,7 +135,7 @@ def test_what_is_done_is_kept_and_any_number_goes_on(copied: Project, how: str) 
         out, _ = ended(process, 130)
         assert out.count("Reliability") == 1
         assert json.loads((folder / "summary.json").read_text())["interrupted"]
-        done = len(read_records(folder))
+        done = len(read_lines(folder))
     else:
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
         if not children.exists():
@@ -153,7 +153,7 @@ def test_what_is_done_is_kept_and_any_number_goes_on(copied: Project, how: str) 
         run_edit.main(["--hparams_dir", str(copied.yaml), *slow[2:], "--output", str(folder), "--resume"])
         == 0
     )
-    assert [r["id"] for r in read_records(folder)] == [f"vqa-{i}" for i in range(4)]
+    assert [r["id"] for r in read_lines(folder)] == [f"vqa-{i}" for i in range(4)]
     assert not list(folder.glob(SHARDS))
 
 

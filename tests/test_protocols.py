@@ -1,4 +1,4 @@
-"""Readings before and after an edit: drafts stand for decoding exactly, the base is asked once."""
+"""Predictions before and after an edit: drafts stand for decoding exactly, the base is evaluated once."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from unike.backbones import load_backbone
 from unike.backbones.base import encode_queries
 from unike.backbones.prefix import PrefixCache
 from unike.config.hparams import HyperParams
-from unike.evaluation.protocols import one_step
+from unike.evaluation.protocols import run_one_step
 from unike.evaluation.reader import Reader
 from unike.methods import build
 from unike.types import METRIC_PRESETS, METRICS, Case, EditRequest, Probe, Query
@@ -60,9 +60,9 @@ def test_drafts_stand_for_decoding(backbone) -> None:
     one = case(backbone)
     maker = method()
     reader = Reader(backbone, PrefixCache(backbone, maker.layers(backbone)[0]))
-    base = reader.base(one)
+    base = reader.predict_base(one)
     edit = maker.edit(backbone, one.request, reader.prefixes)
-    after = reader.edited(one, edit, base)
+    after = reader.predict_edited(one, edit, base).predictions
     queries = [p.query for p in one.probes]
     asked = ([q.image for q in queries], [q.prompt for q in queries])
     assert [r.generated for r in base] == backbone.generate(*asked)
@@ -75,9 +75,9 @@ def test_teacher_forced_readings_are_the_whole_models(backbone) -> None:
     one = case(backbone)
     maker = method()
     reader = Reader(backbone, PrefixCache(backbone, maker.layers(backbone)[0]), generated=False)
-    base = reader.base(one)
+    base = reader.predict_base(one)
     edit = maker.edit(backbone, one.request, reader.prefixes)
-    after = reader.edited(one, edit, base)
+    after = reader.predict_edited(one, edit, base).predictions
     batch = encode_queries(backbone, [p.query for p in one.probes])
 
     def whole() -> list[tuple[int, ...]]:
@@ -95,11 +95,11 @@ def test_one_forward_pass_serves_all_presets(backbone, monkeypatch) -> None:
     one = case(backbone)
     maker = method()
     reader = Reader(backbone, PrefixCache(backbone, maker.layers(backbone)[0]), False, METRIC_PRESETS)
-    base = reader.base(one)
+    base = reader.predict_base(one)
     edit = maker.edit(backbone, one.request, reader.prefixes)
     passes, hidden = [], backbone.suffix_hidden
     monkeypatch.setattr(backbone, "suffix_hidden", lambda state: passes.append(len(state)) or hidden(state))
-    after = reader.edited(one, edit, base)
+    after = reader.predict_edited(one, edit, base).predictions
     assert passes == [len(one.probes)]
     monkeypatch.undo()
     batch = encode_queries(backbone, [p.query for p in one.probes])
@@ -118,16 +118,16 @@ def test_one_forward_pass_serves_all_presets(backbone, monkeypatch) -> None:
 def test_the_base_is_asked_once(backbone, monkeypatch) -> None:
     one = case(backbone)
     reader = Reader(backbone, PrefixCache(backbone, 4))
-    first = reader.base(one)
+    first = reader.predict_base(one)
     monkeypatch.setattr(backbone, "suffix_hidden", lambda *_: pytest.fail("asked again"))
-    assert reader.base(one) is first
+    assert reader.predict_base(one) is first
 
 
 def test_a_record_holds_scores_answers_and_decisions(backbone) -> None:
     one = case(backbone)
     maker = method()
     reader = Reader(backbone, PrefixCache(backbone, maker.layers(backbone)[0]))
-    record = one_step(backbone, maker, one, reader)
+    record = run_one_step(backbone, maker, one, reader).record.to_json()
     names = [p.name for p in one.probes]
     assert record["status"] == "ok"
     assert list(record["scores"]["teacher_forced"]) == list(record["scores"]["generated"]) == names
@@ -147,12 +147,12 @@ def test_an_edit_that_diverges_is_marked_failed_and_the_next_one_works(backbone,
     before = {k: v.clone() for k, v in backbone.model.state_dict().items()}
     with monkeypatch.context() as patched:
         patched.setattr("unike.methods.training._score_rows", diverging(float("inf")))
-        record = one_step(backbone, maker, one, reader)
+        record = run_one_step(backbone, maker, one, reader).record.to_json()
     assert record["status"] == "failed"
     assert "inf after 0 steps" in record["error"]
     assert "scores" not in record
     assert all(torch.equal(v, backbone.model.state_dict()[k]) for k, v in before.items())
-    assert one_step(backbone, maker, one, reader)["status"] == "ok"
+    assert run_one_step(backbone, maker, one, reader).record.status == "ok"
 
 
 def test_edits_in_the_prompt_are_asked_in_the_prompt(backbone) -> None:
@@ -163,4 +163,5 @@ def test_edits_in_the_prompt_are_asked_in_the_prompt(backbone) -> None:
     query = edit.rewrite(one.probes[3].query)
     shown = "New Fact: Question: what is it? Short answer: a fox\nPrompt: where is it?"
     assert query.prompt == shown
-    assert one_step(backbone, maker, one, reader)["answers"]["t_locality"]["prompt"] == "where is it?"
+    record = run_one_step(backbone, maker, one, reader).record
+    assert record.answers["t_locality"].prompt == "where is it?"

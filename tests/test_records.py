@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from unike.runs.records import RECORDS, SHARDS, RecordWriter, merge, read_manifest, read_records
+from unike.runs.records import RECORDS, SHARDS, RecordWriter, merge, read_lines, read_manifest
 from unike.system.files import write_json
 from unike.types import UserError
 
@@ -41,7 +41,7 @@ def problems_of(*args, **kwargs):
 
 def test_records_come_back(tmp_path):
     write_all(tmp_path / "results" / "run")
-    assert read_records(tmp_path / "results" / "run") == CASES
+    assert read_lines(tmp_path / "results" / "run") == CASES
     assert lines(tmp_path / "results" / "run")[-1] == b""
 
 
@@ -53,7 +53,7 @@ def test_each_record_is_on_the_disk_at_once(tmp_path, monkeypatch):
     synced.clear()
     for number, case in enumerate(CASES, start=1):
         writer.write(case)
-        assert read_records(tmp_path / "run") == CASES[:number]
+        assert read_lines(tmp_path / "run") == CASES[:number]
         assert len(synced) == number
     writer.close()
 
@@ -70,11 +70,11 @@ def test_cut_at_any_byte_and_resumed(tmp_path, data):
     # A record is complete once its last brace is written; the line's end may be missing.
     ends = [i for i, byte in enumerate(whole) if byte == ord("\n")]
     complete = sum(end <= cut for end in ends)
-    assert read_records(folder) == CASES[:complete]
+    assert read_lines(folder) == CASES[:complete]
     with RecordWriter(folder, True, HPARAMS) as writer:
-        assert writer.done_ids() == {case["id"] for case in CASES[:complete]}
+        assert writer.list_done() == {case["id"] for case in CASES[:complete]}
         for case in CASES:
-            if case["id"] not in writer.done_ids():
+            if case["id"] not in writer.list_done():
                 writer.write(case)
     assert (folder / RECORDS).read_bytes() == whole
 
@@ -86,7 +86,7 @@ def test_a_torn_line_is_said(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, logger="unike"):
         RecordWriter(tmp_path / "run", True, HPARAMS).close()
     assert "half written" in caplog.text
-    assert read_records(tmp_path / "run") == CASES
+    assert read_lines(tmp_path / "run") == CASES
 
 
 def test_a_broken_line_in_the_middle_is_an_error(tmp_path):
@@ -118,7 +118,7 @@ def test_a_failed_write_leaves_whole_lines(tmp_path, monkeypatch):
             writer.write(CASES[1])
     writer.write(CASES[1])
     writer.close()
-    assert read_records(tmp_path / "run") == CASES[:2]
+    assert read_lines(tmp_path / "run") == CASES[:2]
 
 
 def test_an_id_is_written_once(tmp_path):
@@ -179,9 +179,9 @@ def test_fresh_folders_of_all_kinds(tmp_path):
     (tmp_path / "killed").mkdir()
     (tmp_path / "killed" / ".manifest.json.12.tmp").write_text('{"hpar')
     RecordWriter(tmp_path / "killed", False, HPARAMS).close()
-    assert read_records(tmp_path / "killed") == []
+    assert read_lines(tmp_path / "killed") == []
     with pytest.raises(UserError, match="no such file"):
-        read_records(tmp_path)
+        read_lines(tmp_path)
     with pytest.raises(UserError, match="manifest"):
         read_manifest(tmp_path)
 
@@ -200,8 +200,8 @@ def test_values_outside_json(tmp_path):
         writer.write({"id": 3, "loss": float("nan"), "x": np.float32(0.5), "y": np.array([1, np.inf])})
         writer.write({"id": "s", "text": "\ud800", "path": Path("a") / "b", "t": (1, 2)})
         writer.write_summary({"n": 2})
-        assert writer.done_ids() == {"3", "s"}
-    first, second = read_records(tmp_path / "run")
+        assert writer.list_done() == {"3", "s"}
+    first, second = read_lines(tmp_path / "run")
     assert first == {"id": 3, "loss": None, "x": 0.5, "y": [1.0, None]}
     assert second == {"id": "s", "text": "\ud800", "path": os.path.join("a", "b"), "t": [1, 2]}
     assert json.loads((tmp_path / "run" / "summary.json").read_text()) == {"n": 2}
@@ -227,12 +227,12 @@ def test_processes_write_files_of_their_own_that_are_merged_in_order(tmp_path):
     writers = [RecordWriter(folder, False, HPARAMS, rank=rank) for rank in (0, 1)]
     for number, case in enumerate(MANY):
         writers[1 - number % 2].write(case)
-        assert read_records(folder) == []
+        assert read_lines(folder) == []
     assert len(list(folder.glob(SHARDS))) == 2
     writers[1].finish(ORDER)
-    assert read_records(folder) == [], "the first process merges"
+    assert read_lines(folder) == [], "the first process merges"
     writers[0].finish(ORDER)
-    assert read_records(folder) == MANY
+    assert read_lines(folder) == MANY
     assert not list(folder.glob(SHARDS))
     assert {path.name for path in folder.iterdir()} == {RECORDS, "manifest.json"}
 
@@ -254,12 +254,12 @@ def test_files_of_processes_cut_anywhere_and_resumed_by_any_number(tmp_path, dat
     count = data.draw(st.integers(0, 3))
     ranks = list(range(count)) or [None]
     writers = [RecordWriter(folder, True, HPARAMS, rank=rank) for rank in ranks]
-    assert all(writer.done_ids() == complete for writer in writers)
+    assert all(writer.list_done() == complete for writer in writers)
     for number, case in enumerate(case for case in MANY if case["id"] not in complete):
         writers[number % len(writers)].write(case)
     for writer in reversed(writers):
         writer.finish(ORDER)
-    assert read_records(folder) == MANY
+    assert read_lines(folder) == MANY
     assert not list(folder.glob(SHARDS))
 
 
@@ -276,8 +276,8 @@ def test_a_kill_between_merging_and_removing_doubles_nothing(tmp_path, monkeypat
             merge(folder, ORDER)
     assert len(list(folder.glob(SHARDS))) == 2
     with RecordWriter(folder, True, HPARAMS) as writer:
-        assert writer.done_ids() == set(ORDER)
-    assert read_records(folder) == MANY
+        assert writer.list_done() == set(ORDER)
+    assert read_lines(folder) == MANY
 
 
 def test_records_outside_the_order_stay(tmp_path):
@@ -286,7 +286,7 @@ def test_records_outside_the_order_stay(tmp_path):
     merge(tmp_path / "run", ["vqa-0", "vqa-1"])
     assert (tmp_path / "run" / RECORDS).read_bytes() == former
     merge(tmp_path / "run", ["vqa-3", "vqa-0"])
-    assert [record["id"] for record in read_records(tmp_path / "run")] == [
+    assert [record["id"] for record in read_lines(tmp_path / "run")] == [
         "vqa-3", "vqa-0", "vqa-1", "vqa-2", "vqa-4"
     ]  # fmt: skip
 
@@ -294,17 +294,17 @@ def test_records_outside_the_order_stay(tmp_path):
 def test_one_process_stops_the_others(tmp_path):
     folder = tmp_path / "run"
     first, second = (RecordWriter(folder, False, HPARAMS, rank=rank) for rank in (0, 1))
-    assert not first.stopped()
+    assert not first.is_stopped()
     second.stop()
-    assert first.stopped()
+    assert first.is_stopped()
     second.close()
     first.close()
     again = RecordWriter(folder, True, HPARAMS, rank=0)
-    assert not again.stopped(), "a new start is not stopped by the former one"
+    assert not again.is_stopped(), "a new start is not stopped by the former one"
     again.close()
     with RecordWriter(tmp_path / "alone", False, HPARAMS) as alone:
         alone.stop()
-        assert not alone.stopped()
+        assert not alone.is_stopped()
 
 
 def test_what_a_run_is_made_on_is_told_and_not_compared(tmp_path):

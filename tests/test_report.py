@@ -20,11 +20,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from unike.report import pictures, write_report
+from unike.report import images, write_report
 from unike.report.__main__ import main
-from unike.report.charts import curve, histogram, shares
-from unike.report.page import CaseView, Page, ProbeView, Said, TableView, render
-from unike.report.run_page import run_page
+from unike.report.charts import draw_curve, draw_histogram, draw_shares
+from unike.report.page import AnswerView, CaseView, HtmlPage, ProbeView, TableView, render
+from unike.report.run_page import build_run_page
 from unike.runs.records import MANIFEST, RECORDS, read_manifest
 from unike.types import FIVE_METRICS, UserError
 
@@ -87,44 +87,44 @@ def test_a_run_is_shown_with_its_pictures(tmp_path: Path) -> None:
     assert "what is number 1?" in page.text
     assert "loss is nan" in page.text
     cases = [a for a in page.of("li") if a.get("class") == "case"]
-    assert [("failed" in tags(c), "lost m_locality" in tags(c)) for c in cases] == [
+    assert [("failed" in tags(c), "fails m_locality" in tags(c)) for c in cases] == [
         (False, False), (True, True), (True, False),
     ]  # fmt: skip
     # Cases 0 and 1 share the picture 1.png: 0 to 3, each once.
     uris = json.loads(page.scripts[0])
     assert len(uris) == 4
     assert all(Image.open(io.BytesIO(base64.b64decode(u.split(",")[1]))).size == (28, 28) for u in uris)
-    places = [int(str(a["data-picture"])) for a in page.of("img")]
+    places = [int(str(a["data-image"])) for a in page.of("img")]
     assert set(places) == {0, 1, 2, 3}
-    assert "No pictures" not in page.text
+    assert "No images" not in page.text
 
 
 def test_alpha_and_other_decisions_are_shown(tmp_path: Path) -> None:
-    (view,) = run_page(save_run(tmp_path / "run", [ended(3)])).cases
+    (view,) = build_run_page(save_run(tmp_path / "run", [ended(3)])).cases
     assert view.probes[0].figures == (("alpha", "0.30"),)
     assert view.keys == {
         "order": 0,
-        "held": 5,
+        "passes": 5,
         "steps": 4,
         "loss": 0.01,
         "seconds": 0.25,
         "alpha": pytest.approx(0.3),
     }
-    titles = [chart.title for chart in run_page(tmp_path / "run").charts]
+    titles = [chart.title for chart in build_run_page(tmp_path / "run").charts]
     assert any("Alpha" in title for title in titles)
 
 
 def test_the_reading_is_the_one_that_the_run_has(tmp_path: Path) -> None:
     forced = ended(0)
     forced["scores"]["teacher_forced"]["joint"] = {"before": 0.0, "after": 0.5}
-    page = run_page(save_run(tmp_path / "both", [forced]))
+    page = build_run_page(save_run(tmp_path / "both", [forced]))
     assert "generated answer" in page.lead
     assert page.cases[0].good
     del forced["scores"]["generated"]
-    page = run_page(save_run(tmp_path / "forced", [forced]))
+    page = build_run_page(save_run(tmp_path / "forced", [forced]))
     assert "teacher-forced" in page.lead
     assert not page.cases[0].good
-    assert "lost joint" in page.cases[0].tags
+    assert "fails joint" in page.cases[0].tags
 
 
 def test_sequences_have_a_curve_and_their_final_cases_alone(tmp_path: Path) -> None:
@@ -137,9 +137,9 @@ def test_sequences_have_a_curve_and_their_final_cases_alone(tmp_path: Path) -> N
         "former_cases": 1,
     }
     final = ended(4, id="0/1/final", position=1, kind="final") | place
-    page = run_page(save_run(tmp_path / "run", [step, later, final], tmp_path / "data"))
+    page = build_run_page(save_run(tmp_path / "run", [step, later, final], tmp_path / "data"))
     assert [view.id for view in page.cases] == ["0/1/final"]
-    assert page.cases[0].picture == 0, "found by the id of its case"
+    assert page.cases[0].image == 0, "found by the id of its case"
     assert any("accumulate" in chart.title for chart in page.charts)
 
 
@@ -147,37 +147,37 @@ def test_missing_and_changed_pictures_are_said(tmp_path: Path) -> None:
     run = save_run(tmp_path / "run", [ended(0), ended(1)], tmp_path / "data")
     (tmp_path / "data" / "0.png").unlink()
     (tmp_path / "data" / "1.png").write_bytes(b"no picture")
-    page = run_page(run)
-    assert page.notes[0].startswith("2 pictures could not be read")
-    assert page.cases[0].probes[0].picture is None
-    assert page.cases[1].probes[2].picture is not None
+    page = build_run_page(run)
+    assert page.notes[0].startswith("2 images could not be read")
+    assert page.cases[0].probes[0].image is None
+    assert page.cases[1].probes[2].image is not None
     (tmp_path / "data" / "vqa_eval.json").write_text("[]")
-    page = run_page(run)
+    page = build_run_page(run)
     assert "has changed since the run" in page.notes[0]
-    assert page.pictures == []
+    assert page.images == []
     (tmp_path / "data" / "vqa_eval.json").unlink()
-    assert "no such file" in run_page(run).notes[0]
+    assert "no such file" in build_run_page(run).notes[0]
 
 
 def test_size_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = save_run(tmp_path / "run", [ended(i) for i in range(6)], tmp_path / "data")
-    whole = run_page(run)
-    assert len(whole.pictures) == 8
+    whole = build_run_page(run)
+    assert len(whole.images) == 8
     assert whole.notes == ()
-    few = run_page(run, most=2)
+    few = build_run_page(run, most=2)
     assert len(few.cases) == 2
     assert few.notes == ("The first 2 of 6 cases are shown; tables and charts are of all.",)
     assert few.tables == whole.tables
-    monkeypatch.setattr(pictures, "MOST_BYTES", sum(map(len, whole.pictures[:3])))
-    bounded = run_page(run)
-    assert bounded.pictures == whole.pictures[:3]
-    assert bounded.notes[0].startswith("5 pictures are left out")
+    monkeypatch.setattr(images, "MOST_BYTES", sum(map(len, whole.images[:3])))
+    bounded = build_run_page(run)
+    assert bounded.images == whole.images[:3]
+    assert bounded.notes[0].startswith("5 images are left out")
     large = tmp_path / "large.png"
     Image.new("RGB", (1000, 500)).save(large)
     sides = []
     for count in (10, 5000):
-        album = pictures.Album(count)
-        monkeypatch.setattr(pictures, "MOST_BYTES", 1 << 20)
+        album = images.Album(count)
+        monkeypatch.setattr(images, "MOST_BYTES", 1 << 20)
         album.place(str(large))
         sides.append(Image.open(io.BytesIO(base64.b64decode(album.uris[0].split(",")[1]))).size)
     assert sides == [(320, 160), (112, 56)]
@@ -252,16 +252,16 @@ def test_hostile_texts_are_shown_and_inert(tmp_path: Path) -> None:
     assert [tag for tag, _ in page.tags] == [tag for tag, _ in same.tags]
 
 
-def page_of(text: str) -> Page:
-    said = (Said(text, text, True, text),)
-    probe = ProbeView(text, text, text, text, said, None, text, ((text, text),))
+def page_of(text: str) -> HtmlPage:
+    answers = (AnswerView(text, text, True, text),)
+    probe = ProbeView(text, text, text, text, answers, None, text, ((text, text),))
     case = CaseView(text, text, text, False, {text: 1.0}, (text,), (probe,), ((text, text),), None, text)
     charts = (
-        shares(text, {text: [1, 2]}, (text, "b")),
-        curve(text, {text: [1.0, 2.0]}, 2),
-        histogram(text, {text: [1.0]}),
+        draw_shares(text, {text: [1, 2]}, (text, "b")),
+        draw_curve(text, {text: [1.0, 2.0]}, 2),
+        draw_histogram(text, {text: [1.0]}),
     )
-    return Page(
+    return HtmlPage(
         text, text, (TableView(text, (text,), ((text, text),)),), [case], {text: text}, {text: text}, [text],
         tuple(c for c in charts if c), (text,), ((text, text),),
     )  # fmt: skip
@@ -317,9 +317,9 @@ def test_a_manifest_of_another_version_still_gives_a_page(tmp_path: Path) -> Non
     manifest = read_manifest(run)
     manifest["hparams"]["k"] = "many"
     (run / MANIFEST).write_text(json.dumps(manifest))
-    assert "k: expected" in run_page(run).notes[0]
+    assert "k: expected" in build_run_page(run).notes[0]
     (run / MANIFEST).write_text("{}")
-    assert "no hyper-parameters" in run_page(run).notes[0]
+    assert "no hyper-parameters" in build_run_page(run).notes[0]
 
 
 def test_records_of_another_shape_are_refused(tmp_path: Path) -> None:
@@ -333,7 +333,7 @@ def test_records_of_another_shape_are_refused(tmp_path: Path) -> None:
         {"steps": 10**400},
     ):
         with pytest.raises(UserError, match=r"records.jsonl: record vqa-0: \w+ is not as a run writes it"):
-            run_page(save_run(tmp_path / "run", [ended(0, **wrong)]))
+            build_run_page(save_run(tmp_path / "run", [ended(0, **wrong)]))
 
 
 json_values = st.recursive(
@@ -365,7 +365,7 @@ def test_any_record_gives_a_page_or_one_line(
     run = save_run(tmp_path_factory.mktemp("runs") / "run", [first, record])
     # What is refused is refused by a UserError; anything else that is raised fails the test.
     with contextlib.suppress(UserError):
-        render(run_page(run))
+        render(build_run_page(run))
 
 
 @pytest.mark.slow

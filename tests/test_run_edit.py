@@ -20,9 +20,9 @@ import run_edit  # noqa: E402
 from scripts import prepare  # noqa: E402
 from unike import runs  # noqa: E402
 from unike.config.hparams import HyperParams  # noqa: E402
+from unike.runs import batches as loop  # noqa: E402
 from unike.runs import inputs, packages  # noqa: E402
-from unike.runs import run as loop  # noqa: E402
-from unike.runs.records import RecordWriter, read_manifest, read_records  # noqa: E402
+from unike.runs.records import RecordWriter, read_lines, read_manifest  # noqa: E402
 from unike.types import FIVE_METRICS, UserError  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -69,7 +69,7 @@ def test_a_run_from_the_shell(copied: Project) -> None:
 @pytest.mark.parametrize("task", inputs.TASKS)
 def test_each_task_on_each_backbone(project: Project, task: str, tmp_path: Path) -> None:
     assert start(project, "--task", task, "--output", str(tmp_path / "run"), "--size", "2") == 0
-    records = read_records(tmp_path / "run")
+    records = read_lines(tmp_path / "run")
     tasks = {"vqa": ["vqa", "vqa"], "caption": ["caption", "caption"], "cross": ["vqa", "caption"]}
     assert [r["task"] for r in records] == tasks[task]
     for r in records:
@@ -85,7 +85,7 @@ def test_each_task_on_each_backbone(project: Project, task: str, tmp_path: Path)
 
 def test_teacher_forcing_alone(copied: Project) -> None:
     assert start(copied, "--size", "1", "--output", str(copied.root / "run"), "--no_generated") == 0
-    assert set(read_records(copied.root / "run")[0]["scores"]) == {"teacher_forced"}
+    assert set(read_lines(copied.root / "run")[0]["scores"]) == {"teacher_forced"}
 
 
 def test_a_run_resumes(copied: Project, capsys: pytest.CaptureFixture[str]) -> None:
@@ -103,22 +103,20 @@ def test_a_run_resumes(copied: Project, capsys: pytest.CaptureFixture[str]) -> N
     assert "k: 3 in the run to resume, 2 now" in line
     assert start(copied, "--size", "4", *part, "--resume") == 0
     assert (copied.root / "part" / "records.jsonl").read_bytes().startswith(former)
-    assert without_costs(read_records(copied.root / "part")) == without_costs(
-        read_records(copied.root / "whole")
-    )
+    assert without_costs(read_lines(copied.root / "part")) == without_costs(read_lines(copied.root / "whole"))
 
 
 def test_an_interrupted_run_sums_up_and_resumes(copied: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     output, calls = ("--output", str(copied.root / "run"), "edit_batch_size=1"), []
 
-    def one_step_many(*args: Any) -> list[dict[str, Any]]:
+    def run_one_step_batch(*args: Any) -> list[dict[str, Any]]:
         calls.append(args)
         if len(calls) == 3:
             raise KeyboardInterrupt
         return unpatched(*args)
 
-    unpatched = loop.one_step_many
-    monkeypatch.setattr(loop, "one_step_many", one_step_many)
+    unpatched = loop.run_one_step_batch
+    monkeypatch.setattr(loop, "run_one_step_batch", run_one_step_batch)
     assert start(copied, *output) == 130
     summary = json.loads((copied.root / "run" / "summary.json").read_text())
     assert summary["interrupted"]
@@ -145,9 +143,9 @@ def test_a_run_cut_off_within_a_batch_resumes_to_the_same_bytes(copied: Project,
     with monkeypatch.context() as patched:
         patched.setattr(RecordWriter, "write", cut)
         assert start(copied, *part) == 130
-    assert len(read_records(copied.root / "part")) == 1
+    assert len(read_lines(copied.root / "part")) == 1
     assert start(copied, *part, "--resume") == 0
-    found, wanted = (without_costs(read_records(copied.root / name)) for name in ("part", "whole"))
+    found, wanted = (without_costs(read_lines(copied.root / name)) for name in ("part", "whole"))
     assert [json.dumps(r) for r in found] == [json.dumps(r) for r in wanted]
 
 
@@ -308,7 +306,7 @@ def test_broken_records_are_skipped_on_request(copied: Project, caplog: pytest.L
     copied.write_records([*json.loads((copied.data / "vqa_eval.json").read_text()), record(99), record(7)])
     output = copied.root / "run"
     assert start(copied, "--skip_broken", "--size", "2", "--output", str(output)) == 0
-    assert [r["id"] for r in read_records(output)] == ["vqa-0", "vqa-3"]
+    assert [r["id"] for r in read_lines(output)] == ["vqa-0", "vqa-3"]
     assert "2 records are skipped" in caplog.text
 
 

@@ -16,7 +16,7 @@ from unike.knowledge.encoders import Disentangler, KnowledgeStates
 from unike.methods.preparation.folders import find_editor, find_scope_classifier
 from unike.methods.preparation.knowledge import LayerStates, load_states, save_knowledge
 from unike.runs.checks import find_all
-from unike.runs.records import RecordWriter, read_manifest, read_records
+from unike.runs.records import RecordWriter, read_lines, read_manifest
 from unike.runs.request import RunRequest
 from unike.system import files as sealed
 from unike.types import UserError
@@ -130,7 +130,7 @@ def test_a_runs_own_files(tmp_path: Path) -> None:
     path = tmp_path / "run" / "records.jsonl"
     path.write_bytes(b"[" * 10**6 + b"\n" + path.read_bytes())
     with pytest.raises(UserError, match=r"records\.jsonl:1: is not a record"):
-        read_records(tmp_path / "run")
+        read_lines(tmp_path / "run")
     (tmp_path / "run" / "manifest.json").write_text("[" * 10**6)
     with pytest.raises(UserError, match="cannot be read as a run's manifest"):
         read_manifest(tmp_path / "run")

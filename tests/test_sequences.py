@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from finished_runs import as_records
 from helpers import Project
 from original_files import FAMILIES, make_spec
 from PIL import Image
@@ -17,14 +18,14 @@ from unike.backbones import load_backbone
 from unike.backbones.base import encode_queries
 from unike.backbones.prefix import PrefixCache
 from unike.config.hparams import HyperParams
-from unike.edits import Edit, compose
-from unike.evaluation.protocols import one_step, sequential
+from unike.edits import compose
+from unike.evaluation.protocols import run_one_step, run_sequence
 from unike.evaluation.reader import Reader
 from unike.evaluation.sequences import draw_cross_task, draw_sequences
 from unike.evaluation.summary import summarise
 from unike.methods import build
 from unike.report.terminal import as_text, summary_table
-from unike.runs.records import read_records
+from unike.runs.records import read_lines
 from unike.types import METRIC_PRESETS, METRICS, Case, EditRequest, Probe, Query, UserError
 
 COLORS = ("teal", "navy", "olive", "maroon", "gold", "gray")
@@ -80,6 +81,11 @@ def reader_of(backbone, method, **changes) -> Reader:
     return Reader(backbone, PrefixCache(backbone, method.layers(backbone)[0]), **changes)
 
 
+def recorded(*args: Any, **options: Any) -> list[dict[str, Any]]:
+    """The records of a sequence, as a run writes them."""
+    return [outcome.record.to_json() for outcome in run_sequence(*args, **options)]
+
+
 def predictions(backbone, one: Case) -> list[list[int]]:
     """The whole model's argmax at each answer position, as it is at the moment."""
     batch = encode_queries(backbone, [p.query for p in one.probes])
@@ -104,8 +110,9 @@ def of_kind(records: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("values", [UNIKE, FT], ids=["unike", "ft"])
 def test_a_sequence_of_one_is_one_step(backbone, values) -> None:
     method = build(HyperParams.from_dict(values))
-    alone = one_step(backbone, method, case(1), reader_of(backbone, method, presets=METRIC_PRESETS))
-    step, final = sequential(backbone, method, [case(1)], reader_of(backbone, method, presets=METRIC_PRESETS))
+    readers = [reader_of(backbone, method, presets=METRIC_PRESETS) for _ in range(2)]
+    alone = run_one_step(backbone, method, case(1), readers[0]).record.to_json()
+    step, final = recorded(backbone, method, [case(1)], readers[1])
     place = {"sequence": 0, "position": 1, "kind": "final", "case": "e1", "id": "0/1/final"}
     assert {k: v for k, v in final.items() if k not in COSTS} == {
         k: v for k, v in (alone | place).items() if k not in COSTS
@@ -119,7 +126,7 @@ def test_locality_is_against_the_never_edited_base(backbone) -> None:
     cases = [case(i) for i in range(3)]
     method = Keeping({**FT, "lr": 1e-3, "max_steps": 4})
     untouched = [predictions(backbone, one) for one in cases]
-    records = list(sequential(backbone, method, cases, reader_of(backbone, method)))
+    records = recorded(backbone, method, cases, reader_of(backbone, method))
     with compose(method.edits).applied(backbone):
         edited = [predictions(backbone, one) for one in cases]
     with compose(method.edits[:-1]).applied(backbone):
@@ -139,7 +146,7 @@ def test_locality_is_against_the_never_edited_base(backbone) -> None:
 def test_the_curve_is_of_every_former_edit(backbone) -> None:
     cases = [case(i) for i in range(3)]
     method = Keeping(FT)
-    records = list(sequential(backbone, method, cases, reader_of(backbone, method)))
+    records = recorded(backbone, method, cases, reader_of(backbone, method))
     assert [r["id"] for r in records] == [
         *(f"0/{i}/step" for i in (1, 2, 3)),
         *(f"0/{i}/final" for i in (1, 2, 3)),
@@ -166,7 +173,7 @@ def test_the_curve_may_be_thinned_out(backbone) -> None:
     method = build(HyperParams.from_dict(FT))
 
     def run(former: int | None, seed: int = 0) -> list[dict[str, Any]]:
-        return list(sequential(backbone, method, cases, reader_of(backbone, method), 0, former, seed))
+        return recorded(backbone, method, cases, reader_of(backbone, method), 0, former, seed)
 
     whole, thin, none = run(None), run(1), run(0)
     assert [r["former_cases"] for r in of_kind(whole, "step")] == [0, 1, 2, 3]
@@ -180,7 +187,7 @@ def test_the_order_matters_for_fine_tuning(backbone) -> None:
     cases = [case(i) for i in range(3)]
     method = build(HyperParams.from_dict(FT))
     there, back = (
-        of_kind(list(sequential(backbone, method, order, reader_of(backbone, method))), "final")
+        of_kind(recorded(backbone, method, order, reader_of(backbone, method)), "final")
         for order in (cases, cases[::-1])
     )
     assert [r["case"] for r in there] == [r["case"] for r in back][::-1]
@@ -194,7 +201,7 @@ def test_readings_do_not_depend_on_how_many_cases_are_asked_at_once(backbone) ->
     for batch in (1, 10, 100):
         reader = reader_of(backbone, method)
         reader.prefixes.batch = batch
-        finals = of_kind(list(sequential(backbone, method, cases, reader)), "final")
+        finals = of_kind(recorded(backbone, method, cases, reader), "final")
         found.append([(r["scores"], r["answers"]) for r in finals])
     assert found[0] == found[1] == found[2]
 
@@ -204,8 +211,8 @@ def test_a_failed_edit_is_rolled_back_and_the_sequence_goes_on(backbone) -> None
     weights = {k: v.clone() for k, v in backbone.model.state_dict().items()}
     for values in (UNIKE, FT):
         method, without = Keeping(values, broken=("e1",)), Keeping(values)
-        records = list(sequential(backbone, method, cases, reader_of(backbone, method)))
-        rest = list(sequential(backbone, without, cases[::2], reader_of(backbone, without)))
+        records = recorded(backbone, method, cases, reader_of(backbone, method))
+        rest = recorded(backbone, without, cases[::2], reader_of(backbone, without))
         assert [r["status"] for r in records] == ["ok", "failed", "ok"] * 2
         assert all("scores" not in r for r in records if r["status"] == "failed")
         assert "nan" in records[1]["error"]
@@ -215,26 +222,17 @@ def test_a_failed_edit_is_rolled_back_and_the_sequence_goes_on(backbone) -> None
     assert all(torch.equal(v, backbone.model.state_dict()[k]) for k, v in weights.items())
 
 
-def test_an_edit_that_cannot_be_kept_leaves_no_trace(backbone) -> None:
-    cases, kept = [case(i) for i in range(3)], []
-
-    def keep(edit: Edit) -> None:
-        kept.append(edit)
-        if len(kept) == 2:
-            raise UserError("no room")
-
-    method, others = build(HyperParams.from_dict(FT)), {"tolerated": (UserError,)}
-    records = list(sequential(backbone, method, cases, reader_of(backbone, method), keep=keep, **others))
-    rest = list(sequential(backbone, method, cases[::2], reader_of(backbone, method), **others))
-    assert [r["status"] for r in records] == ["ok", "failed", "ok"] * 2
-    assert [afters(r) for r in records if r["status"] == "ok"] == [afters(r) for r in rest]
+def test_an_edit_comes_with_its_step(backbone) -> None:
+    method = Keeping(FT, broken=("e1",))
+    outcomes = list(run_sequence(backbone, method, [case(i) for i in range(3)], reader_of(backbone, method)))
+    assert [o.edit for o in outcomes] == [method.edits[0], None, method.edits[1], None, None, None]
 
 
 def test_a_sequence_in_which_all_fails(backbone) -> None:
     method = Keeping(FT, broken=("e0", "e1"))
-    records = list(sequential(backbone, method, [case(0), case(1)], reader_of(backbone, method)))
+    records = recorded(backbone, method, [case(0), case(1)], reader_of(backbone, method))
     assert [r["status"] for r in records] == ["failed"] * 4
-    summary = summarise(records, 0)
+    summary = summarise(as_records(records), 0)
     assert (summary["n"], summary["failed"], summary["metrics"]) == (0, 2, {})
     assert "2 failed" in as_text(summary_table(summary, "x"))
 
@@ -246,8 +244,8 @@ def test_a_picture_that_cannot_be_read(backbone, tmp_path: Path) -> None:
     method = build(HyperParams.from_dict(FT))
     cases = [case(0), lost, case(2)]
     with pytest.raises(UserError, match=r"lost\.png"):
-        list(sequential(backbone, method, cases, reader_of(backbone, method)))
-    records = list(sequential(backbone, method, cases, reader_of(backbone, method), tolerated=(UserError,)))
+        recorded(backbone, method, cases, reader_of(backbone, method))
+    records = recorded(backbone, method, cases, reader_of(backbone, method), tolerated=(UserError,))
     assert [r["status"] for r in records] == ["ok", "failed", "ok"] * 2
 
 
@@ -295,7 +293,7 @@ def test_a_run_of_sequences(copied: Project, capsys: pytest.CaptureFixture[str])
     shown = capsys.readouterr().out
     assert "4 records, 2 sequences of 2 edits" in shown
     assert "M-Locality, easyedit" in shown
-    records = read_records(output)
+    records = read_lines(output)
     assert [r["id"] for r in records] == [
         f"{s}/{i}/{kind}" for s in (0, 1) for kind in ("step", "final") for i in (1, 2)
     ]
@@ -328,24 +326,24 @@ def test_a_run_of_sequences_resumes(copied: Project, monkeypatch: pytest.MonkeyP
     calls: list[int] = []
 
     def stopping(*args: Any):
-        for record in sequential(*args):
+        for outcome in run_sequence(*args):
             calls.append(args[4])
             if len(calls) == 6:
                 raise KeyboardInterrupt
-            yield record
+            yield outcome
 
     with monkeypatch.context() as patched:
-        patched.setattr(sequences, "sequential", stopping)
+        patched.setattr(sequences, "run_sequence", stopping)
         assert start(copied, *tuned, "--output", str(part)) == 130
         former = (part / "records.jsonl").read_bytes()
-        assert len(read_records(part)) == 5
+        assert len(read_lines(part)) == 5
         assert json.loads((part / "summary.json").read_text())["interrupted"]
         calls[:] = [0] * 6
         assert start(copied, *tuned, "--output", str(part), "--resume") == 0
         # The finished sequence is not edited again, the broken one is from its start.
         assert calls[6:] == [1] * 4
     assert (part / "records.jsonl").read_bytes().startswith(former)
-    assert without_costs(read_records(part)) == without_costs(read_records(whole))
+    assert without_costs(read_lines(part)) == without_costs(read_lines(whole))
     ours, theirs = (json.loads((run / "summary.json").read_text()) for run in (part, whole))
     for summary in (ours, theirs):
         assert summary["costs"].pop("seconds")["mean"] == summary.pop("seconds")
@@ -357,7 +355,7 @@ def test_a_cross_task_run(copied: Project) -> None:
     output = copied.root / "run"
     options = ("--protocol", "cross_task", "--sequence_length", "4", "--sequences", "1", "--no_generated")
     assert start(copied, *options, "--output", str(output), "method=ft", "layers=1") == 0
-    finals = of_kind(read_records(output), "final")
+    finals = of_kind(read_lines(output), "final")
     assert sorted(r["task"] for r in finals) == ["caption"] * 2 + ["vqa"] * 2
     summary = json.loads((output / "summary.json").read_text())
     assert (summary["n"], summary["fluency"], summary["sequences"]["n"]) == (4, None, 1)

@@ -3,10 +3,12 @@
 import json
 
 import pytest
+from finished_runs import as_records
 
 from unike.evaluation.metrics import bootstrap_interval, ngram_entropy
+from unike.evaluation.record import Record, Score
 from unike.evaluation.summary import summarise
-from unike.report.terminal import as_text, compare_table, summary_table
+from unike.report.terminal import as_text, summary_table
 from unike.types import FIVE_METRICS, METRICS
 
 
@@ -21,7 +23,7 @@ RECORDS = [record(0, 1.0), record(1, 0.5, steps=20), {"id": "2", "status": "fail
 
 
 def test_summary_values():
-    summary = summarise(RECORDS, seed=1)
+    summary = summarise(as_records(RECORDS), seed=1)
     assert (summary["n"], summary["failed"], summary["steps"], summary["seconds"]) == (2, 1, 15.0, 0.25)
     assert tuple(summary["metrics"]) == METRICS
     mean, low, high = bootstrap_interval([100.0, 50.0], 1)
@@ -33,7 +35,7 @@ def test_summary_values():
     assert summary["costs"]["steps"] == {"mean": mean, "low": low, "high": high}
     assert summary["costs"]["seconds"] == {"mean": 0.25, "low": 0.25, "high": 0.25}
     assert json.loads(json.dumps(summary)) == summary
-    assert summarise(RECORDS, seed=1) == summary
+    assert summarise(as_records(RECORDS), seed=1) == summary
 
 
 def test_what_stands_beside_the_metrics():
@@ -41,10 +43,12 @@ def test_what_stands_beside_the_metrics():
         "bytes": 8,
         "presets": {"easyedit": {"m_locality": 0.5}},
         "base_right": {"teacher_forced": {"m_locality": 1.0}},
-        "answers": {"joint": {"before": "a dog", "after": "a red dog and a red cat"}},
+        "answers": {
+            "joint": {"prompt": None, "target": None, "before": "a dog", "after": "a red dog and a red cat"}
+        },
     }
     records = [record(0, 1.0, **more), record(1, 0.5, bytes=16), {"id": "2", "status": "failed"}]
-    summary = summarise(records, 1, ("paper", "easyedit"))
+    summary = summarise(as_records(records), 1, ("paper", "easyedit"))
     means = summary["harmonic_mean"]["teacher_forced"]
     assert set(means) == {"five", "all"}
     assert means["five"]["before"]["mean"] == 0.0
@@ -75,18 +79,19 @@ def test_sequences_are_resampled_whole():
     place = {"kind": "final", "position": 1}
     records = [record(i, float(i < 5), sequence=int(i < 5), **place) for i in range(10)]
     records += [record(10, 1.0, sequence=0, position=1, kind="step", former={})]
-    after = summarise(records, seed=1)["metrics"]["joint"]["teacher_forced"]["after"]
+    after = summarise(as_records(records), seed=1)["metrics"]["joint"]["teacher_forced"]["after"]
     assert (after["mean"], after["low"], after["high"], after["n"]) == (50.0, 0.0, 100.0, 10)
-    steps = summarise([{**r, "steps": 20 * r["sequence"]} for r in records], seed=1)["costs"]["steps"]
+    steps = summarise(as_records([{**r, "steps": 20 * r["sequence"]} for r in records]), 1)["costs"]["steps"]
     assert (steps["mean"], steps["low"], steps["high"]) == (10.0, 0.0, 20.0)
-    alone = summarise([{**r, "sequence": 0} for r in records], seed=1)
+    alone = summarise(as_records([{**r, "sequence": 0} for r in records]), seed=1)
     after = alone["metrics"]["joint"]["teacher_forced"]["after"]
     assert 0.0 < after["low"] < 50.0 < after["high"] < 100.0
 
 
 def test_what_is_missing_is_not_counted():
-    sparse = [record(0, 1.0), {"id": "1", "scores": {"teacher_forced": {"reliability": {"after": 0.0}}}}]
-    sparse.append({"id": "3", "scores": {"teacher_forced": {"own": {"before": None, "after": 1.0}}}})
+    sparse = as_records([record(0, 1.0)])
+    sparse.append(Record("1", scores={"teacher_forced": {"reliability": Score(None, 0.0)}}))
+    sparse.append(Record("3", scores={"teacher_forced": {"own": Score(None, 1.0)}}))
     summary = summarise(sparse, seed=0)
     assert summary["metrics"]["reliability"]["teacher_forced"]["after"]["n"] == 2
     assert summary["metrics"]["reliability"]["teacher_forced"]["before"]["n"] == 1
@@ -99,12 +104,13 @@ def test_no_records():
     summary = summarise([], seed=0)
     assert (summary["n"], summary["metrics"], summary["seconds"]) == (0, {}, None)
     assert "0 records" in as_text(summary_table(summary, "empty"))
-    assert "FT" in as_text(compare_table([("FT", summary)]))
 
 
 @pytest.mark.parametrize("width", [80, 100])
 def test_summary_table_is_plain(width):
-    text = as_text(summary_table(summarise(RECORDS, seed=1), "UniKE [bold]on[/bold] [tiny]"), width)
+    text = as_text(
+        summary_table(summarise(as_records(RECORDS), seed=1), "UniKE [bold]on[/bold] [tiny]"), width
+    )
     rows = text.splitlines()
     assert max(map(len, rows)) <= width
     assert "\x1b" not in text
@@ -117,7 +123,8 @@ def test_summary_table_is_plain(width):
     assert "50.0 [0.0, 100.0]" in reliability
     assert rows[-1].strip() == "2 records, 1 failed, 0.25 s per edit, 15.0 steps per edit"
     peak = {"peak_memory_bytes": {"resident": 3 << 29, "device": None}}
-    with_peak = as_text(summary_table(summarise(RECORDS, seed=1) | peak, "peak"), width).splitlines()
+    whole = summarise(as_records(RECORDS), seed=1) | peak
+    with_peak = as_text(summary_table(whole, "peak"), width).splitlines()
     assert with_peak[-1].strip() == f"{rows[-1].strip()}, 1.50 GiB at most"
     order = [
         next(i for i, row in enumerate(rows) if title in row) for title in ("M-Locality", "same question")
@@ -126,24 +133,7 @@ def test_summary_table_is_plain(width):
 
 
 def test_hard_probes_only_if_present():
-    text = as_text(summary_table(summarise([record(0, 1.0, FIVE_METRICS)], seed=1), "five"))
+    summary = summarise(as_records([record(0, 1.0, FIVE_METRICS)]), seed=1)
+    text = as_text(summary_table(summary, "five"))
     assert "M-Locality" in text
     assert "joint" not in text
-
-
-def test_compare_table():
-    five = summarise([record(0, 1.0, FIVE_METRICS)], seed=1)
-    rows = [("FT (last layer)", summarise(RECORDS, seed=1)), ("UniKE [ours]", five)]
-    text = as_text(compare_table(rows))
-    lines = text.splitlines()
-    assert max(map(len, lines)) <= 96
-    header = next(line for line in lines if "method" in line)
-    titles = ["Rel", "T-Gen", "M-Gen", "T-Loc", "M-Loc", "same Q", "same I", "joint", "HM5"]
-    assert [header.index(title) for title in titles] == sorted(header.index(title) for title in titles)
-    ft = next(line for line in lines if "FT (last layer)" in line)
-    assert ft.split()[3:] == ["75.0"] * 9
-    ours = next(line for line in lines if "UniKE [ours]" in line)
-    assert ours.split()[2:] == ["100.0"] * 5 + ["-"] * 3 + ["100.0"]
-    generated = as_text(compare_table(rows, "generated"), 80)
-    assert "after the edit, generated, %" in generated
-    assert "50.0" in generated

@@ -12,13 +12,14 @@ import pytest
 import torch
 
 from scripts.tiny import make_data, scenes
-from scripts.tiny.questions import HELD_OUT, TRAINED, facts_of
+from scripts.tiny.questions import HELD_OUT, TRAINED, list_facts
 from scripts.tiny.scenes import Painter, disturb, redraw, sample_scene
 from unike import runs
 from unike.backbones import load_backbone
 from unike.config.hparams import HyperParams
 from unike.datasets.answers import normalise_answer
-from unike.evaluation.protocols import one_step
+from unike.evaluation.protocols import run_one_step
+from unike.evaluation.record import Score
 from unike.methods import resolve_needs
 from unike.runs import inputs
 
@@ -65,9 +66,9 @@ def exact(answers: list[str], targets: list[str]) -> float:
 def test_a_tiny_backbone_knows_common_objects(world: World, textures: Path, wording: str) -> None:
     rng = np.random.default_rng(0)
     scenes = [s for s in (sample_scene(rng) for _ in range(40)) if not s.rare]
-    facts = [[f for f in facts_of(s, rng) if f.kind not in ("yesno", "caption")] for s in scenes]
+    facts = [[f for f in list_facts(s, rng) if f.kind not in ("yesno", "caption")] for s in scenes]
     asked = [(s, f) for s, fs in zip(scenes, facts, strict=True) for f in fs]
-    pictures = Painter(textures).images([s for s, _ in asked])
+    pictures = Painter(textures).draw_images([s for s, _ in asked])
     answers = world.backbone.generate(
         pictures, [f.ask(rng, held_out=wording == "held out") for _, f in asked]
     )
@@ -77,7 +78,7 @@ def test_a_tiny_backbone_knows_common_objects(world: World, textures: Path, word
 def test_a_tiny_backbone_uses_demonstrations(world: World, textures: Path) -> None:
     rng = np.random.default_rng(1)
     scenes = [s for s in (sample_scene(rng) for _ in range(30)) if len(s.objects) == 1]
-    pictures = Painter(textures).images(scenes)
+    pictures = Painter(textures).draw_images(scenes)
     question = "Question: What is this? Short answer:"
     told = f"New Fact: {question} soccer ball\nPrompt: {question}"
     assert (
@@ -116,10 +117,10 @@ def test_rephrased_prompts_are_in_words_never_trained_on(world: World) -> None:
 @pytest.mark.parametrize("task", make_data.TASKS)
 def test_unike_corrects_the_tiny_backbone(world: World, task: str) -> None:
     parts = runs.assemble(world.hparams, world.backbone, progress=False)
-    reader = parts.reader()
+    reader = parts.make_reader()
     for case in world.cases[task][:4]:
-        record = one_step(parts.backbone, parts.method, case, reader)
-        assert record["scores"]["generated"]["reliability"] == {"before": 0.0, "after": 1.0}
+        record = run_one_step(parts.backbone, parts.method, case, reader).record
+        assert record.get_scores("generated")["reliability"] == Score(before=0.0, after=1.0)
 
 
 def test_knowledge_is_shipped_for_the_shipped_weights(world: World) -> None:

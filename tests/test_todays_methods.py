@@ -29,7 +29,7 @@ from unike.backbones.huggingface import ARCHITECTURES
 from unike.backbones.layout import DecoderLayout
 from unike.backbones.placement import map_devices
 from unike.config.hparams import HyperParams
-from unike.runs.records import read_records
+from unike.runs.records import read_lines
 from unike.types import BACKBONES, Query, UserError
 
 ROOT = Path(__file__).parents[1]
@@ -349,7 +349,7 @@ def test_a_run_from_knowledge_to_records(family: str, tmp_path: Path, capsys) ->
     command = ["--hparams_dir", str(project.yaml), "--task", "vqa", "--output", str(tmp_path / "out")]
     assert run_edit.main([*command, "--check"]) == 0
     assert run_edit.main([*command, "--size", "2"]) == 0, capsys.readouterr().err
-    (first, second) = read_records(tmp_path / "out")
+    (first, second) = read_lines(tmp_path / "out")
     assert {first["status"], second["status"]} == {"ok"}
     assert set(first["answers"]) >= {"reliability", "t_locality", "m_locality"}
 

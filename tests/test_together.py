@@ -12,7 +12,7 @@ from worlds import BASE, World, case, query
 from unike.backbones.base import encode_queries
 from unike.backbones.prefix import _make_key
 from unike.config.hparams import HyperParams
-from unike.evaluation.protocols import one_step, one_step_many
+from unike.evaluation.protocols import run_one_step, run_one_step_batch
 from unike.evaluation.reader import Reader
 from unike.knowledge.batching import OwnedMemory, Owners
 from unike.knowledge.memory import GrowingRows, KnowledgeMemory
@@ -98,8 +98,8 @@ def test_records_of_a_batch_are_those_of_one_by_one(world: World, row) -> None:
     method, backbone = world.method(*row), world.backbone
     cases = uneven(CASES)
     one, many = (Reader(backbone, world.prefixes(method), presets=("paper", "easyedit")) for _ in range(2))
-    alone = [one_step(backbone, method, c, one) for c in cases]
-    together = one_step_many(backbone, method, cases, many)
+    alone = [run_one_step(backbone, method, c, one).record.to_json() for c in cases]
+    together = [o.record.to_json() for o in run_one_step_batch(backbone, method, cases, many)]
     for left, right in zip(alone, together, strict=True):
         for key in left.keys() - {"seconds", "loss", "decisions"}:
             assert left[key] == right[key], key
@@ -129,7 +129,7 @@ def test_one_that_diverges_leaves_the_others_what_they_are(world: World) -> None
         for name, tensor in wanted.state_dict().items():
             torch.testing.assert_close(found.state_dict()[name], tensor, atol=1e-4, rtol=1e-4)
     reader = Reader(backbone, prefixes)
-    assert [r["status"] for r in one_step_many(backbone, method, CASES, reader)] == ["ok"] * 4
+    assert [o.record.status for o in run_one_step_batch(backbone, method, CASES, reader)] == ["ok"] * 4
 
 
 def test_a_trained_measure_opens_each_row_for_its_own_edit_alone(world: World) -> None:

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from finished_runs import ended
+from finished_runs import as_records, ended
 from helpers import OPTIONS
 
 from unike.config.hparams import HyperParams
 from unike.evaluation.summary import RunningMeans
 from unike.runs import checks, tracking
 from unike.runs.records import RecordWriter
-from unike.runs.tracking import Tracker, run_id, track
+from unike.runs.tracking import Tracker, name_run, track
 from unike.system import findings
 from unike.types import FIVE_METRICS, UserError
 
@@ -33,8 +33,8 @@ def follow(folder: Path, records: list[dict[str, Any]], resume: bool = False, **
     """As runs do it."""
     hp, means = hparams(**changes), RunningMeans([])
     with RecordWriter(folder, resume, hp.decisive()) as writer, track(hp, writer) as tracker:
-        for record in records:
-            writer.write(record)
+        for record in as_records(records):
+            writer.write(record.to_json())
             means.add(record)
             tracker.add(record, means)
 
@@ -59,11 +59,8 @@ def test_a_wrong_option(value: Any) -> None:
 def test_what_is_told() -> None:
     kept, means = Kept(), RunningMeans([])
     tracker = Tracker([kept], 5)
-    for record in (
-        ended(0),
-        ended(1, ["reliability"]),
-        {"id": "x", "status": "failed", "seconds": 2.0, "loss": None},
-    ):
+    failed = {"id": "x", "status": "failed", "seconds": 2.0, "loss": None}
+    for record in as_records([ended(0), ended(1, ["reliability"]), failed]):
         means.add(record)
         tracker.add(record, means)
     assert [step for step, _ in kept] == [6, 7, 8]
@@ -79,14 +76,14 @@ def test_what_is_told() -> None:
 def test_what_is_not_installed_is_said_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tracking.importlib.util, "find_spec", lambda name: None)
     hp = hparams(log_to=["tensorboard", "wandb"], name="nowhere")
-    problems = [p for p in findings.collect_problems(lambda: checks.require_backbone(hp)) if "log_to" in p]
+    problems = findings.collect_problems(lambda: checks.require_backbone(hp))
+    problems = [p for p in problems if "log_to" in p]
     assert problems == [
         f"hparams: log_to: {name} is not installed; pip install '.[logging]'"
         for name in ("tensorboard", "wandb")
     ]
-    assert not [
-        p for p in findings.collect_problems(lambda: checks.require_backbone(hparams())) if "log_to" in p
-    ]
+    others = findings.collect_problems(lambda: checks.require_backbone(hparams()))
+    assert not [p for p in others if "log_to" in p]
 
 
 def test_nothing_is_written_unless_asked_for(tmp_path: Path) -> None:
@@ -114,8 +111,8 @@ def test_tensorboard(tmp_path: Path) -> None:
 
 def test_wandb_keeps_its_run(tmp_path: Path) -> None:
     manifest = {"started": "2024-01-01"}
-    assert run_id(tmp_path, manifest) == run_id(tmp_path / "x" / "..", manifest)
-    assert run_id(tmp_path, manifest) != run_id(tmp_path, {"started": "2024-01-02"})
+    assert name_run(tmp_path, manifest) == name_run(tmp_path / "x" / "..", manifest)
+    assert name_run(tmp_path, manifest) != name_run(tmp_path, {"started": "2024-01-02"})
 
 
 @pytest.mark.slow
@@ -124,7 +121,7 @@ def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "WANDB_CONSOLE": "off"}.items():
         monkeypatch.setenv(name, value)
     follow(tmp_path / "run", [ended(0), ended(1)], log_to="wandb")
-    name = run_id(tmp_path / "run", json.loads((tmp_path / "run" / "manifest.json").read_text()))
+    name = name_run(tmp_path / "run", json.loads((tmp_path / "run" / "manifest.json").read_text()))
     (kept,) = (tmp_path / "run" / "wandb").glob(f"offline-run-*-{name}/run-{name}.wandb")
     # Its own process writes the file, a little after the run is finished.
     until = time.monotonic() + 60

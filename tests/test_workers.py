@@ -34,20 +34,20 @@ def test_rows_on_the_same_cases_are_one_group(copied: Project) -> None:
     path = write_plan(copied, [FT, UNIKE], [UNIKE])
     planned = list({run.folder: run for run in read(copied, path)}.values())
     by_length = [["FT", "UniKE"], ["UniKE"]]
-    assert [len(group) for group in workers.grouped(planned, 1)] == [3]
-    assert sorted([r.row.name for r in group] for group in workers.grouped(planned, 2)) == by_length
-    assert sorted([r.row.name for r in group] for group in workers.grouped(planned, 8)) == by_length
+    assert [len(group) for group in workers.group_runs(planned, 1)] == [3]
+    assert sorted([r.row.name for r in group] for group in workers.group_runs(planned, 2)) == by_length
+    assert sorted([r.row.name for r in group] for group in workers.group_runs(planned, 8)) == by_length
     fewer = read(copied, path, size=1)
-    assert len(workers.grouped([*planned, *fewer], 1)) == 2
+    assert len(workers.group_runs([*planned, *fewer], 1)) == 2
 
 
 def test_the_most_work_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     planned = [r for r in plan.read_plan(tables=["2", "3"]) if r.row.name == "UniKE"]
-    groups = workers.grouped(planned, 2)
+    groups = workers.group_runs(planned, 2)
     assert [group[0].task for group in groups] == ["caption", "caption", "vqa", "vqa", "cross", "cross"]
     assert [len(group) for group in groups] == [2, 2, 2, 2, 1, 1]
-    assert len(workers.grouped(planned, 8)) == 10
+    assert len(workers.group_runs(planned, 8)) == 10
 
 
 def test_rows_together_give_what_each_gives_alone(copied: Project) -> None:
@@ -64,13 +64,13 @@ def test_rows_together_give_what_each_gives_alone(copied: Project) -> None:
 
 def test_the_base_model_is_asked_once_for_all_rows(copied: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
-    whole = Reader._read
+    whole = Reader._predict
 
     def counted(self: Reader, queries: Any, drafts: Any, edit: Any, *args: Any, **kwargs: Any) -> Any:
         asked.extend(queries if edit is None else [])
         return whole(self, queries, drafts, edit, *args, **kwargs)
 
-    monkeypatch.setattr(Reader, "_read", counted)
+    monkeypatch.setattr(Reader, "_predict", counted)
     path = write_plan(copied, [FT, UNIKE], [FT, UNIKE])
     found = []
     for output, rows, more in (
@@ -91,32 +91,32 @@ def test_the_base_model_is_asked_once_for_all_rows(copied: Project, monkeypatch:
 def test_what_one_reader_knows_the_other_does_not_ask(backbone, monkeypatch: pytest.MonkeyPatch) -> None:
     cases = [case(i) for i in range(3)]
     one, other, third = (reader(backbone, first) for first in (1, 2, 2))
-    one.learn_base(cases[:2])
-    assert other.learn_from(one)
+    one.cache_base(cases[:2])
+    assert other.share_base(one)
     asked: list[int] = []
-    whole = Reader._read
+    whole = Reader._predict
 
     def counted(self: Reader, queries: Any, *args: Any, **kwargs: Any) -> Any:
         asked.append(len(queries))
         return whole(self, queries, *args, **kwargs)
 
-    monkeypatch.setattr(Reader, "_read", counted)
-    known = [other.base(c) for c in cases[:2]]
+    monkeypatch.setattr(Reader, "_predict", counted)
+    known = [other.predict_base(c) for c in cases[:2]]
     assert asked == []
-    assert known == [one.base(c) for c in cases[:2]] == [third.base(c) for c in cases[:2]]
+    assert known == [one.predict_base(c) for c in cases[:2]] == [third.predict_base(c) for c in cases[:2]]
     assert len(asked) == 2, "one that has learnt from nobody asks"
-    other.base(cases[2])
-    one.base(cases[2])
+    other.predict_base(cases[2])
+    one.predict_base(cases[2])
     assert len(asked) == 3, "what either reads is known to both"
 
 
 def test_a_reader_learns_from_no_other_that_reads_less(backbone) -> None:
     ranks, plain = {"presets": METRIC_PRESETS}, {"presets": ("paper",)}
-    assert reader(backbone, **plain).learn_from(reader(backbone, **ranks))
-    assert not reader(backbone, **ranks).learn_from(reader(backbone, **plain))
-    assert not reader(backbone).learn_from(reader(backbone, generated=False))
-    assert not reader(backbone).learn_from(reader(load_backbone(make_spec("blip2"))))
+    assert reader(backbone, **plain).share_base(reader(backbone, **ranks))
+    assert not reader(backbone, **ranks).share_base(reader(backbone, **plain))
+    assert not reader(backbone).share_base(reader(backbone, generated=False))
+    assert not reader(backbone).share_base(reader(load_backbone(make_spec("blip2"))))
     # Where last bits must not depend on what else is run, they may not come from another first layer.
-    assert reader(backbone, 1, alone=True).learn_from(reader(backbone, 1, alone=True))
-    assert not reader(backbone, 2, alone=True).learn_from(reader(backbone, 1, alone=True))
-    assert not reader(backbone, 1, alone=True).learn_from(reader(backbone, 1))
+    assert reader(backbone, 1, alone=True).share_base(reader(backbone, 1, alone=True))
+    assert not reader(backbone, 2, alone=True).share_base(reader(backbone, 1, alone=True))
+    assert not reader(backbone, 1, alone=True).share_base(reader(backbone, 1))

@@ -15,7 +15,6 @@ from unike import runs
 from unike.backbones.base import Backbone
 from unike.backbones.images import content_key
 from unike.backbones.loading import load_backbone
-from unike.backbones.prefix import PrefixCache
 from unike.backbones.store import row_key
 from unike.config.hparams import HyperParams
 from unike.datasets.mmedit import CapVQADataset
@@ -26,9 +25,9 @@ from unike.edits.base import load_edit
 from unike.edits.explain import Explanation, ask
 from unike.edits.files import read_edit
 from unike.edits.shares import Shared
-from unike.evaluation.protocols import one_step
-from unike.evaluation.summary import summarise
-from unike.methods.base import EditMethod
+from unike.evaluation.protocols import run_one_step
+from unike.evaluation.record import Record
+from unike.evaluation.summary import Summary, summarise
 from unike.runs import checks, inputs
 from unike.types import Case, EditRequest, Expectation, ImageLike, Probe, Query, UserError
 
@@ -39,27 +38,8 @@ METRIC_KEYS = {
     "t_locality": "locality_acc",
     "m_locality": "multimodal_locality_acc",
 }
-Answer = tuple[list[dict[str, Any]], EditedModel, dict[str, Any]]
+EditResult = tuple[list[dict[str, Any]], EditedModel, Summary]
 Texts = str | Sequence[str]
-
-
-class _Keeper(EditMethod):
-    """A method that remembers the last edit it made."""
-
-    def __init__(self, method: EditMethod) -> None:
-        super().__init__(method.hparams, method.knowledge)
-        self.method = method
-        self.last: Edit | None = None
-
-    def layers(self, backbone: Backbone) -> list[int]:
-        return self.method.layers(backbone)
-
-    def _edit(
-        self, backbone: Backbone, request: EditRequest, prefixes: PrefixCache, history: Edit | None
-    ) -> Edit:
-        self.last = None
-        self.last = self.method.edit(backbone, request, prefixes, history)
-        return self.last
 
 
 class MultimodalEditor:
@@ -106,11 +86,11 @@ class MultimodalEditor:
         return self._slot.edits
 
     def attach(self, edit: Edit) -> None:
-        """Puts an edit, of whichever method, on top of what is attached; ``edit`` puts its own in the place
-        of all that.
+        """Attaches an edit, of any method, on top of those that are attached; ``edit`` replaces them all by
+        its own.
 
-        Of weights that several edits set, the last one's hold. UserError, with nothing changed, where an
-        edit of the same ``id`` is attached, or where this one was made on another model.
+        Where several edits set the same weight, the last one counts. UserError, with nothing changed, where
+        an edit of the same ``id`` is attached, or where this one was made on another model.
         """
         mine = not self.edits or self._slot.editor is self
         self._slot.attach(edit)
@@ -119,8 +99,8 @@ class MultimodalEditor:
     def detach(self, id: str) -> Edit:
         """Takes one edit back and gives it; the others stay, in order, as if it had never been attached.
 
-        What was trained on top of it (``keep_original_weight=False``) keeps what it learnt. UserError
-        where no edit of that ``id`` is attached.
+        An edit trained while this one was active (``keep_original_weight=False``) stays as trained.
+        UserError where no edit of that ``id`` is attached.
         """
         return self._slot.detach(id)
 
@@ -129,15 +109,15 @@ class MultimodalEditor:
     ) -> str:
         """The greedy answer of the unedited model, or with ``edited=True`` under all that is attached.
 
-        Unedited unless asked for, so that a comparison with the base model needs no care about what is
-        attached; ``ask`` gives both answers.
+        Unedited by default, so that a comparison with the base model does not depend on what is attached;
+        ``ask`` gives both answers.
         """
         return self._slot.generate(self.edits if edited else (), image, prompt, max_new_tokens)
 
     def ask(self, image: ImageLike | None, prompt: str, top: int = 5) -> Explanation:
         """The answers before and after the attached edits, and what was active for this prompt.
 
-        Of each layer's retrieved items the ``top`` most attended ones are told. UserError for a picture
+        Of each layer's retrieved items the ``top`` most attended ones are listed. UserError for an image
         that cannot be read.
         """
         return ask(self._slot, image, prompt, top)
@@ -162,7 +142,7 @@ class MultimodalEditor:
         locality_inputs: Mapping[str, Mapping[str, Any]] | None = None,
         keep_original_weight: bool = True,
         template: str | None = None,
-    ) -> Answer:
+    ) -> EditResult:
         """Edits one request or a list of them: ``(metrics, edited_model, summary)``.
 
         Images are paths, PIL images or normalised float tensors ``(3, H, W)``. ``locality_inputs``
@@ -175,15 +155,15 @@ class MultimodalEditor:
         edited, and measured, on top of the former ones, and ``edited_model`` carries them all.
 
         Raises UserError, with all problems at once and nothing changed, for lists of different
-        lengths, empty texts and missing pictures.
+        lengths, empty texts and missing images.
         """
         former = () if keep_original_weight else self.edits
         if former and self._slot.editor is not self:
             raise UserError(
                 "keep_original_weight: the attached edits are another editor's; remove them first"
             )
-        given = _Given(prompts, targets, image, rephrase_prompts, rephrase_image, locality_inputs or {})
-        cases = given.cases(template, {edit.id for edit in former})
+        requests = _Requests(prompts, targets, image, rephrase_prompts, rephrase_image, locality_inputs or {})
+        cases = requests.make_cases(template, {edit.id for edit in former})
         return self._edit_all(cases, former, not keep_original_weight, generated=False)
 
     def edit_dataset(
@@ -192,40 +172,40 @@ class MultimodalEditor:
         train_ds: Iterable[Case] | None = None,
         template: str | None = None,
         generated: bool = True,
-    ) -> Answer:
+    ) -> EditResult:
         """Edits each case from the original model: ``(metrics, edited_model, summary)``.
 
         ``train_ds`` gives the knowledge triplets in place of the YAML's train data. ``template`` takes
-        the place of the dataset's own. ``summary`` holds means with intervals of both readings;
+        the place of the dataset's own. ``summary`` holds means with intervals in both evaluation modes;
         ``generated=False`` leaves out the second. ``edited_model`` carries the last edit.
         """
-        cases = ds if template is None else _with_template(ds, template)
+        cases = ds if template is None else _apply_template(ds, template)
         self.prepare(train_ds)
         return self._edit_all(cases, (), accumulate=False, generated=generated)
 
     def _edit_all(
         self, cases: Sequence[Case], former: tuple[Edit, ...], accumulate: bool, generated: bool
-    ) -> Answer:
+    ) -> EditResult:
         parts = self.prepare()
-        reader, keeper = parts.reader(generated), _Keeper(parts.method)
-        edits, metrics, records = former, [], []
+        reader = parts.make_reader(generated)
+        edits, metrics, records = former, list[dict[str, Any]](), list[Record]()
         with self._slot.only(()):
             for number, case in enumerate(tqdm(cases, desc="edits", disable=not self.progress)):
                 history = compose(edits) if accumulate else None
-                record = one_step(self.backbone, keeper, case, reader, history)
-                if keeper.last is not None:
-                    _of_one_kind(history, keeper.last)
-                    edits = (*edits, keeper.last) if accumulate else (keeper.last,)
-                records.append(record)
-                metrics.append(_metric(number, case, record))
+                outcome = run_one_step(self.backbone, parts.method, case, reader, history)
+                if outcome.edit is not None:
+                    _require_one_kind(history, outcome.edit)
+                    edits = (*edits, outcome.edit) if accumulate else (outcome.edit,)
+                records.append(outcome.record)
+                metrics.append(_describe_metric(number, case, outcome.record))
         self._slot.put(edits)
         self._slot.editor = self
         summary = summarise(records, self.hparams.seed, self.hparams.metric_presets)
         return metrics, EditedModel(self._slot, edits), summary
 
 
-def _of_one_kind(history: Edit | None, edit: Edit) -> None:
-    """UserError where an edit was made on top of unlike ones: the states that it learnt from are theirs
+def _require_one_kind(history: Edit | None, edit: Edit) -> None:
+    """UserError where an edit was made on top of unlike ones: the states that it was trained on are theirs
     in part only."""
     if history is not None and len((history | edit).parts) > 1:
         raise UserError(
@@ -234,20 +214,22 @@ def _of_one_kind(history: Edit | None, edit: Edit) -> None:
         )
 
 
-def _metric(number: int, case: Case, record: Mapping[str, Any]) -> dict[str, Any]:
+def _describe_metric(number: int, case: Case, record: Record) -> dict[str, Any]:
     """A case's record in EasyEdit's shape."""
     query = case.request.query
     rewrite = {"prompt": query.prompt, "target": query.target, "image": query.image}
-    metric: dict[str, Any] = {"case_id": number, "requested_rewrite": rewrite, "time": record["seconds"]}
-    scores = record.get("scores", {}).get("teacher_forced", {})
-    for key, when in (("pre", "before"), ("post", "after")):
-        metric[key] = {METRIC_KEYS.get(name, f"{name}_acc"): value[when] for name, value in scores.items()}
-    if "error" in record:
-        metric["error"] = record["error"]
+    metric: dict[str, Any] = {"case_id": number, "requested_rewrite": rewrite, "time": record.seconds}
+    scores = {
+        METRIC_KEYS.get(m, f"{m}_acc"): value for m, value in record.get_scores("teacher_forced").items()
+    }
+    metric["pre"] = {key: value.before for key, value in scores.items()}
+    metric["post"] = {key: value.after for key, value in scores.items()}
+    if record.error is not None:
+        metric["error"] = record.error
     return metric
 
 
-def _wrapper(template: str | None) -> Callable[[str], str]:
+def _make_wrapper(template: str | None) -> Callable[[str], str]:
     if template is None:
         return lambda text: text
     if template.count("{}") != 1:
@@ -261,8 +243,8 @@ def _wrapper(template: str | None) -> Callable[[str], str]:
     return wrap
 
 
-def _with_template(ds: Sequence[Case], template: str) -> Sequence[Case]:
-    wrap = _wrapper(template)
+def _apply_template(ds: Sequence[Case], template: str) -> Sequence[Case]:
+    wrap = _make_wrapper(template)
     if isinstance(ds, CapVQADataset):
         raise UserError("template: give it to CapVQADataset itself; expected None here")
     if hasattr(ds, "template"):
@@ -270,29 +252,34 @@ def _with_template(ds: Sequence[Case], template: str) -> Sequence[Case]:
         changed.template = template  # type: ignore[attr-defined]
         return changed
 
-    def wrapped(query: Query) -> Query:
+    def wrap_query(query: Query) -> Query:
         return query if query.image is None else replace(query, prompt=wrap(query.prompt))
 
     return [
         replace(
             case,
-            request=replace(case.request, query=wrapped(case.request.query)),
-            probes=tuple(replace(p, query=wrapped(p.query)) for p in case.probes),
+            request=replace(case.request, query=wrap_query(case.request.query)),
+            probes=tuple(replace(p, query=wrap_query(p.query)) for p in case.probes),
         )
         for case in ds
     ]
 
 
-class _Given:
+class _Requests:
     """The arguments of ``edit`` as lists, checked together."""
 
     def __init__(
-        self, prompts: Any, targets: Any, image: Any, rephrase_prompts: Any, rephrase_image: Any,
+        self,
+        prompts: Texts,
+        targets: Texts,
+        image: ImageLike,
+        rephrase_prompts: Texts | None,
+        rephrase_image: ImageLike,
         locality: Mapping[str, Mapping[str, Any]],
-    ) -> None:  # fmt: skip
-        self.columns = {"prompts": _listed(prompts), "targets": _listed(targets), "image": _listed(image)}
+    ) -> None:
+        self.columns = {"prompts": _as_list(prompts), "targets": _as_list(targets), "image": _as_list(image)}
         optional = {"rephrase_prompts": rephrase_prompts, "rephrase_image": rephrase_image}
-        self.columns |= {name: _listed(value) for name, value in optional.items() if value is not None}
+        self.columns |= {name: _as_list(value) for name, value in optional.items() if value is not None}
         self.problems: list[str] = []
         known = {"text": ("prompt", "ground_truth"), "vision": ("prompt", "ground_truth", "image")}
         for part, values in locality.items():
@@ -305,7 +292,7 @@ class _Given:
                     f"{at}: expected {', '.join(known[part])}, got {', '.join(values) or 'nothing'}"
                 )
                 continue
-            self.columns |= {f"{at}[{name!r}]": _listed(values[name]) for name in known[part]}
+            self.columns |= {f"{at}[{name!r}]": _as_list(values[name]) for name in known[part]}
         self._check()
 
     def _check(self) -> None:
@@ -315,7 +302,7 @@ class _Given:
         for name, values in self.columns.items():
             if len(values) != count:
                 self.problems.append(f"{name}: expected as many as prompts, {count}, got {len(values)}")
-            check = _picture_problem if "image" in name.split("[")[-1] else _text_problem
+            check = _find_image_problem if "image" in name.split("[")[-1] else _find_text_problem
             for i, value in enumerate(values):
                 at = name if len(values) == 1 else f"{name}[{i}]"
                 if problem := check(value):
@@ -323,51 +310,51 @@ class _Given:
         if self.problems:
             raise UserError(*self.problems)
 
-    def cases(self, template: str | None, taken: set[str]) -> list[Case]:
+    def make_cases(self, template: str | None, taken: set[str]) -> list[Case]:
         """One case per request. Its id, ``edit-`` and a checksum, is the same for the same request, and
-        with a number behind it where it is one of ``taken``."""
-        wrap, names, taken = _wrapper(template), list[str](), set(taken)
+        is followed by a number where it is one of ``taken``."""
+        wrap, names, taken = _make_wrapper(template), list[str](), set(taken)
         requests = zip(*(self.columns[name] for name in ("image", "prompts", "targets")), strict=True)
         for image, prompt, target in requests:
             stem = f"edit-{row_key((content_key(image), wrap(prompt), target.strip()))[:8]}"
             free = (name for n in count(1) if (name := stem if n == 1 else f"{stem}-{n}") not in taken)
             names.append(next(free))
             taken.add(names[-1])
-        return [self._case(i, name, wrap) for i, name in enumerate(names)]
+        return [self._make_case(i, name, wrap) for i, name in enumerate(names)]
 
-    def _case(self, i: int, name: str, wrap: Callable[[str], str]) -> Case:
+    def _make_case(self, i: int, name: str, wrap: Callable[[str], str]) -> Case:
         row = {column: values[i] for column, values in self.columns.items()}
         query = Query(row["image"], wrap(row["prompts"]), row["targets"].strip())
-        asked: list[tuple[str, Query, Expectation]] = [("reliability", query, "target")]
+        probes: list[tuple[str, Query, Expectation]] = [("reliability", query, "target")]
         if "rephrase_prompts" in row:
-            asked.append(("t_generality", replace(query, prompt=wrap(row["rephrase_prompts"])), "target"))
+            probes.append(("t_generality", replace(query, prompt=wrap(row["rephrase_prompts"])), "target"))
         if "rephrase_image" in row:
-            asked.append(("m_generality", replace(query, image=row["rephrase_image"]), "target"))
+            probes.append(("m_generality", replace(query, image=row["rephrase_image"]), "target"))
         for part, metric in (("text", "t_locality"), ("vision", "m_locality")):
             at = f"locality_inputs[{part!r}]"
             if f"{at}['prompt']" not in row:
                 continue
             prompt, answer = row[f"{at}['prompt']"], row[f"{at}['ground_truth']"].strip()
             image = row.get(f"{at}['image']")
-            asked.append(
+            probes.append(
                 (metric, Query(image, prompt if image is None else wrap(prompt), answer), "unchanged")
             )
-        return Case(EditRequest(name, query), tuple(Probe(*probe) for probe in asked))
+        return Case(EditRequest(name, query), tuple(Probe(*probe) for probe in probes))
 
 
-def _listed(value: Any) -> list[Any]:
+def _as_list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
-def _text_problem(value: Any) -> str | None:
+def _find_text_problem(value: object) -> str | None:
     if not isinstance(value, str):
         return f"expected a text, got {type(value).__name__}"
     return None if value.strip() else "is empty; expected a text"
 
 
-def _picture_problem(value: Any) -> str | None:
+def _find_image_problem(value: object) -> str | None:
     if value is None:
         return "is missing; expected a path, a PIL image or a tensor"
     if isinstance(value, (str, os.PathLike)) and not os.path.isfile(value):
-        return f"{os.fspath(value)}: no such picture"
+        return f"{os.fspath(value)}: no such image"
     return None

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from unike.evaluation.summary import TITLES, summarise
-from unike.report.compare import compare, flip_table, table_of
+from unike.report.compare import build_flip_table, build_table, compare
 from unike.report.terminal import as_text, summary_table
 from unike.system import launching
 from unike.types import UserError
@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = commands.add_parser("compare", help="two runs of the same data, record by record")
     command.add_argument("a", metavar="RUN_A", help="folder of a run")
     command.add_argument("b", metavar="RUN_B", help="folder of the other; differences are B less A")
-    command.add_argument("--html", metavar="FILE", help="write the cases that flipped, with their pictures")
+    command.add_argument("--html", metavar="FILE", help="write a page of the cases that flipped, with images")
     command.add_argument("--most", type=int, default=20, metavar="N", help="flips printed; default: 20")
     command.add_argument("--seed", type=int, help="of the resampling; default: that of RUN_A")
     args = parser.parse_args(argv)
@@ -37,11 +37,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(*wrong)
         found = compare(args.a, args.b, args.seed)
         print(f"A: {found.names[0]}\nB: {found.names[1]}")
-        print(as_text(table_of(found)))
+        print(as_text(build_table(found)))
         if found.flips and args.most:
-            print(as_text(flip_table(found, args.most)))
+            print(as_text(build_flip_table(found, args.most)))
         if args.html is not None:
-            # Imported late: pictures want the data sets, and with them torch.
+            # Imported late: images need the data sets, and with them torch.
             from unike.report.compare_page import write_comparison
 
             print(f"written: {write_comparison(found, args.a, args.html)}")

@@ -1,1 +1,1 @@
-"""Training and data of the two embedded tiny backbones."""
+"""Training and data of the two bundled toy models."""

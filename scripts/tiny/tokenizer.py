@@ -1,4 +1,4 @@
-"""A byte-level BPE tokenizer for the tiny backbones, small enough that names take several tokens."""
+"""A byte-level BPE tokenizer for the toy models, small enough that names take several tokens."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from scripts.tiny.facts import QUESTIONS, text_facts
+from scripts.tiny.facts import QUESTIONS, list_text_facts
 from scripts.tiny.questions import HELD_OUT, TRAINED, VQA_TEMPLATE
 from scripts.tiny.scenes import CATEGORIES, COLOR_NAMES, NAMES
 
 VOCABULARY = 1400
-# Templates are common and names rare, so that the merges go to the templates' words first.
+# Templates are common and names rare, so that the first merges are the templates' words.
 TEMPLATE_COPIES = 40
 WRAP = ("###Human: <Img>", "</Img> ")
 DEMONSTRATION = "New Fact: {fact} {answer}\nPrompt: {prompt}"
 
 
-def corpus() -> list[str]:
+def make_corpus() -> list[str]:
     lines: list[str] = []
     for kind, paraphrases in {k: TRAINED[k] + HELD_OUT[k] for k in TRAINED}.items():
         for words in paraphrases:
@@ -31,7 +31,7 @@ def corpus() -> list[str]:
     lines += [f" next to a on a {c} background" for c in COLOR_NAMES] * TEMPLATE_COPIES
     lines += [f" {w}" for w in ("yes", "no", "one", "two", *COLOR_NAMES)] * TEMPLATE_COPIES
     rng = np.random.default_rng(0)
-    for fact in text_facts():
+    for fact in list_text_facts():
         lines += [f"{fact.ask(rng)} {fact.answer}" for _ in QUESTIONS[fact.kind]]
     return lines
 
@@ -44,7 +44,7 @@ def build() -> PreTrainedTokenizerFast:
         vocab_size=VOCABULARY - 1, min_frequency=2, special_tokens=["<s>", "<pad>", "</s>", "<unk>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
     )  # fmt: skip
-    tokenizer.train_from_iterator(corpus(), trainer)
+    tokenizer.train_from_iterator(make_corpus(), trainer)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="</s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
     )

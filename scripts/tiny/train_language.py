@@ -1,11 +1,11 @@
-"""Stage 2 of the tiny backbones: projection and language model, behind the frozen eye of stage 1.
+"""Stage 2 of the toy models: projection and language model, after the frozen vision encoder of stage 1.
 
-    python -m scripts.tiny.train_language --decoder opt --eye work/vision.safetensors \
+    python -m scripts.tiny.train_language --decoder opt --vision work/vision.safetensors \
         --out hugging_cache/tiny-blip2-opt --steps 1600
 
 Plain questions first, then in-context demonstrations in the prompt and, for the last layers, in
 latent space. The latent task is close to the method under test (its feature shift, with random
-distractors): without it a model this small does not read knowledge states at all.
+distractors). Without it a model this small does not read knowledge states at all.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from scripts.tiny.curriculum import Curriculum, Example, LatentPair
+from scripts.tiny.curriculum import Curriculum, LatentPair, TrainingExample
 from scripts.tiny.scenes import SIZE, Painter, disturb, sample_scene
 from scripts.tiny.tokenizer import WRAP, build
-from scripts.tiny.train_vision import QUERY_TOKENS, qformer_config, rate, vision_config
+from scripts.tiny.train_vision import QUERY_TOKENS, make_qformer_config, make_vision_config, schedule_rate
 from unike.backbones.hooks import capture, transform
 from unike.backbones.layout import DecoderLayout
 from unike.knowledge.adapter import knowledge_attention, shift
@@ -52,16 +52,17 @@ def make_model(decoder: str, tokenizer: PreTrainedTokenizerFast) -> Blip2ForCond
     else:
         text |= {"intermediate_size": 512, "num_key_value_heads": 6}
     config = Blip2Config(
-        vision_config=vision_config().to_dict(), qformer_config=qformer_config().to_dict(), text_config=text,
-        num_query_tokens=QUERY_TOKENS, image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        vision_config=make_vision_config().to_dict(), qformer_config=make_qformer_config().to_dict(),
+        text_config=text, num_query_tokens=QUERY_TOKENS,
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
     )  # fmt: skip
     return Blip2ForConditionalGeneration(config)
 
 
-def load_eye(model: Blip2ForConditionalGeneration, path: Path) -> None:
-    eye = {k: v for k, v in load_file(path).items() if not k.startswith("heads.")}
+def load_vision_encoder(model: Blip2ForConditionalGeneration, path: Path) -> None:
+    vision = {k: v for k, v in load_file(path).items() if not k.startswith("heads.")}
     missing = [
-        k for k in model.load_state_dict(eye, strict=False).missing_keys if not k.startswith("language")
+        k for k in model.load_state_dict(vision, strict=False).missing_keys if not k.startswith("language")
     ]
     if missing:
         raise SystemExit(f"{path}: lacks {missing[:3]}")
@@ -71,7 +72,7 @@ def load_eye(model: Blip2ForConditionalGeneration, path: Path) -> None:
 
 
 @torch.no_grad()
-def look(
+def encode_scenes(
     model: Blip2ForConditionalGeneration, painter: Painter, scenes: list, batch: int = 256
 ) -> torch.Tensor:
     """Q-Former states of scenes, ``(N, QUERY_TOKENS, d_q)``: constants of this stage."""
@@ -83,35 +84,35 @@ def look(
 
 
 class Trainer:
-    """One language side over a pool of seen scenes."""
+    """One language side, trained on a pool of encoded scenes."""
 
     def __init__(
         self,
         model: Blip2ForConditionalGeneration,
         tokenizer: PreTrainedTokenizerFast,
-        seen: torch.Tensor,
+        encoded: torch.Tensor,
         wrap: bool,
     ) -> None:
-        self.model, self.tokenizer, self.seen = model, tokenizer, seen
+        self.model, self.tokenizer, self.encoded = model, tokenizer, encoded
         self.lm = model.language_model
         self.layout = DecoderLayout(self.lm)
-        self.sites = {i: self.layout.attention(i) for i in self.layout.last(EDITED_LAYERS)}
+        self.attention = {i: self.layout.attention(i) for i in self.layout.last(EDITED_LAYERS)}
         self._ids: dict[str, list[int]] = {}
         image = [model.config.image_token_id] * QUERY_TOKENS
-        self.image = self.ids(WRAP[0]) + image + self.ids(WRAP[1]) if wrap else image
+        self.image = self.tokenize(WRAP[0]) + image + self.tokenize(WRAP[1]) if wrap else image
 
-    def ids(self, text: str) -> list[int]:
+    def tokenize(self, text: str) -> list[int]:
         if text not in self._ids:
             if len(self._ids) > 200_000:
                 self._ids.clear()
             self._ids[text] = self.tokenizer(text, add_special_tokens=False).input_ids
         return self._ids[text]
 
-    def batch(self, examples: list[Example]) -> dict[str, torch.Tensor]:
+    def make_batch(self, examples: list[TrainingExample]) -> dict[str, torch.Tensor]:
         rows, lengths = [], []
         for e in examples:
-            prompt = (self.image if e.scene is not None else []) + self.ids(e.prompt)
-            rows.append(prompt + self.ids(" " + e.answer) + [self.tokenizer.eos_token_id])
+            prompt = (self.image if e.scene is not None else []) + self.tokenize(e.prompt)
+            rows.append(prompt + self.tokenize(" " + e.answer) + [self.tokenizer.eos_token_id])
             lengths.append(len(prompt))
         width = max(map(len, rows))
         ids = torch.full((len(rows), width), self.tokenizer.pad_token_id)
@@ -122,23 +123,23 @@ class Trainer:
             mask[i, : len(row)] = 1
             labels[i, n : len(row)] = ids[i, n : len(row)]
         embeds = self.lm.get_input_embeddings()(ids)
-        pictured = [e.scene for e in examples if e.scene is not None]
-        if pictured:
-            features = self.model.language_projection(self.seen[pictured].float())
+        scenes = [e.scene for e in examples if e.scene is not None]
+        if scenes:
+            features = self.model.language_projection(self.encoded[scenes].float())
             where = (ids == self.model.config.image_token_id)[..., None].expand_as(embeds)
             embeds = embeds.masked_scatter(where, features)
         last = mask.sum(1) - 2
         return {"embeds": embeds, "mask": mask, "labels": labels, "last": last}
 
-    def hidden(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        # Right padding under a causal mask: no real token sees a pad, so the mask can stay away.
+    def run_decoder(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        # Right padding and a causal mask: no real token attends to a pad, so no mask is needed.
         backbone = self.lm.model
         return backbone(inputs_embeds=batch["embeds"], use_cache=False).last_hidden_state
 
-    def read(
+    def score_answers(
         self, hidden: torch.Tensor, labels: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Mean loss over answer tokens, and per row: share right, all right (EOS apart)."""
+        """Loss summed over answer tokens, and per row: share right, all right (without EOS)."""
         states, goal = hidden[:, :-1], labels[:, 1:]
         at = goal != -100
         logits = self.lm.lm_head(states[at])
@@ -148,29 +149,30 @@ class Trainer:
         words = at & (goal != self.tokenizer.eos_token_id)
         return loss, (right & words).sum(1) / words.sum(1), (right | ~words).all(1)
 
-    def plain_loss(self, examples: list[Example]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean loss per answer token; rows are sorted by length to waste little on padding."""
+    def compute_plain_loss(self, examples: list[TrainingExample]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean loss per answer token; rows are sorted by length to save padding."""
         examples = sorted(
-            examples, key=lambda e: len(self.ids(e.prompt)) + (len(self.image) if e.scene is not None else 0)
+            examples,
+            key=lambda e: len(self.tokenize(e.prompt)) + (len(self.image) if e.scene is not None else 0),
         )
         size = -(-len(examples) // CHUNKS)
         total, tokens, exact = torch.zeros(()), 0, []
         for start in range(0, len(examples), size):
-            batch = self.batch(examples[start : start + size])
-            loss, _, right = self.read(self.hidden(batch), batch["labels"])
+            batch = self.make_batch(examples[start : start + size])
+            loss, _, right = self.score_answers(self.run_decoder(batch), batch["labels"])
             total, tokens = total + loss, tokens + int((batch["labels"] != -100).sum())
             exact.append(right)
         return total / tokens, torch.cat(exact).float().mean()
 
-    def states(self, examples: list[Example]) -> dict[int, torch.Tensor]:
-        """What each edited layer's self-attention receives at the last answer token, ``(B, d)``."""
-        batch = self.batch(examples)
-        with capture({i: s.module for i, s in self.sites.items()}) as seen:
-            self.hidden(batch)
+    def compute_states(self, examples: list[TrainingExample]) -> dict[int, torch.Tensor]:
+        """The input of each edited layer's self-attention at the last answer token, ``(B, d)``."""
+        batch = self.make_batch(examples)
+        with capture({i: s.module for i, s in self.attention.items()}) as seen:
+            self.run_decoder(batch)
         rows = torch.arange(len(examples))
         return {i: x[rows, batch["last"]] for i, x in seen.items()}
 
-    def latent_loss(
+    def compute_latent_loss(
         self,
         pairs: list[LatentPair],
         rng: np.random.Generator,
@@ -178,8 +180,9 @@ class Trainer:
         distractors: int | None = None,
         crowd: float = 1.0,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Questions under the feature shift, over their own demonstration and random others."""
-        states = self.states([p.demonstration for p in pairs])
+        """Loss and accuracy of questions with the feature shift, from their own demonstration and random
+        others."""
+        states = self.compute_states([p.demonstration for p in pairs])
         count = len(pairs)
         width = min(DISTRACTORS, count - 1)
         others = torch.stack(
@@ -203,21 +206,21 @@ class Trainer:
             share = torch.from_numpy(rng.uniform(0.2, 0.7, count)).float()
         else:
             share = torch.full((count,), alpha)
-        batch = self.batch([p.question for p in pairs])
+        batch = self.make_batch([p.question for p in pairs])
 
-        def shifted(index: int):
+        def make_shift(index: int):
             knowledge = states[index][choice]
             return lambda x, out: shift(
-                out, knowledge_attention(self.sites[index], x, knowledge, bias), share
+                out, knowledge_attention(self.attention[index], x, knowledge, bias), share
             )
 
-        with transform([(s.module, s.module, shifted(i)) for i, s in self.sites.items()]):
-            hidden = self.hidden(batch)
-        loss, _, right = self.read(hidden, batch["labels"])
+        with transform([(s.module, s.module, make_shift(i)) for i, s in self.attention.items()]):
+            hidden = self.run_decoder(batch)
+        loss, _, right = self.score_answers(hidden, batch["labels"])
         return loss / int((batch["labels"] != -100).sum()), right[offered].float().mean()
 
 
-def optimisers(model: Blip2ForConditionalGeneration) -> list[torch.optim.Optimizer]:
+def make_optimisers(model: Blip2ForConditionalGeneration) -> list[torch.optim.Optimizer]:
     layers = DecoderLayout(model.language_model).layers
     matrices = [p for p in layers.parameters() if p.ndim == 2]
     taken = {id(p) for p in matrices}
@@ -232,30 +235,30 @@ def optimisers(model: Blip2ForConditionalGeneration) -> list[torch.optim.Optimiz
 def evaluate(trainer: Trainer, pool: Curriculum, count: int = 160) -> dict[str, float]:
     """Exact answers on a held-out pool, in percent."""
     rng = np.random.default_rng(0)
-    pairs = [p for p in pool.latent(count) if p.offered]
+    pairs = [p for p in pool.draw_latent(count) if p.offered]
     return {
-        "plain": trainer.plain_loss(pool.plain(count))[1].item(),
-        "text": trainer.plain_loss(pool.plain_text(count))[1].item(),
-        "context": trainer.plain_loss(pool.context(count))[1].item(),
-        "context_text": trainer.plain_loss(pool.context_text(count // 2))[1].item(),
-        "latent_alone": trainer.latent_loss(pairs, rng, 0.5, 0)[1].item(),
-        "latent_crowd": trainer.latent_loss(pairs, rng, 0.5, DISTRACTORS)[1].item(),
+        "plain": trainer.compute_plain_loss(pool.draw_plain(count))[1].item(),
+        "text": trainer.compute_plain_loss(pool.draw_plain_text(count))[1].item(),
+        "context": trainer.compute_plain_loss(pool.draw_context(count))[1].item(),
+        "context_text": trainer.compute_plain_loss(pool.draw_context_text(count // 2))[1].item(),
+        "latent_alone": trainer.compute_latent_loss(pairs, rng, 0.5, 0)[1].item(),
+        "latent_crowd": trainer.compute_latent_loss(pairs, rng, 0.5, DISTRACTORS)[1].item(),
     }
 
 
-def step_loss(
+def compute_step_loss(
     trainer: Trainer, pool: Curriculum, progress: float, plain_share: float
 ) -> tuple[torch.Tensor, dict[str, float]]:
     if progress < plain_share:
-        image, a = trainer.plain_loss(pool.plain(80))
-        text, b = trainer.plain_loss(pool.plain_text(64))
+        image, a = trainer.compute_plain_loss(pool.draw_plain(80))
+        text, b = trainer.compute_plain_loss(pool.draw_plain_text(64))
         return image + text, {"plain": a.item(), "text": b.item()}
-    image, a = trainer.plain_loss(pool.plain(40) + pool.context(24))
-    text, b = trainer.plain_loss(pool.plain_text(24) + pool.context_text(8))
-    # Few distractors first: picking one state among many is learnt after reading one.
+    image, a = trainer.compute_plain_loss(pool.draw_plain(40) + pool.draw_context(24))
+    text, b = trainer.compute_plain_loss(pool.draw_plain_text(24) + pool.draw_context_text(8))
+    # Few distractors first: to read one state is learnt before to select it among many.
     crowd = min(1.0, 2.5 * (progress - plain_share) / (1 - plain_share))
-    latent, c = trainer.latent_loss(pool.latent(32), pool.rng, crowd=crowd)
-    words, d = trainer.latent_loss(pool.latent_text(8), pool.rng, crowd=crowd)
+    latent, c = trainer.compute_latent_loss(pool.draw_latent(32), pool.rng, crowd=crowd)
+    words, d = trainer.compute_latent_loss(pool.draw_latent_text(8), pool.rng, crowd=crowd)
     return image + 0.7 * text + 0.7 * latent + 0.2 * words, {
         "plain": a.item(), "text": b.item(), "latent": c.item(), "latent_text": d.item()}  # fmt: skip
 
@@ -268,15 +271,15 @@ def train(
     plain_share: float,
 ) -> None:
     trainer, pool = training
-    opts = optimisers(trainer.model)
+    opts = make_optimisers(trainer.model)
     parameters = [p for opt in opts for g in opt.param_groups for p in g["params"]]
     start, running = time.monotonic(), {}
     for step in range(steps):
         progress = step / steps
         for opt in opts:
             for group in opt.param_groups:
-                group["lr"] = lr * rate(progress, step)
-        loss, shown = step_loss(trainer, pool, progress, plain_share)
+                group["lr"] = lr * schedule_rate(progress, step)
+        loss, shown = compute_step_loss(trainer, pool, progress, plain_share)
         trainer.model.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -292,7 +295,7 @@ def train(
 
 
 def save(model: nn.Module, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
-    """The folder as Hugging Face lays it out, weights in fp16."""
+    """Writes a Hugging Face folder, weights in fp16."""
     model.half().save_pretrained(out)
     tokenizer.save_pretrained(out)
     BlipImageProcessorPil(
@@ -303,9 +306,9 @@ def save(model: nn.Module, tokenizer: PreTrainedTokenizerFast, out: Path) -> Non
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--decoder", choices=["opt", "llama"], required=True)
-    parser.add_argument("--eye", type=Path, required=True)
+    parser.add_argument("--vision", "--eye", type=Path, required=True, help="what train_vision wrote")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--init", type=Path, help="a folder of this script's to go on from")
+    parser.add_argument("--init", type=Path, help="a folder that this script wrote, to continue from")
     parser.add_argument("--steps", type=int, default=1600)
     parser.add_argument("--plain_share", type=float, default=PLAIN_SHARE)
     parser.add_argument("--lr", type=float, default=2e-3)
@@ -319,14 +322,17 @@ def main() -> None:
     model = make_model(args.decoder, tokenizer)
     if args.init is not None:
         model.load_state_dict(Blip2ForConditionalGeneration.from_pretrained(args.init).state_dict())
-    load_eye(model, args.eye)
+    load_vision_encoder(model, args.vision)
     scenes = [sample_scene(rng) for _ in range(args.pool)]
     scenes = [disturb(s, rng) if rng.random() < 0.3 else s for s in scenes]
-    seen = look(model, Painter(args.textures), scenes)
-    held = args.pool // 30
+    encoded = encode_scenes(model, Painter(args.textures), scenes)
+    held_out = args.pool // 30
     wrap = args.decoder == "llama"
-    training = Trainer(model, tokenizer, seen[held:], wrap), Curriculum(scenes[held:], args.seed)
-    testing = Trainer(model, tokenizer, seen[:held], wrap), Curriculum(scenes[:held], args.seed + 1)
+    training = Trainer(model, tokenizer, encoded[held_out:], wrap), Curriculum(scenes[held_out:], args.seed)
+    testing = (
+        Trainer(model, tokenizer, encoded[:held_out], wrap),
+        Curriculum(scenes[:held_out], args.seed + 1),
+    )
     train(training, testing, args.steps, args.lr, args.plain_share)
     save(model, tokenizer, args.out)
 

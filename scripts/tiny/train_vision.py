@@ -1,9 +1,9 @@
-"""Stage 1 of the tiny backbones: vision tower and Q-Former, shared by both.
+"""Stage 1 of the toy models: vision tower and Q-Former, shared by both.
 
     python -m scripts.tiny.train_vision --out work/vision.safetensors --minutes 12
 
-Auxiliary heads ask three query tokens for the left object, the right object and the ground's
-colour, and every patch for the object that it shows. The heads are thrown away afterwards.
+Auxiliary heads predict the left object, the right object and the background's colour from three query
+tokens, and the object of every patch. The heads are discarded afterwards.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from scripts.tiny.scenes import COLOR_NAMES, OBJECTS, SIZE, Painter, Scene, dist
 PATCH = 8
 QUERY_TOKENS = 8
 NOTHING = len(OBJECTS)
-# The side of the picture within which a patch's centre counts as lying on an object.
+# The share of an object's size within which the centre of a patch counts as on the object.
 PATCH_REACH = 0.42
 
 
-def vision_config() -> Blip2VisionConfig:
+def make_vision_config() -> Blip2VisionConfig:
     # The default initializer_range of 1e-10 leaves the tower without a signal to learn from.
     return Blip2VisionConfig(
         hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
@@ -38,7 +38,7 @@ def vision_config() -> Blip2VisionConfig:
     )  # fmt: skip
 
 
-def qformer_config() -> Blip2QFormerConfig:
+def make_qformer_config() -> Blip2QFormerConfig:
     return Blip2QFormerConfig(
         hidden_size=128, intermediate_size=384, num_hidden_layers=2, num_attention_heads=4,
         encoder_hidden_size=128, vocab_size=8, cross_attention_frequency=1, max_position_embeddings=16,
@@ -46,12 +46,12 @@ def qformer_config() -> Blip2QFormerConfig:
     )  # fmt: skip
 
 
-class Eye(nn.Module):
+class VisionEncoder(nn.Module):
     """Vision tower, Q-Former and query tokens, with the auxiliary heads."""
 
     def __init__(self) -> None:
         super().__init__()
-        vision, qformer = vision_config(), qformer_config()
+        vision, qformer = make_vision_config(), make_qformer_config()
         self.vision_model = Blip2VisionModel(vision)
         self.qformer = Blip2QFormerModel(qformer)
         # Query tokens that start equal stay equal: break the symmetry.
@@ -64,20 +64,20 @@ class Eye(nn.Module):
             }
         )
 
-    def see(self, pictures: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def encode(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Patch states ``(B, 1 + patches, d)`` and query states ``(B, QUERY_TOKENS, d_q)``."""
-        patches = self.vision_model(pixel_values=(pictures - 0.5) / 0.5).last_hidden_state
-        queries = self.query_tokens.expand(len(pictures), -1, -1)
+        patches = self.vision_model(pixel_values=(images - 0.5) / 0.5).last_hidden_state
+        queries = self.query_tokens.expand(len(images), -1, -1)
         return patches, self.qformer(query_embeds=queries, encoder_hidden_states=patches).last_hidden_state
 
-    def forward(self, pictures: torch.Tensor) -> list[torch.Tensor]:
-        patches, queries = self.see(pictures)
-        ask = self.heads["object"]
-        return [ask(queries[:, 0]), ask(queries[:, 1]), self.heads["color"](queries[:, 2]),
+    def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
+        patches, queries = self.encode(images)
+        name = self.heads["object"]
+        return [name(queries[:, 0]), name(queries[:, 1]), self.heads["color"](queries[:, 2]),
                 self.heads["patch"](patches[:, 1:])]  # fmt: skip
 
 
-def targets(scenes: list[Scene]) -> list[torch.Tensor]:
+def list_targets(scenes: list[Scene]) -> list[torch.Tensor]:
     """Left object, right object (``NOTHING`` if none), colour, and object per patch."""
     centre = torch.arange(0, SIZE, PATCH) + PATCH / 2
     ys, xs = torch.meshgrid(centre, centre, indexing="ij")
@@ -93,44 +93,44 @@ def targets(scenes: list[Scene]) -> list[torch.Tensor]:
     ]
 
 
-def optimisers(eye: Eye, lr: float) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of both encoders, AdamW for all else."""
-    towers = (eye.vision_model.encoder, eye.qformer.encoder)
+def make_optimisers(encoder: VisionEncoder, lr: float) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of both encoders, AdamW for all other parameters."""
+    towers = (encoder.vision_model.encoder, encoder.qformer.encoder)
     matrices = [p for tower in towers for p in tower.parameters() if p.ndim == 2]
     taken = {id(p) for p in matrices}
-    rest = [p for p in eye.parameters() if id(p) not in taken and p.requires_grad]
+    rest = [p for p in encoder.parameters() if id(p) not in taken and p.requires_grad]
     return [
         torch.optim.Muon(matrices, lr=lr, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.98), weight_decay=0.05),
     ]
 
 
-def rate(progress: float, step: int, warmup: int = 100) -> float:
+def schedule_rate(progress: float, step: int, warmup: int = 100) -> float:
     """Share of the peak learning rate: linear warm-up, then cosine to 2%."""
     return min(1.0, (step + 1) / warmup) * (0.02 + 0.49 * (1 + math.cos(math.pi * progress)))
 
 
-def train(minutes: float, batch: int, lr: float, seed: int, cache: Path) -> Eye:
+def train(minutes: float, batch: int, lr: float, seed: int, cache: Path) -> VisionEncoder:
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
-    painter, eye = Painter(cache), Eye()
-    opts = optimisers(eye, lr)
+    painter, encoder = Painter(cache), VisionEncoder()
+    opts = make_optimisers(encoder, lr)
     start, step, running = time.monotonic(), 0, torch.zeros(4)
     while (progress := (time.monotonic() - start) / (60 * minutes)) < 1:
         for opt in opts:
             for group in opt.param_groups:
-                group["lr"] = lr * rate(progress, step)
+                group["lr"] = lr * schedule_rate(progress, step)
         scenes = [sample_scene(rng) for _ in range(batch)]
         scenes = [disturb(s, rng) if rng.random() < 0.3 else s for s in scenes]
-        goal = targets(scenes)
-        guess = eye(painter.draw(scenes))
+        goal = list_targets(scenes)
+        guess = encoder(painter.draw(scenes))
         losses = [
             F.cross_entropy(g.float().flatten(0, -2), t.flatten()) for g, t in zip(guess, goal, strict=True)
         ]
         loss = losses[0] + losses[1] + 0.5 * losses[2] + 2 * losses[3]
-        eye.zero_grad(set_to_none=True)
+        encoder.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(eye.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(encoder.parameters(), 1.0)
         for opt in opts:
             opt.step()
         seen = [t < NOTHING for t in goal]
@@ -142,7 +142,7 @@ def train(minutes: float, batch: int, lr: float, seed: int, cache: Path) -> Eye:
                 f"{n} {v:.3f}" for n, v in zip(("left", "right", "color", "patch"), running, strict=True)
             )
             print(f"{step} {time.monotonic() - start:.0f}s loss {loss.item():.3f} {shown}", flush=True)
-    return eye
+    return encoder
 
 
 def main() -> None:
@@ -154,9 +154,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--textures", type=Path, default=Path("data/cache/openmoji.safetensors"))
     args = parser.parse_args()
-    eye = train(args.minutes, args.batch, args.lr, args.seed, args.textures)
+    encoder = train(args.minutes, args.batch, args.lr, args.seed, args.textures)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.contiguous() for k, v in eye.state_dict().items()}, args.out)
+    save_file({k: v.contiguous() for k, v in encoder.state_dict().items()}, args.out)
 
 
 if __name__ == "__main__":

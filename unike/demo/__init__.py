@@ -1,1 +1,1 @@
-"""A page to try editing on: ask, edit, ask again, undo (``python -m unike.demo``)."""
+"""A web page to try editing: ask, edit, ask again, undo (``python -m unike.demo``)."""

@@ -1,4 +1,4 @@
-"""A page to try editing on: choose or upload a picture, ask, edit, ask again, undo.
+"""A web page to try editing: choose or upload an image, ask, edit, ask again, undo.
 
 python -m unike.demo --hparams_dir hparams/tiny_blip2.yaml
 """
@@ -19,7 +19,7 @@ from unike.types import UserError
 HOST, EXAMPLES = "127.0.0.1", 8
 
 
-def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m unike.demo", description=(__doc__ or "").split("\n")[0])
     add = parser.add_argument
     add("--hparams_dir", default="hparams/tiny_blip2.yaml", metavar="FILE", help="YAML; default: %(default)s")
@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     if find_spec("gradio") is None:
         raise UserError("gradio: not installed; the page needs it: make demo-page")
     hparams = HyperParams.from_hparams(args.hparams_dir, args.overrides)
-    # Gradio looks at it wherever it would call home.
+    # Gradio reads it wherever it would send usage data.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     # Imported late: torch and Gradio take seconds, and a typing error in the YAML should not.
     from unike.demo.desk import Desk
@@ -58,16 +58,16 @@ def _require_free(port: int) -> None:
     if not 0 < port < 65536:
         raise UserError(f"port: {port}; expected 1 to 65535")
     with socket.socket() as probe:
-        # As servers do: a port that was left a moment ago is free.
+        # As servers do: a port that was released a moment ago is free.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((HOST, port))
         except OSError as error:
-            raise UserError(f"port: {port}: cannot be had: {error.strerror}; name another --port") from error
+            raise UserError(f"port: {port}: cannot be used: {error.strerror}; name another --port") from error
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = arguments(argv)
+    args = parse_arguments(argv)
     return launching.run_guarded(lambda: run(args))
 
 

@@ -1,4 +1,4 @@
-"""What was active for a question, as HTML tables; every text in them is escaped."""
+"""What was active for a question, as HTML tables with every text escaped."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from unike.edits.explain import Explanation, describe_activity, describe_item, r
 MOST_EDITS = 10
 
 
-def active_html(asked: Explanation) -> str:
-    """The edits that could speak, the strongest first, and of each layer alpha and the retrieved items."""
-    if not asked.edits:
-        return "<p>No edit is in force: the model answers for itself.</p>"
-    gates = "".join(f"; the {escape(name)} gate opens at {at:.3f}" for name, at in asked.gates.items())
-    able = sorted((edit for edit in asked.edits if edit.active), key=rate_strength, reverse=True)
+def render_active(answers: Explanation) -> str:
+    """The edits that apply, the strongest first, and each layer's alpha and retrieved items, as HTML."""
+    if not answers.edits:
+        return "<p>No edit is attached: the base model answers.</p>"
+    gates = "".join(f"; threshold of the {escape(name)} gate: {at:.3f}" for name, at in answers.gates.items())
+    active = sorted((edit for edit in answers.edits if edit.active), key=rate_strength, reverse=True)
     edits = [
         (e.prompt or "-", e.target or "-", "-" if e.scope is None else f"{e.scope:.3f}", describe_activity(e))
-        for e in able[:MOST_EDITS]
+        for e in active[:MOST_EDITS]
     ]
-    parts = [f"<p>{len(able)} of {len(asked.edits)} edits could speak{gates}.</p>"]
+    parts = [f"<p>{len(active)} of {len(answers.edits)} edits apply{gates}.</p>"]
     if edits:
-        parts.append(_table("Edits", ("its question", "its answer", "scope", "what it did"), edits))
-    if asked.layers:
+        parts.append(_render_table("Edits", ("question", "answer", "scope", "effect"), edits))
+    if answers.layers:
         items = [
             (
                 f"{layer.layer}",
@@ -32,16 +32,16 @@ def active_html(asked: Explanation) -> str:
                 f"{i.similarity:.3f}",
                 describe_item(i),
             )
-            for layer in asked.layers
+            for layer in answers.layers
             for i in layer.items
         ]
         columns = ("layer", "alpha", "weight", "similarity", "retrieved")
-        parts.append(_table("Retrieved knowledge", columns, items))
-        parts.append("<p>alpha: knowledge's share of attention; weight: the item's share of that.</p>")
+        parts.append(_render_table("Retrieved knowledge", columns, items))
+        parts.append("<p>alpha: the share of attention for knowledge; weight: the item's share of that.</p>")
     return "".join(parts)
 
 
-def _table(caption: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def _render_table(caption: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     head = "".join(f'<th scope="col">{escape(name)}</th>' for name in columns)
     body = "".join(f"<tr>{''.join(f'<td>{escape(text)}</td>' for text in row)}</tr>" for row in rows)
     return f"<table><caption>{caption}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"

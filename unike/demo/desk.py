@@ -1,4 +1,4 @@
-"""What the page does, without a page: examples, asking, editing, undoing."""
+"""What the page does, without its components: examples, asking, editing, undoing."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from unike.types import Case, Expectation, Query, UserError
 MOST_CHARACTERS = 500
 FOLLOW_UPS = {
     "t_generality": "question rephrased",
-    "m_generality": "picture re-drawn",
+    "m_generality": "image rephrased",
     "joint": "both",
-    "same_question": "same question, another picture",
-    "same_image": "same picture, another question",
-    "m_locality": "another picture and question",
-    "t_locality": "no picture",
+    "same_question": "same question, another image",
+    "same_image": "same image, another question",
+    "m_locality": "another image and question",
+    "t_locality": "no image",
 }
 
 
 @dataclass(frozen=True)
 class Question:
-    """A question that the page offers; ``about`` says which, and ``expect`` what a good edit does to its
-    answer: gives ``right``, or leaves it unchanged."""
+    """A question that the page offers; ``about`` is its label. ``expect`` is what a good edit does to its
+    answer: it gives ``right``, or leaves the answer unchanged."""
 
     about: str
     image: str | None
@@ -39,15 +39,15 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Example:
-    """A question that the model may get wrong, and what to ask after the edit."""
+class EditExample:
+    """A question that the model may get wrong, and the questions to ask after the edit."""
 
     question: Question
     follow_ups: tuple[Question, ...]
 
 
 @dataclass(frozen=True)
-class InForce:
+class AttachedEdit:
     """An edit that is attached."""
 
     id: str
@@ -56,32 +56,32 @@ class InForce:
 
 
 class Desk:
-    """One model with its edits, for all who have the page open: they take turns."""
+    """One model with its edits, shared by everyone who has the page open; one call runs at a time."""
 
     def __init__(self, editor: MultimodalEditor, cases: Sequence[Case] = ()) -> None:
         self.editor = editor
-        self.examples = [_example(case) for case in cases]
+        self.examples = [_make_example(case) for case in cases]
         self._turn = Lock()
 
     @property
-    def edits(self) -> list[InForce]:
-        """What is in force, in order."""
+    def edits(self) -> list[AttachedEdit]:
+        """The attached edits, in order."""
         origins = [(edit.id, origin) for edit in self.editor.edits for origin in edit.origins]
-        return [InForce(name, _bare(origin.prompt), origin.target) for name, origin in origins]
+        return [AttachedEdit(name, _strip_template(origin.prompt), origin.target) for name, origin in origins]
 
     def ask(self, image: str | None, question: str) -> Explanation:
         """The answers without and with the edits, and what was active; without an image the language model
-        alone is asked. UserError for an empty or overlong question and for a file that is no picture."""
-        _check(image, question=question)
+        alone answers. UserError for an empty or overlong question and for a file that is no image."""
+        _check_inputs(image, question=question)
         with self._turn:
             return self._ask(image, question)
 
     def edit(self, image: str | None, question: str, answer: str) -> Explanation:
-        """Edits on top of what is in force, then asks the same. UserError, with nothing changed, as ``ask``
-        does, and where there is no image or the edit fails."""
+        """Edits on top of the attached edits, then asks the same. UserError, with nothing changed, as in
+        ``ask``, and also if there is no image or the edit fails."""
         if image is None:
-            raise UserError("picture: missing; choose one or upload one")
-        _check(image, question=question, **{"right answer": answer})
+            raise UserError("image: missing; choose one or upload one")
+        _check_inputs(image, question=question, **{"right answer": answer})
         with self._turn:
             # An edit that fails leaves the former ones attached.
             metrics, _, _ = self.editor.edit(
@@ -92,14 +92,14 @@ class Desk:
             return self._ask(image, question)
 
     def undo(self, id: str | None) -> None:
-        """Takes one edit back. UserError where it is not in force, or none is named."""
+        """Detaches one edit. UserError if it is not attached, or if none is named."""
         if id is None:
             raise UserError("edit: missing; choose the one to undo")
         with self._turn:
             self.editor.detach(id)
 
     def undo_all(self) -> None:
-        """Takes every edit back."""
+        """Detaches every edit."""
         with self._turn:
             for edit in reversed(self.editor.edits):
                 self.editor.detach(edit.id)
@@ -109,31 +109,31 @@ class Desk:
         return self.editor.ask(image, question if image is None else VQA_TEMPLATE.replace("{}", question))
 
 
-def _example(case: Case) -> Example:
+def _make_example(case: Case) -> EditExample:
     query = case.request.query
     probes = {probe.name: probe for probe in case.probes}
-    return Example(
-        _question("the edit", query, "target"),
+    return EditExample(
+        _make_question("the edit", query, "target"),
         tuple(
-            _question(about, probes[name].query, probes[name].expect)
+            _make_question(about, probes[name].query, probes[name].expect)
             for name, about in FOLLOW_UPS.items()
             if name in probes
         ),
     )
 
 
-def _question(about: str, query: Query, expect: Expectation) -> Question:
-    return Question(about, query.image, _bare(query.prompt), query.target or "", expect)
+def _make_question(about: str, query: Query, expect: Expectation) -> Question:
+    return Question(about, query.image, _strip_template(query.prompt), query.target or "", expect)
 
 
-def _bare(prompt: str) -> str:
-    """The question inside a prompt, which is the prompt itself where it stands alone."""
+def _strip_template(prompt: str) -> str:
+    """The question inside a prompt, or the whole prompt if it has no template."""
     start, end = VQA_TEMPLATE.split("{}")
     inside = prompt.startswith(start) and prompt.endswith(end)
     return prompt[len(start) : len(prompt) - len(end)] if inside else prompt
 
 
-def _check(image: str | None, **texts: str) -> None:
+def _check_inputs(image: str | None, **texts: str) -> None:
     problems = []
     for name, text in texts.items():
         if not text.strip():
@@ -144,7 +144,7 @@ def _check(image: str | None, **texts: str) -> None:
         try:
             open_image(image)
         except UserError as error:
-            # The folder is the page's own: it tells nobody anything.
+            # The folder is the page's own: it means nothing to the user.
             name, path = one_line(Path(image).name), one_line(image)
             problems += [line.replace(path, name) for line in error.problems]
     if problems:

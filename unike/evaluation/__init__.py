@@ -1,1 +1,1 @@
-"""What is asked before and after an edit, how it is scored, and how scores are summed up."""
+"""Evaluation before and after an edit: protocols, metrics, records and their summary."""

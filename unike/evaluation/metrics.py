@@ -1,7 +1,7 @@
 """Whether an edit did what it should: one definition of each metric, on token ids and on text.
 
-Two ways of reading a prediction, never mixed: teacher-forced (argmax at each answer position, one
-forward pass over prompt and answer) and generated (greedy decoding from the prompt).
+Two evaluation modes, never mixed: teacher-forced (argmax at each answer position, one forward pass
+over prompt and answer) and generated (greedy decoding from the prompt).
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
@@ -30,11 +29,11 @@ RANKS = 10
 
 @dataclass(frozen=True)
 class Preset:
-    """How somebody measures locality: one rule for probes without a picture, one for the others.
+    """How others measure locality: one rule for probes without an image, one for the rest.
 
     ``answer_top1`` compares the argmax at the answer's positions, ``all_top1`` the most probable
-    token at every position, picture and prompt included, ``all_top10`` the ten most probable ones
-    rank by rank. Reliability and generality are top-1 on the answer's tokens for everybody.
+    token at every position, image and prompt included, ``all_top10`` the ten most probable ones
+    rank by rank. Reliability and generality are top-1 on the answer's tokens in all presets.
     """
 
     text: str
@@ -76,21 +75,21 @@ PRESETS = {
 
 
 @dataclass(frozen=True)
-class Reading:
-    """What a model said to one probe.
+class Prediction:
+    """What a model predicts for one probe.
 
     ``predicted_ids`` holds the argmax at the position of each of the answer's ``target_ids``,
-    ``generated`` the greedily decoded text where it was asked for. ``best (positions)`` and
+    ``generated`` the greedily decoded text in that evaluation mode. ``best (positions)`` and
     ``ranked (positions, RANKS)`` hold the most probable tokens at every position, where a preset needs
-    them. ``edited`` has no default: whoever takes the reading knows whether an edit was applied.
+    them. ``edited`` has no default: the caller knows whether an edit was applied.
     """
 
     target_ids: tuple[int, ...]
     predicted_ids: tuple[int, ...]
     generated: str | None = None
     edited: bool = field(kw_only=True)
-    best: Any = field(default=None, compare=False, repr=False)
-    ranked: Any = field(default=None, compare=False, repr=False)
+    best: np.ndarray | None = field(default=None, compare=False, repr=False)
+    ranked: np.ndarray | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         for name in ("target_ids", "predicted_ids"):
@@ -109,7 +108,7 @@ def agreement(before: Sequence[int], after: Sequence[int]) -> float:
     return token_accuracy(after, before)
 
 
-def score(probe: Probe, before: Reading, after: Reading) -> float:
+def score(probe: Probe, before: Prediction, after: Prediction) -> float:
     """Teacher-forced value of a probe after an edit, in [0, 1].
 
     Probes that expect the target measure ``token_accuracy``: reliability, Eq. (11), T-generality,
@@ -122,7 +121,7 @@ def score(probe: Probe, before: Reading, after: Reading) -> float:
     return agreement(before.predicted_ids, after.predicted_ids)
 
 
-def preset_score(name: str, probe: Probe, before: Reading, after: Reading) -> float:
+def preset_score(name: str, probe: Probe, before: Prediction, after: Prediction) -> float:
     """Teacher-forced value of a probe after an edit as the preset's owner computes it, in [0, 1]."""
     preset = PRESETS[name]
     rule = preset.text if probe.query.image is None else preset.image
@@ -139,18 +138,18 @@ def needs_ranks(names: Sequence[str]) -> bool:
     return any(rule != "answer_top1" for n in names for rule in (PRESETS[n].text, PRESETS[n].image))
 
 
-def score_generated(probe: Probe, before: Reading, after: Reading) -> float:
+def score_generated(probe: Probe, before: Prediction, after: Prediction) -> float:
     """Generated value of a probe after an edit, 0 or 1: equal after ``normalise_answer``.
 
     The decoded text is compared with the target, or, where no change is expected, with what the
-    unedited model said.
+    unedited model generated.
     """
     _check_pair(before, after)
     expected = _target(probe) if probe.expect == "target" else before.generated
     return _same_text(after.generated, expected)
 
 
-def base_score(probe: Probe, before: Reading) -> float:
+def base_score(probe: Probe, before: Prediction) -> float:
     """Teacher-forced value of the unedited model; it leaves everything unchanged."""
     _check_base(before)
     if probe.expect == "target":
@@ -158,24 +157,24 @@ def base_score(probe: Probe, before: Reading) -> float:
     return 1.0
 
 
-def base_score_generated(probe: Probe, before: Reading) -> float:
+def base_score_generated(probe: Probe, before: Prediction) -> float:
     """Generated value of the unedited model; it leaves everything unchanged."""
     _check_base(before)
     return _same_text(before.generated, _target(probe)) if probe.expect == "target" else 1.0
 
 
-def right_everywhere(reading: Reading) -> float:
+def right_everywhere(prediction: Prediction) -> float:
     """1 where every token of the answer is predicted, else 0."""
-    return float(reading.predicted_ids == reading.target_ids)
+    return float(prediction.predicted_ids == prediction.target_ids)
 
 
-def right_text(probe: Probe, reading: Reading) -> float:
+def right_text(probe: Probe, prediction: Prediction) -> float:
     """1 where the generated text is the probe's own answer, else 0."""
-    return _same_text(reading.generated, _target(probe))
+    return _same_text(prediction.generated, _target(probe))
 
 
 def bootstrap_means(
-    values: Sequence[float], seed: int, samples: int = 2000, groups: Sequence[Any] | None = None
+    values: Sequence[float], seed: int, samples: int = 2000, groups: Sequence[int | None] | None = None
 ) -> np.ndarray:
     """``samples`` means of resampled values. With ``groups``, whole groups are drawn: values of one
     sequence of edits depend on each other."""
@@ -200,7 +199,7 @@ def bootstrap_interval(
     seed: int,
     samples: int = 2000,
     level: float = 0.95,
-    groups: Sequence[Any] | None = None,
+    groups: Sequence[int | None] | None = None,
 ) -> tuple[float, float, float]:
     """Mean with its percentile bootstrap interval: ``(mean, low, high)``, the same for a seed."""
     means = bootstrap_means(values, seed, samples, groups)
@@ -214,7 +213,7 @@ def paired_difference(
     seed: int,
     of: Callable[[Sequence[float]], float],
     samples: int = 2000,
-    groups: Sequence[Any] | None = None,
+    groups: Sequence[int | None] | None = None,
 ) -> tuple[float, float, float]:
     """How much more ``one`` has than ``other`` of a number ``of`` the means of their columns, with its
     95% percentile bootstrap interval: ``(difference, low, high)``.
@@ -260,10 +259,10 @@ def ngram_entropy(text: str) -> float:
     return total / 2
 
 
-def _aligned_agreement(before: Any, after: Any) -> float:
+def _aligned_agreement(before: np.ndarray | None, after: np.ndarray | None) -> float:
     """Share of equal entries. Where the prompts differ in length, the ends are compared."""
     if before is None or after is None:
-        raise ValueError("the reading holds no ranks; name the preset when the reader is made")
+        raise ValueError("the prediction holds no ranks; name the preset when the reader is made")
     shared = min(len(before), len(after))
     return float(np.mean(np.asarray(before)[-shared:] == np.asarray(after)[-shared:]))
 
@@ -273,17 +272,17 @@ def _same_length(one: Sequence[int], other: Sequence[int]) -> None:
         raise ValueError(f"expected as many predictions as answer tokens, got {len(one)} and {len(other)}")
 
 
-def _check_base(before: Reading) -> None:
+def _check_base(before: Prediction) -> None:
     if before.edited:
-        raise ValueError("the reading before the edit comes from an edited model")
+        raise ValueError("the prediction before the edit comes from an edited model")
 
 
-def _check_pair(before: Reading, after: Reading) -> None:
+def _check_pair(before: Prediction, after: Prediction) -> None:
     _check_base(before)
     if not after.edited:
-        raise ValueError("the reading after the edit comes from the unedited model")
+        raise ValueError("the prediction after the edit comes from the unedited model")
     if before.target_ids != after.target_ids:
-        raise ValueError("the readings before and after are of different answers")
+        raise ValueError("the predictions before and after are of different answers")
 
 
 def _target(probe: Probe) -> str:
@@ -294,5 +293,5 @@ def _target(probe: Probe) -> str:
 
 def _same_text(generated: str | None, expected: str | None) -> float:
     if generated is None or expected is None:
-        raise ValueError("the reading holds no generated text")
+        raise ValueError("the prediction holds no generated text")
     return float(normalise_answer(generated) == normalise_answer(expected))

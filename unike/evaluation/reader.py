@@ -1,6 +1,6 @@
-"""Reading a backbone: a case's probes asked before an edit and under it.
+"""A case's probes evaluated on a backbone, before an edit and under it.
 
-Each reading is taken in two ways, never mixed: ``teacher_forced`` and ``generated``.
+Each in two evaluation modes, never mixed: ``teacher_forced`` and ``generated``.
 """
 
 from __future__ import annotations
@@ -10,44 +10,51 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 
 from unike.backbones.base import IGNORED, Backbone, Batch, PrefixState, encode_queries
 from unike.backbones.prefix import PrefixCache
 from unike.edits import Edit, EditBatch
-from unike.evaluation.metrics import RANKS, Reading, needs_ranks
+from unike.evaluation.metrics import RANKS, Prediction, needs_ranks
 from unike.types import Case, Query
 
 V = TypeVar("V")
 
 
-@dataclass(frozen=True)
-class Asked:
-    """A case's readings under an edit, with what the edit decided for each probe, see ``Edit.explain``."""
+# What an edit decided for each of several queries, as ``Edit.explain`` gives it.
+QueryDecisions = Mapping[str, list[Any]]
 
-    readings: tuple[Reading, ...]
-    decisions: Mapping[str, list[Any]]
+
+@dataclass(frozen=True)
+class CasePredictions:
+    """A case's predictions under an edit, one per probe, with what the edit decided for each of them:
+    ``decisions`` are numbers by name, ``retrieved`` the nearest items with their similarity."""
+
+    predictions: tuple[Prediction, ...]
+    decisions: Mapping[str, Sequence[float]]
+    retrieved: Sequence[Mapping[str, float]]
 
 
 @dataclass(frozen=True)
 class _Forced:
     """One query under teacher forcing: its target's ids, the argmax at each, and whether decoding
     greedily from the prompt would have written exactly the target; ``best`` and ``ranked`` as in
-    ``Reading``."""
+    ``Prediction``."""
 
     target_ids: tuple[int, ...]
     predicted_ids: tuple[int, ...]
     written: bool
-    best: Any = None
-    ranked: Any = None
+    best: np.ndarray | None = None
+    ranked: np.ndarray | None = None
 
 
 class Reader:
-    """Asks a backbone a case's probes, as it is at the moment.
+    """Evaluates a case's probes on a backbone, unedited or under an edit.
 
     Greedy decoding is verified rather than run where it can be: if every target token is predicted
-    and the answer ends behind it, decoding would have written the target. Under an edit the base's
-    own answers serve as further drafts. Only what no draft explains is decoded token by token.
+    and the answer ends after it, decoding would have written the target. Under an edit the base
+    model's own answers serve as further drafts. Only what no draft explains is decoded token by token.
 
     One forward pass serves all ``presets`` of the metrics: no logits are kept, only the tokens that
     lead at each position.
@@ -63,31 +70,29 @@ class Reader:
         self.backbone, self.prefixes, self.generated = backbone, prefixes, generated
         self.presets = tuple(presets)
         self.decoded = 0
-        # What the last edit decided for each probe, see ``Edit.explain``.
-        self.explained: Mapping[str, list[Any]] = {}
         self._ranks = needs_ranks(self.presets)
-        self._base: dict[str, tuple[Reading, ...]] = {}
+        self._base: dict[str, tuple[Prediction, ...]] = {}
 
-    def base(self, case: Case) -> tuple[Reading, ...]:
-        """Readings of the untouched model, kept by the case's id."""
-        key = _name(case)
+    def predict_base(self, case: Case) -> tuple[Prediction, ...]:
+        """Predictions of the untouched model, kept by the case's id."""
+        key = _name_case(case)
         if key not in self._base:
-            self.learn_base([case])
+            self.cache_base([case])
         return self._base[key]
 
-    def learn_base(self, cases: Sequence[Case]) -> None:
-        """Reads the untouched model on those cases that it has not been read on, as many at a time as
-        a forward pass takes."""
-        left = {_name(c): c for c in cases if _name(c) not in self._base}
-        for some in self._passes(list(left.values())):
+    def cache_base(self, cases: Sequence[Case]) -> None:
+        """Evaluates the untouched model on those cases whose predictions are not kept yet, as many at a
+        time as a forward pass takes."""
+        left = {_name_case(c): c for c in cases if _name_case(c) not in self._base}
+        for some in self._split(list(left.values())):
             queries = [p.query for case in some for p in case.probes]
-            readings, _ = self._read(queries, [None] * len(queries), None, self.generated)
-            for case, own in zip(some, _shared_out(some, readings), strict=True):
-                self._base[_name(case)] = tuple(own)
+            predictions, _ = self._predict(queries, [None] * len(queries), None, self.generated)
+            for case, own in zip(some, _share_out(some, predictions), strict=True):
+                self._base[_name_case(case)] = tuple(own)
 
-    def learn_from(self, other: Reader) -> bool:
-        """From now on both know what either reads of the untouched model. False, and nothing is shared,
-        where the other one reads less, or where last bits would tell them apart that must not differ."""
+    def share_base(self, other: Reader) -> bool:
+        """From now on both keep the untouched model's predictions together. False, and nothing is shared,
+        where the other one predicts less, or where last bits would differ that must not."""
         mine, theirs = self.prefixes, other.prefixes
         alike = mine.alone == theirs.alone and (mine.first == theirs.first or not mine.alone)
         enough = other._ranks >= self._ranks and other.generated == self.generated
@@ -96,44 +101,43 @@ class Reader:
         self._base = other._base
         return True
 
-    def edited(self, case: Case, edit: Edit, base: Sequence[Reading]) -> tuple[Reading, ...]:
-        """Readings with ``edit`` applied."""
-        (asked,) = self._ask([case], edit, [r.generated or None for r in base], self.generated)
-        self.explained = asked.decisions
-        return asked.readings
+    def predict_edited(self, case: Case, edit: Edit, base: Sequence[Prediction]) -> CasePredictions:
+        """Predictions with ``edit`` applied."""
+        (found,) = self._predict_under([case], edit, [p.generated or None for p in base], self.generated)
+        return found
 
-    def edited_all(
+    def predict_all(
         self, cases: Sequence[Case], edit: Edit, generated: bool | None = None
-    ) -> Iterator[tuple[Case, Asked]]:
-        """Each case with its readings under ``edit``, as many cases in a forward pass as the prefix
-        cache takes queries; ``generated`` may leave out the second way of reading."""
+    ) -> Iterator[tuple[Case, CasePredictions]]:
+        """Each case with its predictions under ``edit``, as many cases in a forward pass as the prefix
+        cache takes queries; ``generated`` may leave out that evaluation mode."""
         generated = self.generated if generated is None else generated
-        self.learn_base(cases)
-        for some in self._passes(cases):
-            drafts = [r.generated or None for case in some for r in self.base(case)]
-            yield from zip(some, self._ask(some, edit, drafts, generated), strict=True)
+        self.cache_base(cases)
+        for some in self._split(cases):
+            drafts = [p.generated or None for case in some for p in self.predict_base(case)]
+            yield from zip(some, self._predict_under(some, edit, drafts, generated), strict=True)
 
-    def edited_each(self, cases: Sequence[Case], edits: Sequence[Edit]) -> list[Asked]:
-        """Each case under the edit of its own, side by side where the edits can be."""
-        out: list[Asked] = []
-        self.learn_base(cases)
-        for some in self._passes(cases):
+    def predict_each(self, cases: Sequence[Case], edits: Sequence[Edit]) -> list[CasePredictions]:
+        """Each case under the edit of its own, batched where the edits can be."""
+        out: list[CasePredictions] = []
+        self.cache_base(cases)
+        for some in self._split(cases):
             own = edits[len(out) : len(out) + len(some)]
-            drafts = [[r.generated or None for r in self.base(case)] for case in some]
+            drafts = [[p.generated or None for p in self.predict_base(case)] for case in some]
             together = None
             if len(some) > 1 and not any(e.changes_prefix(self.backbone, self.prefixes.first) for e in own):
                 together = own[0].batch(own)
             if together is None:
                 for case, edit, draft in zip(some, own, drafts, strict=True):
-                    out += self._ask([case], edit, draft, self.generated)
+                    out += self._predict_under([case], edit, draft, self.generated)
             else:
                 flat = [d for draft in drafts for d in draft]
-                out += self._ask_each(some, own, together, flat)
+                out += self._predict_together(some, own, together, flat)
         return out
 
-    def _passes(self, cases: Sequence[Case]) -> Iterator[list[Case]]:
-        """The cases, one by one where states don't depend on batches either, else as many at a time as
-        the prefix cache takes queries."""
+    def _split(self, cases: Sequence[Case]) -> Iterator[list[Case]]:
+        """The cases by forward pass: one each where states must not depend on their batch, else as many
+        as the prefix cache takes queries."""
         some: list[Case] = []
         for case in cases:
             full = self.prefixes.alone or sum(len(c.probes) for c in [*some, case]) > self.prefixes.batch
@@ -144,9 +148,9 @@ class Reader:
         if some:
             yield some
 
-    def _ask_each(
+    def _predict_together(
         self, cases: Sequence[Case], edits: Sequence[Edit], together: EditBatch, drafts: Sequence[str | None]
-    ) -> list[Asked]:
+    ) -> list[CasePredictions]:
         owner = [i for i, case in enumerate(cases) for _ in case.probes]
         probes = [p.query for case in cases for p in case.probes]
         queries = [edits[i].rewrite(q) for i, q in zip(owner, probes, strict=True)]
@@ -156,49 +160,49 @@ class Reader:
             owners = torch.tensor([owner[i] for i in rows], device=self.backbone.device)
             return together.applied(self.backbone, owners)
 
-        readings, explained = self._read(queries, drafts, together, self.generated, under=under)
-        return _asked(cases, readings, explained)
+        predictions, explained = self._predict(queries, drafts, together, self.generated, under=under)
+        return _group_by_case(cases, predictions, explained)
 
     def _fill(self, queries: Sequence[Query], drafts: Sequence[str | None], generated: bool) -> None:
         """Prefixes are the base model's: they are filled before an edit is applied."""
         self.prefixes.state(queries)
-        if generated and (drafted := _drafted(queries, drafts)):
+        if generated and (drafted := _pair_drafts(queries, drafts)):
             self.prefixes.state([q for q, _ in drafted])
 
-    def _ask(
+    def _predict_under(
         self, cases: Sequence[Case], edit: Edit, drafts: Sequence[str | None], generated: bool
-    ) -> list[Asked]:
+    ) -> list[CasePredictions]:
         queries = [edit.rewrite(p.query) for case in cases for p in case.probes]
         whole = edit.changes_prefix(self.backbone, self.prefixes.first)
         if not whole:
             self._fill(queries, drafts, generated)
         with edit.applied(self.backbone):
-            readings, explained = self._read(queries, drafts, edit, generated, whole)
-        return _asked(cases, readings, explained)
+            predictions, explained = self._predict(queries, drafts, edit, generated, whole)
+        return _group_by_case(cases, predictions, explained)
 
-    def _forward(self, asked: Sequence[Query], ranked: int, whole: bool) -> list[_Forced]:
+    def _forward(self, queries: Sequence[Query], ranked: int, whole: bool) -> list[_Forced]:
         """All queries; the first ``ranked`` of them with the tokens that lead at each position."""
         given: Batch | PrefixState
         head = self.backbone.layout.head
         if whole:
-            given = encode_queries(self.backbone, asked)
+            given = encode_queries(self.backbone, queries)
             logits = self.backbone(given).logits
-            at = _places(given.labels)
+            at = _find_answers(given.labels)
             best = logits[at].argmax(-1)
         else:
-            given = self.prefixes.state(asked)
+            given = self.prefixes.state(queries)
             hidden = self.backbone.suffix_hidden(given)
-            at = _places(given.labels)
-            # The head is a third of the work: without ranks it is asked for few positions.
+            at = _find_answers(given.labels)
+            # The head is a third of the work: without ranks it runs at few positions.
             logits = head(hidden[:ranked])
             best = head(hidden[at]).argmax(-1)
         masks = given.attention_mask.bool()
-        leading = [leaders(logits[i, masks[i]]) for i in range(ranked)]
+        leading = [find_leaders(logits[i, masks[i]]) for i in range(ranked)]
         tokens = [row.tolist() for row in best.split(at.sum(1).tolist())]
-        return _judged(self.backbone, tokens, given.labels, leading)
+        return _judge(self.backbone, tokens, given.labels, leading)
 
     @torch.no_grad()
-    def _read(
+    def _predict(
         self,
         queries: Sequence[Query],
         drafts: Sequence[str | None],
@@ -206,15 +210,15 @@ class Reader:
         generated: bool,
         whole: bool = False,
         under: Callable[[Sequence[int]], AbstractContextManager[None]] = lambda rows: nullcontext(),
-    ) -> tuple[tuple[Reading, ...], dict[str, list[Any]]]:
-        """``whole`` runs the whole model, where the prefix states that are kept don't hold; ``under``
+    ) -> tuple[tuple[Prediction, ...], QueryDecisions]:
+        """``whole`` runs the whole model, where the cached lower-layer activations don't apply; ``under``
         applies the edits of the given queries for a forward pass over them."""
-        extra = _drafted(queries, drafts) if generated else []
-        asked = [*queries, *(q for q, _ in extra)]
+        extra = _pair_drafts(queries, drafts) if generated else []
+        drafted = [*queries, *(q for q, _ in extra)]
         ranked = len(queries) if self._ranks else 0
         with under([*range(len(queries)), *(i for _, i in extra)]):
-            forced = self._forward(asked, ranked, whole)
-        # Looked at before anything is decoded: it is about the last forward pass.
+            forced = self._forward(drafted, ranked, whole)
+        # Taken before anything is decoded: it is about the last forward pass.
         explained = {} if edit is None else edit.explain()
         written: dict[int, str] = {}
         for i, f in enumerate(forced[: len(queries)]):
@@ -232,8 +236,8 @@ class Reader:
                         [queries[i].image for i in left], [queries[i].prompt for i in left]
                     )
                 written.update(zip(left, texts, strict=True))
-        readings = (
-            Reading(
+        predictions = (
+            Prediction(
                 f.target_ids,
                 f.predicted_ids,
                 written.get(i) if generated else None,
@@ -243,10 +247,10 @@ class Reader:
             )
             for i, f in enumerate(forced[: len(queries)])
         )
-        return tuple(readings), explained
+        return tuple(predictions), explained
 
 
-def _drafted(queries: Sequence[Query], drafts: Sequence[str | None]) -> list[tuple[Query, int]]:
+def _pair_drafts(queries: Sequence[Query], drafts: Sequence[str | None]) -> list[tuple[Query, int]]:
     """Queries with a draft answer in place of the target, where the two differ."""
     return [
         (replace(q, target=d), i)
@@ -255,11 +259,11 @@ def _drafted(queries: Sequence[Query], drafts: Sequence[str | None]) -> list[tup
     ]
 
 
-def _name(case: Case) -> str:
+def _name_case(case: Case) -> str:
     return f"{case.task}:{case.request.id}"
 
 
-def _shared_out(cases: Sequence[Case], values: Sequence[V]) -> list[Sequence[V]]:
+def _share_out(cases: Sequence[Case], values: Sequence[V]) -> list[Sequence[V]]:
     """One value per probe of all cases, by case."""
     out, start = [], 0
     for case in cases:
@@ -268,33 +272,39 @@ def _shared_out(cases: Sequence[Case], values: Sequence[V]) -> list[Sequence[V]]
     return out
 
 
-def _asked(
-    cases: Sequence[Case], readings: Sequence[Reading], explained: Mapping[str, list[Any]]
-) -> list[Asked]:
-    decisions = {what: _shared_out(cases, values[: len(readings)]) for what, values in explained.items()}
+def _group_by_case(
+    cases: Sequence[Case], predictions: Sequence[Prediction], explained: QueryDecisions
+) -> list[CasePredictions]:
+    count = len(predictions)
+    decided = {what: values[:count] for what, values in explained.items() if what != "retrieved"}
+    decisions = {what: _share_out(cases, values) for what, values in decided.items()}
+    items = explained["retrieved"][:count] if "retrieved" in explained else [{}] * count
     return [
-        Asked(tuple(own), {what: list(values[i]) for what, values in decisions.items()})
-        for i, own in enumerate(_shared_out(cases, readings))
+        CasePredictions(tuple(own), {what: values[i] for what, values in decisions.items()}, near)
+        for i, (own, near) in enumerate(
+            zip(_share_out(cases, predictions), _share_out(cases, items), strict=True)
+        )
     ]
 
 
-def _judged(
+def _judge(
     backbone: Backbone,
     best: Sequence[Sequence[int]],
     labels: torch.Tensor,
-    leading: Sequence[tuple[Any, Any]],
+    leading: Sequence[tuple[np.ndarray, np.ndarray]],
 ) -> list[_Forced]:
-    """``best``: of each row the most probable token at every answer position and behind the answer."""
+    """``best``: of each row the most probable token at every answer position and after the answer."""
     out = []
     for i, tokens in enumerate(best):
         target = tuple(labels[i, labels[i] != IGNORED].tolist())
         predicted = tuple(tokens[: len(target)])
         written = predicted == target and backbone.ends_answer(tokens[-1])
-        out.append(_Forced(target, predicted, written, *(leading[i] if i < len(leading) else (None, None))))
+        best_here, ranked = leading[i] if i < len(leading) else (None, None)
+        out.append(_Forced(target, predicted, written, best_here, ranked))
     return out
 
 
-def _places(labels: torch.Tensor) -> torch.Tensor:
+def _find_answers(labels: torch.Tensor) -> torch.Tensor:
     """``(b, s)``, true where a logit predicts an answer token or what follows the answer."""
     answer = labels != IGNORED
     before = torch.zeros_like(answer)
@@ -302,7 +312,7 @@ def _places(labels: torch.Tensor) -> torch.Tensor:
     return answer | before
 
 
-def leaders(logits: torch.Tensor) -> tuple[Any, Any]:
+def find_leaders(logits: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
     """The most probable token at each position of ``logits (s, v)``, ``(s)``, and the ``RANKS`` most
     probable ones, ``(s, RANKS)``, as the presets' owners take them: topk of the softmax in float32."""
     probable = torch.softmax(logits.float(), dim=-1)

@@ -9,7 +9,7 @@ from unike.config.sections import ProtocolOptions
 from unike.types import Case, UserError
 
 
-def sequences_of(hparams: ProtocolOptions, cases: Sequence[Case]) -> list[list[Case]]:
+def draw_run_sequences(hparams: ProtocolOptions, cases: Sequence[Case]) -> list[list[Case]]:
     """The sequences that the YAML's ``protocol`` draws; UserError where the data do not suffice."""
     try:
         draw = DRAWS[hparams.protocol]

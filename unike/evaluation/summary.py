@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import product
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 
@@ -17,13 +17,14 @@ from unike.evaluation.metrics import (
     mean_of,
     ngram_entropy,
 )
+from unike.evaluation.record import ABSENT, ByProbe, Record
 from unike.types import FIVE_METRICS, METRICS
 
 MODES = ("teacher_forced", "generated")
 WHEN = ("before", "after")
 LOCALITY = ("t_locality", "m_locality")
-# Probes of which a good edit changes nothing.
-KEPT = (*LOCALITY, "same_question", "same_image")
+# Probes whose answer a good edit leaves as it was.
+UNCHANGED_PROBES = (*LOCALITY, "same_question", "same_image")
 HARMONIC = ("five", "all")
 HARMONIC_OF = dict(zip(HARMONIC, (FIVE_METRICS, METRICS), strict=True))
 MEANS_OF = {"generality": ("t_generality", "m_generality"), "locality": LOCALITY}
@@ -49,62 +50,139 @@ SHORT_TITLES = {
 }
 
 
-def summarise(
-    records: Sequence[Mapping[str, Any]], seed: int, presets: Sequence[str] = ("paper",)
-) -> dict[str, Any]:
+class Spread(TypedDict):
+    """A mean with the ends of its 95% bootstrap interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+class Estimate(Spread):
+    """A mean over ``n`` records, in percent."""
+
+    n: int
+
+
+class PresetSummary(TypedDict):
+    """Metrics as their ``provenance`` computes them."""
+
+    provenance: str
+    metrics: dict[str, Estimate]
+
+
+class Fluency(TypedDict):
+    """Mean n-gram entropies of ``n`` generated answers, in bits."""
+
+    before: float
+    after: float
+    n: int
+    source: str
+
+
+class SequenceCount(TypedDict):
+    """How many sequences there are, and the edits in each."""
+
+    n: int
+    length: int
+
+
+class CurvePoint(TypedDict):
+    """After so many ``edits``, over ``n`` sequences: how the newest edit does and how those before it do, by
+    metric, teacher-forced, in percent."""
+
+    edits: int
+    n: int
+    newest: dict[str, float]
+    former: dict[str, float]
+
+
+# By ``before`` and ``after``; and that by evaluation mode and name.
+BeforeAfter = dict[str, Estimate]
+Combined = dict[str, dict[str, BeforeAfter]]
+
+
+class Summary(TypedDict, total=False):
+    """``summary.json``: what ``summarise`` gives, and what a run adds to it."""
+
+    n: int
+    failed: int
+    metrics: dict[str, dict[str, BeforeAfter]]
+    harmonic_mean: Combined
+    means: Combined
+    presets: dict[str, PresetSummary]
+    base_right: dict[str, dict[str, Estimate]]
+    fluency: Fluency | None
+    seconds: float | None
+    steps: float | None
+    costs: dict[str, Spread | None]
+    decisions: dict[str, dict[str, float]]
+    bytes: float | None
+    sequences: SequenceCount
+    curve: list[CurvePoint]
+    interrupted: bool
+    peak_memory_bytes: dict[str, int | None]
+
+
+def summarise(records: Sequence[Record], seed: int, presets: Sequence[str] = ("paper",)) -> Summary:
     """Means with 95% bootstrap intervals in percent, as JSON values.
 
-    ``["metrics"][metric][mode]["before" | "after"]`` holds ``mean, low, high, n``, and the entries of
-    ``harmonic_mean`` (of the five metrics, and of all eight), of ``presets`` and of ``base_right`` (how
-    many of the probes that must not change the base itself answers right) are alike, and those of
-    ``means``: of the two generalities and of the two localities. ``fluency`` is the
-    mean n-gram entropy of the generated answers. Failed records count in ``failed`` alone. ``seconds``
-    and ``steps`` are means per edit, with their intervals under ``costs``, ``bytes`` of what is applied
-    at the end; None where unrecorded. ``decisions`` holds what edits decided, as a mean per probe.
+    ``["metrics"][metric][mode]["before" | "after"]`` holds ``mean, low, high, n``. So do the entries of
+    ``harmonic_mean`` (of the five metrics, and of all eight), of ``means`` (of the two generalities and of
+    the two localities), of ``presets``, and of ``base_right`` (base-model accuracy on the locality probes).
+    ``fluency`` is the mean n-gram entropy of the generated answers. Failed records count in ``failed`` alone.
+    ``seconds`` and ``steps`` are means per edit, with their intervals under ``costs``, ``bytes`` of what is
+    applied at the end; None where unrecorded. ``decisions`` holds what edits decided, as a mean per probe.
 
     For sequences all this is of the records at the end, and whole sequences are resampled where there
     are two or more; ``curve`` holds the means after each edit.
     """
-    steps = [record for record in records if record.get("kind") == "step"]
-    ends = [record for record in records if record.get("kind") != "step"]
-    done = [record for record in ends if record.get("status", "ok") == "ok"]
+    steps = [record for record in records if record.is_step]
+    ends = [record for record in records if not record.is_step]
+    done = [record for record in ends if record.ok]
     sample = _Sample(done, seed)
-    metrics: dict[str, Any] = {}
-    for metric in _ordered({m for r in done for mode in r.get("scores", {}).values() for m in mode}):
+    metrics: dict[str, dict[str, BeforeAfter]] = {}
+    for metric in order_metrics({m for r in done for by_metric in r.scores.values() for m in by_metric}):
         for mode in MODES:
-            pairs = {when: sample.interval("scores", mode, metric, when) for when in WHEN}
+            pairs = {when: sample.estimate(_pick_score(mode, metric, when)) for when in WHEN}
             if found := {when: value for when, value in pairs.items() if value}:
                 metrics.setdefault(metric, {})[mode] = found
-    summary = {
+    right = {mode: sample.estimate_part(lambda r: r.base_right, mode) for mode in MODES}
+    summary: Summary = {
         "n": len(done),
         "failed": len(ends) - len(done),
         "metrics": metrics,
-        "harmonic_mean": sample.combined(HARMONIC_OF, harmonic_mean),
-        "means": sample.combined(MEANS_OF, mean_of),
-        "presets": {name: _preset(sample, name) for name in presets},
-        "base_right": {mode: held for mode in MODES if (held := sample.intervals("base_right", mode))},
-        "fluency": _fluency(done),
-        "seconds": _mean(done, "seconds"),
-        "steps": _mean(done, "steps"),
-        "costs": {key: sample.cost(key) for key in ("seconds", "steps")},
-        "decisions": _decisions(done),
-        "bytes": _mean(done, "bytes"),
+        "harmonic_mean": sample.combine(HARMONIC_OF, harmonic_mean),
+        "means": sample.combine(MEANS_OF, mean_of),
+        "presets": {name: _summarise_preset(sample, name) for name in presets},
+        "base_right": {mode: found for mode, found in right.items() if found},
+        "fluency": _measure_fluency(done),
+        "seconds": _average([r.seconds for r in done]),
+        "steps": _average([r.steps for r in done]),
+        "costs": {
+            "seconds": sample.estimate_cost(lambda r: r.seconds),
+            "steps": sample.estimate_cost(lambda r: r.steps),
+        },
+        "decisions": _average_decisions(done),
+        "bytes": _average([r.bytes for r in done]),
     }
-    return summary | _sequences(steps, ends) if steps else summary
+    if steps:
+        summary["sequences"], summary["curve"] = _summarise_sequences(steps, ends)
+    return summary
 
 
 class RunningMeans:
     """The five metrics after the edit, teacher-forced, in percent, as a bar shows them."""
 
-    def __init__(self, records: Iterable[Mapping[str, Any]]) -> None:
+    def __init__(self, records: Iterable[Record]) -> None:
         self.sums: dict[str, tuple[float, int]] = {}
         for record in records:
             self.add(record)
 
-    def add(self, record: Mapping[str, Any]) -> None:
-        for metric, value in record.get("scores", {}).get("teacher_forced", {}).items():
+    def add(self, record: Record) -> None:
+        for metric, value in record.get_scores("teacher_forced").items():
             total, n = self.sums.get(metric, (0.0, 0))
-            self.sums[metric] = total + value["after"], n + 1
+            self.sums[metric] = total + value.after, n + 1
 
     def values(self) -> dict[str, float]:
         """By metric, those that have been seen."""
@@ -114,143 +192,157 @@ class RunningMeans:
         return " ".join(f"{SHORT_TITLES[m]} {value:.1f}" for m, value in self.values().items())
 
 
-def leading_mode(records: Iterable[Mapping[str, Any]]) -> str:
-    """``generated`` where all records that have scores hold it, else ``teacher_forced``."""
-    found = [record["scores"] for record in records if record.get("scores")]
+def choose_mode(records: Iterable[Record]) -> str:
+    """``generated`` where all records that have scores have it, else ``teacher_forced``."""
+    found = [record.scores for record in records if record.scores]
     return MODES[1] if found and all(MODES[1] in scores for scores in found) else MODES[0]
 
 
-def held(record: Mapping[str, Any], mode: str) -> dict[str, bool]:
-    """By probe whether the edit did in full what a good edit does."""
-    scores = record.get("scores", {}).get(mode, {})
-    return {name: scores[name].get("after") == 1 for name in _ordered(set(scores))}
+def find_passes(record: Record, mode: str) -> dict[str, bool]:
+    """By probe whether it passes: the edit did in full what a good edit does."""
+    scores = record.get_scores(mode)
+    return {name: scores[name].after == 1 for name in order_metrics(set(scores))}
 
 
-def harmonic_of(summary: Mapping[str, Any], mode: str, name: str) -> Mapping[str, float] | None:
-    """The harmonic mean after the edit, of the ``five`` metrics or of ``all`` eight."""
-    return _entry(summary.get("harmonic_mean", {}).get(mode, {}), name, "after")
+def get_estimate(parts: Mapping[str, BeforeAfter], name: str, when: str) -> Estimate | None:
+    """That of a mode or name, where it is there."""
+    return parts.get(name, {}).get(when)
+
+
+def order_metrics(metrics: Iterable[str]) -> list[str]:
+    """Metrics in the order of the tables, others after them by name."""
+    names = set(metrics)
+    return [metric for metric in METRICS if metric in names] + sorted(names - set(METRICS))
+
+
+# A number of a record, None where it has none.
+_Pick = Callable[[Record], float | None]
+_Part = Callable[[Record], Mapping[str, ByProbe]]
+
+
+def _pick_score(mode: str, metric: str, when: str) -> _Pick:
+    def pick(record: Record) -> float | None:
+        scores = record.get_scores(mode)
+        if metric not in scores:
+            return None
+        return scores[metric].before if when == WHEN[0] else scores[metric].after
+
+    return pick
+
+
+def _pick_from(part: _Part, name: str, metric: str) -> _Pick:
+    def pick(record: Record) -> float | None:
+        return part(record).get(name, ABSENT).get(metric)
+
+    return pick
 
 
 class _Sample:
     """Records whose values are averaged and resampled together."""
 
-    def __init__(self, records: Sequence[Mapping[str, Any]], seed: int) -> None:
+    def __init__(self, records: Sequence[Record], seed: int) -> None:
         self.records, self.seed = records, seed
         # One sequence alone says nothing about others: then its records are resampled.
-        self.grouped = len({record.get("sequence") for record in records}) > 1
+        self.grouped = len({record.sequence for record in records}) > 1
 
-    def values(self, *keys: str) -> tuple[list[float], list[Any] | None]:
-        """What the records hold under ``keys``, in percent, with their sequences."""
-        values, groups = [], []
-        for record in self.records:
-            value: Any = record
-            for key in keys:
-                value = value.get(key, {})
-            if isinstance(value, (int, float)):
-                values.append(100.0 * value)
-                groups.append(record.get("sequence"))
-        return values, groups if self.grouped else None
+    def collect(self, pick: _Pick) -> tuple[list[float], list[int | None] | None]:
+        """The records' numbers, with their sequences."""
+        found = [(value, r.sequence) for r in self.records if (value := pick(r)) is not None]
+        return [value for value, _ in found], [group for _, group in found] if self.grouped else None
 
-    def interval(self, *keys: str) -> dict[str, float] | None:
-        values, groups = self.values(*keys)
+    def estimate(self, pick: _Pick) -> Estimate | None:
+        """In percent."""
+        values, groups = self.collect(pick)
         if not values:
             return None
-        # One seed for all: the same resampling of records behind every metric.
-        mean, low, high = bootstrap_interval(values, self.seed, groups=groups)
+        # One seed for all: every metric resamples the same records.
+        mean, low, high = bootstrap_interval([100.0 * v for v in values], self.seed, groups=groups)
         return {"mean": mean, "low": low, "high": high, "n": len(values)}
 
-    def cost(self, key: str) -> dict[str, float] | None:
+    def estimate_cost(self, pick: _Pick) -> Spread | None:
         """Mean and interval of a number per edit, as it is recorded."""
-        rows = [record for record in self.records if record.get(key) is not None]
-        groups = [record.get("sequence") for record in rows] if self.grouped else None
-        values = [float(record[key]) for record in rows]
+        values, groups = self.collect(pick)
         if not values:
             return None
-        found = bootstrap_interval(values, self.seed, groups=groups)
-        return dict(zip(("mean", "low", "high"), found, strict=True))
+        mean, low, high = bootstrap_interval([float(v) for v in values], self.seed, groups=groups)
+        return {"mean": mean, "low": low, "high": high}
 
-    def intervals(self, *keys: str) -> dict[str, dict[str, float]]:
-        """One for each metric that the records hold under ``keys``."""
-        names: set[str] = set()
-        for record in self.records:
-            value: Any = record
-            for key in keys:
-                value = value.get(key, {})
-            names |= set(value)
-        return {name: found for name in _ordered(names) if (found := self.interval(*keys, name))}
+    def estimate_part(self, part: _Part, name: str) -> dict[str, Estimate]:
+        """One for each metric that the records have under the ``name`` in a ``part`` of theirs."""
+        names = {metric for r in self.records for metric in part(r).get(name, ABSENT)}
+        pairs = {metric: self.estimate(_pick_from(part, name, metric)) for metric in order_metrics(names)}
+        return {metric: found for metric, found in pairs.items() if found}
 
-    def combined(
-        self, sets: Mapping[str, Sequence[str]], of: Callable[[Sequence[float]], float]
-    ) -> dict[str, dict[str, dict[str, dict[str, float]]]]:
-        """By mode and set of metrics: one number ``of`` their means, before and after, where all of the
-        set's metrics are there."""
-        out: dict[str, dict[str, dict[str, dict[str, float]]]] = {}
+    def combine(self, sets: Mapping[str, Sequence[str]], of: Callable[[Sequence[float]], float]) -> Combined:
+        """By evaluation mode and set of metrics: one number ``of`` their means, before and after, where all
+        of the set's metrics are there."""
+        out: Combined = {}
         for mode, (name, metrics), when in product(MODES, sets.items(), WHEN):
-            pairs = [self.values("scores", mode, metric, when) for metric in metrics]
+            pairs = [self.collect(_pick_score(mode, metric, when)) for metric in metrics]
             if not all(values for values, _ in pairs):
                 continue
-            mean = of([float(np.mean(values)) for values, _ in pairs])
-            drawn = np.stack([bootstrap_means(v, self.seed, groups=g) for v, g in pairs])
+            columns = [([100.0 * v for v in values], groups) for values, groups in pairs]
+            mean = of([float(np.mean(values)) for values, _ in columns])
+            drawn = np.stack([bootstrap_means(v, self.seed, groups=g) for v, g in columns])
             low, high = np.quantile([of(column) for column in drawn.T.tolist()], [0.025, 0.975])
-            found = {"mean": mean, "low": float(low), "high": float(high), "n": len(pairs[0][0])}
+            found: Estimate = {"mean": mean, "low": float(low), "high": float(high), "n": len(columns[0][0])}
             out.setdefault(mode, {}).setdefault(name, {})[when] = found
         return out
 
 
-def _preset(sample: _Sample, name: str) -> dict[str, Any]:
-    metrics = sample.intervals("presets", name)
+def _summarise_preset(sample: _Sample, name: str) -> PresetSummary:
+    metrics = sample.estimate_part(lambda r: r.presets, name)
     if name == "paper":
-        names = _ordered({m for r in sample.records for m in r.get("scores", {}).get(MODES[0], {})})
-        found = {m: sample.interval("scores", MODES[0], m, "after") for m in names}
+        names = order_metrics({m for r in sample.records for m in r.get_scores(MODES[0])})
+        found = {m: sample.estimate(_pick_score(MODES[0], m, "after")) for m in names}
         metrics = {m: value for m, value in found.items() if value}
     return {"provenance": PRESETS[name].provenance, "metrics": metrics}
 
 
-def _fluency(records: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    said = [a for r in records if "generated" in r.get("scores", {}) for a in r.get("answers", {}).values()]
-    if not said:
+def _measure_fluency(records: Sequence[Record]) -> Fluency | None:
+    answers = [answer for r in records if "generated" in r.scores for answer in r.answers.values()]
+    if not answers:
         return None
-    means = {when: float(np.mean([ngram_entropy(answer[when] or "") for answer in said])) for when in WHEN}
-    return means | {"n": len(said), "source": FLUENCY}
+    return {
+        "before": float(np.mean([ngram_entropy(answer.before or "") for answer in answers])),
+        "after": float(np.mean([ngram_entropy(answer.after or "") for answer in answers])),
+        "n": len(answers),
+        "source": FLUENCY,
+    }
 
 
-def _sequences(steps: Sequence[Mapping[str, Any]], ends: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """How many sequences there are, and the curve: in percent, teacher-forced, after each edit."""
-    curve = []
-    for position in sorted({record["position"] for record in steps}):
-        here = [r for r in steps if r["position"] == position and r["status"] == "ok"]
-        newest = _percent_means([{m: v["after"] for m, v in r["scores"][MODES[0]].items()} for r in here])
-        former = _percent_means([r["former"] for r in here])
+def _summarise_sequences(
+    steps: Sequence[Record], ends: Sequence[Record]
+) -> tuple[SequenceCount, list[CurvePoint]]:
+    """How many sequences there are, and the curve."""
+    by_position: dict[int, list[Record]] = {}
+    for step in steps:
+        if step.place is not None:
+            by_position.setdefault(step.place.position, []).append(step)
+    curve: list[CurvePoint] = []
+    for position in sorted(by_position):
+        here = [step for step in by_position[position] if step.ok]
+        newest = _average_percent([{m: v.after for m, v in r.get_scores(MODES[0]).items()} for r in here])
+        former = _average_percent([r.former for r in here])
         curve.append({"edits": position, "n": len(here), "newest": newest, "former": former})
-    numbers = {record["sequence"] for record in ends}
-    return {"sequences": {"n": len(numbers), "length": len(curve)}, "curve": curve}
+    return {"n": len({record.sequence for record in ends}), "length": len(curve)}, curve
 
 
-def _percent_means(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    names = _ordered({name for row in rows for name in row})
+def _average_percent(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    names = order_metrics({name for row in rows for name in row})
     return {name: 100.0 * float(np.mean([row[name] for row in rows if name in row])) for name in names}
 
 
-def _ordered(metrics: set[str]) -> list[str]:
-    return [metric for metric in METRICS if metric in metrics] + sorted(metrics - set(METRICS))
+def _average(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None
 
 
-def _mean(records: Sequence[Mapping[str, Any]], key: str) -> float | None:
-    values = [record[key] for record in records if record.get(key) is not None]
-    return float(np.mean(values)) if values else None
-
-
-def _decisions(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+def _average_decisions(records: Sequence[Record]) -> dict[str, dict[str, float]]:
     found: dict[str, dict[str, list[float]]] = {}
     for record in records:
-        for what, by_probe in record.get("decisions", {}).items():
+        for what, by_probe in record.decisions.items():
             for probe, value in by_probe.items():
-                # Null stands for what was no number.
-                if value is None:
-                    continue
-                found.setdefault(what, {}).setdefault(probe, []).append(value)
+                if value is not None:
+                    found.setdefault(what, {}).setdefault(probe, []).append(value)
     return {what: {probe: float(np.mean(v)) for probe, v in probes.items()} for what, probes in found.items()}
-
-
-def _entry(modes: Mapping[str, Any], mode: str, when: str) -> Mapping[str, float] | None:
-    return modes.get(mode, {}).get(when)

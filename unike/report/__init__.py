@@ -1,4 +1,4 @@
-"""Tables and pages of runs: one run, or two of them side by side."""
+"""Tables and pages of runs: one run, or two compared."""
 
 from unike.report.run_page import show, write_report
 

@@ -1,4 +1,4 @@
-"""Charts of a page: where bars, lines and words stand. The template draws them as SVG."""
+"""Charts of a page: where bars, lines and words are. The template draws them as SVG."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ class Word:
 
 @dataclass(frozen=True)
 class Chart:
-    """``said`` tells what the chart shows to those who don't see it; ``lines`` are points ``x,y``."""
+    """``description`` is what the chart shows, in words; ``lines`` are points ``x,y``."""
 
     title: str
-    said: str
+    description: str
     height: float
     series: tuple[str, ...]
     bars: tuple[Bar, ...] = ()
@@ -46,9 +46,9 @@ class Chart:
     scale: str = "shades"
 
 
-def shares(title: str, rows: Mapping[str, Sequence[int]], series: Sequence[str]) -> Chart:
+def draw_shares(title: str, rows: Mapping[str, Sequence[int]], series: Sequence[str]) -> Chart:
     """A bar per row, in parts as long as the ``series``' counts."""
-    bars, words, said = [], [], []
+    bars, words, texts = [], [], []
     for i, (name, counts) in enumerate(rows.items()):
         y, x, total = i * ROW, float(LABEL), max(1, sum(counts))
         words.append(Word(LABEL - 8, y + 16, name, "end"))
@@ -61,12 +61,12 @@ def shares(title: str, rows: Mapping[str, Sequence[int]], series: Sequence[str])
                 words.append(Word(x + width / 2, y + 16, str(count), f"middle on-{number}"))
             x += width
         parts = (f"{series[k]} {count}" for k, count in enumerate(counts) if count)
-        said.append(f"{name}: {', '.join(parts)}")
-    return Chart(title, "; ".join(said), len(rows) * ROW, tuple(series), tuple(bars), tuple(words))
+        texts.append(f"{name}: {', '.join(parts)}")
+    return Chart(title, "; ".join(texts), len(rows) * ROW, tuple(series), tuple(bars), tuple(words))
 
 
-def histogram(title: str, groups: Mapping[str, Sequence[float]], digits: int = 2) -> Chart | None:
-    """How often values fall into evenly wide bins, the groups beside each other; None without values.
+def draw_histogram(title: str, groups: Mapping[str, Sequence[float]], digits: int = 2) -> Chart | None:
+    """How often values fall into evenly wide bins, a bar per group in each; None without values.
 
     Numbers are written with so many ``digits``, whole ones without.
     """
@@ -83,33 +83,36 @@ def histogram(title: str, groups: Mapping[str, Sequence[float]], digits: int = 2
     digits = 0 if whole else digits
     bars = [
         Bar(
-            number, i * step + 1 + number * (step - 2) / len(counts), TALL - (TALL - 14) * count / most,
-            (step - 2) / len(counts), (TALL - 14) * count / most,
-            f"{name}, {_bin(edges[i], edges[i + 1], whole, digits)}: {count}",
+            number,
+            i * step + 1 + number * (step - 2) / len(counts),
+            TALL - (TALL - 14) * count / most,
+            (step - 2) / len(counts),
+            (TALL - 14) * count / most,
+            f"{name}, {_name_bin(edges[i], edges[i + 1], whole, digits)}: {count}",
         )
         for number, (name, found) in enumerate(zip(groups, counts, strict=True))
         for i, count in enumerate(found.tolist())
         if count
-    ]  # fmt: skip
-    aside, looks = (step / 2, ("middle", "middle")) if around else (0.0, ("", "end"))
-    words = [Word(aside, TALL + 15, f"{low:.{digits}f}", looks[0])]
+    ]
+    margin, looks = (step / 2, ("middle", "middle")) if around else (0.0, ("", "end"))
+    words = [Word(margin, TALL + 15, f"{low:.{digits}f}", looks[0])]
     if low < high:
-        words.append(Word(WIDTH - aside, TALL + 15, f"{high:.{digits}f}", looks[1]))
+        words.append(Word(WIDTH - margin, TALL + 15, f"{high:.{digits}f}", looks[1]))
     words.append(Word(0, 10, f"highest bar: {most}"))
-    said = "; ".join(
+    text = "; ".join(
         f"{name}: {len(group)} values, median {np.median(group):.{digits}f}, from {min(group):.{digits}f} "
         f"to {max(group):.{digits}f}"
         for name, group in groups.items()
         if len(group)
     )
-    return Chart(title, said, TALL + FOOT, tuple(groups), tuple(bars), tuple(words), scale="kinds")
+    return Chart(title, text, TALL + FOOT, tuple(groups), tuple(bars), tuple(words), scale="kinds")
 
 
-def _bin(low: float, high: float, whole: bool, digits: int) -> str:
+def _name_bin(low: float, high: float, whole: bool, digits: int) -> str:
     return f"{(low + high) / 2:.0f}" if whole else f"{low:.{digits}f} to {high:.{digits}f}"
 
 
-def curve(title: str, lines: Mapping[str, Sequence[float]], last: int) -> Chart:
+def draw_curve(title: str, lines: Mapping[str, Sequence[float]], last: int) -> Chart:
     """Percentages over the numbers up to ``last``, from 1 on where there are as many."""
     right, left = WIDTH - 8, 34
     step, points = (right - left) / max(1, last - 1), []
@@ -119,5 +122,5 @@ def curve(title: str, lines: Mapping[str, Sequence[float]], last: int) -> Chart:
         points.append(" ".join(f"{x:.1f},{y:.1f}" for x, y in places))
     words = [Word(left - 6, 12 + TALL * (1 - p / 100), f"{p}", "end") for p in (0, 50, 100)]
     words += [Word(left, TALL + 26, "1"), Word(right, TALL + 26, f"{last} edits", "end")]
-    said = "; ".join(f"{name}: from {v[0]:.1f}% to {v[-1]:.1f}%" for name, v in lines.items())
-    return Chart(title, said, TALL + 32, tuple(lines), words=tuple(words), lines=tuple(points), scale="kinds")
+    text = "; ".join(f"{name}: from {v[0]:.1f}% to {v[-1]:.1f}%" for name, v in lines.items())
+    return Chart(title, text, TALL + 32, tuple(lines), words=tuple(words), lines=tuple(points), scale="kinds")

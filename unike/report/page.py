@@ -1,7 +1,7 @@
-"""What a page shows, as plain values, and the page itself: one HTML file, its pictures within.
+"""What a page shows, as plain values, and the page itself: one HTML file that holds its images.
 
-Values are text of anybody's making: the templates escape all of it, and the page's own policy lets a
-browser run the page's own script alone and load nothing.
+Values may be text from anywhere: the templates escape all of it, and the page's policy lets a browser run
+the page's own script alone and load nothing.
 """
 
 from __future__ import annotations
@@ -25,33 +25,33 @@ TEMPLATES = Path(__file__).with_name("templates")
 
 
 @dataclass(frozen=True)
-class Said:
-    """An answer: whose, and whether it is what a good edit gives; None where nothing is judged."""
+class AnswerView:
+    """An answer: whose, and whether the probe passes with it; None where that is not judged."""
 
     who: str
     text: str
-    held: bool | None = None
+    passes: bool | None = None
     note: str = ""
 
 
 @dataclass(frozen=True)
 class ProbeView:
-    """A question with its answers. ``picture`` is its place in the page's pictures, None without one;
-    ``name`` is that of its file, empty for a question without a picture."""
+    """A question with its answers. ``image`` is its place in the page's images, None without one;
+    ``name`` is that of its file, empty for a question without an image."""
 
     title: str
     expected: str
     prompt: str
     target: str
-    said: tuple[Said, ...]
-    picture: int | None = None
+    answers: tuple[AnswerView, ...]
+    image: int | None = None
     name: str = ""
     figures: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
 class CaseView:
-    """A case: a line to scan, and behind it its probes. ``good`` marks the ``outcome``, ``keys`` are what
+    """A case: a line to scan, which opens to its probes. ``good`` marks the ``outcome``, ``keys`` are what
     the case is sorted by, ``tags`` what it is filtered by."""
 
     id: str
@@ -62,7 +62,7 @@ class CaseView:
     tags: tuple[str, ...]
     probes: tuple[ProbeView, ...] = ()
     facts: tuple[tuple[str, str], ...] = ()
-    picture: int | None = None
+    image: int | None = None
     error: str = ""
 
 
@@ -76,7 +76,7 @@ class TableView:
 
 
 @dataclass(frozen=True)
-class Page:
+class HtmlPage:
     """``sorts`` and ``filters`` are titles by the cases' keys and tags, in the order they are offered."""
 
     title: str
@@ -85,25 +85,25 @@ class Page:
     cases: Sequence[CaseView]
     sorts: Mapping[str, str]
     filters: Mapping[str, str]
-    pictures: Sequence[str] = ()
+    images: Sequence[str] = ()
     charts: tuple[Chart, ...] = ()
     notes: tuple[str, ...] = ()
     about: tuple[tuple[str, str], ...] = ()
 
 
-def render(page: Page) -> str:
+def render(page: HtmlPage) -> str:
     """The page's HTML."""
-    script, style = (_asset(name) for name in ("page.js", "page.css"))
+    script, style = (_read_asset(name) for name in ("page.js", "page.css"))
+    only_script, only_style = _hash_for_policy(script), _hash_for_policy(style)
     policy = (
-        f"default-src 'none'; img-src data:; style-src {_allowed(style)}; script-src {_allowed(script)}; "
+        f"default-src 'none'; img-src data:; style-src {only_style}; script-src {only_script}; "
         "base-uri 'none'; form-action 'none'"
     )
-    return _environment().get_template("page.html").render(
-        page=page, policy=policy, script=Markup(script), style=Markup(style)
-    )  # fmt: skip
+    template = _make_environment().get_template("page.html")
+    return template.render(page=page, policy=policy, script=Markup(script), style=Markup(style))
 
 
-def write_page(page: Page, path: str | os.PathLike[str]) -> Path:
+def write_page(page: HtmlPage, path: str | os.PathLike[str]) -> Path:
     """Writes the page to ``path`` and gives it. UserError where it cannot be written."""
     out, text = Path(path), render(page)
     with explain_write_errors(out, resumable=False):
@@ -111,19 +111,19 @@ def write_page(page: Page, path: str | os.PathLike[str]) -> Path:
     return out
 
 
-def _allowed(text: str) -> str:
-    """How a policy names the one text that it allows."""
+def _hash_for_policy(text: str) -> str:
+    """As a policy names the one text that it allows."""
     digest = hashlib.sha256(text.encode()).digest()
     return f"'sha256-{base64.b64encode(digest).decode()}'"
 
 
 @lru_cache
-def _asset(name: str) -> str:
+def _read_asset(name: str) -> str:
     return (TEMPLATES / name).read_text(encoding="utf-8")
 
 
 @lru_cache
-def _environment() -> Environment:
+def _make_environment() -> Environment:
     return Environment(
         loader=PackageLoader("unike.report"),
         autoescape=True,

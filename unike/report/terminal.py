@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
 
 from rich import box
 from rich.console import Console
@@ -15,15 +14,14 @@ from unike.evaluation.summary import (
     HARMONIC,
     LOCALITY,
     MODES,
-    SHORT_TITLES,
     TITLES,
-    _entry,
-    _ordered,
-    harmonic_of,
+    BeforeAfter,
+    Estimate,
+    Summary,
+    get_estimate,
 )
 
 _NOTHING = "-"
-
 
 SUMMARY_HEADER = (
     "metric",
@@ -33,55 +31,34 @@ SUMMARY_HEADER = (
 )
 
 
-def summary_rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
+def build_summary_rows(summary: Summary) -> list[tuple[str, ...]]:
     """The texts of a summary's table below ``SUMMARY_HEADER``: a row per metric, preset and mean."""
     rows = []
     for metric, modes in summary["metrics"].items():
-        rows.append((TITLES.get(metric, metric), *_before_and_after(modes)))
+        rows.append((TITLES.get(metric, metric), *_format_before_and_after(modes)))
     for name, preset in summary.get("presets", {}).items():
         for metric in LOCALITY if name != "paper" else ():
             if entry := preset["metrics"].get(metric):
-                rows.append((f"{TITLES[metric]}, {name}", _NOTHING, _interval(entry), _NOTHING))
+                rows.append((f"{TITLES[metric]}, {name}", _NOTHING, _format_interval(entry), _NOTHING))
     if any(HARMONIC[0] in values for values in summary.get("harmonic_mean", {}).values()):
         means = {mode: values.get(HARMONIC[0], {}) for mode, values in summary["harmonic_mean"].items()}
-        rows.append(("harmonic mean", *_before_and_after(means)))
+        rows.append(("harmonic mean", *_format_before_and_after(means)))
     return rows
 
 
-def _before_and_after(modes: Mapping[str, Any]) -> tuple[str, ...]:
-    before = " / ".join(_percent(_entry(modes, mode, "before")) for mode in MODES)
-    return (before, *(_interval(_entry(modes, mode, "after")) for mode in MODES))
+def _format_before_and_after(modes: Mapping[str, BeforeAfter]) -> tuple[str, ...]:
+    before = " / ".join(_format_percent(get_estimate(modes, mode, "before")) for mode in MODES)
+    return (before, *(_format_interval(get_estimate(modes, mode, "after")) for mode in MODES))
 
 
-def summary_table(summary: Mapping[str, Any], title: str) -> Table:
-    """Rows are metrics; what the model said before and after the edit; costs in the last line."""
-    table = Table(title=Text(title), caption=Text(costs(summary)), box=box.SIMPLE_HEAD)
+def summary_table(summary: Summary, title: str) -> Table:
+    """Rows are metrics, before and after the edit; costs in the last line."""
+    table = Table(title=Text(title), caption=Text(describe_costs(summary)), box=box.SIMPLE_HEAD)
     table.caption_justify = "left"
     for i, heading in enumerate(SUMMARY_HEADER):
         table.add_column(heading, justify="right" if i else "left", no_wrap=True)
-    for name, *cells in summary_rows(summary):
+    for name, *cells in build_summary_rows(summary):
         table.add_row(*map(Text, (name, *cells)))
-    return table
-
-
-def compare_table(
-    rows: Sequence[tuple[str, Mapping[str, Any]]], mode: str = "teacher_forced", title: str | None = None
-) -> Table:
-    """One row per method, the metrics after the edit and the harmonic mean of the five as columns, read
-    in one ``mode``."""
-    heading = title or f"after the edit, {mode.replace('_', '-')}, %"
-    table = Table(title=Text(heading), box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    columns = _ordered({metric for _, summary in rows for metric in summary["metrics"]})
-    table.add_column("method", overflow="fold")
-    for metric in columns:
-        table.add_column(Text(SHORT_TITLES.get(metric, metric)), justify="right", no_wrap=True)
-    if columns:
-        table.add_column("HM5", justify="right", no_wrap=True)
-    for name, summary in rows:
-        values = [_entry(summary["metrics"].get(metric, {}), mode, "after") for metric in columns]
-        if columns:
-            values.append(harmonic_of(summary, mode, HARMONIC[0]))
-        table.add_row(Text(name), *(_percent(value) for value in values))
     return table
 
 
@@ -93,15 +70,15 @@ def as_text(table: Table, width: int = 96) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def _percent(entry: Mapping[str, float] | None) -> str:
+def _format_percent(entry: Estimate | None) -> str:
     return f"{entry['mean']:.1f}" if entry else _NOTHING
 
 
-def _interval(entry: Mapping[str, float] | None) -> str:
+def _format_interval(entry: Estimate | None) -> str:
     return f"{entry['mean']:.1f} [{entry['low']:.1f}, {entry['high']:.1f}]" if entry else _NOTHING
 
 
-def costs(summary: Mapping[str, Any]) -> str:
+def describe_costs(summary: Summary) -> str:
     """How many records, and what an edit cost, in a line."""
     parts = [f"{summary['n']} records"]
     if found := summary.get("sequences"):

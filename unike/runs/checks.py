@@ -15,7 +15,7 @@ from unike.backbones.checking import check_spec, estimate_memory
 from unike.backbones.placement import check_device, check_placement
 from unike.config.hparams import HyperParams
 from unike.config.sections import PrefixOptions
-from unike.evaluation.sequences import check_sequence_length, sequences_of
+from unike.evaluation.sequences import check_sequence_length, draw_run_sequences
 from unike.methods.preparation.folders import (
     find_editor,
     find_scope_classifier,
@@ -187,7 +187,7 @@ def _inspect_sequences(request: RunRequest) -> list[Finding]:
     if collect_problems(lambda: request.cases):
         # The check of the eval data has them.
         return []
-    return find_problems(lambda: sequences_of(hparams, request.cases), what)
+    return find_problems(lambda: draw_run_sequences(hparams, request.cases), what)
 
 
 # ---------------------------------------------------------------- what is prepared

@@ -35,8 +35,8 @@ class Parts:
         first = self.method.layers(self.backbone)[0]
         self.prefixes = open_prefixes(self.hparams, self.backbone, first)
 
-    def reader(self, generated: bool = True) -> Reader:
-        """Asks probes. It remembers the base's answers by case id: take a new one for other cases."""
+    def make_reader(self, generated: bool = True) -> Reader:
+        """Evaluates probes. Keeps the base model's predictions by case id: make a new one for other cases."""
         return Reader(self.backbone, self.prefixes, generated, self.hparams.metric_presets)
 
 
@@ -48,7 +48,7 @@ def prepare(
     triplets: TripletSource | None = None,
     cases: CaseSource | None = None,
 ) -> Knowledge:
-    """Memory, encoders and measure of scope, read or built; empty where the method wants none.
+    """Memory, encoders and scope classifier, read or built; empty where the method needs none.
 
     ``triplets`` and ``cases`` take the place of the train annotations that the YAML names.
     """

@@ -1,40 +1,31 @@
-"""The main job as functions: check all inputs, build the knowledge, edit every case, sum up."""
+"""A run: its folder, and the one loop that edits, keeps, records and follows all of its cases."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
-import psutil
-import torch
 from tqdm import tqdm
 
-from unike.backbones.base import Backbone
 from unike.config.hparams import HyperParams
-from unike.edits import Edit, EditStore
-from unike.evaluation.protocols import one_step_many
+from unike.edits import EditStore
+from unike.evaluation.protocols import Outcome
 from unike.evaluation.reader import Reader
-from unike.evaluation.summary import RunningMeans
-from unike.methods import resolve_layers, resolve_needs
+from unike.evaluation.summary import RunningMeans, Summary
+from unike.methods import resolve_needs
 from unike.methods.preparation.folders import find_editor, find_scope_classifier, wants_cases
+from unike.runs.batches import Batches, count_edits_at_once
 from unike.runs.folders import describe_run
 from unike.runs.inputs import find_annotations, find_train_annotations, list_parts, wants_triplets
 from unike.runs.parts import Parts
 from unike.runs.records import RecordWriter, read_records
-from unike.runs.sequences import run_sequences
+from unike.runs.sequences import Sequences
 from unike.runs.sharing import SharedRun
 from unike.runs.tracking import track
-from unike.system import faults, processes
+from unike.system import processes
 from unike.system.files import compute_sha256
 from unike.types import Case, UserError
-
-logger = logging.getLogger("unike")
-
-# More edits side by side than this gain nothing; and as many tokens a query is taken to have.
-AT_ONCE, TOKENS = 32, 128
-
 
 # ---------------------------------------------------------------- the run and its folder
 
@@ -65,12 +56,12 @@ def open_run(parts: Parts, task: str, directory: Path, resume: bool, generated: 
             weights={"backbone": parts.backbone.fingerprint},
             data=compute_checksums(parts.hparams, task),
             rank=processes.get_rank() if processes.has_joined() else None,
-            about={"machine": machine(parts)},
+            about={"machine": describe_machine(parts)},
         )
     )
 
 
-def machine(parts: Parts) -> dict[str, Any]:
+def describe_machine(parts: Parts) -> dict[str, object]:
     """What a run is made on, for its manifest: types of numbers, device, number of processes."""
     hp = parts.hparams
     return {
@@ -79,8 +70,18 @@ def machine(parts: Parts) -> dict[str, Any]:
         "patches": "float32",
         "device": parts.backbone.device.type,
         "processes": processes.count(),
-        "edits_at_once": edits_at_once(hp, parts.backbone),
+        "edits_at_once": count_edits_at_once(hp, parts.backbone),
     }
+
+
+class _Work(Protocol):
+    """This process's share of a run, by protocol: see ``Batches`` and ``Sequences``."""
+
+    order: list[str]
+    total: int
+    already: int
+
+    def run(self, shared: SharedRun) -> Iterator[Outcome]: ...
 
 
 def run_cases(
@@ -92,101 +93,41 @@ def run_cases(
     progress: bool = True,
     reader: Reader | None = None,
     store: EditStore | None = None,
-) -> dict[str, Any]:
-    """Edits each case that is not recorded yet, from the base model or as the YAML's ``protocol`` has
-    it, and gives the summary of all records in the folder, ``interrupted`` where Ctrl-C ended it early.
-    Where several processes run, each edits its share and all get the summary.
+) -> Summary:
+    """Edits each case that is not recorded yet, from the base model or in sequences, as the YAML's
+    ``protocol`` says, and gives the summary of all records in the folder, ``interrupted`` where Ctrl-C ended
+    it early. Where several processes run, each edits its share and all get the summary.
 
     With a ``store`` every edit is in it before its record is written. A ``reader`` of the same cases and
-    first layer may be handed on from run to run: what it knows of the base model is not asked again.
+    first layer may be handed on from run to run: it keeps the base model's predictions.
 
-    A picture that cannot be read ends the run after the summary of what there is, or counts as a failed
-    case under ``skip_broken``. So does, always, an edit whose loss stops being a number, or for which
-    memory does not suffice even alone.
+    An image that cannot be read ends the run after the summary of what there is, or counts as a failed case
+    under ``skip_broken``. So does, always, an edit whose loss stops being a number, or for which memory does
+    not suffice even alone.
     """
-    reader, hp = reader or parts.reader(generated), parts.hparams
+    reader, hp = reader or parts.make_reader(generated), parts.hparams
     if store is not None and store.backbone not in (None, parts.backbone.fingerprint):
         raise UserError(f"{store.folder}: holds edits of another model; name another --save_edits")
-    if hp.protocol != "one_step":
-        return run_sequences(
-            hp, parts.backbone, parts.method, cases, writer, reader, skip_broken, progress, store
-        )
-    done, shared = writer.done_ids(), SharedRun(writer)
-    means = RunningMeans(read_records(writer.directory) if done else [])
-    order, size = [case.request.id for case in cases], edits_at_once(hp, parts.backbone)
-    # Whole batches, wherever a former run ended: what is made side by side is rounded alike.
-    batches = [cases[start : start + size] for start in range(0, len(cases), size)]
-    left = processes.share([b for b in batches if any(c.request.id not in done for c in b)])
-    already, mine = sum(name in done for name in order), sum(map(len, left))
-    mine -= sum(c.request.id in done for batch in left for c in batch)
+    done, shared = writer.list_done(), SharedRun(writer)
+    kind = Batches if hp.protocol == "one_step" else Sequences
+    work: _Work = kind(parts, cases, reader, done, skip_broken)
+    recorded = read_records(writer.directory) if done else []
+    means = RunningMeans(record for record in recorded if not record.is_step)
     hidden = not (progress and processes.is_main())
     with (
         track(hp, writer) as tracker,
-        tqdm(total=already + mine, initial=already, desc="edits", disable=hidden) as bar,
-        shared.kept(),
+        tqdm(total=work.total, initial=work.already, desc="edits", disable=hidden) as bar,
+        shared.catch_end(),
     ):
-        for batch in shared.until_stopped(left):
-            made: dict[str, Edit] = {}
-            for record in _records(parts, batch, reader, skip_broken, made):
-                if record["id"] not in done:
-                    if store is not None and record["id"] in made:
-                        store.add(made[record["id"]], replace=True)
-                    writer.write(record)
+        for outcome in work.run(shared):
+            record, edit = outcome.record, outcome.edit
+            if record.id not in done:
+                if store is not None and edit is not None:
+                    store.add(edit, replace=True)
+                writer.write(record.to_json())
+                if not record.is_step:
                     means.add(record)
                     tracker.add(record, means)
                     bar.set_postfix_str(str(means), refresh=False)
-                    bar.update()
-    return shared.sum_up(hp.seed, hp.metric_presets, order)
-
-
-def _records(
-    parts: Parts, cases: Sequence[Case], reader: Reader, skip_broken: bool, made: dict[str, Edit]
-) -> Iterator[dict[str, Any]]:
-    """The cases' records, edited side by side; half as many at a time where memory does not suffice or
-    one of them can't be read, down to the one that fails. ``made`` takes up the edits by id."""
-
-    def keep(edit: Edit) -> None:
-        made[edit.id] = edit
-
-    try:
-        yield from one_step_many(parts.backbone, parts.method, cases, reader, keep)
-        return
-    except (UserError, RuntimeError, MemoryError) as error:
-        full = faults.is_out_of_memory(error)
-        if not full and not (skip_broken and isinstance(error, UserError)):
-            raise
-        reason = "out of memory" if full else str(error)
-    # Out here the error is gone, and with it what its frames held in memory.
-    free = getattr(torch.get_device_module(parts.backbone.device), "empty_cache", None)
-    if full and free is not None:
-        free()
-    if len(cases) == 1:
-        (case,) = cases
-        yield {"id": case.request.id, "task": case.task, "status": "failed", "error": reason}
-        return
-    half = len(cases) // 2
-    if full:
-        logger.warning("out of memory with %d edits side by side; %d are tried", len(cases), half)
-    yield from _records(parts, cases[:half], reader, skip_broken, made)
-    yield from _records(parts, cases[half:], reader, skip_broken, made)
-
-
-def edits_at_once(hparams: HyperParams, backbone: Backbone) -> int:
-    """How many independent edits are made side by side: ``edit_batch_size``, or with ``auto`` as many as
-    an eighth of the memory takes, at most ``AT_ONCE``: the same on the same machine, whatever else runs."""
-    if isinstance(hparams.edit_batch_size, int):
-        return hparams.edit_batch_size
-    width, layers = backbone.layout.width, len(resolve_layers(hparams, backbone))
-    trained = layers * width * (3 * hparams.n_keys + (hparams.encoder_dim or width))
-    if hparams.method == "ft":
-        edited = (backbone.layout.layer(i) for i in resolve_layers(hparams, backbone))
-        trained = sum(p.numel() for layer in edited for p in layer.parameters())
-    # Each with its gradient and two moments; and a few dozen states a token and layer for the gradient.
-    need = 4 * 4 * trained + 4 * layers * width * 40 * TOKENS
-    return max(1, min(AT_ONCE, whole_memory(backbone.device) // 8 // need))
-
-
-def whole_memory(device: torch.device) -> int:
-    """Bytes of a device's memory."""
-    about = getattr(torch.get_device_module(device), "get_device_properties", None)
-    return int(psutil.virtual_memory().total if about is None else about(device).total_memory)
+            bar.update(record.place is None or record.is_step)
+    return shared.sum_up(hp.seed, hp.metric_presets, work.order)

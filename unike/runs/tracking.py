@@ -1,4 +1,4 @@
-"""Following a run while it goes on, in TensorBoard or Weights & Biases, as ``log_to`` in the YAML says."""
+"""Logging a run while it goes on, to TensorBoard or Weights & Biases: what ``log_to`` in the YAML names."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from unike.config.hparams import HyperParams
 from unike.config.sections import OutputOptions
+from unike.evaluation.record import Record
 from unike.evaluation.summary import RunningMeans
 from unike.runs.records import RecordWriter
 from unike.system import processes
@@ -30,16 +31,16 @@ class Sink(Protocol):
 
 
 class Tracker:
-    """Tells ``sinks`` of every record. ``done`` records were told of before."""
+    """Logs every record to ``sinks``. ``done`` records were logged before."""
 
     def __init__(self, sinks: list[Sink], done: int) -> None:
         self.sinks, self.step = sinks, done
 
-    def add(self, record: Mapping[str, Any], means: RunningMeans) -> None:
+    def add(self, record: Record, means: RunningMeans) -> None:
         """``after/<metric>`` are the running means in percent, ``edit/...`` this edit's own numbers."""
         self.step += 1
         values = {f"after/{metric}": value for metric, value in means.values().items()}
-        own = {key: record.get(key) for key in ("loss", "steps", "seconds", "bytes")}
+        own = {"loss": record.loss, "steps": record.steps, "seconds": record.seconds, "bytes": record.bytes}
         values |= {f"edit/{key}": float(value) for key, value in own.items() if value is not None}
         for sink in self.sinks:
             sink.log(values, self.step)
@@ -56,11 +57,11 @@ def check_trackers(hparams: OutputOptions) -> None:
 
 @contextmanager
 def track(hparams: HyperParams, writer: RecordWriter) -> Iterator[Tracker]:
-    """What the main process records is told to ``log_to``; a run that is resumed goes on there."""
+    """The main process logs its records to ``log_to``; a run that is resumed goes on there."""
     with ExitStack() as stack:
         names = hparams.log_to if processes.is_main() else ()
         sinks = [stack.enter_context(_SINKS[name](hparams, writer)) for name in names]
-        yield Tracker(sinks, len(writer.done_ids()))
+        yield Tracker(sinks, len(writer.list_done()))
 
 
 class _TensorBoard:
@@ -73,7 +74,7 @@ class _TensorBoard:
 
 
 @contextmanager
-def _tensorboard(hparams: HyperParams, writer: RecordWriter) -> Iterator[Sink]:
+def _open_tensorboard(hparams: HyperParams, writer: RecordWriter) -> Iterator[Sink]:
     events = import_module("torch.utils.tensorboard").SummaryWriter(str(writer.directory / TENSORBOARD))
     try:
         # Indented, it is shown as code.
@@ -93,13 +94,17 @@ class _Wandb:
 
 
 @contextmanager
-def _wandb(hparams: HyperParams, writer: RecordWriter) -> Iterator[Sink]:
+def _open_wandb(hparams: HyperParams, writer: RecordWriter) -> Iterator[Sink]:
     wandb = import_module("wandb")
     try:
         run = wandb.init(
-            project=PROJECT, name=writer.directory.name, dir=str(writer.directory), config=hparams.to_dict(),
-            id=run_id(writer.directory, writer.manifest), resume="allow",
-        )  # fmt: skip
+            project=PROJECT,
+            name=writer.directory.name,
+            dir=str(writer.directory),
+            config=hparams.to_dict(),
+            id=name_run(writer.directory, writer.manifest),
+            resume="allow",
+        )
     except wandb.Error as error:
         raise UserError(f"{hparams.source}: log_to: wandb does not start: {one_line(error)}") from error
     try:
@@ -108,9 +113,9 @@ def _wandb(hparams: HyperParams, writer: RecordWriter) -> Iterator[Sink]:
         run.finish()
 
 
-def run_id(directory: Path, manifest: Mapping[str, Any]) -> str:
-    """The same for a run that is resumed, another for any other."""
+def name_run(directory: Path, manifest: Mapping[str, object]) -> str:
+    """An id that a run keeps when it is resumed; every other run has another."""
     return hashlib.sha256(f"{directory.resolve()} {manifest.get('started')}".encode()).hexdigest()[:12]
 
 
-_SINKS = {"tensorboard": _tensorboard, "wandb": _wandb}
+_SINKS = {"tensorboard": _open_tensorboard, "wandb": _open_wandb}

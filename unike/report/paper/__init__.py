@@ -1,1 +1,1 @@
-"""The paper's tables and figures, ours beside the published ones."""
+"""The paper's tables and figures: ours, with the published numbers."""

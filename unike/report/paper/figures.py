@@ -1,7 +1,7 @@
 """Figures of summaries and arrays: plain data in, a matplotlib ``Figure`` out, in percent throughout.
 
-Colours are those of Okabe and Ito, told apart under every common colour blindness; what a colour says
-a marker or a word says too. matplotlib is loaded on first use (``pip install 'unike[figures]'``).
+Colours are those of Okabe and Ito, which differ under every common colour blindness; a marker or a word
+always repeats what a colour says. matplotlib is loaded on first use (``pip install 'unike[figures]'``).
 """
 
 from __future__ import annotations
@@ -14,11 +14,18 @@ import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar
 
 import numpy as np
 
 from unike.types import UserError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#56B4E9", "#CC79A7", "#000000", "#D55E00")
 MARKERS = "osD^vPX*<>hd"
@@ -26,16 +33,28 @@ LINE_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
 DASHES = ("-", "--", "-.", ":")
 BARS = ("#999999", "#E69F00", "#56B4E9", "#0072B2")
 RIGHT, WRONG = "#0072B2", "#D55E00"
-HELD, BROKEN = "\N{CHECK MARK}", "\N{BALLOT X}"
+PASS_MARK, FAIL_MARK = "\N{CHECK MARK}", "\N{BALLOT X}"
 WIDTH = 10.0
-# Of a worked example, in inches: a picture's side and the height of a line of text.
-PICTURE, LINE = 1.4, 0.19
+# Of a worked example, in inches: an image's side and the height of a line of text.
+IMAGE, LINE = 1.4, 0.19
 STYLE = {
-    "font.size": 11, "axes.titlesize": 12, "axes.titleweight": "bold", "axes.labelsize": 11,
-    "xtick.labelsize": 10.5, "ytick.labelsize": 10.5, "legend.fontsize": 10.5, "axes.grid": True,
-    "grid.color": "#dddddd", "axes.axisbelow": True, "axes.spines.top": False, "axes.spines.right": False,
-    "figure.dpi": 150, "savefig.dpi": 150, "svg.hashsalt": "unike", "text.parse_math": False,
-}  # fmt: skip
+    "font.size": 11,
+    "axes.titlesize": 12,
+    "axes.titleweight": "bold",
+    "axes.labelsize": 11,
+    "xtick.labelsize": 10.5,
+    "ytick.labelsize": 10.5,
+    "legend.fontsize": 10.5,
+    "axes.grid": True,
+    "grid.color": "#dddddd",
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "figure.dpi": 150,
+    "savefig.dpi": 150,
+    "svg.hashsalt": "unike",
+    "text.parse_math": False,
+}
 # Beyond this a drawing is served better as pixels.
 SVG_BYTES = 200_000
 
@@ -59,7 +78,7 @@ class Point(NamedTuple):
 
 @dataclass(frozen=True)
 class Sweep:
-    """Lines over ``settings``, each with a value per setting; the last ``apart`` ones stand alone."""
+    """Lines over ``settings``, each with a value per setting; the last ``apart`` settings are set off."""
 
     label: str
     settings: Sequence[str]
@@ -77,31 +96,31 @@ class Space:
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What a model says under an edit, and whether the edit does there what it should."""
+class EditedAnswer:
+    """A model's answer under an edit, and whether the probe passes with it."""
 
     text: str
     good: bool
 
 
 @dataclass(frozen=True)
-class Cell:
-    """A probe of a worked example: the ``picture`` (a path, or None for a question without one), what
-    is asked, what the model says before, and after by variant of the method."""
+class ProbePanel:
+    """A probe of a worked example: the ``image`` (a path, or None for a question without one), the
+    question, the answer before, and the answers after it by variant of the method."""
 
     heading: str
-    picture: str | None
+    image: str | None
     question: str
     before: str
-    after: Mapping[str, Answer]
+    after: Mapping[str, EditedAnswer]
 
 
 @dataclass(frozen=True)
-class Example:
-    """An edit as a row of cells."""
+class WorkedExample:
+    """An edit as a row of panels."""
 
     name: str
-    cells: Sequence[Cell]
+    panels: Sequence[ProbePanel]
 
 
 def require(package: str) -> Any:
@@ -112,17 +131,17 @@ def require(package: str) -> Any:
         raise UserError(f"{package}: not installed; figures need pip install 'unike[figures]'") from error
 
 
-def _styled(draw: Callable[..., Any]) -> Callable[..., Any]:
+def _style(draw: Callable[P, T]) -> Callable[P, T]:
     @functools.wraps(draw)
-    def styled(*args: Any, **options: Any) -> Any:
+    def styled(*args: P.args, **options: P.kwargs) -> T:
         with require("matplotlib").rc_context(STYLE):
             return draw(*args, **options)
 
     return styled
 
 
-@_styled
-def save(figure: Any, path: Path) -> list[Path]:
+@_style
+def save(figure: Figure, path: Path) -> list[Path]:
     """Writes ``path`` as PNG and, where that is small, as SVG; gives the files. The same data give the
     same bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -140,18 +159,18 @@ def save(figure: Any, path: Path) -> list[Path]:
     return [png, svg]
 
 
-def _grid(rows: int, columns: int, height: float, **options: Any) -> tuple[Any, np.ndarray]:
+def _make_grid(rows: int, columns: int, height: float, **options: bool) -> tuple[Figure, np.ndarray]:
     """A figure of ``WIDTH`` and its axes ``(rows, columns)``; without pyplot, which keeps figures."""
     figure = require("matplotlib.figure").Figure(figsize=(WIDTH, height), layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
-def _legend(figure: Any, axes: Any, columns: int, title: str | None = None) -> None:
+def _add_legend(figure: Figure, axes: Axes, columns: int, title: str | None = None) -> None:
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, title=title)
 
 
-def _reach(values: Sequence[Interval]) -> np.ndarray:
+def _find_reach(values: Sequence[Interval]) -> np.ndarray:
     """Lengths of the error bars ``(2, n)``."""
     found = np.array([[v.mean - v.low, v.high - v.mean] for v in values])
     return np.maximum(found, 0.0).T
@@ -160,20 +179,22 @@ def _reach(values: Sequence[Interval]) -> np.ndarray:
 # ---------------------------------------------------------------- generality against locality
 
 
-def family(name: str) -> str:
+def name_family(name: str) -> str:
     """What a method's variants share: its name up to a bracket or comma."""
     return re.split(r" \(|, ", name)[0]
 
 
-def looks(names: Sequence[str]) -> dict[str, tuple[str, str]]:
+def choose_looks(names: Sequence[str]) -> dict[str, tuple[str, str]]:
     """Colour and marker by name: a colour per family, a marker of its own for each."""
-    families = list(dict.fromkeys(map(family, names)))
+    families = list(dict.fromkeys(map(name_family, names)))
     colours = {f: COLOURS[i % len(COLOURS)] for i, f in enumerate(families)}
-    return {n: (colours[family(n)], MARKERS[i % len(MARKERS)]) for i, n in enumerate(dict.fromkeys(names))}
+    return {
+        n: (colours[name_family(n)], MARKERS[i % len(MARKERS)]) for i, n in enumerate(dict.fromkeys(names))
+    }
 
 
 def _spread(values: np.ndarray) -> np.ndarray:
-    """Room for what lies near 100: minus the root of the distance to 100.5."""
+    """Gives room to values near 100: minus the root of the distance to 100.5."""
     return -np.sqrt(np.maximum(100.5 - np.asarray(values, dtype=float), 0.0))
 
 
@@ -181,14 +202,14 @@ def _unspread(values: np.ndarray) -> np.ndarray:
     return 100.5 - np.asarray(values, dtype=float) ** 2
 
 
-@_styled
-def trade_off(panels: Mapping[str, Sequence[Point]]) -> Any:
+@_style
+def draw_trade_off(panels: Mapping[str, Sequence[Point]]) -> Figure:
     """A panel per backbone and task: locality to the right, generality upwards, the paper's hollow."""
     points = [p for panel in panels.values() for p in panel]
-    look = looks([p.name for p in points])
+    look = choose_looks([p.name for p in points])
     columns = min(2, len(panels))
     rows = -(-len(panels) // columns)
-    figure, grid = _grid(rows, columns, 3.8 * rows + 1.2, sharex=True, sharey=True)
+    figure, grid = _make_grid(rows, columns, 3.8 * rows + 1.2, sharex=True, sharey=True)
     shown: dict[str, Any] = {}
     for axes, (title, panel) in zip(grid.flat, panels.items(), strict=False):
         for i, p in enumerate(panel):
@@ -198,11 +219,20 @@ def trade_off(panels: Mapping[str, Sequence[Point]]) -> Any:
             if p.paper is not None:
                 axes.plot(*p.paper, marker, mfc="none", mec=colour, ms=8.5, mew=1.7, zorder=2)
             shown[p.name] = axes.errorbar(
-                p.locality.mean, p.generality.mean, _reach([p.generality]), _reach([p.locality]),
-                fmt=marker, color=colour, ms=size, mec="white", mew=0.7, elinewidth=1.4, zorder=3,
-            )  # fmt: skip
+                p.locality.mean,
+                p.generality.mean,
+                _find_reach([p.generality]),
+                _find_reach([p.locality]),
+                fmt=marker,
+                color=colour,
+                ms=size,
+                mec="white",
+                mew=0.7,
+                elinewidth=1.4,
+                zorder=3,
+            )
         axes.set_title(title)
-    _near_100(grid, points)
+    _scale_near_100(grid, points)
     for axes in grid.flat[len(panels) :]:
         axes.remove()
     for axes in grid[-1]:
@@ -216,7 +246,7 @@ def trade_off(panels: Mapping[str, Sequence[Point]]) -> Any:
     return figure
 
 
-def _near_100(grid: np.ndarray, points: Sequence[Point]) -> None:
+def _scale_near_100(grid: np.ndarray, points: Sequence[Point]) -> None:
     """Axes that reach down to all points, with the most room near 100."""
     drawn = [(p.locality.low, p.generality.low) for p in points] + [p.paper for p in points if p.paper]
     scale = require("matplotlib.scale").FuncScale
@@ -231,20 +261,20 @@ def _near_100(grid: np.ndarray, points: Sequence[Point]) -> None:
 # ---------------------------------------------------------------- sweeps and bars
 
 
-@_styled
-def sweeps(panels: Mapping[tuple[str, str], Sweep]) -> Any:
+@_style
+def draw_sweeps(panels: Mapping[tuple[str, str], Sweep]) -> Figure:
     """Panels by ``(row, column)``: lines over the settings, which are evenly spaced."""
     rows, columns = (list(dict.fromkeys(key[i] for key in panels)) for i in (0, 1))
-    figure, grid = _grid(len(rows), len(columns), 2.7 * len(rows) + 0.9, sharey=True)
+    figure, grid = _make_grid(len(rows), len(columns), 2.7 * len(rows) + 0.9, sharey=True)
     names = list(dict.fromkeys(name for sweep in panels.values() for name in sweep.lines))
     for (row, column), sweep in panels.items():
         axes = grid[rows.index(row), columns.index(column)]
         for i, name in enumerate(names):
             if name in sweep.lines:
-                # Lines that coincide are told apart by a step aside and by their dashes.
-                aside = 0.11 * (i - (len(names) - 1) / 2)
-                _line(axes, sweep, name, aside, (LINE_COLOURS[i % 4], MARKERS[i], DASHES[i % 4]))
-        at = _places(sweep)
+                # Lines that coincide differ by a small shift and by their dashes.
+                shift = 0.11 * (i - (len(names) - 1) / 2)
+                _draw_line(axes, sweep, name, shift, (LINE_COLOURS[i % 4], MARKERS[i], DASHES[i % 4]))
+        at = _place_settings(sweep)
         axes.set_xticks(at, sweep.settings)
         axes.set_xlim(-0.4, at[-1] + 0.4)
         axes.set_xlabel(sweep.label)
@@ -252,39 +282,48 @@ def sweeps(panels: Mapping[tuple[str, str], Sweep]) -> Any:
             axes.set_title(column)
     for axes, row in zip(grid[:, 0], rows, strict=True):
         axes.set_ylabel(f"{row}, %")
-    _legend(figure, grid[0, 0], len(names))
+    _add_legend(figure, grid[0, 0], len(names))
     return figure
 
 
-def _places(sweep: Sweep) -> list[float]:
+def _place_settings(sweep: Sweep) -> list[float]:
     cut = len(sweep.settings) - sweep.apart
     return [i + 0.4 * (i >= cut) for i in range(len(sweep.settings))]
 
 
-def _line(axes: Any, sweep: Sweep, name: str, aside: float, look: tuple[str, str, str]) -> None:
+def _draw_line(axes: Axes, sweep: Sweep, name: str, shift: float, look: tuple[str, str, str]) -> None:
     values, cut = sweep.lines[name], len(sweep.settings) - sweep.apart
     colour, marker, dashes = look
     for part, label in ((slice(0, cut), name), (slice(cut, None), None)):
-        at = [x + aside for x in _places(sweep)[part]]
+        at = [x + shift for x in _place_settings(sweep)[part]]
         if at:
             axes.errorbar(
-                at, [v.mean for v in values[part]], _reach(values[part]), color=colour, marker=marker,
-                ls=dashes if label else "", ms=6, lw=1.8, elinewidth=1.2, capsize=2, label=label,
-            )  # fmt: skip
+                at,
+                [v.mean for v in values[part]],
+                _find_reach(values[part]),
+                color=colour,
+                marker=marker,
+                ls=dashes if label else "",
+                ms=6,
+                lw=1.8,
+                elinewidth=1.2,
+                capsize=2,
+                label=label,
+            )
 
 
-@_styled
-def grouped_bars(
+@_style
+def draw_grouped_bars(
     panels: Mapping[str, Mapping[str, Mapping[str, Interval]]],
     paper: Mapping[str, Mapping[str, Mapping[str, float]]],
-) -> Any:
+) -> Figure:
     """A panel per title, groups of bars in each by group and bar; ``paper`` alike, as diamonds.
 
-    Bars start where the axis does, at the ten below everything drawn, which the label says.
+    Bars start where the axis does, at the ten below everything drawn; the axis label names it.
     """
     columns = min(2, len(panels))
     rows = -(-len(panels) // columns)
-    figure, grid = _grid(rows, columns, 2.9 * rows + 0.9, sharey=True)
+    figure, grid = _make_grid(rows, columns, 2.9 * rows + 0.9, sharey=True)
     groups = [bars for panel in panels.values() for bars in panel.values()]
     names = list(dict.fromkeys(name for bars in groups for name in bars))
     drawn = [v.low for bars in groups for v in bars.values()]
@@ -297,15 +336,28 @@ def grouped_bars(
             at = [x + (i - (len(names) - 1) / 2) * width for x, _ in own.values()]
             values = [v for _, v in own.values()]
             axes.bar(
-                at, [v.mean - floor for v in values], 0.9 * width, bottom=floor, yerr=_reach(values),
-                color=BARS[i % len(BARS)], capsize=2.5, label=name,
-            )  # fmt: skip
-            beside, label = paper.get(title, {}), "_" if i or not paper else "the paper"
-            told = [(x, beside.get(group, {}).get(name)) for x, group in zip(at, own, strict=True)]
+                at,
+                [v.mean - floor for v in values],
+                0.9 * width,
+                bottom=floor,
+                yerr=_find_reach(values),
+                color=BARS[i % len(BARS)],
+                capsize=2.5,
+                label=name,
+            )
+            published, label = paper.get(title, {}), "_" if i or not paper else "the paper"
+            marks = [(x, published.get(group, {}).get(name)) for x, group in zip(at, own, strict=True)]
             axes.plot(
-                [x for x, y in told if y is not None], [y for _, y in told if y is not None], "D",
-                mfc="white", mec="black", ms=6.5, mew=1.4, zorder=4, label=label,
-            )  # fmt: skip
+                [x for x, y in marks if y is not None],
+                [y for _, y in marks if y is not None],
+                "D",
+                mfc="white",
+                mec="black",
+                ms=6.5,
+                mew=1.4,
+                zorder=4,
+                label=label,
+            )
         axes.set_title(title)
         axes.set_xticks(range(len(panel)), panel)
         axes.grid(axis="x", visible=False)
@@ -315,19 +367,19 @@ def grouped_bars(
         axes.remove()
     for axes in grid[:, 0]:
         axes.set_ylabel(f"%, from {floor:.0f}" if floor else "%")
-    _legend(figure, grid[0, 0], len(names) + 1)
+    _add_legend(figure, grid[0, 0], len(names) + 1)
     return figure
 
 
 # ---------------------------------------------------------------- spaces
 
 
-@_styled
-def spaces(rows: Mapping[str, Mapping[str, Space]]) -> Any:
+@_style
+def draw_spaces(rows: Mapping[str, Mapping[str, Space]]) -> Figure:
     """A row per backbone, a panel per space: right and wrong answers to the same question joined by a
     line. The axes of an embedding have no unit."""
     columns = list(dict.fromkeys(name for row in rows.values() for name in row))
-    figure, grid = _grid(len(rows), len(columns), 3.5 * len(rows) + 0.6)
+    figure, grid = _make_grid(len(rows), len(columns), 3.5 * len(rows) + 0.6)
     for line, (title, row) in zip(grid, rows.items(), strict=True):
         line[0].set_ylabel(title, size=12, weight="bold")
         for axes, column in zip(line, columns, strict=True):
@@ -340,39 +392,39 @@ def spaces(rows: Mapping[str, Mapping[str, Space]]) -> Any:
             axes.set_xlabel(space.note, size=10.5)
     for axes, column in zip(grid[0], columns, strict=True):
         axes.set_title(column)
-    _legend(figure, grid[0, 0], 3)
+    _add_legend(figure, grid[0, 0], 3)
     return figure
 
 
 # ---------------------------------------------------------------- worked examples
 
 
-@_styled
-def examples(rows: Sequence[Example]) -> Any:
-    """A row per edit, a column per probe: the picture, the question, the answers before and after.
+@_style
+def draw_examples(rows: Sequence[WorkedExample]) -> Figure:
+    """A row per edit, a column per probe: the image, the question, the answers before and after.
 
     An answer that an edit leaves as it was is not repeated.
     """
-    columns = max(len(row.cells) for row in rows)
+    columns = max(len(row.panels) for row in rows)
     names = [textwrap.wrap(row.name, 88) for row in rows]
-    texts = [[cell_lines(cell, int(122 / columns)) for cell in row.cells] for row in rows]
+    texts = [[wrap_panel(panel, int(122 / columns)) for panel in row.panels] for row in rows]
     longest = [max(map(len, row)) for row in texts]
-    heights = [(len(name) + n + 1.2) * LINE + PICTURE + 0.1 for name, n in zip(names, longest, strict=True)]
+    heights = [(len(name) + n + 1.2) * LINE + IMAGE + 0.1 for name, n in zip(names, longest, strict=True)]
     whole = sum(heights)
     figure = require("matplotlib.figure").Figure(figsize=(WIDTH, whole))
     top = whole
-    for row, name, cells, height in zip(rows, names, texts, heights, strict=True):
+    for row, name, wrapped, height in zip(rows, names, texts, heights, strict=True):
         figure.text(0.01, (top - 0.08) / whole, "\n".join(name), size=11, weight="bold", va="top")
         under = top - 0.14 - len(name) * LINE
-        for i, (cell, lines) in enumerate(zip(row.cells, cells, strict=True)):
+        for i, (panel, lines) in enumerate(zip(row.panels, wrapped, strict=True)):
             left = 0.01 + i * 0.99 / columns
-            if cell.picture is not None:
-                width = min(0.94 / columns, PICTURE / WIDTH)
-                axes = figure.add_axes((left, (under - PICTURE) / whole, width, PICTURE / whole))
-                axes.imshow(require("PIL.Image").open(cell.picture).convert("RGB"))
+            if panel.image is not None:
+                width = min(0.94 / columns, IMAGE / WIDTH)
+                axes = figure.add_axes((left, (under - IMAGE) / whole, width, IMAGE / whole))
+                axes.imshow(require("PIL.Image").open(panel.image).convert("RGB"))
                 axes.set_axis_off()
             for number, (line, colour, weight) in enumerate(lines):
-                y = (under - PICTURE - 0.06 - number * LINE) / whole
+                y = (under - IMAGE - 0.06 - number * LINE) / whole
                 figure.text(left, y, line, size=10, color=colour, weight=weight, va="top")
         top -= height
         if row is not rows[-1]:
@@ -381,17 +433,17 @@ def examples(rows: Sequence[Example]) -> Any:
     return figure
 
 
-def cell_lines(cell: Cell, letters: int) -> list[tuple[str, str, str]]:
-    """What stands under a picture: lines of at most ``letters``, each with its colour and weight."""
+def wrap_panel(panel: ProbePanel, letters: int) -> list[tuple[str, str, str]]:
+    """The text under an image: lines of at most ``letters``, each with its colour and weight."""
 
-    def wrapped(text: str) -> list[str]:
+    def wrap(text: str) -> list[str]:
         return textwrap.wrap(text, letters, subsequent_indent="   ")
 
-    out = [(line, "black", "bold") for line in textwrap.wrap(cell.heading, letters)]
-    out += [(line, "black", "normal") for line in textwrap.wrap(cell.question, letters)]
-    out += [(line, "#555555", "normal") for line in wrapped(f"before: {cell.before}")]
-    for name, answer in cell.after.items():
-        said = "as before" if answer.text == cell.before else answer.text
-        mark, colour = (HELD, RIGHT) if answer.good else (BROKEN, WRONG)
-        out += [(line, colour, "normal") for line in wrapped(f"{mark} {name}: {said}")]
+    out = [(line, "black", "bold") for line in textwrap.wrap(panel.heading, letters)]
+    out += [(line, "black", "normal") for line in textwrap.wrap(panel.question, letters)]
+    out += [(line, "#555555", "normal") for line in wrap(f"before: {panel.before}")]
+    for name, answer in panel.after.items():
+        text = "as before" if answer.text == panel.before else answer.text
+        mark, colour = (PASS_MARK, RIGHT) if answer.good else (FAIL_MARK, WRONG)
+        out += [(line, colour, "normal") for line in wrap(f"{mark} {name}: {text}")]
     return out

@@ -1,4 +1,4 @@
-"""Figures that others have published for the same tables, by the names of our metrics."""
+"""Figures that others have published for the same tables, under the names of our metrics."""
 
 from __future__ import annotations
 
@@ -11,31 +11,36 @@ from unike.types import FIVE_METRICS
 
 FAMILIES = {"blip2": "blip2-opt", "minigpt4": "minigpt4"}
 FAMILY_TITLES = {
-    "blip2": "BLIP2-OPT", "minigpt4": "MiniGPT-4", "llava": "LLaVA-1.5", "llava_onevision": "LLaVA-OneVision",
-    "qwen2_vl": "Qwen2-VL", "qwen2_5_vl": "Qwen2.5-VL", "instructblip": "InstructBLIP",
-}  # fmt: skip
+    "blip2": "BLIP2-OPT",
+    "minigpt4": "MiniGPT-4",
+    "llava": "LLaVA-1.5",
+    "llava_onevision": "LLaVA-OneVision",
+    "qwen2_vl": "Qwen2-VL",
+    "qwen2_5_vl": "Qwen2.5-VL",
+    "instructblip": "InstructBLIP",
+}
 LIFELONG = "lifelong"
 ZETA = "figure4c_zeta_generality_locality"
 Figures = dict[str, dict[str, float]]
 _FILES = {LIFELONG: "lifelong.json"}
 
 
-def keys() -> tuple[str, ...]:
+def list_tables() -> tuple[str, ...]:
     """The names of the published tables."""
-    return (*(key for key in _data("tables.json") if key not in ("source", "metrics")), LIFELONG)
+    return (*(key for key in _load("tables.json") if key not in ("source", "metrics")), LIFELONG)
 
 
-def source(key: str) -> str:
+def read_source(key: str) -> str:
     """Whose figures they are, in full."""
-    return str(_data(_FILES.get(key, "tables.json"))["source"])
+    return str(_load(_FILES.get(key, "tables.json"))["source"])
 
 
-def label(key: str) -> str:
+def choose_label(key: str) -> str:
     """Whose figures they are, as a column's title."""
     return "Chen et al." if key == LIFELONG else "paper"
 
 
-def figures(key: str, family: str, task: str, length: int = 1) -> Figures:
+def read_figures(key: str, family: str, task: str, length: int = 1) -> Figures:
     """By row, then by metric, in percent: what table ``key`` has for a model family (``model_name``), a
     task and a number of edits. Empty where it has nothing.
 
@@ -44,30 +49,30 @@ def figures(key: str, family: str, task: str, length: int = 1) -> Figures:
     """
     model = FAMILIES.get(family)
     if key == ZETA:
-        means = _data("tables.json")[key] if (family, task) == ("minigpt4", "vqa") else {}
+        means = _load("tables.json")[key] if (family, task) == ("minigpt4", "vqa") else {}
         return {row: dict(zip(("generality", "locality"), pair, strict=True)) for row, pair in means.items()}
     if key == LIFELONG:
-        return lifelong(family).get(length, {}) if task == "vqa" else {}
-    table = _data("tables.json")[key].get(model, {})
+        return read_lifelong(family).get(length, {}) if task == "vqa" else {}
+    table = _load("tables.json")[key].get(model, {})
     if key.startswith("table2"):
-        return _metrics(table.get(f"{task}_{length}", {}))
+        return _rename_metrics(table.get(f"{task}_{length}", {}))
     if key.startswith("table3"):
-        return _metrics(table) if key.endswith(f"_{length}") else {}
-    return _metrics({row: by_task[task] for row, by_task in table.items() if task in by_task})
+        return _rename_metrics(table) if key.endswith(f"_{length}") else {}
+    return _rename_metrics({row: by_task[task] for row, by_task in table.items() if task in by_task})
 
 
-def lifelong(family: str) -> dict[int, Figures]:
-    """By the number of edits in a row, all rows of the lifelong table, as published."""
-    table = _data(_FILES[LIFELONG]).get(FAMILIES.get(family, ""), {})
-    return {int(length): _metrics(rows) for length, rows in table.items()}
+def read_lifelong(family: str) -> dict[int, Figures]:
+    """By the number of sequential edits, all rows of the lifelong table, as published."""
+    table = _load(_FILES[LIFELONG]).get(FAMILIES.get(family, ""), {})
+    return {int(length): _rename_metrics(rows) for length, rows in table.items()}
 
 
-def _metrics(rows: Figures) -> Figures:
-    short = dict(zip(_data("tables.json")["metrics"], FIVE_METRICS, strict=True))
+def _rename_metrics(rows: Figures) -> Figures:
+    short = dict(zip(_load("tables.json")["metrics"], FIVE_METRICS, strict=True))
     return {row: {short.get(m, m): value for m, value in values.items()} for row, values in rows.items()}
 
 
 @lru_cache
-def _data(name: str) -> dict[str, Any]:
+def _load(name: str) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(files("unike.report.paper").joinpath(name).read_text(encoding="utf-8"))
     return found

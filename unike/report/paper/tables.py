@@ -1,4 +1,4 @@
-"""Tables beside the paper's: blocks of rows as grids, and grids as Markdown, LaTeX or CSV."""
+"""Our tables with the paper's figures: blocks of rows as grids, and grids as Markdown, LaTeX or CSV."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ import csv
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
-from unike.evaluation.summary import HARMONIC, LOCALITY, MEANS_OF, MODES, WHEN
+from unike.evaluation.summary import HARMONIC, LOCALITY, MEANS_OF, MODES, WHEN, Estimate, Spread
 from unike.report.measures import MEASURE_TITLES, Row
-from unike.report.paper.claims import Verdict, baselines, best_of_ours, order
+from unike.report.paper.claims import Verdict, check_baselines, check_best_of_ours, check_order
 from unike.report.paper.published import Figures
 from unike.types import FIVE_METRICS, HARD_METRICS, METRICS, UserError
 
@@ -30,7 +29,7 @@ CSV_COLUMNS = (
     "task",
     "edits",
     "row",
-    "reading",
+    "mode",
     "measure",
     "mean",
     "low",
@@ -75,7 +74,7 @@ class Grid:
 class Block:
     """One backbone, task and number of edits of a table.
 
-    ``label`` is whose figures stand beside ours, ``beside`` lists more of them by number of edits.
+    ``label`` is whose figures are shown with ours, ``beside`` lists more of them by number of edits.
     ``reference`` is the row whose order the paper states. ``extras`` adds grids (``presets``, ``means``,
     ``alpha``) and verdicts (``best``, ``baselines``).
     """
@@ -92,64 +91,65 @@ class Block:
     seed: int = 0
     beside: Mapping[int, Figures] | None = None
 
-    def grids(self) -> list[Grid]:
-        """The paper's five metrics, what lies beyond them, the generated reading, then the extras."""
-        after = [self._five()]
-        after.append(self._measured("beyond the paper", (*HARD_METRICS, *HARMONIC), MODES[0], costs=True))
-        after.append(self._measured("generated", (*METRICS, *HARMONIC), MODES[1]))
-        extra = {"presets": self._presets, "means": self._means, "alpha": self._alpha}
+    def build_grids(self) -> list[Grid]:
+        """The paper's five metrics, those beyond them, all in generated mode, then the extras."""
+        after = [self._compare("teacher-forced", FIVE_METRICS)]
+        after.append(self._list("beyond the paper", (*HARD_METRICS, *HARMONIC), MODES[0], costs=True))
+        after.append(self._list("generated", (*METRICS, *HARMONIC), MODES[1]))
+        extra = {
+            "presets": self._list_presets,
+            "means": self._compare_means,
+            "alpha": self._list_alpha,
+        }
         after += [make() for name, make in extra.items() if name in self.extras]
         return [grid for grid in after if grid.rows] + [
-            _listed(f"published for {length:,} edits in a row ({self.label})", figures)
+            _list_published(f"published for {length:,} sequential edits ({self.label})", figures)
             for length, figures in (self.beside or {}).items()
         ]
 
-    def verdicts(self) -> list[tuple[str, list[Verdict]]]:
+    def check_claims(self) -> list[tuple[str, list[Verdict]]]:
         """What is claimed of the block's rows, by heading."""
-        groups = [("Does the paper's order hold?", order(self.rows, self.reference, self.seed))]
+        groups = [("Does the paper's order hold?", check_order(self.rows, self.reference, self.seed))]
         if "best" in self.extras:
-            groups.append(("Is a row of ours the best?", best_of_ours(self.rows, self.seed)))
+            groups.append(("Is a row of ours the best?", check_best_of_ours(self.rows, self.seed)))
         if "baselines" in self.extras:
-            groups.append(("Does each baseline behave as published?", baselines(self.rows)))
+            groups.append(("Does each baseline behave as published?", check_baselines(self.rows)))
         return [(heading, found) for heading, found in groups if found]
 
-    def _five(self) -> Grid:
-        return self._compared("teacher-forced", FIVE_METRICS)
+    def _compare_means(self) -> Grid:
+        return self._compare("means of the two generalities and of the two localities", tuple(MEANS_OF))
 
-    def _means(self) -> Grid:
-        return self._compared("means of the two generalities and of the two localities", tuple(MEANS_OF))
-
-    def _compared(self, title: str, measures: Sequence[str]) -> Grid:
-        """Ours, each column with the published one beside it where there is one."""
+    def _compare(self, title: str, measures: Sequence[str]) -> Grid:
+        """Ours, each column followed by the published one where there is one."""
         columns: list[list[Cell]] = []
         header: list[str] = []
         for measure in measures:
             header.append(MEASURE_TITLES[measure])
-            columns.append(self._column(measure, MODES[0]))
+            columns.append(self._fill_column(measure, MODES[0]))
             if any(measure in row.published for row in self.rows):
                 header.append(self.label)
-                columns.append(marked([Cell(row.published.get(measure)) for row in self.rows]))
-        return self._grid(title, header, columns, base=measures if measures == FIVE_METRICS else ())
+                columns.append(mark_best([Cell(row.published.get(measure)) for row in self.rows]))
+        return self._build_grid(title, header, columns, base=measures if measures == FIVE_METRICS else ())
 
-    def _measured(self, title: str, measures: Sequence[str], mode: str, costs: bool = False) -> Grid:
-        columns = [self._column(measure, mode) for measure in measures]
+    def _list(self, title: str, measures: Sequence[str], mode: str, costs: bool = False) -> Grid:
+        columns = [self._fill_column(measure, mode) for measure in measures]
         header = [MEASURE_TITLES[measure] for measure in measures]
         if not any(cell.value is not None for column in columns for cell in column):
             return Grid(title, (), ())
         if costs:
             header += ["steps", "s/edit", "size"]
             columns += [
-                [_cost(row, "steps", 1) for row in self.rows],
-                [_cost(row, "seconds", 3) for row in self.rows],
+                [_make_cost_cell(row, "steps", 1) for row in self.rows],
+                [_make_cost_cell(row, "seconds", 3) for row in self.rows],
             ]
-            columns.append([Cell(text=_size(row.summary.get("bytes"))) for row in self.rows])
-        return self._grid(title, header, columns, base=measures if not costs else (), mode=mode)
+            columns.append([Cell(text=_format_size(row.summary.get("bytes"))) for row in self.rows])
+        return self._build_grid(title, header, columns, base=measures if not costs else (), mode=mode)
 
-    def _column(self, measure: str, mode: str) -> list[Cell]:
-        cells = [_cell(row.entry(measure, mode)) for row in self.rows]
-        return marked(cells, [row.complete for row in self.rows])
+    def _fill_column(self, measure: str, mode: str) -> list[Cell]:
+        cells = [_make_cell(row.find_estimate(measure, mode)) for row in self.rows]
+        return mark_best(cells, [row.complete for row in self.rows])
 
-    def _grid(
+    def _build_grid(
         self,
         title: str,
         header: Sequence[str],
@@ -157,36 +157,40 @@ class Block:
         base: Sequence[str] = (),
         mode: str = MODES[0],
     ) -> Grid:
-        """With what the base model gives in a row of its own, taken from any of the others."""
-        rows = [(_named(row), tuple(c[i] for c in columns)) for i, row in enumerate(self.rows)]
-        first = next((row for row in self.rows if row.entry(FIVE_METRICS[0], mode, WHEN[0])), None)
+        """With a first row for the base model, whose numbers any of the others has."""
+        rows = [(_name_row(row), tuple(c[i] for c in columns)) for i, row in enumerate(self.rows)]
+        first = next((row for row in self.rows if row.find_estimate(FIVE_METRICS[0], mode, WHEN[0])), None)
         if base and first is not None:
             titles = {MEASURE_TITLES[m]: m for m in base}
-            cells = (_cell(first.entry(titles[h], mode, WHEN[0])) if h in titles else Cell() for h in header)
+            cells = (
+                _make_cell(first.find_estimate(titles[h], mode, WHEN[0])) if h in titles else Cell()
+                for h in header
+            )
             rows.insert(0, (BASE, tuple(cells)))
         return Grid(title, ("method", *header), tuple(rows))
 
-    def _presets(self) -> Grid:
+    def _list_presets(self) -> Grid:
         names = list(dict.fromkeys(name for row in self.rows for name in row.summary.get("presets", {})))
         header, columns = [], []
         for metric in LOCALITY:
             for name in names:
                 header.append(f"{MEASURE_TITLES[metric]}, {name}")
-                held = [row.summary.get("presets", {}).get(name, {}) for row in self.rows]
-                columns.append(marked([_cell(preset.get("metrics", {}).get(metric)) for preset in held]))
-        return self._grid("locality as others compute it", header, columns)
+                presets = [row.summary.get("presets", {}).get(name) for row in self.rows]
+                cells = [_make_cell(found["metrics"].get(metric) if found else None) for found in presets]
+                columns.append(mark_best(cells))
+        return self._build_grid("locality as others compute it", header, columns)
 
-    def _alpha(self) -> Grid:
+    def _list_alpha(self) -> Grid:
         rows = []
         for row in self.rows:
             alpha = row.summary.get("decisions", {}).get("alpha")
             if alpha:
-                rows.append((_named(row), tuple(Cell(alpha.get(metric), digits=2) for metric in METRICS)))
+                rows.append((_name_row(row), tuple(Cell(alpha.get(metric), digits=2) for metric in METRICS)))
         title = "what alpha was, mean over layers and records"
         return Grid(title, ("method", *(MEASURE_TITLES[metric] for metric in METRICS)), tuple(rows))
 
 
-def marked(cells: Sequence[Cell], counted: Sequence[bool] | None = None) -> list[Cell]:
+def mark_best(cells: Sequence[Cell], counted: Sequence[bool] | None = None) -> list[Cell]:
     """The cells with the highest number marked ``best`` and the next one ``second``, as shown: cells that
     look the same are marked alike. Fewer than two numbers are not compared."""
     taken = [c.value is not None and (counted is None or counted[i]) for i, c in enumerate(cells)]
@@ -203,8 +207,8 @@ def marked(cells: Sequence[Cell], counted: Sequence[bool] | None = None) -> list
 # ---------------------------------------------------------------- Markdown, LaTeX, CSV
 
 
-def rewritten(text: str, name: str, blocks: Mapping[str, str], kind: str = "table") -> str:
-    """The text of a file, ``name``, with each table (or what ``kind`` says) between its two markers
+def rewrite_blocks(text: str, name: str, blocks: Mapping[str, str], kind: str = "table") -> str:
+    """The text of a file, ``name``, with each table (or other ``kind`` of block) between its two markers
     replaced.
 
     Raises UserError for each whose markers are not there once each, in order.
@@ -225,38 +229,50 @@ def rewritten(text: str, name: str, blocks: Mapping[str, str], kind: str = "tabl
 def markdown(block: Block) -> str:
     """A block with its heading, grids and verdicts."""
     parts = [f"#### {block.title}"]
-    for grid in block.grids():
+    for grid in block.build_grids():
         rule = "|" + " --- |" + " ---: |" * (len(grid.header) - 1)
-        lines = [" | ".join((name, *map(_markdown_cell, cells))) for name, cells in grid.rows]
+        lines = [" | ".join((name, *map(_format_markdown_cell, cells))) for name, cells in grid.rows]
         head = " | ".join(grid.header)
-        parts += [f"{_sentence(grid.title)}:", "\n".join([f"| {head} |", rule, *(f"| {x} |" for x in lines)])]
-    for heading, found in block.verdicts():
+        parts += [
+            f"{_capitalise(grid.title)}:",
+            "\n".join([f"| {head} |", rule, *(f"| {x} |" for x in lines)]),
+        ]
+    for heading, found in block.check_claims():
         parts += [f"{heading}", "\n".join(f"- {verdict}" for verdict in found)]
     return "\n\n".join(parts) + "\n"
 
 
 def latex(block: Block) -> str:
     """A block as ``tabular`` environments, which want the package booktabs."""
-    parts = [f"\\subsection*{{{_escaped(block.title)}}}"]
-    for grid in block.grids():
-        lines = [" & ".join((_escaped(n), *map(_latex_cell, cells))) + r" \\" for n, cells in grid.rows]
-        head = " & ".join(map(_escaped, grid.header)) + r" \\"
+    parts = [f"\\subsection*{{{_escape(block.title)}}}"]
+    for grid in block.build_grids():
+        lines = [" & ".join((_escape(n), *map(_format_latex_cell, cells))) + r" \\" for n, cells in grid.rows]
+        head = " & ".join(map(_escape, grid.header)) + r" \\"
         columns = "l" + "r" * (len(grid.header) - 1)
-        parts.append(f"\\paragraph{{{_escaped(_sentence(grid.title))}.}}")
-        parts.append("\n".join([
-            f"\\begin{{tabular}}{{{columns}}}", r"\toprule", head, r"\midrule", *lines, r"\bottomrule",
-            r"\end{tabular}",
-        ]))  # fmt: skip
-    for heading, found in block.verdicts():
-        items = [f"\\item {_escaped(str(verdict))}" for verdict in found]
-        parts += [f"\\paragraph{{{_escaped(heading)}}}"]
+        parts.append(f"\\paragraph{{{_escape(_capitalise(grid.title))}.}}")
+        parts.append(
+            "\n".join(
+                [
+                    f"\\begin{{tabular}}{{{columns}}}",
+                    r"\toprule",
+                    head,
+                    r"\midrule",
+                    *lines,
+                    r"\bottomrule",
+                    r"\end{tabular}",
+                ]
+            )
+        )
+    for heading, found in block.check_claims():
+        items = [f"\\item {_escape(str(verdict))}" for verdict in found]
+        parts += [f"\\paragraph{{{_escape(heading)}}}"]
         parts += ["\n".join([r"\begin{itemize}", *items, r"\end{itemize}"])]
     return "\n\n".join(parts) + "\n"
 
 
 def csv_rows(blocks: Sequence[Block]) -> str:
-    """One line per row, reading and measure, with a header; numbers as they are, in percent, except
-    ``steps`` and ``seconds`` per edit and ``bytes``."""
+    """One line per row, evaluation mode and measure, with a header; numbers are in percent, except ``steps``
+    and ``seconds`` per edit and ``bytes``."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(CSV_COLUMNS)
@@ -264,45 +280,47 @@ def csv_rows(blocks: Sequence[Block]) -> str:
         for row in block.rows:
             at = (block.table, block.backbone, block.task, block.edits, row.name)
             for mode, measure in ((mode, measure) for mode in MODES for measure in MEASURE_TITLES):
-                entry = row.entry(measure, mode)
+                entry = row.find_estimate(measure, mode)
                 paper = row.published.get(measure) if mode == MODES[0] else None
                 if entry or paper is not None:
-                    writer.writerow((*at, mode, measure, *_numbers(entry), "" if paper is None else paper))
+                    writer.writerow(
+                        (*at, mode, measure, *_list_numbers(entry), "" if paper is None else paper)
+                    )
             costs = row.summary.get("costs", {})
-            for name, entry in ((name, costs.get(name)) for name in ("steps", "seconds")):
-                if entry:
-                    writer.writerow((*at, "", name, *_numbers(entry), ""))
+            for name, cost in ((name, costs.get(name)) for name in ("steps", "seconds")):
+                if cost:
+                    writer.writerow((*at, "", name, *_list_numbers(cost), ""))
             if row.summary.get("bytes") is not None:
                 writer.writerow((*at, "", "bytes", row.summary["bytes"], "", "", ""))
     return out.getvalue()
 
 
-def _numbers(entry: Mapping[str, float] | None) -> tuple[Any, ...]:
-    return tuple(entry[key] for key in ("mean", "low", "high")) if entry else ("", "", "")
+def _list_numbers(entry: Estimate | Spread | None) -> tuple[float | str, ...]:
+    return (entry["mean"], entry["low"], entry["high"]) if entry else ("", "", "")
 
 
-def _listed(title: str, figures: Figures) -> Grid:
-    columns = [marked([Cell(row.get(metric)) for row in figures.values()]) for metric in FIVE_METRICS]
+def _list_published(title: str, figures: Figures) -> Grid:
+    columns = [mark_best([Cell(row.get(metric)) for row in figures.values()]) for metric in FIVE_METRICS]
     rows = tuple((name, tuple(column[i] for column in columns)) for i, name in enumerate(figures))
     return Grid(title, ("method", *(MEASURE_TITLES[metric] for metric in FIVE_METRICS)), rows)
 
 
-def _named(row: Row) -> str:
+def _name_row(row: Row) -> str:
     if row.complete:
         return row.name
     n = row.summary.get("n", 0)
     return f"{row.name} ({n} records up to now)" if n else f"{row.name} (not run)"
 
 
-def _cell(entry: Mapping[str, float] | None, digits: int = 1) -> Cell:
+def _make_cell(entry: Estimate | Spread | None, digits: int = 1) -> Cell:
     return Cell(entry["mean"], entry["low"], entry["high"], digits) if entry else Cell()
 
 
-def _cost(row: Row, key: str, digits: int) -> Cell:
-    return _cell(row.summary.get("costs", {}).get(key), digits)
+def _make_cost_cell(row: Row, key: str, digits: int) -> Cell:
+    return _make_cell(row.summary.get("costs", {}).get(key), digits)
 
 
-def _size(count: float | None) -> str:
+def _format_size(count: float | None) -> str:
     if count is None:
         return ""
     for unit, size in (("MB", 1e6), ("kB", 1e3)):
@@ -311,26 +329,32 @@ def _size(count: float | None) -> str:
     return f"{count:.0f} B"
 
 
-def _markdown_cell(cell: Cell) -> str:
+def _format_markdown_cell(cell: Cell) -> str:
     marks = {"best": "**{}**", "second": "<u>{}</u>", "": "{}"}
     return " ".join(filter(None, (marks[cell.mark].format(cell.shown) if cell.shown else "", cell.interval)))
 
 
-def _latex_cell(cell: Cell) -> str:
+def _format_latex_cell(cell: Cell) -> str:
     marks = {"best": r"\textbf{{{}}}", "second": r"\underline{{{}}}", "": "{}"}
-    shown = marks[cell.mark].format(_escaped(cell.shown)) if cell.shown else ""
+    shown = marks[cell.mark].format(_escape(cell.shown)) if cell.shown else ""
     return f"{shown} {{\\scriptsize {cell.interval}}}" if cell.interval else shown
 
 
-_LATEX = str.maketrans({c: f"\\{c}" for c in "&%$#_{}"} | {
-    "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
-    "<": r"$<$", ">": r"$>$",
-})  # fmt: skip
+_LATEX = str.maketrans(
+    {c: f"\\{c}" for c in "&%$#_{}"}
+    | {
+        "\\": r"\textbackslash{}",
+        "~": r"\textasciitilde{}",
+        "^": r"\textasciicircum{}",
+        "<": r"$<$",
+        ">": r"$>$",
+    }
+)
 
 
-def _escaped(text: str) -> str:
+def _escape(text: str) -> str:
     return text.translate(_LATEX)
 
 
-def _sentence(text: str) -> str:
+def _capitalise(text: str) -> str:
     return text[:1].upper() + text[1:]

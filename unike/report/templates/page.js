@@ -1,22 +1,22 @@
 "use strict";
 const $ = (id) => document.getElementById(id);
-const pictures = JSON.parse($("pictures").textContent);
+const images = JSON.parse($("images").textContent);
 
-// A picture is decoded when it comes near, so that a page of thousands opens at once.
+// An image is decoded when it comes near, so that a page of thousands opens at once.
 const near = new IntersectionObserver((entries) => {
   for (const entry of entries) {
     if (entry.isIntersecting) {
-      entry.target.src = pictures[entry.target.dataset.picture];
+      entry.target.src = images[entry.target.dataset.image];
       near.unobserve(entry.target);
     }
   }
 }, { rootMargin: "400px" });
-const watch = (part) => part.querySelectorAll("img[data-picture]").forEach((image) => near.observe(image));
+const watch = (part) => part.querySelectorAll("img[data-image]").forEach((image) => near.observe(image));
 watch(document);
 
 const list = $("cases");
 if (list) {
-  // What is behind a case's line is laid out when it is first opened.
+  // What a case's line opens to is laid out when it is first opened.
   const open = (details) => {
     const inside = details.querySelector("template");
     if (inside) {

@@ -1,4 +1,4 @@
-"""A page's pictures: small copies, each once, as data URIs, and what a run's cases showed."""
+"""A page's images: small copies, each once, as data URIs, and which image each probe of a run has."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import base64
 import io
 import os
 from collections.abc import Mapping
-from typing import Any
 
 from PIL import Image
 
@@ -16,17 +15,18 @@ from unike.runs.inputs import find_annotations, list_parts, open_eval_split
 from unike.system.files import compute_sha256
 from unike.types import UserError
 
-# The longer side of a picture, where a page has at most so many of them.
+# The longer side of an image, where a page has at most so many of them.
 SIDES = ((150, 320), (600, 224), (2000, 160))
 SMALLEST, QUALITY = 112, 78
-# Of all pictures together, as text: what a browser opens in a moment and mail takes.
+# Of all images together, as text: what a browser opens in a moment and mail takes.
 MOST_BYTES = 16 << 20
 
-Shown = Mapping[str, Mapping[str, str]]
+# Files by case and probe.
+ProbeImages = Mapping[str, Mapping[str, str]]
 
 
 class Album:
-    """Small copies of at most ``count`` picture files, in the order in which they are first shown."""
+    """Small copies of at most ``count`` image files, in the order in which they are first shown."""
 
     def __init__(self, count: int) -> None:
         self.side = next((side for most, side in SIDES if count <= most), SMALLEST)
@@ -35,26 +35,26 @@ class Album:
         self._places: dict[str, int | None] = {}
 
     def place(self, path: str) -> int | None:
-        """Where the picture is in ``uris``; None where it can't be read or the page is full."""
+        """Where the image is in ``uris``; None where it can't be read or the page is full."""
         if path not in self._places:
-            self._places[path] = self._added(path)
+            self._places[path] = self._add(path)
         return self._places[path]
 
-    def notes(self) -> list[str]:
+    def list_notes(self) -> list[str]:
         """What the page lacks, a sentence each."""
         found = []
         if self.missing:
             found.append(
-                f"{self.missing} pictures could not be read. Make the report in the folder that the run was "
+                f"{self.missing} images could not be read. Make the report in the folder that the run was "
                 "started in."
             )
         if self.left_out:
             found.append(
-                f"{self.left_out} pictures are left out: those before take {MOST_BYTES >> 20} MB already."
+                f"{self.left_out} images are left out: those before take {MOST_BYTES >> 20} MB already."
             )
         return found
 
-    def _added(self, path: str) -> int | None:
+    def _add(self, path: str) -> int | None:
         try:
             image = open_image(path)
         except UserError:
@@ -72,9 +72,9 @@ class Album:
         return len(self.uris) - 1
 
 
-def shown_in(manifest: Mapping[str, Any]) -> tuple[Shown, str]:
-    """The picture file of each probe by case and probe, read from the annotations that the run names, and
-    a sentence where these are not to be had."""
+def find_images(manifest: Mapping[str, object]) -> tuple[ProbeImages, str]:
+    """The image file of each probe, read from the annotations that the run names, or why there are none, in
+    a sentence."""
     try:
         values, checksums = manifest.get("hparams"), manifest.get("data")
         if not isinstance(values, dict) or not isinstance(checksums, dict):
@@ -87,7 +87,7 @@ def shown_in(manifest: Mapping[str, Any]) -> tuple[Shown, str]:
                 raise UserError(f"{path} has changed since the run")
         cases = open_eval_split(hparams, task, skip_broken=True)
     except UserError as error:
-        return {}, f"No pictures: {error.problems[0]}."
+        return {}, f"No images: {error.problems[0]}."
     return {
         case.request.id: {
             probe.name: os.fspath(probe.query.image) for probe in case.probes if probe.query.image is not None
