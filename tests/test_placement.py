@@ -142,7 +142,7 @@ def test_a_folder_and_original_files_load_with_a_device_map(blip2_project: Proje
     originals = [load_backbone(make_spec("blip2", device_map=placed)) for placed in (None, "auto")]
     assert originals[0].fingerprint == originals[1].fingerprint
     assert seen == [2, 4]
-    assert [huggingface._last(layers, 32) for layers in (4, (20, 31))] == [4, 12]
+    assert [huggingface._count_last_layers(layers, 32) for layers in (4, (20, 31))] == [4, 12]
 
 
 def test_layers_that_were_not_meant_to_be_edited_may_lie_elsewhere(monkeypatch) -> None:

@@ -248,7 +248,7 @@ def test_a_crash_while_appending_leaves_the_items_from_before(tmp_path, monkeypa
     def crash(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("unike.knowledge.disk._write", crash)
+    monkeypatch.setattr("unike.knowledge.disk._write_about", crash)
     with pytest.raises(KeyboardInterrupt):
         kept.append(keys[10:20], values[10:20])
     monkeypatch.undo()
@@ -372,7 +372,7 @@ def test_a_kept_memory_is_read_again_or_replaced(tmp_path, monkeypatch):
     keep = {"retrieval": "faiss", "folder": tmp_path / "memory-3", "dtype": torch.float16}
     first = open_memory(keys, values, origin="one", **keep)
     assert first.keys.dtype == torch.float16
-    monkeypatch.setattr(retrieval.IndexedMemory, "_built", lambda *_: pytest.fail("built again"))
+    monkeypatch.setattr(retrieval.IndexedMemory, "_build_index", lambda *_: pytest.fail("built again"))
     again = open_memory(keys, values, origin="one", **keep)
     assert torch.equal(again.retrieve(keys[:3], K).index, first.retrieve(keys[:3], K).index)
     monkeypatch.undo()
