@@ -135,8 +135,12 @@ def draw_examples(planned: Sequence[Run]) -> PaperFigure:
 
 
 DRAW = {
-    "2a": draw_trade_off, "4a": draw_items, "4b": draw_alpha, "4c": draw_zeta, "5b": draw_examples,
-}  # fmt: skip
+    "2a": draw_trade_off,
+    "4a": draw_items,
+    "4b": draw_alpha,
+    "4c": draw_zeta,
+    "5b": draw_examples,
+}
 
 
 def format_block(name: str, drawn: PaperFigure, files: Sequence[Path], document: Path) -> str:
@@ -202,8 +206,14 @@ def run(args: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--figures", nargs="+", choices=NAMES, default=list(NAMES), metavar="NAME",
-                        help=f"which ones: {' '.join(NAMES)} (default: all)")  # fmt: skip
+    parser.add_argument(
+        "--figures",
+        nargs="+",
+        choices=NAMES,
+        default=list(NAMES),
+        metavar="NAME",
+        help=f"which ones: {' '.join(NAMES)} (default: all)",
+    )
     parser.add_argument("--backbones", nargs="+", default=list(BACKBONES), metavar="NAME")
     parser.add_argument("--size", type=int, metavar="N", help="records of each run and triplets of figure 5a")
     parser.add_argument("--layer", type=int, metavar="N", help="layer of figure 5a; default: the last edited")

@@ -35,9 +35,12 @@ OUTPUT = Path("results/tables")
 BACKBONES = ("tiny_blip2", "tiny_minigpt4")
 _PARTS = ("tables", "figures")
 _KINDS: dict[str, tuple[Any, str]] = {
-    "tuple": (list, "a list"), "Mapping": (dict, "lines of `key: value`"), "str": (str, "text"),
-    "bool": (bool, "true or false"), "float": ((int, float), "a number"),
-}  # fmt: skip
+    "tuple": (list, "a list"),
+    "Mapping": (dict, "lines of `key: value`"),
+    "str": (str, "text"),
+    "bool": (bool, "true or false"),
+    "float": ((int, float), "a number"),
+}
 
 
 @dataclass(frozen=True)
@@ -157,8 +160,15 @@ def read_plan(
         problems.append(f"--size: {size}; expected 1 or more")
     bases: dict[Path, HyperParams | UserError] = {}
     checked = partial(_read_base, bases, overrides)
-    wanted = [(n, b, t, k, r) for n in names if n in plans for b in backbones
-              for t in plans[n].tasks for k in plans[n].lengths for r in plans[n].rows]  # fmt: skip
+    wanted = [
+        (n, b, t, k, r)
+        for n in names
+        if n in plans
+        for b in backbones
+        for t in plans[n].tasks
+        for k in plans[n].lengths
+        for r in plans[n].rows
+    ]
     out: list[Run] = []
     folders: dict[str, Path] = {}
     for name, backbone, task, length, row in wanted:
@@ -264,9 +274,10 @@ def _parse_table(entry: Any, at: str) -> TablePlan:
             problems += error.problems
     repeated = {r.name for r in rows if [o.name for o in rows].count(r.name) > 1}
     problems += [f"{at}: {name}: two rows of that name" for name in sorted(repeated)]
-    plan = TablePlan(**{**values, "rows": tuple(rows)} | {
-        key: tuple(values[key]) for key in ("tasks", "lengths", "extras") if key in values
-    })  # fmt: skip
+    plan = TablePlan(
+        **{**values, "rows": tuple(rows)}
+        | {key: tuple(values[key]) for key in ("tasks", "lengths", "extras") if key in values}
+    )
     wrong = [("protocol", plan.protocol, PROTOCOLS)]
     wrong += [("tasks", task, TASKS) for task in plan.tasks]
     wrong += [("extras", extra, EXTRAS) for extra in plan.extras]

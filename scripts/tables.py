@@ -55,11 +55,18 @@ def _make_block(group: Sequence[Run], plan: TablePlan) -> Block:
     title = f"{published.FAMILY_TITLES[hp.model_name]} ({run.backbone}), {TASK_TITLES[run.task]}, {edits}"
     last = plan.paper == published.LIFELONG and run.task == "vqa" and run.length == max(plan.lengths)
     return Block(
-        run.table, title, run.backbone, run.task, run.length, rows,
+        run.table,
+        title,
+        run.backbone,
+        run.task,
+        run.length,
+        rows,
         label=published.choose_label(plan.paper) if plan.paper else "paper",
-        reference=plan.reference, extras=plan.extras, seed=hp.seed,
+        reference=plan.reference,
+        extras=plan.extras,
+        seed=hp.seed,
         beside=published.read_lifelong(hp.model_name) if last else None,
-    )  # fmt: skip
+    )
 
 
 def render_sections(blocks: Sequence[Block], plans: dict[str, TablePlan]) -> dict[str, str]:

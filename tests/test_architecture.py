@@ -254,6 +254,13 @@ def machine_paths(path: str, source: str) -> Iterator[str]:
             yield f"{path}:{number}: {line.strip()}"
 
 
+def squeezed_lines(path: str, source: str) -> Iterator[str]:
+    """Lines that the formatter would spread, kept short against the limits above."""
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT and re.search(r"fmt:\s*(skip|off)", token.string):
+            yield f"{path}:{token.start[0]}: {token.string}"
+
+
 # ---------------------------------------------------------------- the rules
 
 
@@ -396,6 +403,10 @@ RULES = (
             "# The rate decides everything.", "# fmt: skip", "# type: ignore[arg-type]", "# noqa: E501",
             "# alpha = 0 where none is left", "# prompt", "#!/usr/bin/env python", "# ---------- reading",
         ),
+    ),
+    Rule(
+        squeezed_lines, ("unike/", "run_edit.py"), METHOD,
+        caught=("x = (1, 2)  # fmt: " + "skip", "# fmt: " + "off"), passed=("x = 1  # noqa: E501", "# fmt: on"),
     ),
     Rule(
         machine_paths, ("",), METHOD,

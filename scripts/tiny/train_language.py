@@ -42,20 +42,28 @@ CHUNKS = 4
 
 def make_model(decoder: str, tokenizer: PreTrainedTokenizerFast) -> Blip2ForConditionalGeneration:
     text = {
-        "model_type": decoder, "vocab_size": len(tokenizer), "hidden_size": 192, "num_hidden_layers": 8,
-        "num_attention_heads": 6, "max_position_embeddings": 512, "tie_word_embeddings": True,
-        "pad_token_id": tokenizer.pad_token_id, "bos_token_id": tokenizer.bos_token_id,
+        "model_type": decoder,
+        "vocab_size": len(tokenizer),
+        "hidden_size": 192,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 6,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": True,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
-    }  # fmt: skip
+    }
     if decoder == "opt":
         text |= {"ffn_dim": 768, "word_embed_proj_dim": 192, "dropout": 0.0, "attention_dropout": 0.0}
     else:
         text |= {"intermediate_size": 512, "num_key_value_heads": 6}
     config = Blip2Config(
-        vision_config=make_vision_config().to_dict(), qformer_config=make_qformer_config().to_dict(),
-        text_config=text, num_query_tokens=QUERY_TOKENS,
+        vision_config=make_vision_config().to_dict(),
+        qformer_config=make_qformer_config().to_dict(),
+        text_config=text,
+        num_query_tokens=QUERY_TOKENS,
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-    )  # fmt: skip
+    )
     return Blip2ForConditionalGeneration(config)
 
 
@@ -260,7 +268,11 @@ def compute_step_loss(
     latent, c = trainer.compute_latent_loss(pool.draw_latent(32), pool.rng, crowd=crowd)
     words, d = trainer.compute_latent_loss(pool.draw_latent_text(8), pool.rng, crowd=crowd)
     return image + 0.7 * text + 0.7 * latent + 0.2 * words, {
-        "plain": a.item(), "text": b.item(), "latent": c.item(), "latent_text": d.item()}  # fmt: skip
+        "plain": a.item(),
+        "text": b.item(),
+        "latent": c.item(),
+        "latent_text": d.item(),
+    }
 
 
 def train(
@@ -287,8 +299,11 @@ def train(
             opt.step()
         running = {k: 0.95 * running.get(k, v) + 0.05 * v for k, v in shown.items() if v == v}
         if step % 50 == 49:
-            print(f"{step + 1} {time.monotonic() - start:.0f}s loss {loss.item():.3f}",
-                  {k: round(v, 3) for k, v in running.items()}, flush=True)  # fmt: skip
+            print(
+                f"{step + 1} {time.monotonic() - start:.0f}s loss {loss.item():.3f}",
+                {k: round(v, 3) for k, v in running.items()},
+                flush=True,
+            )
         if step % 200 == 199:
             print("held out:", {k: round(100 * v, 1) for k, v in evaluate(*testing).items()}, flush=True)
     print("held out:", {k: round(100 * v, 1) for k, v in evaluate(*testing, 480).items()}, flush=True)

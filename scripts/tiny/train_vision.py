@@ -33,17 +33,29 @@ PATCH_REACH = 0.42
 def make_vision_config() -> Blip2VisionConfig:
     # The default initializer_range of 1e-10 leaves the tower without a signal to learn from.
     return Blip2VisionConfig(
-        hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
-        image_size=SIZE, patch_size=PATCH, initializer_range=0.02,
-    )  # fmt: skip
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        image_size=SIZE,
+        patch_size=PATCH,
+        initializer_range=0.02,
+    )
 
 
 def make_qformer_config() -> Blip2QFormerConfig:
     return Blip2QFormerConfig(
-        hidden_size=128, intermediate_size=384, num_hidden_layers=2, num_attention_heads=4,
-        encoder_hidden_size=128, vocab_size=8, cross_attention_frequency=1, max_position_embeddings=16,
-        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-    )  # fmt: skip
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        encoder_hidden_size=128,
+        vocab_size=8,
+        cross_attention_frequency=1,
+        max_position_embeddings=16,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
 
 
 class VisionEncoder(nn.Module):
@@ -73,8 +85,12 @@ class VisionEncoder(nn.Module):
     def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
         patches, queries = self.encode(images)
         name = self.heads["object"]
-        return [name(queries[:, 0]), name(queries[:, 1]), self.heads["color"](queries[:, 2]),
-                self.heads["patch"](patches[:, 1:])]  # fmt: skip
+        return [
+            name(queries[:, 0]),
+            name(queries[:, 1]),
+            self.heads["color"](queries[:, 2]),
+            self.heads["patch"](patches[:, 1:]),
+        ]
 
 
 def list_targets(scenes: list[Scene]) -> list[torch.Tensor]:

@@ -54,10 +54,12 @@ ARCHITECTURES = {
     "qwen2_5_vl": Architecture(Qwen2_5_VLForConditionalGeneration, GridVision, image=_QWEN_IMAGE),
     # The image's tokens, BOS, the prompt, which the Q-Former reads too.
     "instructblip": Architecture(
-        InstructBlipForConditionalGeneration, InstructVision, decoder="language_model",
+        InstructBlipForConditionalGeneration,
+        InstructVision,
+        decoder="language_model",
         dialogue=Dialogue(bos=True),
     ),
-}  # fmt: skip
+}
 
 
 def load_huggingface(

@@ -57,9 +57,10 @@ class LavisVision(FixedVision):
         model = self.model
         patches = model.ln_vision(self.tower(self.stack(shown))).float()
         queries = model.Qformer.bert(
-            query_embeds=model.query_tokens.expand(len(patches), -1, -1), encoder_hidden_states=patches,
+            query_embeds=model.query_tokens.expand(len(patches), -1, -1),
+            encoder_hidden_states=patches,
             encoder_attention_mask=torch.ones(patches.shape[:-1], dtype=torch.long, device=patches.device),
-        )  # fmt: skip
+        )
         return [{"features": state} for state in queries.last_hidden_state]
 
 
@@ -148,12 +149,17 @@ def _build_class(spec: BackboneSpec, eva: State, shape: Shape) -> Any:
         def init_vision_encoder(cls, *_: Any) -> tuple[nn.Module, nn.Module]:
             width = vision["hidden_size"]
             tower = VisionTransformer(
-                img_size=shape.image_size, patch_size=vision["patch_size"], use_mean_pooling=False,
-                embed_dim=width, depth=vision["num_hidden_layers"], num_heads=vision["num_attention_heads"],
+                img_size=shape.image_size,
+                patch_size=vision["patch_size"],
+                use_mean_pooling=False,
+                embed_dim=width,
+                depth=vision["num_hidden_layers"],
+                num_heads=vision["num_attention_heads"],
                 # Rounded down when it is multiplied with the width again.
-                mlp_ratio=(vision["intermediate_size"] + 0.5) / width, qkv_bias=True,
+                mlp_ratio=(vision["intermediate_size"] + 0.5) / width,
+                qkv_bias=True,
                 norm_layer=partial(nn.LayerNorm, eps=vision["layer_norm_eps"]),
-            )  # fmt: skip
+            )
             resized = dict(eva)
             interpolate_pos_embed(tower, resized)
             _fill(spec, tower, resized)
@@ -163,10 +169,13 @@ def _build_class(spec: BackboneSpec, eva: State, shape: Shape) -> Any:
         def init_Qformer(cls, queries: int, width: int) -> tuple[nn.Module, nn.Parameter]:  # noqa: N802
             names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
             config = BertConfig(
-                **{name: qformer[name] for name in names}, layer_norm_eps=qformer["layer_norm_eps"],
-                add_cross_attention=True, cross_attention_freq=qformer["cross_attention_frequency"],
-                encoder_width=width, query_length=queries,
-            )  # fmt: skip
+                **{name: qformer[name] for name in names},
+                layer_norm_eps=qformer["layer_norm_eps"],
+                add_cross_attention=True,
+                cross_attention_freq=qformer["cross_attention_frequency"],
+                encoder_width=width,
+                query_length=queries,
+            )
             return BertLMHeadModel(config), nn.Parameter(torch.zeros(1, queries, config.hidden_size))
 
     return FromFiles

@@ -118,11 +118,13 @@ class PrefixCache:
         self.computed += len(queries)
         return [
             _CachedRow(
-                state.hidden[i, :n].clone(), state.labels[i, :n].clone(), int(state.question_end[i]),
+                state.hidden[i, :n].clone(),
+                state.labels[i, :n].clone(),
+                int(state.question_end[i]),
                 None if state.positions is None else state.positions[i, :, :n].clone(),
             )
             for i, n in enumerate(lengths)
-        ]  # fmt: skip
+        ]
 
     def _collate(self, rows: list[_CachedRow]) -> PrefixState:
         width = max(len(r.labels) for r in rows)

@@ -147,9 +147,11 @@ class SplitVision(ProjectorVision):
         model = self.model.model
         tiles = self.projection(seen["features"])
         packed, _ = model.pack_image_features(
-            [tiles], seen["image_sizes"], image_newline=model.image_newline,
+            [tiles],
+            seen["image_sizes"],
+            image_newline=model.image_newline,
             vision_aspect_ratio=self.model.config.vision_aspect_ratio,
-        )  # fmt: skip
+        )
         return packed[0]
 
 
@@ -226,10 +228,12 @@ class InstructVision(FixedVision):
         read = self.reader(prompt, truncation=True, max_length=limit, return_tensors="pt")
         ids, queries = read.input_ids.to(patches.device), model.query_tokens
         out = model.qformer(
-            input_ids=ids, query_embeds=queries, encoder_hidden_states=patches,
+            input_ids=ids,
+            query_embeds=queries,
+            encoder_hidden_states=patches,
             attention_mask=ids.new_ones(1, queries.shape[1] + ids.shape[1]),
             encoder_attention_mask=ids.new_ones(patches.shape[:2]),
-        )  # fmt: skip
+        )
         return out.last_hidden_state[:, : queries.shape[1]]
 
 

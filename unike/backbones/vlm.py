@@ -30,9 +30,14 @@ MASKS = 32
 TEXTS = 100_000
 # Decoding is greedy, whatever a checkpoint's own generation settings are.
 GREEDY = {
-    "do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0,
-    "temperature": 1.0, "top_p": 1.0, "top_k": 50,
-}  # fmt: skip
+    "do_sample": False,
+    "num_beams": 1,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "top_k": 50,
+}
 
 
 class VisionLanguageBackbone:
@@ -104,13 +109,18 @@ class VisionLanguageBackbone:
             settings = {k: v for k, v in _flatten(self._settings) if k.rpartition(".")[2] not in where}
             backend = getattr(self.tokenizer, "backend_tokenizer", None)
             parts = (
-                self.fingerprint, sorted(settings.items()), self.vision.settings,
-                repr(self.dialogue), sorted(self.tokenizer.get_vocab().items()),
-                None if backend is None else backend.to_str(), self.device.type,
+                self.fingerprint,
+                sorted(settings.items()),
+                self.vision.settings,
+                repr(self.dialogue),
+                sorted(self.tokenizer.get_vocab().items()),
+                None if backend is None else backend.to_str(),
+                self.device.type,
                 getattr(self.layout.config, "_attn_implementation", None),
                 [(n, str(p.dtype)) for n, p in self.model.named_parameters()],
-                torch.__version__, transformers.__version__,
-            )  # fmt: skip
+                torch.__version__,
+                transformers.__version__,
+            )
             self._identity = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
         return self._identity
 
@@ -212,9 +222,10 @@ class VisionLanguageBackbone:
     def _decoder_arguments(self, batch: Batch) -> dict[str, torch.Tensor]:
         """A batch by the names of the decoder's arguments."""
         return {
-            "inputs_embeds": batch.inputs_embeds, "attention_mask": batch.attention_mask,
+            "inputs_embeds": batch.inputs_embeds,
+            "attention_mask": batch.attention_mask,
             "position_ids": _position_ids(batch),
-        }  # fmt: skip
+        }
 
     def _generation_arguments(self, batch: Batch) -> dict[str, torch.Tensor]:
         """The input of the decoder's ``generate``; the batch is padded on the left."""
@@ -232,9 +243,15 @@ class VisionLanguageBackbone:
         hidden = hidden_states(args, kwargs)
         rest = {k: v for k, v in kwargs.items() if k != "hidden_states"}
         return PrefixState(
-            hidden, batch.attention_mask, batch.labels, batch.question_end, first, rest, batch.prompts,
+            hidden,
+            batch.attention_mask,
+            batch.labels,
+            batch.question_end,
+            first,
+            rest,
+            batch.prompts,
             batch.positions,
-        )  # fmt: skip
+        )
 
     @torch.no_grad()
     def layer_inputs(
@@ -295,9 +312,12 @@ class VisionLanguageBackbone:
         with self.prompt.announce(batch):
             start = self._generation_arguments(batch)
             ids = self.decoder.generate(
-                **start, **GREEDY, max_new_tokens=min(room, max_new_tokens or self.max_new_tokens),
-                eos_token_id=list(self.eos_ids), pad_token_id=self.tokenizer.pad_token_id or self.eos_ids[0],
-            )  # fmt: skip
+                **start,
+                **GREEDY,
+                max_new_tokens=min(room, max_new_tokens or self.max_new_tokens),
+                eos_token_id=list(self.eos_ids),
+                pad_token_id=self.tokenizer.pad_token_id or self.eos_ids[0],
+            )
         # The output begins with the ids that generation starts from.
         ids = ids[:, start["input_ids"].shape[1] if "input_ids" in start else 0 :]
         return [self.cut(text) for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]

@@ -42,9 +42,10 @@ CSS = """
 THEME = gr.themes.Default(
     primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
 ).set(
-    button_primary_background_fill="*primary_600", button_primary_background_fill_dark="*primary_700",
+    button_primary_background_fill="*primary_600",
+    button_primary_background_fill_dark="*primary_700",
     button_primary_background_fill_hover="*primary_700",
-)  # fmt: skip
+)
 
 
 class DemoPage:
@@ -71,13 +72,25 @@ class DemoPage:
     def _build_question(self) -> None:
         examples = [str(example.question.image) for example in self.desk.examples]
         self.gallery = gr.Gallery(
-            examples, label="Examples", columns=4, height=265,
-            allow_preview=False, interactive=False, visible=bool(examples), buttons=[], elem_id="examples",
-        )  # fmt: skip
+            examples,
+            label="Examples",
+            columns=4,
+            height=265,
+            allow_preview=False,
+            interactive=False,
+            visible=bool(examples),
+            buttons=[],
+            elem_id="examples",
+        )
         self.image = gr.Image(
-            label="Image", type="filepath", sources=["upload"], height=220, buttons=[], elem_id="image",
+            label="Image",
+            type="filepath",
+            sources=["upload"],
+            height=220,
+            buttons=[],
+            elem_id="image",
             alt_text="The image of the question",
-        )  # fmt: skip
+        )
         # As uploaded: Gradio would convert it, and raise for a file that is no image.
         self.image.preprocess = lambda payload: None if payload is None else payload.path  # type: ignore[method-assign]
         self.question = gr.Textbox(label="Question", max_lines=3, elem_id="question")
@@ -173,9 +186,11 @@ class DemoPage:
 
     def _fill_answers(self, answers: Explanation, status: str) -> dict[Any, Any]:
         return {
-            self.status: _render_status(status), self.before: answers.before, self.after: answers.after,
+            self.status: _render_status(status),
+            self.before: answers.before,
+            self.after: answers.after,
             self.active: render_active(answers),
-        }  # fmt: skip
+        }
 
     def _clear_answers(self, status: str) -> dict[Any, Any]:
         return {self.status: status, self.before: "", self.after: "", self.active: ""}
@@ -208,11 +223,22 @@ def serve(
     images = {q.image for e in desk.examples for q in (e.question, *e.follow_ups)}
     try:
         _, address, _ = blocks.launch(
-            server_name=host, server_port=port, inbrowser=open_browser, share=False, quiet=True,
-            prevent_thread_lock=True, footer_links=[], run_history=False, ssr_mode=False, pwa=False,
-            enable_monitoring=False, max_file_size=LARGEST_UPLOAD, theme=THEME, css=CSS,
+            server_name=host,
+            server_port=port,
+            inbrowser=open_browser,
+            share=False,
+            quiet=True,
+            prevent_thread_lock=True,
+            footer_links=[],
+            run_history=False,
+            ssr_mode=False,
+            pwa=False,
+            enable_monitoring=False,
+            max_file_size=LARGEST_UPLOAD,
+            theme=THEME,
+            css=CSS,
             allowed_paths=[str(Path(path).resolve()) for path in images if path is not None],
-        )  # fmt: skip
+        )
     except OSError as error:
         raise UserError(f"port: {port or 'all from 7860 on'}: taken; name another --port") from error
     print(f"the page is at {address} (Ctrl-C ends it)")

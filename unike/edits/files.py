@@ -167,22 +167,38 @@ def render_card(edit: UnsavedEdit) -> str:
         f"| {_escape_cell(o.prompt)} | {_escape_cell(o.target)} | {o.method} |" for o in edit.origins[:20]
     ]
     more = [f"\n... and {len(edit.origins) - 20} more"] if len(edit.origins) > 20 else []
-    needs = "".join(f" It needs the {name} that its method had: pass it on, or load it by its editor."
-                    for name in edit.needs)  # fmt: skip
+    needs = "".join(
+        f" It needs the {name} that its method had: pass it on, or load it by its editor."
+        for name in edit.needs
+    )
     return "\n".join(
         [
-            "---", yaml.safe_dump(about, sort_keys=False).strip(), "---", "",
-            f"# Edit {_escape_cell(edit.id)}", "",
-            f"An edit of `{_escape_cell(model)}` (fingerprint `{edit.origins[0].backbone}`).{needs}", "",
-            "| asked | answer | method |", "| --- | --- | --- |", *rows, *more, "",
+            "---",
+            yaml.safe_dump(about, sort_keys=False).strip(),
+            "---",
+            "",
+            f"# Edit {_escape_cell(edit.id)}",
+            "",
+            f"An edit of `{_escape_cell(model)}` (fingerprint `{edit.origins[0].backbone}`).{needs}",
+            "",
+            "| asked | answer | method |",
+            "| --- | --- | --- |",
+            *rows,
+            *more,
+            "",
             "```python",
-            "from unike import MultimodalEditor", "",
+            "from unike import MultimodalEditor",
+            "",
             'editor = MultimodalEditor.from_hparams("the YAML that it was made with")',
             'edit = editor.load("this folder")',
-            "with edit.applied(editor.backbone):", "    ...", "```", "",
-            f"Licence: {LICENCE}.", "",
+            "with edit.applied(editor.backbone):",
+            "    ...",
+            "```",
+            "",
+            f"Licence: {LICENCE}.",
+            "",
         ]
-    )  # fmt: skip
+    )
 
 
 def _escape_cell(text: str) -> str:
@@ -217,10 +233,21 @@ def read_edit(folder: str | os.PathLike[str]) -> SavedEdit:
 
 def _parse_index(folder: Path, index: dict[str, Any]) -> SavedEdit:
     kinds = {
-        "id": str, "kind": str, "backbone": str, "model": str, "origins": list, "needs": dict, "places": dict,
-        "values": dict, "info": dict, "versions": dict, "licence": str, "bytes": int, "sha256": str,
+        "id": str,
+        "kind": str,
+        "backbone": str,
+        "model": str,
+        "origins": list,
+        "needs": dict,
+        "places": dict,
+        "values": dict,
+        "info": dict,
+        "versions": dict,
+        "licence": str,
+        "bytes": int,
+        "sha256": str,
         "checksum": str,
-    }  # fmt: skip
+    }
     content = Content({name: index[name] for name in kinds}, {})
     given: dict[str, Any] = {name: content.take_value(name, kind) for name, kind in kinds.items()}
     needs, places = given["needs"], given["places"]

@@ -118,9 +118,15 @@ class RoutedEdit(Edit):
             adapter = build_adapter(backbone, index, self.routing, self.knowledge.get(index), own)
             extra = _ExtraPairs(stacks, tail, index, self.gate)
             runtimes[index] = LayerRuntime(
-                backbone.prompt, index, index == self.layers[0], self.gate, adapter,
-                self.routing.memory != "bank", extra if extra.patched else None, self.trace,
-            )  # fmt: skip
+                backbone.prompt,
+                index,
+                index == self.layers[0],
+                self.gate,
+                adapter,
+                self.routing.memory != "bank",
+                extra if extra.patched else None,
+                self.trace,
+            )
         with run_layers(backbone, runtimes):
             yield
 
@@ -343,9 +349,15 @@ class RoutedBatch(EditBatch):
             adapter = build_adapter(backbone, index, self.routing, self.knowledge.get(index), own)
             extra = partial(self._add_pairs, index, owned) if index in self.patches else None
             runtimes[index] = LayerRuntime(
-                backbone.prompt, index, index == first, self.gate, adapter, self.routing.memory != "bank",
-                extra, self.trace,
-            )  # fmt: skip
+                backbone.prompt,
+                index,
+                index == first,
+                self.gate,
+                adapter,
+                self.routing.memory != "bank",
+                extra,
+                self.trace,
+            )
         with run_layers(backbone, runtimes):
             yield
 

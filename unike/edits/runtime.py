@@ -161,6 +161,12 @@ def build_adapter(
     if routing.memory != "bank":
         memory = own(memory)
     return AdapterLayer(
-        backbone.layout.attention(index), memory, None if known is None else known.semantic,
-        routing.k, routing.alpha, routing.attention, routing.tau, routing.similarity_bias,
-    )  # fmt: skip
+        backbone.layout.attention(index),
+        memory,
+        None if known is None else known.semantic,
+        routing.k,
+        routing.alpha,
+        routing.attention,
+        routing.tau,
+        routing.similarity_bias,
+    )

@@ -190,9 +190,11 @@ class IndexedMemory(KnowledgeMemory):
         best = rank.topk(k, dim=-1).indices
         index = index.gather(1, best).to(queries.device)
         return Retrieved(
-            similarity.gather(1, best).to(queries.device), index, self.states(index),
+            similarity.gather(1, best).to(queries.device),
+            index,
+            self.states(index),
             None if own is None else own.gather(1, best).to(queries.device),
-        )  # fmt: skip
+        )
 
     def _find_candidates(
         self, unit: torch.Tensor, k: int, probes: int | None

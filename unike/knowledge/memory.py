@@ -137,9 +137,11 @@ def merge_retrieved(found: list[tuple[int, Retrieved]], k: int) -> Retrieved:
     best = rank.topk(min(k, rank.shape[1]), dim=-1).indices
     rows = torch.arange(len(best), device=best.device)[:, None]
     return Retrieved(
-        similarity[rows, best], index[rows, best], states[rows, best],
+        similarity[rows, best],
+        index[rows, best],
+        states[rows, best],
         None if allowed is None else allowed[rows, best],
-    )  # fmt: skip
+    )
 
 
 def _widen_mask(allowed: torch.Tensor | None, items: int) -> torch.Tensor | None:

@@ -53,9 +53,11 @@ class KENetwork(nn.Module):
         self.names = {site: f"{site[0]}_{site[1]}" for site in sites}
         self.reader = nn.LSTM(width, rank, batch_first=True, bidirectional=True)
         self.conditioners = nn.ModuleDict(
-            {self.names[s]: _Conditioner(m.weight.shape[0], m.weight.shape[1], 2 * rank, rank // 2 + 1)
-             for s, m in sites.items()}
-        )  # fmt: skip
+            {
+                self.names[s]: _Conditioner(m.weight.shape[0], m.weight.shape[1], 2 * rank, rank // 2 + 1)
+                for s, m in sites.items()
+            }
+        )
         self.multiplier = nn.Parameter(torch.ones(()))
 
     def read_condition(self, states: torch.Tensor) -> torch.Tensor:
