@@ -406,7 +406,8 @@ RULES = (
     ),
     Rule(
         squeezed_lines, ("unike/", "run_edit.py"), METHOD,
-        caught=("x = (1, 2)  # fmt: " + "skip", "# fmt: " + "off"), passed=("x = 1  # noqa: E501", "# fmt: on"),
+        caught=("x = (1, 2)  # fmt: " + "skip", "# fmt: " + "off"),
+        passed=("x = 1  # noqa: E501", "# fmt: on"),
     ),
     Rule(
         machine_paths, ("",), METHOD,
