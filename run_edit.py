@@ -15,10 +15,11 @@ from importlib import import_module
 
 import unike
 from unike.system import launching, processes
+from unike.system.arguments import ArgumentParser
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = ArgumentParser(description=(__doc__ or "").split("\n")[0])
     add = parser.add_argument
     add("--hparams_dir", required=True, metavar="FILE", help="YAML of hyper-parameters")
     add("--task", choices=("vqa", "caption", "cross"), help="E-VQA, E-IC, or both, interleaved")

@@ -21,6 +21,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from unike.report.paper.tables import rewrite_blocks
+from unike.system.launching import run_guarded
+from unike.system.places import contains, require_own
 from unike.types import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -288,6 +290,10 @@ def make_block(arrows: Arrows) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    return run_guarded(lambda: run(argv))
+
+
+def run(argv: Sequence[str] | None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -298,22 +304,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--check", action="store_true", help="write nothing; say whether page and figure are up to date"
     )
     args = parser.parse_args(argv)
+    arrows = read_arrows(ROOT)
+    block = make_block(arrows)
+    if args.write is None and not args.check:
+        print(block)
+        return 0
+    page = args.write or PAGE
     try:
-        arrows = read_arrows(ROOT)
-        block = make_block(arrows)
-        if args.write is None and not args.check:
-            print(block)
-            return 0
-        page = args.write or PAGE
         text = rewrite_blocks(page.read_text(encoding="utf-8"), str(page), {"all": block}, "rooms")
-        wanted = {page: text, page.parent / FIGURE: draw(arrows)}
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    except OSError as error:
+        raise UserError(f"{page}: cannot be read: {error.strerror}") from error
+    wanted = {page: text, page.parent / FIGURE: draw(arrows)}
     if args.check:
         old = [p.name for p, t in wanted.items() if not p.is_file() or p.read_text(encoding="utf-8") != t]
         print(f"out of date: {', '.join(old)}" if old else "up to date")
         return int(bool(old))
+    # The page has our markers; a figure beside a page elsewhere may be somebody's own.
+    require_own(page.parent / FIGURE, contains("<svg"))
     for path, content in wanted.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(content, encoding="utf-8")

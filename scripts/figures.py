@@ -26,6 +26,7 @@ from unike.config.hparams import HyperParams
 from unike.report.paper import figures
 from unike.report.paper.tables import rewrite_blocks
 from unike.system import findings
+from unike.system.launching import run_guarded
 from unike.types import UserError
 
 # The table of the plan with a figure's runs.
@@ -222,11 +223,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--plan", type=Path, default=PLAN, metavar="FILE")
     parser.add_argument("--jobs", type=int, metavar="N", help="processes; default: one a core")
     parser.add_argument("--write", type=Path, metavar="FILE", help="markdown file with the figures' markers")
-    try:
-        return run(parser.parse_args(argv))
-    except UserError as error:
-        print(*(f"error: {problem}" for problem in error.problems), sep="\n", file=sys.stderr)
-        return 2
+    return run_guarded(lambda: run(parser.parse_args(argv)))
 
 
 if __name__ == "__main__":

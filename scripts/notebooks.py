@@ -75,9 +75,9 @@ def shrink_image(output: nbformat.NotebookNode) -> nbformat.NotebookNode:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("notebooks", nargs="*", type=Path, default=NOTEBOOKS, metavar="FILE")
-    paths = parser.parse_args(argv).notebooks
 
     def run() -> int:
+        paths = parser.parse_args(argv).notebooks
         if wrong := [path for path in paths if not is_notebook(path)]:
             raise UserError(*(f"{path}: cannot be read as a notebook" for path in wrong))
         for path in paths:

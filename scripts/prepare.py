@@ -28,6 +28,7 @@ from unike.methods.preparation.knowledge import find_knowledge
 from unike.report.terminal import as_text
 from unike.runs import checks, inputs
 from unike.system import launching, processes
+from unike.system.arguments import ArgumentParser
 from unike.types import UserError
 
 
@@ -104,14 +105,13 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--hparams_dir", required=True, metavar="FILE")
     parser.add_argument("--skip_broken", action="store_true")
     parser.add_argument("--num_processes", type=int, metavar="N", help="processes that share the work")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     argv = sys.argv[1:] if argv is None else argv
-    args = parser.parse_intermixed_args(argv)
-    return launching.run_guarded(lambda: run(args, argv))
+    return launching.run_guarded(lambda: run(parser.parse_intermixed_args(argv), argv))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from unike.config.hparams import OPTIONS
 from unike.config.schema import Option
+from unike.system.launching import run_guarded
 
 PAGE = Path(__file__).parents[1] / "docs" / "hparams.md"
 HEAD = """# Hyper-parameters
@@ -57,6 +58,10 @@ def _format_default(value: object) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    return run_guarded(lambda: run(argv))
+
+
+def run(argv: Sequence[str] | None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -24,6 +24,7 @@ from scripts.workers import WorkOutcome, ensure
 from unike.report.measures import Row
 from unike.report.paper import published
 from unike.report.paper.tables import FORMATS, LEGEND, Block, csv_rows, latex, markdown, rewrite_blocks
+from unike.system.launching import count_most_processes, run_guarded
 from unike.types import UserError
 
 TASK_TITLES = {"vqa": "E-VQA", "caption": "E-IC", "cross": "E-VQA and E-IC interleaved"}
@@ -126,6 +127,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def run(args: argparse.Namespace) -> int:
     counts = (("--jobs", args.jobs), ("--sequences", args.sequences))
     wrong = [f"{name}: {n}; expected 1 or more" for name, n in counts if n is not None and n < 1]
+    most = count_most_processes()
+    if args.jobs is not None and args.jobs > most:
+        wrong.append(f"--jobs: {args.jobs}; expected at most {most} on this machine")
     if wrong:
         raise UserError(*wrong)
     planned = read_plan(
@@ -155,15 +159,7 @@ def _check_markers(path: Path, planned: Sequence[Run]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = parse_arguments(argv)
-    try:
-        return run(args)
-    except UserError as error:
-        print(*(f"error: {problem}" for problem in error.problems), sep="\n", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    return run_guarded(lambda: run(parse_arguments(argv)))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from unike.datasets.images import open_image
 from unike.datasets.mmedit import VQA_TEMPLATE
 from unike.edits.store import EditStore
 from unike.runs.checks import require_backbone
+from unike.system.arguments import ArgumentParser
 from unike.system.findings import require
 from unike.system.text import one_line
 from unike.types import UserError
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("run_edit.py ask", description=__doc__)
+    parser = ArgumentParser("run_edit.py ask", description=__doc__)
     add = parser.add_argument
     add("--hparams_dir", required=True, metavar="FILE", help="YAML that the edits were made with")
     add("--edits", required=True, metavar="DIR", help="a store of edits: all of them are attached, in order")

@@ -5,7 +5,6 @@ python -m unike.tables compare RUN_A RUN_B --html compared.html
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 
@@ -13,6 +12,7 @@ from unike.evaluation.summary import TITLES, summarise
 from unike.report.compare import build_flip_table, build_table, compare
 from unike.report.terminal import as_text, summary_table
 from unike.system import launching
+from unike.system.arguments import ArgumentParser
 from unike.types import UserError
 
 # Handed on to those who import them from here.
@@ -21,7 +21,7 @@ __all__ = ["TITLES", "as_text", "main", "summarise", "summary_table"]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """``python -m unike.tables compare``."""
-    parser = argparse.ArgumentParser(prog="python -m unike.tables", description="tables of finished runs")
+    parser = ArgumentParser(prog="python -m unike.tables", description="tables of finished runs")
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("compare", help="two runs of the same data, record by record")
     command.add_argument("a", metavar="RUN_A", help="folder of a run")
@@ -29,9 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     command.add_argument("--html", metavar="FILE", help="write a page of the cases that flipped, with images")
     command.add_argument("--most", type=int, default=20, metavar="N", help="flips printed; default: 20")
     command.add_argument("--seed", type=int, help="of the resampling; default: that of RUN_A")
-    args = parser.parse_args(argv)
 
     def run() -> int:
+        args = parser.parse_args(argv)
         numbers = {"most": args.most, "seed": args.seed}
         if wrong := [f"{k}: {n}; expected 0 or more" for k, n in numbers.items() if n is not None and n < 0]:
             raise UserError(*wrong)

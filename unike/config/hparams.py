@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from unike.config import combined, release, sections
+from unike.config.locating import locate_paths
 from unike.config.sections import OPTIONS, SPEED
 from unike.config.yaml_reader import parse_yaml, read_yaml
 from unike.system.text import shorten
@@ -69,7 +70,9 @@ class HyperParams(
     ) -> HyperParams:
         """Read a YAML file; ``overrides`` are ``key=value``, ``legacy`` takes the release's own file.
 
-        All problems of the file and the overrides are raised together, as one ``UserError``.
+        Relative paths of the file are looked for in the working folder, beside the file, and in its
+        project; those of ``overrides`` in the working folder alone. All problems of the file and the
+        overrides are raised together, as one ``UserError``.
         """
         values, where, problems = read_yaml(os.fspath(path))
         return cls._build(values, os.fspath(path), where, [] if legacy else problems, overrides, legacy)
@@ -101,6 +104,7 @@ class HyperParams(
             where = {release.RENAMED.get(key, key): at for key, at in where.items() if key not in ignored}
         values, found = _rename_aliases(values, where, source)
         where = {_resolve_alias(key): at for key, at in where.items()}
+        values = locate_paths(values, source)
         values, changed, more = _apply_overrides(values, overrides, source)
         where = where | dict.fromkeys(changed, f"{source} (override)")
         checked, wrong = _check_values(values, where, source)
@@ -127,6 +131,7 @@ def _apply_overrides(
     """``values`` after ``key=value`` and ``key.entry=value``, the keys changed, and the problems."""
     values, problems = dict(values), list[str]()
     changed: list[object] = []
+    given: dict[tuple[str, ...], tuple[object, str]] = {}
     for text in overrides:
         key, sign, raw = text.partition("=")
         if not sign or not key.strip():
@@ -140,9 +145,24 @@ def _apply_overrides(
         problems.extend(repeated)
         first, *rest = key.strip().split(".")
         first = _ALIASES.get(first, first)
+        path = (first, *rest)
+        if former := _find_conflict(given, path, value):
+            problems.append(f"{source}: {shorten(key)}: given twice: {shorten(former)} and {shorten(text)}")
+        given[path] = (value, text)
         values[first] = _replace_entry(values.get(first), rest, value)
         changed.append(first)
     return values, changed, problems
+
+
+def _find_conflict(
+    given: Mapping[tuple[str, ...], tuple[object, str]], path: tuple[str, ...], value: object
+) -> str | None:
+    """The text of a former override of the same entry, or of one within or around it, with another value."""
+    for other, (former, text) in given.items():
+        shared = min(len(other), len(path))
+        if other[:shared] == path[:shared] and (other != path or former != value):
+            return text
+    return None
 
 
 def _resolve_alias(key: object) -> object:

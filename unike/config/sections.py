@@ -380,7 +380,7 @@ class ProtocolOptions(SeedOptions):
         choice(*PROTOCOLS), "single edits, or sequences of edits that accumulate", "one_step"
     )
     sequence_length: int = option(whole(low=1), "edits in a sequence", 10)
-    sequences: int = option(whole(low=1), "sequences drawn from the data", 10)
+    sequences: int = option(whole(low=1, high=10_000), "sequences drawn from the data", 10)
 
 
 @dataclass(frozen=True, kw_only=True)

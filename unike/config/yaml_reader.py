@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -86,8 +87,11 @@ def parse_yaml(text: str, source: str) -> tuple[object, dict[object, str], list[
 def read_yaml(source: str) -> tuple[dict[object, object], dict[object, str], list[str]]:
     """The mapping in a YAML file, where its keys stand, and its repeated keys."""
     path = Path(source)
-    if path.is_dir():
+    # ``os.path``, which answers for names, too, that no file system takes.
+    if os.path.isdir(path):
         raise UserError(f"{source}: is a folder; expected a YAML file")
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise UserError(f"{source}: is not a regular file; expected a YAML file")
     try:
         if path.stat().st_size > _FILE_BYTES:
             raise UserError(
@@ -96,7 +100,9 @@ def read_yaml(source: str) -> tuple[dict[object, object], dict[object, str], lis
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(f"{source}: no such file; expected a YAML file of hyper-parameters") from None
-    except (OSError, ValueError) as fault:
+    except OSError as fault:
+        raise UserError(f"{shorten(source, 80)}: cannot be read: {fault.strerror}") from None
+    except ValueError as fault:
         raise UserError(f"{source}: cannot be read as text: {fault}") from None
     values, where, problems = parse_yaml(text, source)
     if values is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import json
 import os
@@ -27,6 +26,8 @@ from unike.datasets.mmedit import (
     list_unknown_fields,
     load_records,
 )
+from unike.system.arguments import ArgumentParser
+from unike.system.launching import run_guarded
 from unike.system.text import one_line
 from unike.types import UserError
 
@@ -293,7 +294,12 @@ def _print(console: Console, report: AuditReport) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns 0 without errors, 1 with some, 2 with one line for unusable input."""
-    parser = argparse.ArgumentParser(
+    return run_guarded(lambda: run(argv))
+
+
+def run(argv: Sequence[str] | None) -> int:
+    """Audits what the command line names, and gives its exit code."""
+    parser = ArgumentParser(
         prog="python -m unike.datasets.doctor",
         description="Audit MMEdit annotation files. With two, the second is checked for what it shares "
         "with the first (training before evaluation).",
@@ -302,13 +308,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--images", metavar="DIR", help="also open every image, under this folder")
     parser.add_argument("--json", action="store_true", help="print JSON in place of tables")
     arguments = parser.parse_args(argv)
-    try:
-        reports = [audit(file, arguments.images) for file in arguments.files]
-        if len(arguments.files) == 2:
-            reports.append(find_leakage(*arguments.files))
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
+    reports = [audit(file, arguments.images) for file in arguments.files]
+    if len(arguments.files) == 2:
+        reports.append(find_leakage(*arguments.files))
     if arguments.json:
         print(json.dumps([report.as_dict() for report in reports], indent=2))
     else:

@@ -14,13 +14,14 @@ from importlib.util import find_spec
 
 from unike.config.hparams import HyperParams
 from unike.system import launching
+from unike.system.arguments import ArgumentParser
 from unike.types import UserError
 
 HOST, EXAMPLES = "127.0.0.1", 8
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m unike.demo", description=(__doc__ or "").split("\n")[0])
+    parser = ArgumentParser(prog="python -m unike.demo", description=(__doc__ or "").split("\n")[0])
     add = parser.add_argument
     add("--hparams_dir", default="hparams/tiny_blip2.yaml", metavar="FILE", help="YAML; default: %(default)s")
     add("--port", type=int, metavar="N", help="default: the first free one from 7860 on")
@@ -67,8 +68,7 @@ def _require_free(port: int) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = parse_arguments(argv)
-    return launching.run_guarded(lambda: run(args))
+    return launching.run_guarded(lambda: run(parse_arguments(argv)))
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from unike.edits.files import SavedEdit
 from unike.edits.origin import Origin
 from unike.edits.store import EditStore
 from unike.system import launching
+from unike.system.arguments import ArgumentParser
 from unike.system.text import one_line
 from unike.types import Query, UserError
 
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("python -m unike.edits", description=__doc__, formatter_class=raw)
+    parser = ArgumentParser("python -m unike.edits", description=__doc__, formatter_class=raw)
     commands = parser.add_subparsers(dest="command", required=True)
 
     def command(name: str, help: str) -> argparse.ArgumentParser:
@@ -228,8 +229,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = parse_arguments(argv)
-    return launching.run_guarded(lambda: run(args))
+    return launching.run_guarded(lambda: run(parse_arguments(argv)))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from typing import TypedDict
 
 from unike.config.combined import TrainSplitOptions
 from unike.config.hparams import HyperParams
+from unike.config.locating import describe_search
 from unike.config.sections import DataOptions, KnowledgeOptions
 from unike.datasets.images import PathLike
 from unike.datasets.mmedit import CaptionDataset, CapVQADataset, VQADataset
@@ -57,7 +58,8 @@ def find_annotations(hparams: DataOptions, task: str, split: str) -> str:
         raise UserError(f"{at}: {path}: is a directory; {expected}")
     if not os.path.isfile(path):
         remedy = "draw it with scripts/tiny/make_data.py" if hparams.generate_data else "see data/README.md"
-        raise UserError(f"{at}: {path}: no such file; {expected} ({remedy})")
+        lost = describe_search(path, hparams.source)
+        raise UserError(f"{at}: {path}: no such file{lost}; {expected} ({remedy})")
     return path
 
 

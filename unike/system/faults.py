@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from unike.system.text import one_line
 from unike.types import UserError
 
 GO_ON = "what is recorded is kept, continue with --resume"
@@ -20,6 +21,8 @@ _REFUSED = {
     for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "EIO")
     if hasattr(errno, name)
 }
+# A name that no file system takes: whoever gave it is told so.
+_BAD_NAMES = {errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR}
 _FULL_MEMORY = ("out of memory", "DefaultCPUAllocator", "can't allocate memory", "not enough memory")
 # Both write by themselves and raise errors of their own.
 _LIBRARIES_WRITE = ("I/O error", "os error", "PytorchStreamWriter", "inline_container")
@@ -59,6 +62,8 @@ def describe_fault(error: BaseException) -> str | None:
     if isinstance(error, OSError) and error.errno in _REFUSED:
         at = "" if error.filename is None else f"{error.filename}: "
         return f"{at}cannot be written or read: {error.strerror}; {GO_ON}"
+    if isinstance(error, OSError) and error.errno in _BAD_NAMES and error.filename is not None:
+        return f"{one_line(error.filename, 80)}: {error.strerror}"
     library = type(error).__module__.partition(".")[0]
     wrote = library == "safetensors" or isinstance(error, RuntimeError)
     if wrote and any(words in str(error) for words in _LIBRARIES_WRITE):

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from importlib.util import find_spec
 from multiprocessing.process import BaseProcess
@@ -22,6 +22,10 @@ from unike.types import UserError
 
 _LAUNCHED = "UNIKE_LAUNCHED"
 _LOST_CODE = 3
+# What a shell gives for a program that SIGPIPE ended.
+PIPE_CODE = 141
+# Processes that may share one core: more gain nothing, and each takes the model's memory.
+_PER_CORE, _FEW_PROCESSES = 2, 16
 # Seconds for the others to end by themselves, and then after Ctrl-C.
 _GRACE, _ENDING = 5.0, 60.0
 
@@ -29,9 +33,36 @@ _GRACE, _ENDING = 5.0, 60.0
 def run_guarded(work: Callable[[], int]) -> int:
     """Runs a command and gives its exit code: the work's own, 2 after a UserError (one line per
     problem) or where memory or disk are full, 130 after Ctrl-C, 1 where another process was lost.
-    Of several processes one reports."""
+    Of several processes one reports. Where nobody reads the output any more (``| head -1``), the code is
+    141 and nothing is reported."""
+    try:
+        try:
+            return _run_reported(work)
+        finally:
+            # Here, since what fails at the interpreter's end is printed as a traceback.
+            sys.stdout.flush()
+    except BrokenPipeError:
+        _close_output()
+        return PIPE_CODE
+
+
+def _close_output() -> None:
+    """Sends what is still to be printed nowhere."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            with suppress(OSError, ValueError):
+                os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
+
+
+def _run_reported(work: Callable[[], int]) -> int:
     try:
         return work()
+    except BrokenPipeError:
+        raise
     except UserError as error:
         if is_main() or not (isinstance(error, SharedError) or not has_joined()):
             print(*(f"error: {problem}" for problem in error.problems), sep="\n", file=sys.stderr)
@@ -59,15 +90,25 @@ def run_guarded(work: Callable[[], int]) -> int:
 
 
 def wants_launch(number: int | None) -> bool:
-    """Whether ``--num_processes`` asks for processes that nobody has started. UserError under 1."""
+    """Whether ``--num_processes`` asks for processes that nobody has started; UserError as
+    ``check_number``."""
     check_number(number)
     return (number or 1) > 1 and count_planned() == 1
 
 
 def check_number(number: int | None) -> None:
-    """UserError for ``--num_processes`` under 1."""
+    """UserError for ``--num_processes`` under 1, and for more than this machine's cores can serve."""
     if number is not None and number < 1:
         raise UserError(f"num_processes: {number}; expected 1 or more")
+    if number is not None and number > (most := count_most_processes()):
+        raise UserError(
+            f"num_processes: {number}; expected at most {most} on this machine's {count_cores()} cores"
+        )
+
+
+def count_most_processes() -> int:
+    """How many processes may be started at once."""
+    return max(_FEW_PROCESSES, _PER_CORE * count_cores())
 
 
 def launch(number: int, main: Callable[[list[str]], int], argv: Sequence[str]) -> int:
@@ -123,7 +164,7 @@ def _end_all(crew: Sequence[BaseProcess]) -> None:
 
 def _choose_exit_code(codes: Sequence[int | None]) -> int:
     for i, code in enumerate(codes):
-        if code not in (0, 2, 130, _LOST_CODE):
+        if code not in (0, 2, 130, PIPE_CODE, _LOST_CODE):
             how = f"signal {-code}" if code is not None and code < 0 else f"code {code}"
             # A process that dies leaves the line of its bar open.
             print("" if i else "\n", end="", file=sys.stderr)

@@ -1,0 +1,39 @@
+"""Command lines on which an option has one value."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from unike.system.text import one_line
+from unike.types import UserError
+
+
+class _StoreOnce(argparse.Action):
+    """Stores a value. UserError where the option is given again with another one."""
+
+    former: Any = None
+    is_given = False
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        if self.option_strings and self.is_given and values != self.former:
+            name = self.option_strings[0]
+            raise UserError(f"{name}: given twice: {one_line(self.former, 80)} and {one_line(values, 80)}")
+        self.former, self.is_given = values, True
+        setattr(namespace, self.dest, values)
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """As argparse's; an option that is given twice with different values is a UserError. Parse where
+    ``run_guarded`` reports it."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.register("action", None, _StoreOnce)
+        self.register("action", "store", _StoreOnce)
