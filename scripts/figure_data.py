@@ -32,6 +32,7 @@ from unike.report.paper.figures import (
     require,
 )
 from unike.runs import checks, inputs
+from unike.runs.drawing import wants_drawing
 from unike.system import findings
 from unike.types import Case, UserError
 
@@ -157,7 +158,7 @@ def check_spaces(hparams: HyperParams, layer: int | None, size: int | None) -> N
     """UserError with everything that ``compute_spaces`` lacks; draws the bundled benchmark if it is
     missing."""
     checks.require_backbone(hparams)
-    if hparams.generate_data:
+    if wants_drawing(hparams):
         from scripts.tiny import make_data
 
         make_data.ensure(hparams)

@@ -27,6 +27,7 @@ from unike.methods.preparation.folders import find_editor, find_scope_classifier
 from unike.methods.preparation.knowledge import find_knowledge
 from unike.report.terminal import as_text
 from unike.runs import checks, inputs
+from unike.runs.drawing import wants_drawing
 from unike.system import launching, processes
 from unike.system.arguments import ArgumentParser
 from unike.types import UserError
@@ -46,7 +47,7 @@ def make_fit_table(fits: Mapping[str, Mapping[str, float]], title: str) -> Table
 def load(hparams: HyperParams) -> Backbone:
     """Loads the backbone in every process, and draws its train data in one of them."""
     backbone = processes.run_everywhere(lambda: load_backbone(hparams))
-    if hparams.generate_data:
+    if wants_drawing(hparams):
         from scripts.tiny import make_data
 
         processes.run_once(lambda: make_data.ensure(hparams, ("train",), backbone))

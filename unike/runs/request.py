@@ -11,7 +11,13 @@ from pathlib import Path
 
 from unike.config.hparams import HyperParams
 from unike.methods.registry import MethodNeeds, resolve_needs_if_valid
-from unike.runs.drawing import choose_splits, get_drawing_folder, get_drawn_file, list_missing_splits
+from unike.runs.drawing import (
+    choose_splits,
+    get_drawing_folder,
+    get_drawn_file,
+    list_missing_splits,
+    wants_drawing,
+)
 from unike.runs.folders import choose_directory
 from unike.runs.inputs import list_parts, open_datasets
 from unike.system import processes
@@ -61,10 +67,15 @@ class RunRequest:
 
     # ------------------------------------------------------------ the bundled benchmark
 
+    @cached_property
+    def is_drawn(self) -> bool:
+        """Whether what is missing of the bundled benchmark is drawn."""
+        return wants_drawing(self.hparams)
+
     @property
     def undrawn_splits(self) -> list[str]:
         """The splits of the bundled benchmark that are drawn when the run starts."""
-        if not self.hparams.generate_data or self.hparams.image_root is None:
+        if not self.is_drawn or self.hparams.image_root is None:
             return []
         try:
             splits = choose_splits(self.hparams)
