@@ -154,7 +154,6 @@ GOOD = [
     Command("a sequence", f"{SEQUENCE} --sequence_length 3"),
     Command("sequences of both tasks", "--protocol cross_task --sequence_length 4 --sequences 2"),
     Command("a new output", "--output {root}/new/run"),
-    Command("resume of nothing", "--output {root}/new --resume"),
     Command("resume of the last run", "--resume"),
     Command("resume of a run", "--output {root}/run --resume", record_run()),
     Command("edits kept", "--save_edits {root}/edits"),
@@ -261,6 +260,11 @@ BAD = [
         "an output with files", "--output {root}/data", problems=("is not empty; continue with --resume",)
     ),
     Command("an output below a file", "--output {root}/small.yaml/run", problems=("cannot be written",)),
+    Command(
+        "resume of nothing",
+        "--output {root}/new --resume",
+        problems=("new: no such folder; expected a run to resume",),
+    ),
     Command("resume of something else", "--output {root}/data --resume", problems=(f"no {MANIFEST}",)),
     Command(
         "resume of another run",

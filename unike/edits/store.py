@@ -16,10 +16,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from filelock import FileLock
-
 from unike.edits.files import SavedEdit, read_edit, render_files, write_folder
+from unike.edits.origin import Origin
 from unike.system.faults import explain_write_errors
+from unike.system.files import to_json_types
+from unike.system.places import lock, refuse_link
 from unike.system.text import one_line
 from unike.types import UserError
 
@@ -31,18 +32,22 @@ if TYPE_CHECKING:
     from unike.edits.shares import LayerKnowledge
 
 INDEX, FORMAT = "index.jsonl", 1
+# Of an edit's options, those that say where something is: they do not decide on the edit.
+_PLACES = {"name", "knowledge_dir", "scope_dir", "editor_dir", "data", "image_root", "rephrase_root"}
 _FOLDER = re.compile(r"[\w-][\w.-]*", re.ASCII)
 
 
 class EditStore:
     """The edits in a folder, which is made when the first one is added.
 
-    Raises UserError for a folder that holds something else, and for a damaged index.
+    Raises UserError for a folder that holds something else, for a damaged index, and for symbolic links in
+    the place of the store's own files.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
         self._index = self.folder / INDEX
+        refuse_link(self._index)
         self._read = 0
         self._model: dict[str, str] = {}
         self._folders: dict[str, str] = {}
@@ -86,7 +91,10 @@ class EditStore:
     def _take(self, edit: Edit, files: Mapping[str, bytes], name: str, replace: bool) -> None:
         origin, former = edit.origins[0], self._folders.get(edit.id)
         if former is not None and not replace:
-            raise UserError(f"{self.folder}: holds an edit {one_line(edit.id)} already; remove it first")
+            raise UserError(
+                f"{self.folder}: holds an edit {one_line(edit.id)} already, of {self._describe(edit.id)}; "
+                "remove it first, or name another store"
+            )
         if self.backbone not in (None, origin.backbone):
             raise UserError(
                 f"{self.folder}: holds edits of another model, fingerprint {one_line(self.backbone, 40)}; "
@@ -104,6 +112,14 @@ class EditStore:
         self._append({"id": edit.id, "folder": name})
         if former not in (None, name):
             shutil.rmtree(self.folder / str(former), ignore_errors=True)
+
+    def holds_same(self, edit: Edit) -> bool:
+        """Whether an edit of this id is there that the same method made for the same request, with the same
+        options: adding it again, with ``replace``, loses nothing."""
+        if edit.id not in self:
+            return False
+        saved = self.read(edit.id)
+        return [describe_origin(o) for o in saved.origins] == [describe_origin(o) for o in edit.origins]
 
     def remove(self, name: str) -> None:
         """Removes an edit; UserError where there is none of that id."""
@@ -144,6 +160,14 @@ class EditStore:
             few = ", ".join(map(one_line, known[:5])) + (", ..." if len(known) > 5 else "")
             raise UserError(*(f"{self.folder}: no edit {name}; there are {few or 'none'}" for name in lost))
 
+    def _describe(self, name: str) -> str:
+        """Whose an edit is, for a message."""
+        try:
+            origin = self.read(name).origins[0]
+        except (UserError, IndexError):
+            return "an unknown method"
+        return f"method {one_line(origin.method, 40)}"
+
     def _find_folder(self, name: str) -> Path:
         if name not in self._folders:
             self.require(name)
@@ -152,7 +176,8 @@ class EditStore:
     @contextmanager
     def _lock(self) -> Iterator[None]:
         """Inside the block no other process writes, and what others wrote is known."""
-        with FileLock(self.folder / ".lock"):
+        with lock(self.folder / ".lock"):
+            refuse_link(self._index)
             self._look()
             yield
 
@@ -197,6 +222,21 @@ class EditStore:
             file.flush()
             os.fsync(file.fileno())
         self._look()
+
+
+def describe_origin(origin: Origin) -> dict[str, object]:
+    """What decides on an edit, in JSON's types: request, method, options; without paths and reports."""
+    hparams = {key: value for key, value in origin.hparams.items() if key not in _PLACES}
+    about = {
+        "id": origin.id,
+        "method": origin.method,
+        "prompt": origin.prompt,
+        "target": origin.target,
+        "image": origin.image_key,
+        "hparams": hparams,
+    }
+    values: dict[str, object] = to_json_types(about)
+    return values
 
 
 def _make_file_name(name: str) -> str:

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 
 from unike.system.files import write_text
+from unike.system.places import lock, refuse_link, require_own
 from unike.types import UserError
 
 ABOUT, LOCK = "pairs.json", "pairs.lock"
@@ -28,7 +28,6 @@ class DiskPairs:
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
-        self.lock = FileLock(self.folder / LOCK)
         self.about: dict[str, Any] = {}
         self.keys = self.values = torch.zeros(0, 0)
         self.refresh()
@@ -43,6 +42,9 @@ class DiskPairs:
         if (path / ABOUT).exists():
             raise UserError(f"{path}: holds pairs already; expected a new folder")
         path.mkdir(parents=True, exist_ok=True)
+        for name in ("keys.bin", "values.bin"):
+            # What a process left that was killed before its first item is empty.
+            require_own(path / name, lambda file: file.stat().st_size == 0, "expected a new folder")
         for name in ("keys", "values"):
             (path / f"{name}.bin").touch()
         kind = str(dtype).removeprefix("torch.")
@@ -65,7 +67,9 @@ class DiskPairs:
         shape = (len(keys), self.about["width"])
         if keys.shape != shape or values.shape != shape:
             raise ValueError(f"keys {tuple(keys.shape)}, values {tuple(values.shape)}: expected {shape} both")
-        with self.lock:
+        with lock(self.folder / LOCK):
+            for name in ("keys", "values"):
+                refuse_link(self.folder / f"{name}.bin")
             about = _read_about(self.folder)
             dtype = _DTYPES[about["dtype"]]
             start = about["items"] * about["width"] * dtype.itemsize

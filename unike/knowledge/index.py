@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import logging
 import math
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -16,11 +17,11 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from filelock import FileLock
 
-from unike.knowledge.disk import DiskPairs
+from unike.knowledge.disk import ABOUT, LOCK, DiskPairs
 from unike.knowledge.memory import GrowingRows, KnowledgeMemory, Retrieved, merge_retrieved
 from unike.system.files import replace_atomically
+from unike.system.places import lock
 from unike.types import UserError
 
 logger = logging.getLogger("unike")
@@ -274,7 +275,7 @@ def open_memory(
     if folder is not None:
         try:
             pairs = _map_pairs(keys, values, folder, origin, dtype or keys.dtype)
-        except OSError as error:
+        except (OSError, UserError) as error:
             logger.warning("%s: cannot be written, memory stays in RAM: %s", folder, error)
     memory = IndexedMemory(pairs)
     memory.build()
@@ -285,15 +286,32 @@ def _map_pairs(
     keys: torch.Tensor, values: torch.Tensor, folder: Path, origin: str, dtype: torch.dtype
 ) -> DiskPairs:
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.parent / f".{folder.name}.lock"):
+    with lock(folder.parent / f".{folder.name}.lock"):
         with suppress(UserError):
             kept = DiskPairs(folder)
             if kept.about.get("origin") == origin and len(kept) == len(keys):
                 return kept
-        shutil.rmtree(folder, ignore_errors=True)
+        _remove_pairs(folder)
         pairs = DiskPairs.create(folder, keys.shape[1], dtype, origin)
         pairs.append(keys, values)
         return pairs
+
+
+def _remove_pairs(folder: Path) -> None:
+    """Removes pairs and their indices. UserError where the folder is something else."""
+    if not os.path.lexists(folder):
+        return
+    own = {ABOUT, LOCK, "keys.bin", "values.bin"}
+    if folder.is_symlink() or not folder.is_dir():
+        raise UserError(f"{folder}: is in the way of a memory on disk; move it away")
+    if foreign := [p for p in folder.iterdir() if p.name not in own and not _is_index_file(p.name)]:
+        raise UserError(f"{foreign[0]}: is in the way of a memory on disk; move it away")
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_index_file(name: str) -> bool:
+    # Temporary ones of a killed process begin with a dot.
+    return _INDEX.fullmatch(name) is not None or (name.startswith(".") and name.endswith(".tmp"))
 
 
 def _wants_faiss(items: int, retrieval: str, exact_up_to: int) -> bool:

@@ -28,6 +28,7 @@ from unike.edits.shares import Shared
 from unike.methods.base import EditMethod
 from unike.system import processes
 from unike.system.files import check_tensors, read_index, write_index
+from unike.system.places import refuse_link
 from unike.system.progress import Tick, ignore_progress
 from unike.types import FIVE_METRICS, Case, Query, UserError
 
@@ -303,6 +304,7 @@ class _EditorTraining:
             tensors |= {f"adam.{number}.{k}": v for k, v in copy_tensors(state).items()}
         tensors["rng"] = torch.get_rng_state()
         name = f"checkpoint-{self.progress.step}.safetensors"
+        refuse_link(self.folder / name)
         save_file(tensors, self.folder / name)
         index = {"tensors": name, "progress": asdict(self.progress), **self.facts}
         write_index(self.folder / "checkpoint.json", index, self.folder / name)

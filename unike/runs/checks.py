@@ -24,7 +24,7 @@ from unike.methods.preparation.folders import (
 )
 from unike.methods.registry import check_method
 from unike.runs.drawing import DRAWING_SCRIPT, check_drawing
-from unike.runs.folders import describe_run, open_edit_store
+from unike.runs.folders import check_edit_store, describe_run
 from unike.runs.inputs import (
     find_annotations,
     list_parts,
@@ -144,8 +144,14 @@ def _inspect_output(request: RunRequest) -> list[Finding]:
 
 
 def _inspect_edit_store(request: RunRequest) -> list[Finding]:
-    store = request.save_edits
-    return find_problems(lambda: open_edit_store(request.hparams, store), f"save_edits: {store}")
+    store = str(request.save_edits)
+
+    def check() -> None:
+        # Without them, the check of the eval data says what is wrong.
+        lost = request.is_eval_undrawn or collect_problems(lambda: request.cases)
+        check_edit_store(request.hparams, store, () if lost else request.cases, request.resume)
+
+    return find_problems(check, f"save_edits: {store}")
 
 
 # ---------------------------------------------------------------- data

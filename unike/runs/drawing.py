@@ -45,8 +45,8 @@ def get_drawing_folder(hparams: DataOptions) -> Path:
 
 
 def wants_drawing(hparams: DataOptions) -> bool:
-    """Whether what is missing of the benchmark is drawn: ``generate_data``, with the folder and the files that
-    the YAML itself names. Where ``data`` or ``image_root`` were changed beside it, nothing is drawn."""
+    """Whether what is missing of the benchmark is drawn: ``generate_data``, with the folder and the files
+    that the YAML itself names. Where ``data`` or ``image_root`` were changed, nothing is drawn."""
     if not hparams.generate_data or not os.path.isfile(hparams.source):
         return False
     try:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,7 +12,10 @@ from typing import TYPE_CHECKING
 from unike.config.combined import RunFolderOptions
 from unike.config.hparams import HyperParams
 from unike.config.sections import ProtocolOptions
-from unike.types import UserError
+from unike.system.files import to_json_types
+from unike.system.places import check_name, require_folder
+from unike.system.text import one_line
+from unike.types import Case, UserError
 
 if TYPE_CHECKING:
     from unike.edits.store import EditStore
@@ -22,9 +27,13 @@ def choose_directory(
     """Where a run is recorded: ``output``, or ``<results_dir>/<yaml>-<task>``, followed by the protocol
     if it is not one-step, with ``-2``, ``-3`` ... where that is taken; ``resume`` takes the latest.
 
-    UserError where ``output`` holds a run and ``resume`` is off, or where the folder can't be written.
+    UserError where ``output`` holds a run and ``resume`` is off, where it is not there and ``resume`` is on, or
+    where the folder can't be written.
     """
     if output is not None:
+        check_name(output)
+        if resume and not os.path.lexists(output):
+            raise UserError(f"{output}: no such folder; expected a run to resume, or leave out --resume")
         if _is_taken(output) and not resume:
             raise UserError(f"{output}: is not empty; continue with --resume, or name another --output")
         return _require_writable(Path(output))
@@ -59,6 +68,38 @@ def _is_taken(directory: str | os.PathLike[str]) -> bool:
 def describe_run(hparams: HyperParams, task: str, generated: bool) -> dict[str, object]:
     """What a run's records depend on beside weights and data: another run can't be resumed with it."""
     return hparams.decisive() | {"task": task, "generated": generated}
+
+
+def check_edit_store(
+    hparams: HyperParams, folder: str, cases: Sequence[Case] = (), resume: bool = False
+) -> None:
+    """UserError as ``open_edit_store``, where the store cannot be written, and where it holds edits of these
+    cases' ids that another run, or another method, has made: a run replaces only its own."""
+    from unike.edits.store import describe_origin
+
+    store = open_edit_store(hparams, folder)
+    require_folder(folder)
+    if store is None or not len(store):
+        return
+    kept = set(store.ids())
+    options = to_json_types(hparams.decisive())
+    foreign: dict[str, str] = {}
+    for case in cases:
+        if case.request.id in kept:
+            origin = store.read(case.request.id).origins[0]
+            query = case.request.query
+            own = replace(origin, hparams=options, method=hparams.method, prompt=query.prompt)
+            own = replace(own, id=case.request.id, target=str(query.target))
+            # An edit of a sequence depends on those before it, too.
+            other = hparams.protocol != "one_step" and not resume
+            if other or describe_origin(own) != describe_origin(origin):
+                foreign[case.request.id] = origin.method
+    if foreign:
+        few = ", ".join(map(one_line, list(foreign)[:3])) + (", ..." if len(foreign) > 3 else "")
+        methods = ", ".join(dict.fromkeys(one_line(m, 40) for m in foreign.values()))
+        raise UserError(
+            f"{one_line(folder)}: holds {few} of another run (method {methods}); name another --save_edits"
+        )
 
 
 def open_edit_store(hparams: ProtocolOptions, folder: str | None) -> EditStore | None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -22,6 +23,7 @@ from typing import Any
 from unike.evaluation.record import Record, require_place
 from unike.system.faults import explain_write_errors
 from unike.system.files import to_json_types, write_json, write_text
+from unike.system.places import refuse_link
 from unike.system.versions import collect_versions
 from unike.types import UserError
 
@@ -31,6 +33,9 @@ RECORDS, MANIFEST, SUMMARY = "records.jsonl", "manifest.json", "summary.json"
 SHARDS = "records.[0-9]*.jsonl"
 # Goes the way of half-written files: what is left of it is removed when the run is resumed.
 _STOP = ".stop.tmp"
+_LEFTOVER = re.compile(
+    r"\.(stop|(records(\.\d+)?\.jsonl|manifest\.json|summary\.json|report\.html)\.\d+(\.[0-9a-f]+)?)\.tmp"
+)
 _ABSENT = "absent"
 Values = Mapping[str, object]
 
@@ -78,6 +83,7 @@ class RecordWriter:
         """Makes or checks the folder, repairs its records, and gives its manifest."""
         inputs = {name: to_json_types(value) for name, value in inputs.items()}
         _make_folder(self.directory)
+        _refuse_links(self.directory)
         former = _read_former(self.directory, resume)
         if former is None:
             made = {"versions": collect_versions(), "started": _format_now()}
@@ -214,9 +220,20 @@ def _make_folder(directory: Path) -> None:
         raise UserError(f"{directory}: cannot be made a run folder: {fault.strerror}") from None
 
 
+def _refuse_links(directory: Path) -> None:
+    """UserError where a link is in the place of a file that the run writes: its target may be anything."""
+    for path in (
+        *(directory / name for name in (RECORDS, MANIFEST, SUMMARY, _STOP)),
+        *directory.glob(SHARDS),
+    ):
+        refuse_link(path)
+
+
 def check_resumable(directory: Path, resume: bool, fingerprint: Values) -> None:
     """UserError where a writer of this ``fingerprint`` would refuse the folder; weights and data are compared
     when it is opened."""
+    if directory.is_dir():
+        _refuse_links(directory)
     if directory.is_dir() and (former := _read_former(directory, resume)) is not None:
         _check_inputs(directory, former, {"hparams": to_json_types(fingerprint)})
 
@@ -233,8 +250,8 @@ def _read_former(directory: Path, resume: bool) -> dict[str, Any] | None:
 
 
 def _list_leftovers(directory: Path) -> list[Path]:
-    """What a killed process left half written."""
-    return [path for path in directory.iterdir() if path.name[0] == "." and path.name.endswith(".tmp")]
+    """What a killed process left half written of the run's own files."""
+    return [path for path in directory.iterdir() if _LEFTOVER.fullmatch(path.name)]
 
 
 def _remove_leftovers(directory: Path) -> None:

@@ -123,7 +123,7 @@ def run_cases(
             record, edit = outcome.record, outcome.edit
             if record.id not in done:
                 if store is not None and edit is not None:
-                    store.add(edit, replace=True)
+                    store.add(edit, replace=store.holds_same(edit))
                 writer.write(record.to_json())
                 if not record.is_step:
                     means.add(record)

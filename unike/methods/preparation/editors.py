@@ -14,9 +14,16 @@ from safetensors.torch import load_file, save_file
 
 from unike.backbones.base import Backbone
 from unike.methods.meta_training import Progress, TrainableMethod, copy_tensors, meta_train
-from unike.methods.preparation.folders import Facts, find_editor, hash_facts, list_editor_options
+from unike.methods.preparation.folders import (
+    Facts,
+    choose_place,
+    find_editor,
+    hash_facts,
+    list_editor_options,
+    require_own_files,
+)
 from unike.system import processes
-from unike.system.files import check_tensors, write_index
+from unike.system.files import check_tensors, replace_atomically, write_index
 from unike.system.progress import Tick, ignore_progress
 from unike.types import Case, UserError
 
@@ -36,10 +43,11 @@ def save_editor(method: TrainableMethod, facts: Facts, progress: Progress, folde
     """Writes the trained network, its index last, and deletes the checkpoint."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "editor.safetensors"
-    save_file(copy_tensors(method.trained.state_dict()), path)
+    with replace_atomically(path) as temporary:
+        save_file(copy_tensors(method.trained.state_dict()), temporary)
     write_index(folder / "editor.json", {**facts, "training": asdict(progress)}, path)
-    for left in folder.glob("checkpoint*"):
-        left.unlink()
+    for left in (folder / "checkpoint.json", *folder.glob("checkpoint-*.safetensors")):
+        left.unlink(missing_ok=True)
 
 
 def load_editor(method: TrainableMethod, backbone: Backbone, folder: Path) -> None:
@@ -68,7 +76,9 @@ def ensure_editor(
     hparams, facts = method.hparams, describe_editor(backbone, method)
     folder = processes.run_once(lambda: find_editor(hparams, facts))
     if folder is None:
-        trained = folder = Path(str(hparams.editor_dir), hparams.method, hash_facts(facts))
+        parent = choose_place(Path(str(hparams.editor_dir), hparams.method))
+        trained = folder = parent / hash_facts(facts)
+        require_own_files(folder, "editor.safetensors", "editor.json", "checkpoint.json")
         records = cases()
         held_out = [case for i, case in enumerate(records) if i % HELD_OUT == HELD_OUT - 1]
         train = [case for i, case in enumerate(records) if i % HELD_OUT != HELD_OUT - 1]

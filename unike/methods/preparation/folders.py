@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,12 +22,16 @@ from unike.config.sections import (
 )
 from unike.methods.registry import MethodNeeds
 from unike.system.files import read_index
+from unike.system.places import is_index, is_tensor_file, require_folder, require_own
 from unike.types import UserError
 
 if TYPE_CHECKING:
     from unike.backbones.base import Backbone
 
 Facts = dict[str, object]
+# Marks the folder of a model that is shipped with what was trained for it.
+SHIPPED = ".shipped"
+_TRAINED = ".trained"
 
 
 def hash_facts(facts: Facts) -> str:
@@ -35,12 +40,56 @@ def hash_facts(facts: Facts) -> str:
 
 
 def find_folder(parent: Path, index: str, facts: Facts) -> Path | None:
-    """The first folder under ``parent`` whose ``index`` holds these facts."""
-    for path in sorted(parent.glob(f"*/{index}")):
-        kept = read_index(path)
-        if all(kept.get(name) == value for name, value in facts.items()):
-            return path.parent
+    """The first folder under ``parent``, or where it is written to, whose ``index`` holds these facts."""
+    for place in dict.fromkeys((parent, choose_place(parent))):
+        for path in sorted(place.glob(f"*/{index}")):
+            kept = read_index(path)
+            if all(kept.get(name) == value for name, value in facts.items()):
+                return path.parent
     return None
+
+
+# ---------------------------------------------------------------- where things are written
+
+
+def find_shipped_model(folder: str | os.PathLike[str]) -> Path | None:
+    """The folder of a shipped model that ``folder`` is, or is part of."""
+    whole = Path(os.path.abspath(folder))
+    return next((p for p in (whole, *whole.parents) if os.path.isfile(p / SHIPPED)), None)
+
+
+def choose_place(folder: str | os.PathLike[str]) -> Path:
+    """Where what belongs into ``folder`` is written. Nothing is added to what is shipped: that goes to the same
+    place in ``<model>.trained``, beside the shipped model's folder."""
+    shipped = find_shipped_model(folder)
+    if shipped is None:
+        return Path(folder)
+    return shipped.with_name(shipped.name + _TRAINED) / Path(os.path.abspath(folder)).relative_to(shipped)
+
+
+def require_place(at: str, folder: str | os.PathLike[str]) -> None:
+    """UserError, beginning with ``at``, where nothing could be written for ``folder``."""
+    if os.path.lexists(folder):
+        if not os.path.isdir(folder):
+            raise UserError(f"{at}{folder}: is a file; expected a folder")
+        if not os.access(folder, os.R_OK | os.X_OK):
+            raise UserError(f"{at}{folder}: cannot be read")
+    require_folder(choose_place(folder), at)
+
+
+def require_own_files(folder: Path, *names: str) -> None:
+    """UserError for a file of one of these names that this program did not write."""
+    remedy = "move it away"
+    for name in names:
+        is_own = is_index if name.endswith(".json") else _is_items if name.endswith("l") else is_tensor_file
+        require_own(folder / name, is_own, remedy)
+
+
+def _is_items(path: Path) -> bool:
+    """Whether a file is empty, or its first line a JSON object."""
+    with open(path, encoding="utf-8") as lines:
+        first = lines.readline(1 << 20)
+    return not first or isinstance(json.loads(first), dict)
 
 
 def wants_cases(hparams: TrainedPartsOptions, needs: MethodNeeds) -> bool:

@@ -32,10 +32,16 @@ from unike.datasets.triplets import Triplet
 from unike.edits import LayerKnowledge
 from unike.knowledge.encoders import Disentangler, FitReport, KnowledgeStates, fit
 from unike.knowledge.index import open_memory
-from unike.methods.preparation.folders import Facts
+from unike.methods.preparation.folders import Facts, choose_place, require_own_files
 from unike.system import processes
 from unike.system.faults import release_memory
-from unike.system.files import check_tensors, read_checksum, read_index, write_index
+from unike.system.files import (
+    check_tensors,
+    read_checksum,
+    read_index,
+    replace_atomically,
+    write_index,
+)
 from unike.system.progress import Tick, ignore_progress
 from unike.types import KnowledgeItem, Query, UserError
 
@@ -182,8 +188,11 @@ def ensure_knowledge(
     facts = _describe_knowledge(backbone, layers, hparams)
     if not processes.run_once(lambda: _fits(folder, facts, layers)):
         collected = triplets()
-        keyed = folder = folder / compute_knowledge_key(backbone, collected, hparams)
+        key = compute_knowledge_key(backbone, collected, hparams)
+        places = dict.fromkeys((folder / key, choose_place(folder) / key))
+        keyed = folder = next((p for p in places if (p / "knowledge.json").is_file()), list(places)[-1])
         if not processes.run_once(lambda: _fits(keyed, facts, layers)):
+            require_own_files(keyed, "knowledge.safetensors", "knowledge.json", "items.jsonl")
             prefixes = open_prefixes(hparams, backbone, min(layers), memory=False)
             states = extract_states(backbone, collected, layers, hparams.states_batch, tick, prefixes)
             processes.run_once(
@@ -215,8 +224,9 @@ def _describe_knowledge(backbone: Backbone, layers: Sequence[int], hparams: Know
 def find_knowledge(hparams: KnowledgeKeyOptions, backbone: Backbone, triplets: Sequence[Triplet]) -> Path:
     """The folder of these triplets' knowledge, or ``knowledge_dir`` itself where there is none."""
     parent = Path(hparams.knowledge_dir or "")
-    keyed = parent / compute_knowledge_key(backbone, triplets, hparams)
-    return keyed if (keyed / "knowledge.json").is_file() else parent
+    key = compute_knowledge_key(backbone, triplets, hparams)
+    places = (parent / key, choose_place(parent) / key)
+    return next((keyed for keyed in places if (keyed / "knowledge.json").is_file()), parent)
 
 
 def _fits(folder: Path, facts: Facts, layers: Sequence[int]) -> bool:
@@ -282,7 +292,8 @@ def save_knowledge(
     fits = {str(i): {k: v for k, v in asdict(r).items() if k != "losses"} for i, r in reports.items()}
     # The index is written last: without it the folder counts as missing.
     path = folder / "knowledge.safetensors"
-    save_file(tensors, path)
+    with replace_atomically(path) as temporary:
+        save_file(tensors, temporary)
     write_index(folder / "knowledge.json", {**meta, "fit": fits}, path)
 
 
@@ -380,7 +391,7 @@ def _make_layer(
     if folder is not None:
         checksum = read_checksum(folder / "knowledge.json", folder / "knowledge.safetensors")
         stat = (folder / "knowledge.safetensors").stat()
-        place, origin = folder / f"memory-{i}", f"{stat.st_size}-{stat.st_mtime_ns}"
+        place, origin = choose_place(folder) / f"memory-{i}", f"{stat.st_size}-{stat.st_mtime_ns}"
     bank = open_memory(
         s.states.sem,
         s.states.pos,

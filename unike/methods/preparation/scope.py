@@ -20,9 +20,16 @@ from unike.config.combined import ScopePreparationOptions
 from unike.config.sections import ScopeTrainingOptions
 from unike.knowledge.scope import HELD_OUT, ScopeEncoder, ScopeReport, ScopeSamples, TrainedScope, fit_scope
 from unike.methods.meta_training import copy_tensors
-from unike.methods.preparation.folders import Facts, describe_scope, find_scope_classifier, hash_facts
+from unike.methods.preparation.folders import (
+    Facts,
+    choose_place,
+    describe_scope,
+    find_scope_classifier,
+    hash_facts,
+    require_own_files,
+)
 from unike.system import processes
-from unike.system.files import check_tensors, read_index, write_index
+from unike.system.files import check_tensors, read_index, replace_atomically, write_index
 from unike.system.progress import Tick, ignore_progress
 from unike.types import Case, Query, UserError
 
@@ -109,6 +116,8 @@ def ensure_scope(
     def find_or_train() -> Path:
         if (kept := find_scope_classifier(hparams, facts)) is not None:
             return kept
+        folder = choose_place(str(hparams.scope_dir)) / hash_facts(facts)
+        require_own_files(folder, "scope.safetensors", "scope.json")
         records = cases()[: hparams.scope_records]
         if len(records) < 2 * HELD_OUT:
             at = f"{hparams.source}: scope_measure"
@@ -126,7 +135,6 @@ def ensure_scope(
             hparams.seed,
             tick=lambda: tick(SCOPE_TRAINING, 1),
         )
-        folder = Path(str(hparams.scope_dir), hash_facts(facts))
         save_scope(folder, encoder, report, facts | {"records": len(records)})
         return folder
 
@@ -139,7 +147,8 @@ def save_scope(folder: Path, encoder: ScopeEncoder, report: ScopeReport, facts: 
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {k: v.half() for k, v in copy_tensors(encoder.state_dict()).items()}
     path = folder / "scope.safetensors"
-    save_file(tensors, path)
+    with replace_atomically(path) as temporary:
+        save_file(tensors, temporary)
     names = INSIDE + OUTSIDE
     held_out = {
         size: dict(zip(names, (round(s, 4) for s in shares), strict=True))
