@@ -25,11 +25,11 @@ from unike.edits.base import load_edit
 from unike.edits.explain import Explanation, ask
 from unike.edits.files import read_edit
 from unike.edits.shares import Shared
-from unike.evaluation.protocols import run_one_step
+from unike.evaluation.protocols import Outcome, run_one_step
 from unike.evaluation.record import Record
 from unike.evaluation.summary import Summary, summarise
 from unike.runs import checks, inputs
-from unike.types import Case, EditRequest, Expectation, ImageLike, Probe, Query, UserError
+from unike.types import Case, EditRequest, Expectation, ImageLike, Probe, Query, TooLongError, UserError
 
 METRIC_KEYS = {
     "reliability": "rewrite_acc",
@@ -192,7 +192,12 @@ class MultimodalEditor:
         with self._slot.only(()):
             for number, case in enumerate(tqdm(cases, desc="edits", disable=not self.progress)):
                 history = compose(edits) if accumulate else None
-                outcome = run_one_step(self.backbone, parts.method, case, reader, history)
+                try:
+                    outcome = run_one_step(self.backbone, parts.method, case, reader, history)
+                except TooLongError as error:
+                    if len(cases) == 1:
+                        raise
+                    outcome = Outcome(Record(case.request.id, case.task, "failed", error=str(error)))
                 if outcome.edit is not None:
                     _require_one_kind(history, outcome.edit)
                     edits = (*edits, outcome.edit) if accumulate else (outcome.edit,)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from unike.evaluation.summary import TITLES, summarise
 from unike.report.compare import build_flip_table, build_table, compare
+from unike.report.page import check_page
 from unike.report.terminal import as_text, summary_table
 from unike.system import launching
 from unike.system.arguments import ArgumentParser
@@ -35,6 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         numbers = {"most": args.most, "seed": args.seed}
         if wrong := [f"{k}: {n}; expected 0 or more" for k, n in numbers.items() if n is not None and n < 0]:
             raise UserError(*wrong)
+        if args.html is not None:
+            check_page(args.html)
         found = compare(args.a, args.b, args.seed)
         print(f"A: {found.names[0]}\nB: {found.names[1]}")
         print(as_text(build_table(found)))

@@ -32,6 +32,10 @@ class UserError(Exception):
         self.problems = problems
 
 
+class TooLongError(UserError):
+    """A question that the model's context does not take: its record fails, others do not."""
+
+
 @dataclass(frozen=True)
 class Query:
     """A question as the backbone sees it; ``image`` is None for the language model alone."""

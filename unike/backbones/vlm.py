@@ -22,7 +22,7 @@ from unike.backbones.images import FeatureCache, Parts
 from unike.backbones.layout import DecoderLayout
 from unike.backbones.store import RowStore
 from unike.system.cache import BoundedCache
-from unike.types import ImageLike, UserError
+from unike.types import ImageLike, TooLongError, UserError
 
 # Number of masks whose layer inputs are kept: those of a training loop and of its probes.
 MASKS = 32
@@ -189,7 +189,7 @@ class VisionLanguageBackbone:
             parts.insert(1, self.vision.tokens(seen, prompt).to(before))
         row = torch.cat(parts)
         if len(row) > self.context:
-            raise UserError(
+            raise TooLongError(
                 f"prompt: {len(row)} tokens; expected at most {self.context}, the decoder's context"
             )
         return _EncodedRow(row, words.answer, self.vision.positions(len(before), seen, len(after)))
@@ -308,7 +308,7 @@ class VisionLanguageBackbone:
         batch = self.encode(images, prompts, padding_side="left")
         room = self.context - batch.attention_mask.shape[1]
         if room < 1:
-            raise UserError(f"prompt: leaves no room for an answer in a context of {self.context} tokens")
+            raise TooLongError(f"prompt: leaves no room for an answer in a context of {self.context} tokens")
         with self.prompt.announce(batch):
             start = self._generation_arguments(batch)
             ids = self.decoder.generate(

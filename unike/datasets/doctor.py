@@ -1,4 +1,4 @@
-"""Audits annotation files: ``python -m unike.datasets.doctor TRAIN [EVAL] [--images DIR] [--json]``."""
+"""Audits annotation files: ``python -m unike.datasets.doctor TRAIN [EVAL] [--images DIR] [--model DIR]``."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from rich.text import Text
 
 from unike.datasets.answers import NUMBER_WORDS, normalise_answer
 from unike.datasets.images import PathLike, image_path, lies_outside, open_image
+from unike.datasets.lengths import LONG_TEXT, find_long_fields, require_limit
 from unike.datasets.mmedit import (
     IMAGE_FIELDS,
     KNOWN_FIELDS,
@@ -141,8 +142,9 @@ DIRT: dict[str, tuple[str, Callable[[Annotation], bool]]] = {
 }
 
 
-def audit(path: PathLike, images: PathLike | None = None) -> AuditReport:
-    """Examines one annotation file; with ``images``, also every image that it names under that folder.
+def audit(path: PathLike, images: PathLike | None = None, model: PathLike | None = None) -> AuditReport:
+    """Examines one annotation file; with ``images``, also every image that it names under that folder; with
+    ``model``, a Hugging Face folder, whether its context takes every question with its answer.
 
     Errors are records that cannot become a case and images that cannot be opened; duplicates,
     unknown fields and the kinds in ``DIRT`` are warnings. Only sound records are searched for dirt.
@@ -165,7 +167,11 @@ def audit(path: PathLike, images: PathLike | None = None) -> AuditReport:
     ]
     if images is not None:
         findings += _find_bad_images(sound, images)
-    findings += [_find_duplicates(records), _find_unknown_fields(records)]
+    findings += [
+        _find_long_texts(sound, model),
+        _find_duplicates(records),
+        _find_unknown_fields(records),
+    ]
     for name, (meaning, test) in DIRT.items():
         findings.append(
             AuditFinding(name, meaning, "warning", tuple(i for i, record in sound.items() if test(record)))
@@ -199,6 +205,18 @@ def _select_sound(records: Sequence[object]) -> dict[int, Mapping[str, object]]:
     """The records that can become a case, by their place in the file."""
     numbered = enumerate(records)
     return {i: cast(Mapping[str, object], r) for i, r in numbered if not list_record_problems(r, i)}
+
+
+def _find_long_texts(sound: Mapping[int, Annotation], model: PathLike | None) -> AuditFinding:
+    limit = None if model is None else require_limit(model)
+    found = {i: find_long_fields(cast(Mapping[str, object], r), limit) for i, r in sound.items()}
+    found = {i: lines for i, lines in found.items() if lines}
+    details = tuple(f"record {i}: {line}" for i, lines in found.items() for line in lines)
+    if limit is None:
+        meaning, severity = f"a text of more than {LONG_TEXT} characters", "warning"
+    else:
+        meaning, severity = f"a question is too long for {one_line(limit.folder, 60)}", "error"
+    return AuditFinding("too_long", meaning, cast(Severity, severity), tuple(found), details)
 
 
 def _find_duplicates(records: Sequence[object]) -> AuditFinding:
@@ -306,9 +324,10 @@ def run(argv: Sequence[str] | None) -> int:
     )
     parser.add_argument("files", nargs="+", metavar="FILE", help="a JSON file of MMEdit records")
     parser.add_argument("--images", metavar="DIR", help="also open every image, under this folder")
+    parser.add_argument("--model", metavar="DIR", help="also count tokens, with the tokenizer in this folder")
     parser.add_argument("--json", action="store_true", help="print JSON in place of tables")
     arguments = parser.parse_args(argv)
-    reports = [audit(file, arguments.images) for file in arguments.files]
+    reports = [audit(file, arguments.images, arguments.model) for file in arguments.files]
     if len(arguments.files) == 2:
         reports.append(find_leakage(*arguments.files))
     if arguments.json:

@@ -13,6 +13,10 @@ from unike.system.text import one_line
 from unike.types import UserError
 
 PathLike = str | os.PathLike[str]
+# Each pixel takes some 20 bytes until an image is small: more would take gigabytes, from a file of kilobytes.
+MOST_PIXELS = 1 << 25
+# Formats that hold images of other sizes than the one that is announced.
+_NESTED = ("ICO", "ICNS")
 # Pillow hands these to Ghostscript or to the system.
 _PROGRAMS = ("EPS", "WMF")
 
@@ -41,8 +45,8 @@ def open_image(source: object, root: PathLike | None = None) -> Image.Image:
     of 16 bits are scaled to 8, not clipped; of an animation, the first frame.
 
     Raises:
-        UserError: one line naming the file, if it is missing, not a regular file, truncated or not an
-            image, or if ``source`` is something else.
+        UserError: one line naming the file, if it is missing, not a regular file, truncated, not an image
+            or of more than ``MOST_PIXELS``, or if ``source`` is something else.
     """
     if isinstance(source, Image.Image):
         name = one_line(getattr(source, "filename", "") or "image in memory")
@@ -81,12 +85,17 @@ def _require_file(path: Path, name: str) -> None:
 
 
 def _decode(image: Image.Image, name: str) -> Image.Image:
-    most, pixels = Image.MAX_IMAGE_PIXELS, image.width * image.height
-    if most is not None and pixels > most:
+    most, pixels = MOST_PIXELS, image.width * image.height
+    if Image.MAX_IMAGE_PIXELS is not None:
         # Pillow itself only warns up to twice as many.
-        raise UserError(f"{name}: {pixels} pixels; expected at most {most} (PIL.Image.MAX_IMAGE_PIXELS)")
+        most = min(most, Image.MAX_IMAGE_PIXELS)
+    if pixels > most:
+        raise UserError(f"{name}: {pixels} pixels; expected at most {most}; make it smaller")
     try:
-        image.load()
+        with warnings.catch_warnings():
+            if image.format in _NESTED:
+                warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image.load()
         return _convert_to_rgb(_turn_upright(image))
     except Exception as error:  # see open_image
         raise UserError(f"{name}: image cannot be read: {_describe_error(error)}") from error

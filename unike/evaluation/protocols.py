@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from unike.backbones.base import Backbone
+from unike.datasets.lengths import name_long_field
 from unike.edits import Edit
 from unike.evaluation.metrics import (
     Prediction,
@@ -29,7 +30,7 @@ from unike.evaluation.reader import CasePredictions, Reader
 from unike.evaluation.record import Answer, Place, Record, RecordKind, Score
 from unike.methods.base import EditMethod
 from unike.system.faults import is_out_of_memory
-from unike.types import Case
+from unike.types import Case, TooLongError
 
 
 @dataclass(frozen=True)
@@ -106,9 +107,9 @@ def run_sequence(
     every case under all edits, in both evaluation modes. Their means are the five metrics of K-step editing,
     Eq. (16), Eq. (17), Eq. (18), Eq. (19) and Eq. (20). Locality is against the unedited base.
 
-    An edit that fails (its loss stops being a number, memory does not suffice, or one of ``tolerated`` is
-    raised) is marked in both of its records and leaves no trace: the next one continues from the edits
-    before it. One whose probes cannot be evaluated (``tolerated``) stays, marked.
+    An edit that fails (its loss stops being a number, memory does not suffice, a question is too long for the
+    model, or one of ``tolerated`` is raised) is marked in both of its records and leaves no trace: the next
+    one continues from the edits before it. One whose probes cannot be evaluated stays, marked.
     """
     broken = _cache_base(reader, cases, tolerated)
     whole: Edit | None = None
@@ -137,6 +138,7 @@ def _cache_base(
     reader: Reader, cases: Sequence[Case], tolerated: tuple[type[Exception], ...]
 ) -> dict[int, str]:
     """Evaluates the untouched model; by position why a case cannot be, where that is ``tolerated``."""
+    tolerated = (*tolerated, TooLongError)
     try:
         reader.cache_base(cases)
         return {}
@@ -145,6 +147,8 @@ def _cache_base(
     for position, case in enumerate(cases, 1):
         try:
             reader.predict_base(case)
+        except TooLongError as error:
+            broken[position] = f"{name_long_field(case)}: {error}"
         except tolerated as error:
             broken[position] = str(error)
     return broken
@@ -162,7 +166,7 @@ def _edit_on_top(
 
     Where it fails, the edit is None and the others are as they were.
     """
-    failures: tuple[type[Exception], ...] = (FloatingPointError, *tolerated)
+    failures: tuple[type[Exception], ...] = (FloatingPointError, TooLongError, *tolerated)
     caught: tuple[type[Exception], ...] = (*failures, RuntimeError, MemoryError)
     started = time.perf_counter()
     try:
@@ -188,11 +192,18 @@ def _predict_all(
     generated: bool | None = None,
 ) -> _Found:
     """Each case's predictions under all edits, or why there are none, where ``tolerated`` is raised."""
+    caught: tuple[type[Exception], ...] = (*tolerated, TooLongError)
     for some in [[case] for case in cases] if tolerated else [cases]:
+        given = 0
         try:
-            yield from reader.predict_all(some, whole, generated)
-        except tolerated as error:
-            yield some[0], str(error)
+            for found in reader.predict_all(some, whole, generated):
+                given += 1
+                yield found
+        except caught as error:
+            if len(some) == 1:
+                yield some[0], str(error)
+            else:
+                yield from _predict_all(reader, some[given:], whole, (TooLongError,), generated)
 
 
 def _measure_step(step: Record, newest: Case, found: _Found, reader: Reader) -> Record:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from unike.report.page import check_page
 from unike.report.run_page import MOST_CASES, write_report
 from unike.system import launching
 from unike.system.arguments import ArgumentParser
@@ -24,6 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = parser.parse_args(argv)
         if args.cases < 0:
             raise UserError(f"cases: {args.cases}; expected 0 or more")
+        if args.output is not None:
+            check_page(args.output)
         print(write_report(args.run, args.output, args.cases))
         return 0
 

@@ -20,7 +20,11 @@ from markupsafe import Markup
 from unike.report.charts import Chart
 from unike.system.faults import explain_write_errors
 from unike.system.files import write_text
+from unike.system.places import contains, require_folder, require_own
+from unike.types import UserError
 
+# How the template marks a page.
+_GENERATOR = '<meta name="generator" content="unike">'
 TEMPLATES = Path(__file__).with_name("templates")
 
 
@@ -103,8 +107,19 @@ def render(page: HtmlPage) -> str:
     return template.render(page=page, policy=policy, script=Markup(script), style=Markup(style))
 
 
+def check_page(path: str | os.PathLike[str]) -> None:
+    """UserError where a page cannot be written to ``path``: its folder is missing, or another file is there."""
+    require_own(path, contains(_GENERATOR))
+    folder = Path(path).absolute().parent
+    if not folder.is_dir():
+        raise UserError(f"{path}: cannot be written: {folder} is no folder")
+    require_folder(folder)
+
+
 def write_page(page: HtmlPage, path: str | os.PathLike[str]) -> Path:
-    """Writes the page to ``path`` and gives it. UserError where it cannot be written."""
+    """Writes the page to ``path`` and gives it. UserError where it cannot be written, and where another file
+    than such a page is there."""
+    check_page(path)
     out, text = Path(path), render(page)
     with explain_write_errors(out, resumable=False):
         write_text(out, text)

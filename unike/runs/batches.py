@@ -11,6 +11,7 @@ import torch
 
 from unike.backbones.base import Backbone
 from unike.config.hparams import HyperParams
+from unike.datasets.lengths import name_long_field
 from unike.evaluation.protocols import Outcome, run_one_step_batch
 from unike.evaluation.reader import Reader
 from unike.evaluation.record import Record
@@ -18,7 +19,7 @@ from unike.methods import resolve_layers
 from unike.runs.parts import Parts
 from unike.runs.sharing import SharedRun
 from unike.system import faults, processes
-from unike.types import Case, UserError
+from unike.types import Case, TooLongError, UserError
 
 logger = logging.getLogger("unike")
 
@@ -30,7 +31,11 @@ class Batches:
     """This process's share of the cases that are not recorded, each edited from the base model.
 
     ``order`` has the ids of the run's records. A progress bar counts to ``total`` edits, from ``already`` on.
+    ``pending`` outcomes of the batch at hand are still to come: they took their time together, so that a bar
+    that moved for each of them would expect the first one's time of all.
     """
+
+    pending = 0
 
     def __init__(
         self, parts: Parts, cases: Sequence[Case], reader: Reader, done: AbstractSet[str], skip_broken: bool
@@ -48,21 +53,26 @@ class Batches:
     def run(self, shared: SharedRun) -> Iterator[Outcome]:
         """The outcomes that are not recorded yet, batch by batch until the run is stopped."""
         for batch in shared.take_until_stopped(self.batches):
+            self.pending = sum(case.request.id not in self.done for case in batch)
             for outcome in self._edit(batch):
                 if outcome.record.id not in self.done:
+                    self.pending -= 1
                     yield outcome
 
     def _edit(self, cases: Sequence[Case]) -> Iterator[Outcome]:
-        """The cases' outcomes, edited in one batch; half as many at a time where memory does not suffice or
-        one of them can't be read, down to the one that fails."""
+        """The cases' outcomes, edited in one batch; half as many at a time where memory does not suffice, or
+        one of them is too long for the model or can't be read, down to the one that fails."""
         try:
             yield from run_one_step_batch(self.parts.backbone, self.parts.method, cases, self.reader)
             return
         except (UserError, RuntimeError, MemoryError) as error:
             full = faults.is_out_of_memory(error)
-            if not full and not (self.skip_broken and isinstance(error, UserError)):
+            tolerated = UserError if self.skip_broken else TooLongError
+            if not full and not isinstance(error, tolerated):
                 raise
             reason = "out of memory" if full else str(error)
+            if isinstance(error, TooLongError):
+                reason = f"{name_long_field(cases[0])}: {reason}"
         # Out here the error is gone, and with it what its frames held in memory.
         free = getattr(torch.get_device_module(self.parts.backbone.device), "empty_cache", None)
         if full and free is not None:

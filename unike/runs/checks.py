@@ -6,6 +6,7 @@ No check loads a model, and torch is imported by those alone that need it: a mis
 from __future__ import annotations
 
 import os
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -23,7 +24,7 @@ from unike.methods.preparation.folders import (
     list_changed_options,
 )
 from unike.methods.registry import check_method
-from unike.runs.drawing import DRAWING_SCRIPT, check_drawing
+from unike.runs.drawing import DRAWING_SCRIPT, SIZES, check_drawing
 from unike.runs.folders import check_edit_store, describe_run
 from unike.runs.inputs import (
     find_annotations,
@@ -33,12 +34,21 @@ from unike.runs.inputs import (
     read_triplets,
     wants_triplets,
 )
+from unike.runs.inspecting import (
+    check_effects,
+    check_folders,
+    check_recorded,
+    describe_broken_images,
+    find_broken_images,
+    list_long_cases,
+)
 from unike.runs.packages import check_packages
 from unike.runs.records import check_resumable
 from unike.runs.request import RunRequest
 from unike.runs.tracking import check_trackers
 from unike.system import launching, processes
 from unike.system.findings import Finding, collect_problems, find_problems
+from unike.system.places import check_name, require_folder
 from unike.types import Case, UserError
 
 
@@ -46,13 +56,15 @@ from unike.types import Case, UserError
 class Check:
     """One question about a request. ``run`` gives what was found, where the check ``applies``.
 
-    ``only_notes`` marks a check that finds no problems: a run leaves it out.
+    ``only_notes`` marks a check that finds no problems: a run leaves it out. What ``is_announced`` notes, a
+    run says before it loads a model.
     """
 
     name: str
     applies: Callable[[RunRequest], bool]
     run: Callable[[RunRequest], list[Finding]]
     only_notes: bool = False
+    is_announced: bool = False
 
 
 def _apply_always(request: RunRequest) -> bool:
@@ -91,6 +103,16 @@ def _inspect_memory(request: RunRequest) -> list[Finding]:
     return [replace(estimate_memory(request.hparams.backbone), ok=True)]
 
 
+def _inspect_options(request: RunRequest) -> list[Finding]:
+    problems = collect_problems(lambda: check_effects(request.hparams, request.given))
+    return [Finding(False, problem) for problem in problems]
+
+
+def _inspect_folders(request: RunRequest) -> list[Finding]:
+    problems = collect_problems(lambda: check_folders(request.hparams, request.needs))
+    return [Finding(False, problem) for problem in problems]
+
+
 def _inspect_prefix_dir(request: RunRequest) -> list[Finding]:
     what = f"prefix_dir: {request.hparams.prefix_dir}"
     return find_problems(lambda: check_prefix_dir(request.hparams), what)
@@ -100,10 +122,12 @@ def check_prefix_dir(hparams: PrefixOptions) -> None:
     """UserError where ``prefix_dir`` cannot be a folder."""
     if hparams.prefix_dir is None:
         return
+    check_name(hparams.prefix_dir)
     path = Path(hparams.prefix_dir)
     there = next(p for p in (path, *path.absolute().parents) if os.path.exists(p))
     if not there.is_dir():
         raise UserError(f"{hparams.source}: prefix_dir: {there} is a file; expected a folder")
+    require_folder(path, f"{hparams.source}: prefix_dir: ")
 
 
 def _inspect_faiss(request: RunRequest) -> list[Finding]:
@@ -138,6 +162,8 @@ def _inspect_output(request: RunRequest) -> list[Finding]:
         directory = request.choose_directory()
         made = describe_run(request.hparams, request.task, request.generated)
         check_resumable(directory, request.resume, made)
+        if request.resume and request.are_cases_there:
+            check_recorded(directory, request.hparams, request.cases)
     except UserError as error:
         return [Finding(False, problem) for problem in error.problems]
     return [Finding(True, f"output: {directory}")]
@@ -148,8 +174,8 @@ def _inspect_edit_store(request: RunRequest) -> list[Finding]:
 
     def check() -> None:
         # Without them, the check of the eval data says what is wrong.
-        lost = request.is_eval_undrawn or collect_problems(lambda: request.cases)
-        check_edit_store(request.hparams, store, () if lost else request.cases, request.resume)
+        cases = request.cases if request.are_cases_there else ()
+        check_edit_store(request.hparams, store, cases, request.resume)
 
     return find_problems(check, f"save_edits: {store}")
 
@@ -176,6 +202,21 @@ def _inspect_eval_data(request: RunRequest) -> list[Finding]:
     ]
 
 
+def _inspect_images(request: RunRequest) -> list[Finding]:
+    """Whether the images can be decoded: one that can't ends the run, after hours."""
+    broken = find_broken_images(request.cases) if request.are_cases_there else []
+    lines = describe_broken_images(broken)
+    if request.skip_broken:
+        return [Finding(True, line, "its record fails") for line in lines]
+    return [Finding(False, line, "--skip_broken counts such records as failed") for line in lines]
+
+
+def _inspect_texts(request: RunRequest) -> list[Finding]:
+    """A note for each text that the model does not take: its record fails, the others are edited."""
+    lines = list_long_cases(request.hparams, request.cases) if request.are_cases_there else []
+    return [Finding(True, line, "this record will fail") for line in lines]
+
+
 def _inspect_undrawn(request: RunRequest, part: str) -> list[Finding]:
     path = (request.hparams.data.get(part) or {}).get("eval")
     what = f"data.{part}.eval: {path}"
@@ -188,7 +229,17 @@ def _inspect_sequences(request: RunRequest) -> list[Finding]:
     hparams = request.hparams
     what = f"protocol: {hparams.protocol}: {hparams.sequences} sequences of {hparams.sequence_length} edits"
     if request.is_eval_undrawn:
-        return find_problems(lambda: check_sequence_length(hparams, request.size), what)
+        parts = list_parts(request.task)
+        count = min(request.size or sys.maxsize, SIZES["eval"] * len(parts))
+
+        def check() -> None:
+            check_sequence_length(hparams, count)
+            if hparams.protocol == "cross_task" and len(parts) == 1:
+                raise UserError(
+                    f"{hparams.source}: task: {request.task}; cross_task needs both, expected cross"
+                )
+
+        return find_problems(check, what)
     if collect_problems(lambda: request.cases):
         # The check of the eval data has them.
         return []
@@ -277,20 +328,25 @@ MODEL_CHECKS = (
     Check("weights", _apply_always, _inspect_weights),
     Check("memory", _apply_always, _inspect_memory, only_notes=True),
     Check("prefix_dir", lambda r: r.hparams.prefix_dir is not None, _inspect_prefix_dir),
+    Check("folders", _apply_always, _inspect_folders),
     Check("faiss", lambda r: r.hparams.retrieval == "faiss", _inspect_faiss),
     Check("trackers", lambda r: bool(r.hparams.log_to), _inspect_trackers),
 )
 DATA_CHECKS = (
     Check("drawing", lambda r: r.is_drawn, _inspect_drawing),
     Check("eval data", _apply_always, _inspect_eval_data),
+    # Of several processes the first looks: it alone has this to say.
+    Check("images", lambda r: processes.is_main() and not launching.is_launched(), _inspect_images),
+    Check("texts", lambda r: processes.is_main(), _inspect_texts, is_announced=True),
     Check("sequences", lambda r: r.hparams.protocol != "one_step", _inspect_sequences),
-    Check("knowledge", lambda r: r.needs.knowledge, _inspect_knowledge),
-    Check("scope", lambda r: r.needs.scope, _inspect_scope),
-    Check("editor", lambda r: r.needs.training, _inspect_editor),
+    Check("knowledge", lambda r: r.needs.knowledge, _inspect_knowledge, is_announced=True),
+    Check("scope", lambda r: r.needs.scope, _inspect_scope, is_announced=True),
+    Check("editor", lambda r: r.needs.training, _inspect_editor, is_announced=True),
     Check("train cases", lambda r: r.needs.cases, _inspect_train_cases),
 )
 CHECKS = (
     *MODEL_CHECKS,
+    Check("options", lambda r: bool(r.given), _inspect_options),
     Check("processes", lambda r: r.num_processes is not None or r.process_count > 1, _inspect_processes),
     Check("output", _apply_always, _inspect_output),
     Check("edit store", lambda r: r.save_edits is not None, _inspect_edit_store),
@@ -305,11 +361,14 @@ def find_all(request: RunRequest, checks: Sequence[Check] = CHECKS) -> list[Find
     return list(dict.fromkeys(found))
 
 
-def require(request: RunRequest, checks: Sequence[Check] = CHECKS) -> None:
-    """UserError with every problem that the checks find."""
-    found = find_all(request, [check for check in checks if not check.only_notes])
-    if problems := [finding.line for finding in found if not finding.ok]:
-        raise UserError(*problems)
+def require(request: RunRequest, checks: Sequence[Check] = CHECKS) -> list[str]:
+    """UserError with every problem that the checks find; else the lines that are said before a run."""
+    wanted = [check for check in checks if not check.only_notes]
+    by_check = [(check, find_all(request, [check])) for check in wanted]
+    problems = [finding.line for _, found in by_check for finding in found if not finding.ok]
+    if problems:
+        raise UserError(*dict.fromkeys(problems))
+    return [f.line for check, found in by_check if check.is_announced for f in found if f.remedy]
 
 
 def require_backbone(hparams: HyperParams) -> None:

@@ -27,8 +27,8 @@ def choose_directory(
     """Where a run is recorded: ``output``, or ``<results_dir>/<yaml>-<task>``, followed by the protocol
     if it is not one-step, with ``-2``, ``-3`` ... where that is taken; ``resume`` takes the latest.
 
-    UserError where ``output`` holds a run and ``resume`` is off, where it is not there and ``resume`` is on, or
-    where the folder can't be written.
+    UserError where ``output`` holds a run and ``resume`` is off, where ``resume`` is on and it is not
+    there, or where the folder can't be written.
     """
     if output is not None:
         check_name(output)

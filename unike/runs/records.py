@@ -222,10 +222,8 @@ def _make_folder(directory: Path) -> None:
 
 def _refuse_links(directory: Path) -> None:
     """UserError where a link is in the place of a file that the run writes: its target may be anything."""
-    for path in (
-        *(directory / name for name in (RECORDS, MANIFEST, SUMMARY, _STOP)),
-        *directory.glob(SHARDS),
-    ):
+    own = (directory / name for name in (RECORDS, MANIFEST, SUMMARY, _STOP))
+    for path in (*own, *directory.glob(SHARDS)):
         refuse_link(path)
 
 

@@ -20,7 +20,9 @@ from unike.runs.drawing import (
 )
 from unike.runs.folders import choose_directory
 from unike.runs.inputs import list_parts, open_datasets
+from unike.runs.inspecting import list_option_names
 from unike.system import processes
+from unike.system.findings import collect_problems
 from unike.types import Case, UserError
 
 
@@ -37,11 +39,15 @@ class RunRequest:
     save_edits: str | None = None
     num_processes: int | None = None
     generated: bool = True
+    # Options that the command line names.
+    given: tuple[str, ...] = ()
 
     @classmethod
     def from_arguments(cls, hparams: HyperParams, args: argparse.Namespace) -> RunRequest:
         """The request of a parsed command line. Without a task, E-VQA, or both for cross-task sequences."""
-        named = {field.name: getattr(args, field.name) for field in fields(cls) if field.name != "hparams"}
+        own = {"hparams", "given"}
+        named = {field.name: getattr(args, field.name) for field in fields(cls) if field.name not in own}
+        named["given"] = list_option_names([*args.overrides, *args.named])
         task = args.task or ("cross" if hparams.protocol == "cross_task" else "vqa")
         return cls(hparams, **(named | {"task": task}))
 
@@ -54,6 +60,11 @@ class RunRequest:
     def cases(self) -> Sequence[Case]:
         """The eval cases, read once. UserError as ``open_datasets``."""
         return open_datasets(self.hparams, self.task, self.size, self.skip_broken)
+
+    @property
+    def are_cases_there(self) -> bool:
+        """Whether the eval cases can be read now; where not, the check of the eval data says why."""
+        return not self.is_eval_undrawn and not collect_problems(lambda: self.cases)
 
     def choose_directory(self) -> Path:
         """The folder of the run. UserError as the function of this name."""

@@ -80,6 +80,7 @@ class _Work(Protocol):
     order: list[str]
     total: int
     already: int
+    pending: int
 
     def run(self, shared: SharedRun) -> Iterator[Outcome]: ...
 
@@ -119,6 +120,7 @@ def run_cases(
         tqdm(total=work.total, initial=work.already, desc="edits", disable=hidden) as bar,
         shared.catch_end(),
     ):
+        moved = 0
         for outcome in work.run(shared):
             record, edit = outcome.record, outcome.edit
             if record.id not in done:
@@ -129,5 +131,8 @@ def run_cases(
                     means.add(record)
                     tracker.add(record, means)
                     bar.set_postfix_str(str(means), refresh=False)
-            bar.update(record.place is None or record.is_step)
+            moved += record.place is None or record.is_step
+            if not work.pending:
+                bar.update(moved)
+                moved = 0
     return shared.sum_up(hp.seed, hp.metric_presets, work.order)

@@ -18,8 +18,11 @@ class Sequences:
     """This process's share of the sequences drawn from ``cases`` that are not recorded to their end.
 
     An unfinished one is edited from its start, since edits are not kept. ``order`` has the ids of the run's
-    records. A progress bar counts to ``total`` edits, from ``already`` on.
+    records. A progress bar counts to ``total`` edits, from ``already`` on. Each outcome takes its own time:
+    none is ``pending``.
     """
+
+    pending = 0
 
     def __init__(
         self, parts: Parts, cases: Sequence[Case], reader: Reader, done: AbstractSet[str], skip_broken: bool

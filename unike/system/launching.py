@@ -96,6 +96,11 @@ def wants_launch(number: int | None) -> bool:
     return (number or 1) > 1 and count_planned() == 1
 
 
+def is_launched() -> bool:
+    """Whether another process started this one, and has checked its input."""
+    return _LAUNCHED in os.environ
+
+
 def check_number(number: int | None) -> None:
     """UserError for ``--num_processes`` under 1, and for more than this machine's cores can serve."""
     if number is not None and number < 1:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from tqdm import tqdm
 
+# A stage's time is told after so long, where more than so much is left.
+_MEASURED_SECONDS, _LONG_SECONDS = 3.0, 60.0
 # Called with a stage of a job and how many of its steps are done since the last call.
 Tick = Callable[[str, int], None]
 
@@ -16,17 +20,38 @@ def ignore_progress(stage: str, count: int) -> None:
     """A ``Tick`` that shows nothing."""
 
 
+def _describe_time(seconds: float) -> str:
+    minutes = max(1, round(seconds / 60))
+    return f"{minutes} minutes" if minutes < 120 else f"{minutes / 60:.0f} hours"
+
+
 @contextmanager
 def show_progress(totals: Mapping[str, int], progress: bool = True) -> Iterator[Tick]:
-    """A callback ``tick(stage, n)`` that draws a bar per stage, of the stage's total where it is known."""
+    """A callback ``tick(stage, n)`` that draws a bar per stage, of the stage's total where it is known.
+
+    A stage that will take minutes is announced with its time, as soon as its first steps tell.
+    """
     drawn: dict[str, tqdm[Any]] = {}
+    started: dict[str, float] = {}
+    announced = set[str]()
 
     def tick(what: str, n: int) -> None:
         if what not in drawn:
             for bar in drawn.values():
                 bar.close()
             drawn[what] = tqdm(desc=what, total=totals.get(what), disable=not progress)
-        drawn[what].update(n)
+            # The first tick is called after its steps: how long they took is not known.
+            started[what] = time.monotonic()
+            drawn[what].update(n)
+            return
+        bar = drawn[what]
+        bar.update(n)
+        done, passed = bar.n - bar.initial, time.monotonic() - started[what]
+        if progress and bar.total and what not in announced and passed > _MEASURED_SECONDS and done:
+            announced.add(what)
+            left = passed / done * (bar.total - bar.n)
+            if left > _LONG_SECONDS:
+                bar.write(f"{what}: about {_describe_time(left)} for {bar.total} steps", file=sys.stderr)
 
     try:
         yield tick

@@ -1,0 +1,185 @@
+"""Checks of a run's data and folders that look further than at names: sizes, records, images, models."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from unike.config.hparams import OPTIONS, HyperParams
+from unike.config.schema import list_own_options
+from unike.config.sections import FineTuningOptions, IKEOptions
+from unike.datasets.images import open_image
+from unike.datasets.lengths import find_long_texts, read_limit
+from unike.evaluation.sequences import draw_run_sequences
+from unike.methods.preparation.folders import find_shipped_model, require_place
+from unike.methods.registry import MethodNeeds
+from unike.runs.records import RECORDS, read_records
+from unike.system.files import compute_sha256
+from unike.system.text import one_line
+from unike.types import Case, UserError
+
+_SHOWN = 3
+# What a model's folder is told apart by.
+_MODEL_FILES = ("config.json", "model.safetensors")
+
+
+# ---------------------------------------------------------------- options
+
+
+def check_effects(hparams: HyperParams, given: Sequence[str]) -> None:
+    """UserError, a line for each, for options of the command line that this run would not look at."""
+    problems = []
+    for key in dict.fromkeys(given):
+        if key in _PROTOCOL_KEYS and hparams.protocol == "one_step":
+            remedy = "add --protocol sequential, or cross_task"
+            problems.append(f"{hparams.source}: {key}: has no effect with protocol: one_step; {remedy}")
+        for method, own in _METHOD_KEYS.items():
+            if key in own and hparams.method in _METHODS - {method}:
+                what = f"{key}: has no effect with method: {hparams.method}"
+                problems.append(f"{hparams.source}: {what}; it belongs to method: {method}")
+    if problems:
+        raise UserError(*problems)
+
+
+_PROTOCOL_KEYS = {"sequence_length", "sequences", "curve_cases"}
+_METHODS = {"unike", "ft", "tpatcher", "ike", "ke", "mend", "serac"}
+_METHOD_KEYS = {
+    "ft": set(list_own_options(FineTuningOptions)),
+    "ike": set(list_own_options(IKEOptions)),
+    "ke": {"ke_margin"},
+    "serac": {"serac_scope"},
+}
+
+
+# ---------------------------------------------------------------- folders
+
+
+def list_folders(hparams: HyperParams, needs: MethodNeeds) -> dict[str, str]:
+    """The folders of what is prepared that this method reads, by their keys."""
+    wanted = {
+        "knowledge_dir": needs.knowledge,
+        "scope_dir": needs.scope,
+        "editor_dir": needs.training,
+    }
+    return {key: folder for key, is_read in wanted.items() if is_read and (folder := getattr(hparams, key))}
+
+
+def check_folders(hparams: HyperParams, needs: MethodNeeds) -> None:
+    """UserError, a line for each, for folders that cannot be read or made, and for those of another model."""
+    problems: list[str] = []
+    for key, folder in list_folders(hparams, needs).items():
+        try:
+            require_place(f"{hparams.source}: {key}: ", folder)
+            _require_same_model(hparams, key, folder)
+        except UserError as error:
+            problems += error.problems
+    if problems:
+        raise UserError(*problems)
+
+
+def _require_same_model(hparams: HyperParams, key: str, folder: str) -> None:
+    """UserError where what is shipped was made for another model than the YAML's."""
+    shipped = find_shipped_model(folder)
+    if shipped is None or _are_same_models(shipped, Path(hparams.name)):
+        return
+    at = f"{hparams.source}: {key}: {folder}"
+    raise UserError(
+        f"{at}: was made for the model in {shipped.name}, not for name: {hparams.name}; name another {key}"
+    )
+
+
+def _are_same_models(one: Path, other: Path) -> bool:
+    if os.path.isdir(other) and os.path.samefile(one, other):
+        return True
+    files = [(one / name, other / name) for name in _MODEL_FILES]
+    if not all(a.is_file() and b.is_file() for a, b in files):
+        return False
+    return all(compute_sha256(a) == compute_sha256(b) for a, b in files)
+
+
+# ---------------------------------------------------------------- records
+
+
+def check_recorded(directory: Path, hparams: HyperParams, cases: Sequence[Case]) -> None:
+    """UserError where a run to resume has records that are not of these cases: then ``--size`` or the data
+    differ."""
+    if not os.path.isfile(directory / RECORDS):
+        return
+    # Imported late, as torch comes with it.
+    from unike.evaluation.protocols import name_record
+
+    records = read_records(directory)
+    if hparams.protocol == "one_step":
+        known = {case.request.id: case.request.id for case in cases}
+    else:
+        known = {
+            name_record(number, position, kind): case.request.id
+            for number, drawn in enumerate(draw_run_sequences(hparams, cases))
+            for position, case in enumerate(drawn, 1)
+            for kind in ("step", "final")
+        }
+    foreign = [r.id for r in records if known.get(r.id) != r.case]
+    if foreign:
+        found = f"{len(records)} records, among them {one_line(foreign[0], 60)}"
+        raise UserError(
+            f"{directory}: holds {found}, which is not of this run's {len(cases)} cases; resume with the "
+            "--size that it was started with, or name another --output"
+        )
+
+
+# ---------------------------------------------------------------- images and texts
+
+
+def find_broken_images(cases: Sequence[Case]) -> list[tuple[str, str]]:
+    """The id of the first case with each image that cannot be read, and why; every image is decoded once."""
+    seen: dict[str, str] = {}
+    for case in cases:
+        for query in (case.request.query, *(probe.query for probe in case.probes)):
+            if isinstance(query.image, (str, os.PathLike)):
+                seen.setdefault(os.fspath(query.image), case.request.id)
+    broken = []
+    for image, name in seen.items():
+        try:
+            open_image(image)
+        except UserError as error:
+            broken.append((name, str(error)))
+    return broken
+
+
+def describe_broken_images(broken: Sequence[tuple[str, str]]) -> list[str]:
+    """A line for each of the first, and one for the others."""
+    lines = [f"record {one_line(name, 60)}: {reason}" for name, reason in broken[:_SHOWN]]
+    if len(broken) > _SHOWN:
+        lines.append(f"{len(broken) - _SHOWN} more images cannot be read; the data doctor lists them all")
+    return lines
+
+
+def list_long_cases(hparams: HyperParams, cases: Sequence[Case]) -> list[str]:
+    """A line for each record with a text that the model's context does not take; none where the model's
+    folder does not tell its limit."""
+    if not any(_may_be_long(case) for case in cases):
+        return []
+    limit = read_limit(hparams.name)
+    if limit is None:
+        return []
+    lines = [
+        f"record {one_line(case.request.id, 60)}: {line}"
+        for case in cases
+        for line in find_long_texts(case, limit)
+    ]
+    if (more := len(lines) - _SHOWN) > 0:
+        lines[_SHOWN:] = [f"{more} more texts are too long; the data doctor lists them all"]
+    return lines
+
+
+def _may_be_long(case: Case) -> bool:
+    # Far below any decoder's context, with an image.
+    return any(len(p.query.prompt) + len(p.query.target or "") > 100 for p in case.probes)
+
+
+def list_option_names(texts: Sequence[str]) -> tuple[str, ...]:
+    """The options that ``key=value`` texts set, by their own names."""
+    aliases = {alias: option.name for option in OPTIONS.values() for alias in option.aliases}
+    keys = (text.partition("=")[0].partition(".")[0].strip() for text in texts)
+    return tuple(aliases.get(key, key) for key in keys)
