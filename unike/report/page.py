@@ -7,6 +7,7 @@ the page's own script alone and load nothing.
 from __future__ import annotations
 
 import base64
+import errno
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
@@ -108,11 +109,12 @@ def render(page: HtmlPage) -> str:
 
 
 def check_page(path: str | os.PathLike[str]) -> None:
-    """UserError where a page cannot be written to ``path``: its folder is missing, or another file is there."""
+    """UserError where a page cannot be written to ``path``: no folder for it is there, or another file is."""
     require_own(path, contains(_GENERATOR))
     folder = Path(path).absolute().parent
     if not folder.is_dir():
-        raise UserError(f"{path}: cannot be written: {folder} is no folder")
+        reason = os.strerror(errno.ENOTDIR if folder.exists() else errno.ENOENT)
+        raise UserError(f"{path}: cannot be written: {reason}")
     require_folder(folder)
 
 

@@ -56,15 +56,13 @@ from unike.types import Case, UserError
 class Check:
     """One question about a request. ``run`` gives what was found, where the check ``applies``.
 
-    ``only_notes`` marks a check that finds no problems: a run leaves it out. What ``is_announced`` notes, a
-    run says before it loads a model.
+    ``only_notes`` marks a check that finds no problems: a run leaves it out.
     """
 
     name: str
     applies: Callable[[RunRequest], bool]
     run: Callable[[RunRequest], list[Finding]]
     only_notes: bool = False
-    is_announced: bool = False
 
 
 def _apply_always(request: RunRequest) -> bool:
@@ -214,7 +212,7 @@ def _inspect_images(request: RunRequest) -> list[Finding]:
 def _inspect_texts(request: RunRequest) -> list[Finding]:
     """A note for each text that the model does not take: its record fails, the others are edited."""
     lines = list_long_cases(request.hparams, request.cases) if request.are_cases_there else []
-    return [Finding(True, line, "this record will fail") for line in lines]
+    return [Finding(True, line, "this record will fail", True) for line in lines]
 
 
 def _inspect_undrawn(request: RunRequest, part: str) -> list[Finding]:
@@ -275,7 +273,7 @@ def _inspect_shipped(request: RunRequest, folder: Path) -> list[Finding]:
         return [Finding(True, f"knowledge_dir: {folder}: memory and encoders are there")]
     what = f"knowledge_dir: {folder}: made with other values of {', '.join(changed)}"
     problems = [] if request.is_train_undrawn else _require_triplets(request)
-    return problems or [Finding(True, what, "built anew from the train data")]
+    return problems or [Finding(True, what, "built anew from the train data", True)]
 
 
 def _require_triplets(request: RunRequest) -> list[Finding]:
@@ -303,11 +301,19 @@ def _inspect_trained(
     if kept is not None:
         return [Finding(True, f"{key}: {kept}: the {what} is there")]
     folder = getattr(request.hparams, key)
-    note = Finding(True, f"{key}: {folder}: no {what} of these options", "trained first (scripts/prepare.py)")
+    note = Finding(
+        True, f"{key}: {folder}: no {what} of these options", _describe_training(request, key), True
+    )
     if request.is_train_undrawn:
         return [note]
     problems = collect_problems(lambda: read_train_cases(request.hparams, request.skip_broken))
     return [Finding(False, problem) for problem in problems] or [note]
+
+
+def _describe_training(request: RunRequest, key: str) -> str:
+    hparams = request.hparams
+    steps = hparams.editor_steps if key == "editor_dir" else hparams.scope_steps
+    return f"trained first, up to {steps} steps, and kept (scripts/prepare.py)"
 
 
 def _inspect_train_cases(request: RunRequest) -> list[Finding]:
@@ -337,11 +343,11 @@ DATA_CHECKS = (
     Check("eval data", _apply_always, _inspect_eval_data),
     # Of several processes the first looks: it alone has this to say.
     Check("images", lambda r: processes.is_main() and not launching.is_launched(), _inspect_images),
-    Check("texts", lambda r: processes.is_main(), _inspect_texts, is_announced=True),
+    Check("texts", lambda r: processes.is_main(), _inspect_texts),
     Check("sequences", lambda r: r.hparams.protocol != "one_step", _inspect_sequences),
-    Check("knowledge", lambda r: r.needs.knowledge, _inspect_knowledge, is_announced=True),
-    Check("scope", lambda r: r.needs.scope, _inspect_scope, is_announced=True),
-    Check("editor", lambda r: r.needs.training, _inspect_editor, is_announced=True),
+    Check("knowledge", lambda r: r.needs.knowledge, _inspect_knowledge),
+    Check("scope", lambda r: r.needs.scope, _inspect_scope),
+    Check("editor", lambda r: r.needs.training, _inspect_editor),
     Check("train cases", lambda r: r.needs.cases, _inspect_train_cases),
 )
 CHECKS = (
@@ -364,11 +370,10 @@ def find_all(request: RunRequest, checks: Sequence[Check] = CHECKS) -> list[Find
 def require(request: RunRequest, checks: Sequence[Check] = CHECKS) -> list[str]:
     """UserError with every problem that the checks find; else the lines that are said before a run."""
     wanted = [check for check in checks if not check.only_notes]
-    by_check = [(check, find_all(request, [check])) for check in wanted]
-    problems = [finding.line for _, found in by_check for finding in found if not finding.ok]
-    if problems:
-        raise UserError(*dict.fromkeys(problems))
-    return [f.line for check, found in by_check if check.is_announced for f in found if f.remedy]
+    found = find_all(request, wanted)
+    if problems := [finding.line for finding in found if not finding.ok]:
+        raise UserError(*problems)
+    return [finding.line for finding in found if finding.is_announced]
 
 
 def require_backbone(hparams: HyperParams) -> None:

@@ -10,11 +10,13 @@ from unike.types import UserError
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of a check: ``ok`` with a ``remedy`` is a note, not ``ok`` is a problem."""
+    """One line of a check: ``ok`` with a ``remedy`` is a note, not ``ok`` is a problem. A run says a note that
+    ``is_announced`` before it loads a model."""
 
     ok: bool
     what: str
     remedy: str | None = None
+    is_announced: bool = False
 
     @property
     def line(self) -> str:

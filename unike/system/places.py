@@ -5,6 +5,7 @@ Nothing is written over a file that the program did not write, and nothing throu
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -63,7 +64,7 @@ def require_own(path: PathLike, is_own: Callable[[Path], bool], remedy: str = "n
     if os.path.islink(place):
         raise UserError(f"{shown}: is a symbolic link; nothing is written through it; {remedy}")
     if os.path.isdir(place):
-        raise UserError(f"{shown}: is a folder; expected a file to write; {remedy}")
+        raise UserError(f"{shown}: cannot be written: {os.strerror(errno.EISDIR)}")
     try:
         own = os.path.isfile(place) and is_own(place)
     except (OSError, ValueError):
