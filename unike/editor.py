@@ -53,6 +53,7 @@ class MultimodalEditor:
         self.hparams, self.backbone, self.progress = hparams, backbone, progress
         self._parts: runs.Parts | None = None
         self._slot = Slot.of(backbone)
+        self._epoch = self._slot.guard.epoch
 
     @classmethod
     def from_hparams(
@@ -75,10 +76,13 @@ class MultimodalEditor:
         def cases() -> Sequence[Case]:
             return inputs.read_method_cases(self.hparams, skip_broken, train_ds)
 
-        if self._parts is None or train_ds is not None:
-            with self._slot.only(()):
+        with self._slot.only(()):
+            epoch = self._slot.guard.epoch
+            # Memory, encoders and networks belong to the weights that they were made with.
+            if self._parts is None or train_ds is not None or self._epoch != epoch:
                 self._parts = runs.assemble(self.hparams, self.backbone, self.progress, triplets, cases)
-        return self._parts
+                self._epoch = epoch
+            return self._parts
 
     @property
     def edits(self) -> tuple[Edit, ...]:
@@ -92,9 +96,10 @@ class MultimodalEditor:
         Where several edits set the same weight, the last one counts. UserError, with nothing changed, where
         an edit of the same ``id`` is attached, or where this one was made on another model.
         """
-        mine = not self.edits or self._slot.editor is self
-        self._slot.attach(edit)
-        self._slot.editor = self if mine else None
+        with self._slot.guard.hold():
+            mine = not self.edits or self._slot.editor is self
+            self._slot.attach(edit)
+            self._slot.editor = self if mine else None
 
     def detach(self, id: str) -> Edit:
         """Takes one edit back and gives it; the others stay, in order, as if it had never been attached.
@@ -112,7 +117,8 @@ class MultimodalEditor:
         Unedited by default, so that a comparison with the base model does not depend on what is attached;
         ``ask`` gives both answers.
         """
-        return self._slot.generate(self.edits if edited else (), image, prompt, max_new_tokens)
+        with self._slot.guard.hold():
+            return self._slot.generate(self.edits if edited else (), image, prompt, max_new_tokens)
 
     def ask(self, image: ImageLike | None, prompt: str, top: int = 5) -> Explanation:
         """The answers before and after the attached edits, and what was active for this prompt.
@@ -128,9 +134,10 @@ class MultimodalEditor:
         UserError as ``Edit.load``.
         """
         saved = read_edit(folder)
-        saved.require(self.backbone)
-        shared = self.prepare().method.get_shared_parts() if saved.needs else Shared()
-        return load_edit(saved, self.backbone, shared)
+        with self._slot.guard.hold():
+            saved.require(self.backbone)
+            shared = self.prepare().method.get_shared_parts() if saved.needs else Shared()
+            return load_edit(saved, self.backbone, shared)
 
     def edit(
         self,
@@ -157,12 +164,19 @@ class MultimodalEditor:
         Raises UserError, with all problems at once and nothing changed, for lists of different
         lengths, empty texts and missing images.
         """
+        with self._slot.guard.hold():
+            return self._edit(
+                _Requests(prompts, targets, image, rephrase_prompts, rephrase_image, locality_inputs or {}),
+                template,
+                keep_original_weight,
+            )
+
+    def _edit(self, requests: _Requests, template: str | None, keep_original_weight: bool) -> EditResult:
         former = () if keep_original_weight else self.edits
         if former and self._slot.editor is not self:
             raise UserError(
                 "keep_original_weight: the attached edits are another editor's; remove them first"
             )
-        requests = _Requests(prompts, targets, image, rephrase_prompts, rephrase_image, locality_inputs or {})
         cases = requests.make_cases(template, {edit.id for edit in former})
         return self._edit_all(cases, former, not keep_original_weight, generated=False)
 
@@ -180,8 +194,9 @@ class MultimodalEditor:
         ``generated=False`` leaves out the second. ``edited_model`` carries the last edit.
         """
         cases = ds if template is None else _apply_template(ds, template)
-        self.prepare(train_ds)
-        return self._edit_all(cases, (), accumulate=False, generated=generated)
+        with self._slot.guard.hold():
+            self.prepare(train_ds)
+            return self._edit_all(cases, (), accumulate=False, generated=generated)
 
     def _edit_all(
         self, cases: Sequence[Case], former: tuple[Edit, ...], accumulate: bool, generated: bool

@@ -5,7 +5,7 @@ Everything here is a context manager that removes its hooks on the way out, afte
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -165,9 +165,18 @@ def unhooked(module: nn.Module) -> Iterator[None]:
         module._forward_pre_hooks, module._forward_hooks = before, after
 
 
-def marks(modules: Iterable[nn.Module]) -> list[tuple[int, ...]]:
-    """Hooks and parameters of each module itself: equal as long as nobody has hooked or swapped any."""
-    return [
-        (len(m._forward_hooks) + len(m._forward_pre_hooks), *(id(p) for p in m._parameters.values()))
-        for m in modules
-    ]
+# Hooks of these packages are part of how their models run.
+_KNOWN_PACKAGES = ("unike.", "transformers.", "accelerate.")
+
+
+def list_foreign_hooks(module: nn.Module) -> tuple[int, ...]:
+    """The hooks of a module that neither this package nor its libraries have set, each by a number of its
+    own."""
+    both = (module._forward_pre_hooks, module._forward_hooks)
+    return tuple(
+        number
+        for hooks in both
+        if hooks
+        for number, hook in hooks.items()
+        if not str(getattr(hook, "__module__", "")).startswith(_KNOWN_PACKAGES)
+    )

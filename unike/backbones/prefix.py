@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from unike.backbones.base import IGNORED, Backbone, PrefixState, encode_queries
-from unike.backbones.hooks import marks
+from unike.backbones.guard import Guard
 from unike.backbones.images import content_key
 from unike.backbones.store import RowStore, row_key
 from unike.config.sections import PrefixOptions
@@ -52,7 +52,8 @@ class PrefixCache:
     In a batch the last bits of a state depend on what else is in the batch. With ``alone`` every query is
     computed by itself: its state depends on the query only.
 
-    The states are the base model's: the cache must not be filled while an edit is applied.
+    The states are the base model's: what is applied is taken off while they are computed. Where the weights
+    have been changed they are computed anew, and where somebody's hook is below layer ``first`` each time.
     """
 
     def __init__(
@@ -68,27 +69,49 @@ class PrefixCache:
         self.store, self.alone = store, alone
         self.computed = self.loaded = 0
         self._rows = BoundedCache[QueryKey, _CachedRow](max_bytes, lambda row: row.nbytes)
-        self._below: list[torch.nn.Module] = []
-        if store is not None:
-            edited = (backbone.layout.layer(i).modules() for i in range(first, len(backbone.layout)))
-            behind = {id(module) for modules in edited for module in modules}
-            self._below = [m for m in backbone.model.modules() if id(m) not in behind]
-        self._marks = marks(self._below)
+        self._epoch = Guard.of(backbone).epoch
+        self._below = self._list_below()
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def state(self, queries: Sequence[Query]) -> PrefixState:
         """The queries as one right-padded batch."""
+        guard = Guard.of(self.backbone)
+        with guard.hold():
+            self._follow_weights(guard.epoch)
+            return self._gather(queries, guard)
+
+    def _follow_weights(self, epoch: int) -> None:
+        """Forgets the states of other weights than the model has now."""
+        if self._epoch == epoch:
+            return
+        self._rows.clear()
+        if self.store is not None:
+            self.store = self.store.move(self.backbone.identity)
+        self._epoch, self._below = epoch, self._list_below()
+
+    def _list_below(self) -> list[torch.nn.Module]:
+        """All modules that a state may depend on: none of the edited layers."""
+        layout = self.backbone.layout
+        edited = (layout.layer(i).modules() for i in range(self.first, len(layout)))
+        behind = {id(module) for modules in edited for module in modules}
+        return [m for m in self.backbone.model.modules() if id(m) not in behind]
+
+    def _gather(self, queries: Sequence[Query], guard: Guard) -> PrefixState:
         keys = [_make_key(q) for q in queries]
         rows = {k: row for k in keys if (row := self._rows.get(k)) is not None}
         rows.update(self._load([k for k in dict.fromkeys(keys) if k not in rows]))
         todo = list({k: q for k, q in zip(keys, queries, strict=True) if k not in rows}.items())
         for start in range(0, len(todo), self.batch):
             part = todo[start : start + self.batch]
-            new = dict(zip([k for k, _ in part], self._compute([q for _, q in part]), strict=True))
+            with guard.bare():
+                plain = guard.watch.are_plain(self._below)
+                new = dict(zip([k for k, _ in part], self._compute([q for _, q in part]), strict=True))
             rows.update(new)
-            if self.store is not None and self._is_untouched():
+            if not plain:
+                continue
+            if self.store is not None:
                 self.store.put({row_key(k): row.tensors() for k, row in new.items()})
             for key, row in new.items():
                 self._rows.put(key, row)
@@ -105,10 +128,6 @@ class PrefixCache:
                 self._rows.put(key, rows[key])
         self.loaded += len(rows)
         return rows
-
-    def _is_untouched(self) -> bool:
-        """Whether nothing below the edited layers is edited; on disk a wrong state would outlive the run."""
-        return marks(self._below) == self._marks
 
     def _compute(self, queries: list[Query]) -> list[_CachedRow]:
         if self.alone and len(queries) > 1:

@@ -36,13 +36,18 @@ class RowStore:
     """
 
     def __init__(self, root: str | os.PathLike[str], name: str, max_bytes: int) -> None:
-        self.root, self.folder, self.max_bytes = Path(root), Path(root) / name, max_bytes
+        self.root, self.name, self.max_bytes = Path(root), name, max_bytes
+        self.folder = self.root / name
         self.writing = True
         self._files: set[str] = set()
         self._where: dict[str, str] = {}
         self._used: set[Path] = set()
         self._stamp = -1
         self._bytes: int | None = None
+
+    def move(self, owner: str) -> RowStore:
+        """The store of the same name and limit below another ``owner``, the first part of the name."""
+        return RowStore(self.root, f"{owner}/{self.name.partition('/')[2]}", self.max_bytes)
 
     def get(self, keys: Sequence[str]) -> dict[str, dict[str, torch.Tensor]]:
         """The rows of those ``keys`` that are kept, in memory of their own."""

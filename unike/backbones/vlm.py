@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from unike.backbones.architecture import Architecture
 from unike.backbones.base import IGNORED, Batch, Output, PrefixState, Prompt
 from unike.backbones.dialogue import Chat, Dialogue, prompt_and_answer
+from unike.backbones.guard import Guard, held
 from unike.backbones.hooks import first_tensor, hidden_states, inputs_of
 from unike.backbones.images import FeatureCache, Parts
 from unike.backbones.layout import DecoderLayout
@@ -63,8 +64,10 @@ class VisionLanguageBackbone:
         self.vision = architecture.vision(model, folder, image_size)
         self.cache = FeatureCache(self.vision.see)
         self._token_ids = BoundedCache[str, list[int]](TEXTS)
-        self._fingerprint: str | None = None
-        self._identity: str | None = None
+        # With the epoch of the weights that it is of.
+        self._identity: tuple[int, str] | None = None
+        self._epoch = 0
+        self._vision_modules: tuple[int, list[torch.nn.Module]] | None = None
         self._layer_inputs = BoundedCache[Hashable, dict[str, object]](MASKS)
 
     @property
@@ -90,39 +93,42 @@ class VisionLanguageBackbone:
 
     @property
     def fingerprint(self) -> str:
-        if self._fingerprint is None:
-            digest = hashlib.sha256(self.layout.config.model_type.encode())
-            for name, tensor in sorted(self.model.state_dict().items()):
-                digest.update(name.encode())
-                # A few numbers of every tensor distinguish weights without reading gigabytes.
-                flat = tensor.detach().flatten()
-                digest.update(flat[:: max(1, flat.numel() // 64)].float().cpu().numpy().tobytes())
-            self._fingerprint = digest.hexdigest()[:16]
-        return self._fingerprint
+        guard = Guard.of(self)
+        with guard.hold():
+            if (known := guard.watch.fingerprint) is not None:
+                return known
+            with guard.bare():
+                return guard.watch.read_fingerprint(self.layout.config.model_type)
 
     @property
     def identity(self) -> str:
         """A checksum of weights, configuration, precision, device, image processing, tokeniser, dialogue and
         versions."""
-        if self._identity is None:
-            where = {"_name_or_path", "transformers_version"}
-            settings = {k: v for k, v in _flatten(self._settings) if k.rpartition(".")[2] not in where}
-            backend = getattr(self.tokenizer, "backend_tokenizer", None)
-            parts = (
-                self.fingerprint,
-                sorted(settings.items()),
-                self.vision.settings,
-                repr(self.dialogue),
-                sorted(self.tokenizer.get_vocab().items()),
-                None if backend is None else backend.to_str(),
-                self.device.type,
-                getattr(self.layout.config, "_attn_implementation", None),
-                [(n, str(p.dtype)) for n, p in self.model.named_parameters()],
-                torch.__version__,
-                transformers.__version__,
-            )
-            self._identity = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
-        return self._identity
+        guard = Guard.of(self)
+        with guard.hold():
+            if self._identity is None or self._identity[0] != guard.epoch:
+                with guard.bare():
+                    self._identity = guard.epoch, self._compute_identity(guard.watch.read_checksum())
+            return self._identity[1]
+
+    def _compute_identity(self, weights: str) -> str:
+        where = {"_name_or_path", "transformers_version"}
+        settings = {k: v for k, v in _flatten(self._settings) if k.rpartition(".")[2] not in where}
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        parts = (
+            weights,
+            sorted(settings.items()),
+            self.vision.settings,
+            repr(self.dialogue),
+            sorted(self.tokenizer.get_vocab().items()),
+            None if backend is None else backend.to_str(),
+            self.device.type,
+            getattr(self.layout.config, "_attn_implementation", None),
+            [(n, str(p.dtype)) for n, p in self.model.named_parameters()],
+            torch.__version__,
+            transformers.__version__,
+        )
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
     @property
     def _settings(self) -> Mapping[str, object]:
@@ -134,6 +140,15 @@ class VisionLanguageBackbone:
         if alone != self.cache.alone:
             self.cache.forget()
         self.cache.store, self.cache.alone = store, alone
+
+    def _forget_former_weights(self) -> None:
+        """Drops what was computed with other weights than the model has now."""
+        if self._epoch != (epoch := Guard.of(self).epoch):
+            self._epoch = epoch
+            self.cache.forget()
+            self._layer_inputs.clear()
+            if self.cache.store is not None:
+                self.cache.store = self.cache.store.move(self.identity)
 
     @property
     def projection(self) -> torch.nn.Module:
@@ -151,6 +166,7 @@ class VisionLanguageBackbone:
         """Token ids of a text and of the answer after it, without what a dialogue writes around them."""
         return prompt_and_answer(self.tokens, prompt, target)
 
+    @held
     def encode(
         self,
         images: Sequence[ImageLike | None],
@@ -167,12 +183,29 @@ class VisionLanguageBackbone:
         """
         targets = [None] * len(prompts) if targets is None else targets
         shown = [i for i in images if i is not None]
-        seen = iter(self.cache.get(shown, self.vision.pixels, device=self.device))
+        seen = iter(self._see(shown))
         rows = [
             self._encode_row(next(seen) if i is not None else None, p, t)
             for i, p, t in zip(images, prompts, targets, strict=True)
         ]
         return self._pad(rows, padding_side, tuple(prompts))
+
+    def _see(self, shown: Sequence[ImageLike]) -> list[Parts]:
+        """What the vision side computes of each image. It is kept by the image's content; where an edit, or
+        anybody's hook, is in the vision side, nothing that is kept is its."""
+        self._forget_former_weights()
+        if Guard.of(self).watch.are_plain(self._list_vision_modules()):
+            return self.cache.get(shown, self.vision.pixels, device=self.device)
+        return [self.vision.see([self.vision.pixels(image)])[0] for image in shown]
+
+    def _list_vision_modules(self) -> list[torch.nn.Module]:
+        """All modules that an image's features may depend on: neither decoder layers nor the projection."""
+        if self._vision_modules is None or self._vision_modules[0] != self._epoch:
+            layers = [self.layout.layer(i) for i in range(len(self.layout))]
+            others = {id(m) for part in (*layers, self.projection) for m in part.modules()}
+            own = [m for m in self.model.modules() if id(m) not in others]
+            self._vision_modules = self._epoch, own
+        return self._vision_modules[1]
 
     def _encode_row(self, seen: Parts | None, prompt: str, target: str | None) -> _EncodedRow:
         """One query, unpadded; ``seen`` is what the vision side computed of its image."""
@@ -231,11 +264,13 @@ class VisionLanguageBackbone:
         """The input of the decoder's ``generate``; the batch is padded on the left."""
         return self._decoder_arguments(batch)
 
+    @held
     def __call__(self, batch: Batch) -> Output:
         """The whole decoder over a batch."""
         with self.prompt.announce(batch):
             return Output(self._decode_whole(batch))
 
+    @held
     @torch.no_grad()
     def prefix(self, batch: Batch, first: int) -> PrefixState:
         """Runs the layers below ``first``, without gradients."""
@@ -253,17 +288,20 @@ class VisionLanguageBackbone:
             batch.positions,
         )
 
+    @held
     @torch.no_grad()
     def layer_inputs(
         self, attention_mask: torch.Tensor, positions: torch.Tensor | None = None
     ) -> dict[str, object]:
         """What decoder layers take besides the hidden state, for a mask ``[b,s]`` and positions ``[b,3,s]``.
 
-        It depends on these alone; what was computed for the latest of them is kept.
+        It depends on these, and on how the decoder runs; what was computed for the latest of them is kept.
         """
+        self._forget_former_weights()
         given = (attention_mask,) if positions is None else (attention_mask, positions)
         raw = [tensor.cpu().numpy() for tensor in given]
-        key = (attention_mask.device, *((array.dtype, array.shape, array.tobytes()) for array in raw))
+        how = (attention_mask.device, self.dtype, getattr(self.layout.config, "_attn_implementation", None))
+        key = (*how, *((array.dtype, array.shape, array.tobytes()) for array in raw))
         inputs = self._layer_inputs.get(key)
         if inputs is None:
             inputs = self._read_layer_inputs(attention_mask, positions)
@@ -281,14 +319,17 @@ class VisionLanguageBackbone:
         _, kwargs = inputs_of(self.layout.layer(0), lambda: self._decode_whole(batch))
         return {k: v for k, v in kwargs.items() if k != "hidden_states"}
 
+    @held
     def suffix(self, state: PrefixState) -> torch.Tensor:
         """Logits ``[b,s,v]``: the layers from ``state.first`` on, final norm and head."""
         return self.layout.head(self.suffix_hidden(state))
 
+    @held
     def answer_logits(self, state: PrefixState) -> torch.Tensor:
         """``[n,v]``: the head only runs where an answer token is predicted."""
         return self.layout.head(self.suffix_hidden(state)[:, :-1][state.answer_mask])
 
+    @held
     def suffix_hidden(self, state: PrefixState) -> torch.Tensor:
         """What enters the final norm, ``[b,s,d]``."""
         hidden = state.hidden
@@ -297,6 +338,7 @@ class VisionLanguageBackbone:
                 hidden = first_tensor(self.layout.layer(index)(hidden, **state.layer_inputs))
         return hidden
 
+    @held
     @torch.no_grad()
     def generate(
         self, images: Sequence[ImageLike | None], prompts: Sequence[str], max_new_tokens: int | None = None

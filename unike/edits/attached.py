@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 
 from unike.backbones.base import Backbone
+from unike.backbones.guard import Application, Guard
 from unike.edits import Edit, compose
 from unike.types import ImageLike, Query, UserError
 
@@ -26,64 +27,77 @@ class Slot:
     """
 
     def __init__(self, backbone: Backbone) -> None:
-        self.backbone = backbone
-        # Read before anything is attached: edits of weights would change it.
-        self.fingerprint = backbone.fingerprint
+        self.backbone, self.guard = backbone, Guard.of(backbone)
         self.edits: Edits = ()
         self.whole: Edit | None = None
         self.editor: object = None
-        self._stack = ExitStack()
+        self._application: Application | None = None
 
     @classmethod
     def of(cls, backbone: Backbone) -> Slot:
         """The backbone's slot."""
         # Kept on the backbone itself, so that both are freed together.
-        slot: Slot = vars(backbone).setdefault("_slot", cls(backbone))
+        slot: Slot = vars(backbone).get("_slot") or vars(backbone).setdefault("_slot", cls(backbone))
         return slot
+
+    @property
+    def fingerprint(self) -> str:
+        """The base model's."""
+        return self.backbone.fingerprint
 
     def put(self, edits: Edits) -> None:
         """Attaches ``edits`` in place of those that are attached. Where they begin with these, only the
         others are composed."""
-        known = len(self.edits)
-        if known and _are_same(edits[:known], self.edits):
-            whole = compose([e for e in (self.whole, *edits[known:]) if e is not None])
-        else:
-            whole = compose(edits)
-        self._swap(edits, whole)
+        with self.guard.hold():
+            known = len(self.edits)
+            if known and _are_same(edits[:known], self.edits):
+                whole = compose([e for e in (self.whole, *edits[known:]) if e is not None])
+            else:
+                whole = compose(edits)
+            self._swap(edits, whole)
 
     def attach(self, edit: Edit) -> None:
         """Attaches one more edit. UserError, with nothing changed, where its id is taken, and where it was
         made on another model."""
-        if any(edit.id == other.id for other in self.edits):
-            raise UserError(f"edit {edit.id}: is attached already; expected an edit with another id")
-        if any(origin.backbone != self.fingerprint for origin in edit.origins):
-            raise UserError(f"edit {edit.id}: was made on another backbone than this one, {self.fingerprint}")
-        self.put((*self.edits, edit))
+        with self.guard.hold():
+            if any(edit.id == other.id for other in self.edits):
+                raise UserError(f"edit {edit.id}: is attached already; expected an edit with another id")
+            if any(origin.backbone != self.fingerprint for origin in edit.origins):
+                raise UserError(
+                    f"edit {edit.id}: was made on another backbone, or with other weights, than this one, "
+                    f"{self.fingerprint}"
+                )
+            self.put((*self.edits, edit))
 
     def detach(self, name: str) -> Edit:
         """Detaches one edit, and returns it. UserError where none of that id is attached."""
-        ids = [edit.id for edit in self.edits]
-        if name not in ids:
-            near = difflib.get_close_matches(name, ids, 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"{len(ids)} others are"
-            raise UserError(f"edit {name}: is not attached; {hint}")
-        place = ids.index(name)
-        edit = self.edits[place]
-        self.put(self.edits[:place] + self.edits[place + 1 :])
-        return edit
+        with self.guard.hold():
+            ids = [edit.id for edit in self.edits]
+            if name not in ids:
+                near = difflib.get_close_matches(name, ids, 1)
+                hint = f"did you mean {near[0]!r}?" if near else f"{len(ids)} others are"
+                raise UserError(f"edit {name}: is not attached; {hint}")
+            place = ids.index(name)
+            edit = self.edits[place]
+            self.put(self.edits[:place] + self.edits[place + 1 :])
+            return edit
 
     @contextmanager
     def only(self, edits: Edits) -> Iterator[Edit | None]:
-        """Inside the block the backbone carries just these edits; the block gets them as one."""
-        former = self.edits, self.whole
-        if _are_same(self.edits, edits):
-            yield self.whole
-            return
-        self.put(edits)
-        try:
-            yield self.whole
-        finally:
-            self._swap(*former)
+        """Inside the block the backbone carries just these edits; the block gets them as one. What else is
+        applied, by ``with edit.applied(backbone)`` too, is applied again after it."""
+        with self.guard.hold():
+            alone = self.guard.carries(self._application)
+            if _are_same(self.edits, edits) and alone:
+                yield self.whole
+                return
+            whole = self.whole if _are_same(self.edits, edits) else compose(edits)
+            with self.guard.bare():
+                if whole is None:
+                    yield None
+                    return
+                with whole.applied(self.backbone):
+                    yield whole
 
     def generate(
         self, edits: Edits, image: ImageLike | None, prompt: str, max_new_tokens: int | None = None
@@ -95,17 +109,10 @@ class Slot:
             return self.backbone.generate([query.image], [query.prompt], max_new_tokens)[0]
 
     def _swap(self, edits: Edits, whole: Edit | None) -> None:
-        self._stack.close()
-        try:
-            self._enter(whole)
-        except BaseException:
-            self._enter(self.whole)
-            raise
-        self.edits, self.whole = edits, whole
-
-    def _enter(self, whole: Edit | None) -> None:
-        if whole is not None:
-            self._stack.enter_context(whole.applied(self.backbone))
+        new = None if whole is None else whole.applied(self.backbone)
+        assert new is None or isinstance(new, Application)
+        self.guard.exchange(self._application, new)
+        self._application, self.edits, self.whole = new, edits, whole
 
 
 class EditedModel:
@@ -134,8 +141,9 @@ class EditedModel:
 
     def remove(self) -> None:
         """Detaches these edits; others stay attached, and all else is as it was. May be called again."""
-        own = {id(edit) for edit in self._edits}
-        left = tuple(edit for edit in self._slot.edits if id(edit) not in own)
-        if len(left) < len(self._slot.edits):
-            self._slot.put(left)
-        self._edits = ()
+        with self._slot.guard.hold():
+            own = {id(edit) for edit in self._edits}
+            left = tuple(edit for edit in self._slot.edits if id(edit) not in own)
+            if len(left) < len(self._slot.edits):
+                self._slot.put(left)
+            self._edits = ()

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from unike.backbones.base import Backbone
+from unike.backbones.guard import guard_applied
 from unike.edits.activity import UNKNOWN, Activity, Decisions, LayerRetrieval, PromptStates
 from unike.edits.content import Content, merge_contents
 from unike.edits.files import PLACES, SavedEdit, UnsavedEdit, read_edit, save
@@ -46,9 +47,17 @@ class Edit(ABC):
     weights: Mapping[str, torch.Tensor] = MappingProxyType({})
     _id: str | None = None
 
+    def __init_subclass__(cls, **options: object) -> None:
+        super().__init_subclass__(**options)
+        guard_applied(cls)
+
     @abstractmethod
     def applied(self, backbone: Backbone) -> AbstractContextManager[None]:
-        """Inside the block the backbone answers edited; after it, it is as it was."""
+        """Inside the block the backbone answers edited; after it, it is as it was.
+
+        The block holds the backbone: other threads wait until it ends. An editor's answers do not depend on
+        it: what a block has applied is taken off for an editor's calls, and for base states.
+        """
 
     @abstractmethod
     def state_dict(self) -> dict[str, torch.Tensor]:
@@ -325,6 +334,10 @@ class Mixed(Edit):
 
 class EditBatch(ABC):
     """Independent edits, batched: each row of a batch is evaluated under one of them."""
+
+    def __init_subclass__(cls, **options: object) -> None:
+        super().__init_subclass__(**options)
+        guard_applied(cls)
 
     @abstractmethod
     def applied(self, backbone: Backbone, owners: torch.Tensor) -> AbstractContextManager[None]:

@@ -63,16 +63,18 @@ class Explanation:
 def ask(slot: Slot, image: ImageLike | None, prompt: str, top: int = 5) -> Explanation:
     """The answers without and with what is attached, and why; each layer's items are the ``top`` most
     attended ones."""
-    before, after = (slot.generate(edits, image, prompt) for edits in ((), slot.edits))
     path = os.fspath(image) if isinstance(image, (str, os.PathLike)) else None
-    if (whole := slot.whole) is None:
-        return Explanation(path, prompt, prompt, before, after)
-    query = whole.rewrite(Query(image, prompt))
-    states = _read_states(slot.backbone, whole.inspected_layers, query)
-    inspection = Inspection(slot.backbone, slot.edits, whole, states, top)
-    layers, gates = whole.list_retrieved(inspection), whole.gates
-    with slot.only(()):
-        reports = tuple(report for edit in inspection.edits for report in _report(edit, inspection))
+    with slot.guard.hold():
+        before, after = (slot.generate(edits, image, prompt) for edits in ((), slot.edits))
+        with slot.only(slot.edits) as whole:
+            if whole is None:
+                return Explanation(path, prompt, prompt, before, after)
+            query = whole.rewrite(Query(image, prompt))
+            states = _read_states(slot.backbone, whole.inspected_layers, query)
+            inspection = Inspection(slot.backbone, slot.edits, whole, states, top)
+            layers, gates = whole.list_retrieved(inspection), whole.gates
+        with slot.only(()):
+            reports = tuple(report for edit in inspection.edits for report in _report(edit, inspection))
     return Explanation(path, prompt, query.prompt, before, after, reports, layers, gates)
 
 

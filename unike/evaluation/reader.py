@@ -6,7 +6,7 @@ Each in two evaluation modes, never mixed: ``teacher_forced`` and ``generated``.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from unike.backbones.base import IGNORED, Backbone, Batch, PrefixState, encode_queries
+from unike.backbones.guard import Guard
 from unike.backbones.prefix import PrefixCache
 from unike.edits import Edit, EditBatch
 from unike.evaluation.metrics import RANKS, Prediction, needs_ranks
@@ -72,23 +73,36 @@ class Reader:
         self.decoded = 0
         self._ranks = needs_ranks(self.presets)
         self._base: dict[str, tuple[Prediction, ...]] = {}
+        self._guard = Guard.of(backbone)
+        self._epoch = self._guard.epoch
+
+    @contextmanager
+    def _bare(self) -> Iterator[None]:
+        """Inside the block the backbone is the base model, of whose former weights nothing is kept."""
+        with self._guard.bare():
+            if self._epoch != self._guard.epoch:
+                self._epoch = self._guard.epoch
+                self._base.clear()
+            yield
 
     def predict_base(self, case: Case) -> tuple[Prediction, ...]:
         """Predictions of the untouched model, kept by the case's id."""
         key = _name_case(case)
-        if key not in self._base:
-            self.cache_base([case])
-        return self._base[key]
+        with self._bare():
+            if key not in self._base:
+                self.cache_base([case])
+            return self._base[key]
 
     def cache_base(self, cases: Sequence[Case]) -> None:
         """Evaluates the untouched model on those cases whose predictions are not kept yet, as many at a
         time as a forward pass takes."""
-        left = {_name_case(c): c for c in cases if _name_case(c) not in self._base}
-        for some in self._split(list(left.values())):
-            queries = [p.query for case in some for p in case.probes]
-            predictions, _ = self._predict(queries, [None] * len(queries), None, self.generated)
-            for case, own in zip(some, _share_out(some, predictions), strict=True):
-                self._base[_name_case(case)] = tuple(own)
+        with self._bare():
+            left = {_name_case(c): c for c in cases if _name_case(c) not in self._base}
+            for some in self._split(list(left.values())):
+                queries = [p.query for case in some for p in case.probes]
+                predictions, _ = self._predict(queries, [None] * len(queries), None, self.generated)
+                for case, own in zip(some, _share_out(some, predictions), strict=True):
+                    self._base[_name_case(case)] = tuple(own)
 
     def share_base(self, other: Reader) -> bool:
         """From now on both keep the untouched model's predictions together. False, and nothing is shared,
@@ -160,7 +174,8 @@ class Reader:
             owners = torch.tensor([owner[i] for i in rows], device=self.backbone.device)
             return together.applied(self.backbone, owners)
 
-        predictions, explained = self._predict(queries, drafts, together, self.generated, under=under)
+        with self._bare():
+            predictions, explained = self._predict(queries, drafts, together, self.generated, under=under)
         return _group_by_case(cases, predictions, explained)
 
     def _fill(self, queries: Sequence[Query], drafts: Sequence[str | None], generated: bool) -> None:
@@ -176,7 +191,7 @@ class Reader:
         whole = edit.changes_prefix(self.backbone, self.prefixes.first)
         if not whole:
             self._fill(queries, drafts, generated)
-        with edit.applied(self.backbone):
+        with self._bare(), edit.applied(self.backbone):
             predictions, explained = self._predict(queries, drafts, edit, generated, whole)
         return _group_by_case(cases, predictions, explained)
 

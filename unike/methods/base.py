@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import ClassVar, Protocol, TypeVar, final, runtime_checkable
 
 from unike.backbones.base import Backbone
+from unike.backbones.guard import Guard
 from unike.backbones.prefix import PrefixCache
 from unike.config.hparams import HyperParams
 from unike.config.sections import LayerOptions
@@ -61,12 +62,13 @@ class EditMethod(ABC):
         self, backbone: Backbone, request: EditRequest, prefixes: PrefixCache, history: Edit | None = None
     ) -> Edit:
         """The edit for one request, made while ``history`` is applied; its ``origins`` say what it was
-        made from.
+        made from. What a block has applied to the backbone is off meanwhile.
 
         The new edit stands alone; ``history | edit`` is both. ``prefixes`` starts at this method's
         first layer. FloatingPointError where the loss stops being a number.
         """
-        return self._sign(self._edit(backbone, request, prefixes, history), backbone, request)
+        with Guard.of(backbone).bare():
+            return self._sign(self._edit(backbone, request, prefixes, history), backbone, request)
 
     @final
     def edit_many(
@@ -76,11 +78,12 @@ class EditMethod(ABC):
 
         An edit whose loss stops being a number has the error in its place.
         """
-        outcomes = list(self._edit_many(backbone, requests, prefixes))
-        for outcome, request in zip(outcomes, requests, strict=True):
-            if isinstance(outcome, Edit):
-                self._sign(outcome, backbone, request)
-        return outcomes
+        with Guard.of(backbone).bare():
+            outcomes = list(self._edit_many(backbone, requests, prefixes))
+            for outcome, request in zip(outcomes, requests, strict=True):
+                if isinstance(outcome, Edit):
+                    self._sign(outcome, backbone, request)
+            return outcomes
 
     def get_shared_parts(self) -> Shared:
         """What the method's edits share and do not keep themselves."""
