@@ -105,14 +105,22 @@ class MultimodalEditor:
         return self._slot.detach(id)
 
     def generate(
-        self, image: ImageLike | None, prompt: str, max_new_tokens: int | None = None, edited: bool = False
-    ) -> str:
-        """The greedy answer of the unedited model, or with ``edited=True`` under all that is attached.
+        self,
+        image: ImageLike | None,
+        prompt: str,
+        max_new_tokens: int | None = None,
+        edited: bool = False,
+        **decoding: object,
+    ) -> Any:
+        """The answer of the unedited model, or with ``edited=True`` under all that is attached.
 
         Unedited by default, so that a comparison with the base model does not depend on what is attached;
-        ``ask`` gives both answers.
+        ``ask`` gives both answers. Greedy by default; ``decoding`` takes ``num_beams``, ``do_sample``,
+        ``temperature``, ``top_p``, ``num_return_sequences`` and ``seed``, see
+        ``unike.backbones.decoding.Decoding``. A list of answers where ``num_return_sequences`` is above 1.
+        ``max_new_tokens`` is the YAML's where it is None. UserError for values that do not fit.
         """
-        return self._slot.generate(self.edits if edited else (), image, prompt, max_new_tokens)
+        return self._slot.generate(self.edits if edited else (), image, prompt, max_new_tokens, **decoding)
 
     def ask(self, image: ImageLike | None, prompt: str, top: int = 5) -> Explanation:
         """The answers before and after the attached edits, and what was active for this prompt.
