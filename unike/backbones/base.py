@@ -79,7 +79,8 @@ class PrefixState:
 # Transformers' own forward and ``generate`` don't say where a prompt ends, or what its words are.
 CALLED_BARE = (
     "an attached edit decides by the prompt, which transformers' own model(...) and model.generate(...) do "
-    "not name; ask with editor.generate(image, prompt, edited=True), edited_model.generate or backbone.generate"
+    "not name; ask with editor.generate(image, prompt, edited=True), edited_model.generate or "
+    "backbone.generate"
 )
 
 

@@ -60,14 +60,11 @@ class Decoding:
     def _list_contradictions(self) -> Iterator[str]:
         for name in ("temperature", "top_p"):
             if getattr(self, name) != 1 and not self.do_sample:
-                yield f"{name}: {getattr(self, name):g} changes what is drawn; expected do_sample=True with it"
-        if (
-            self.num_return_sequences > 1
-            and not self.do_sample
-            and self.num_return_sequences > self.num_beams
-        ):
+                yield f"{name}: {getattr(self, name):g} changes what is drawn; expected do_sample=True too"
+        answers = self.num_return_sequences
+        if answers > max(1, self.num_beams) and not self.do_sample:
             yield (
-                f"num_return_sequences: {self.num_return_sequences} answers of {self.num_beams} beams; "
+                f"num_return_sequences: {answers} answers of {self.num_beams} beams; "
                 "expected do_sample=True, or as many num_beams"
             )
 

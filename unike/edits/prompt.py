@@ -105,8 +105,10 @@ class PromptEdit(Edit):
 
 @contextmanager
 def show_in_prompts(backbone: Backbone, text: str) -> Iterator[None]:
-    """Inside the block the backbone's ``generate`` puts ``text`` before each prompt that does not hold it yet.
-    A model that is called by itself, which would answer without it, raises UserError."""
+    """Inside the block the backbone's ``generate`` puts ``text`` before each prompt that lacks it.
+
+    A model that is called by itself, which would answer without the text, raises UserError.
+    """
 
     def rewrite(prompt: str) -> str:
         return prompt if text in prompt else text + prompt

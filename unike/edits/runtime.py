@@ -111,8 +111,8 @@ class LayerRuntime:
         return self.adapter.apply(x, output, self.shift)
 
     def _is_new(self) -> bool:
-        """Whether a decision is due. Outside of a backbone's call every pass is: nothing says which one goes on
-        with an answer."""
+        """Whether a decision is due. Where the model is called by itself it always is: nothing says whether a
+        pass goes on with an answer."""
         return self.decided != self.prompt.number or self.prompt.question_end is None
 
     def _decide(self, x: torch.Tensor) -> None:
