@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -30,6 +31,8 @@ from unike.evaluation.record import Record
 from unike.evaluation.summary import Summary, summarise
 from unike.runs import checks, inputs
 from unike.types import Case, EditRequest, Expectation, ImageLike, Probe, Query, UserError
+
+logger = logging.getLogger("unike")
 
 METRIC_KEYS = {
     "reliability": "rewrite_acc",
@@ -158,6 +161,11 @@ class MultimodalEditor:
         Prompts about an image go into ``template``, whose ``{}`` they replace; without one they stay
         as given. Metrics are teacher-forced, in [0, 1], for the probes that are given.
 
+        ``metrics[i]`` also has the training's ``steps``, final ``loss`` and whether it ``reached`` its target
+        before ``max_steps``; the latter two are None for methods that do not train each edit (IKE, KE, MEND,
+        SERAC). Where an edit failed, its ``error`` is the reason, ``pre`` and ``post`` are empty, a warning
+        is logged, and ``edited_model.edits`` lacks it: it is ``()`` where all failed.
+
         ``keep_original_weight=True`` edits each request from the original model; ``edited_model``
         carries the last edit alone. ``False`` adds to what is attached, in order: each request is
         edited, and measured, on top of the former ones, and ``edited_model`` carries them all.
@@ -208,6 +216,8 @@ class MultimodalEditor:
                 metrics.append(_describe_metric(number, case, outcome.record))
         self._slot.put(edits)
         self._slot.editor = self
+        if failed := [metric["error"] for metric in metrics if "error" in metric]:
+            logger.warning("%d of %d edits failed, the first: %s", len(failed), len(metrics), failed[0])
         summary = summarise(records, self.hparams.seed, self.hparams.metric_presets)
         return metrics, EditedModel(self._slot, edits), summary
 
@@ -232,6 +242,7 @@ def _describe_metric(number: int, case: Case, record: Record) -> dict[str, Any]:
     }
     metric["pre"] = {key: value.before for key, value in scores.items()}
     metric["post"] = {key: value.after for key, value in scores.items()}
+    metric |= {"steps": record.steps, "loss": record.loss, "reached": record.reached}
     if record.error is not None:
         metric["error"] = record.error
     return metric
