@@ -2,7 +2,8 @@
 
     python run_edit.py --hparams_dir hparams/tiny_blip2.yaml --task vqa --size 20 k=10 alpha=0.5
 
-Exit code 0, 2 for problems to fix in the input (one line each), 130 after Ctrl-C, 1 where a process died.
+Exit code 0, 1 where no record succeeded or a process died, 2 for problems to fix in the input (one line
+each), 130 after Ctrl-C.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
         summary = runs.run_cases(parts, request.cases, writer, args.generated, args.skip_broken, store=store)
     if processes.is_main():
         report.show(summary, directory, args.report)
-    return 130 if summary["interrupted"] else 0
+    return 130 if summary["interrupted"] else launching.choose_run_code(summary.get("n"))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -214,6 +214,10 @@ def run_group(group: Sequence[Run], lock: Any, report: Report, stopped: Callable
         else:
             if found["interrupted"]:
                 raise KeyboardInterrupt
+            if not found["n"]:
+                reasons = [failure["reason"] for failure in found["failures"]]
+                report("failed", (run.name, f"no record succeeded: {'; '.join(reasons[:3])}", 1))
+                continue
             report("done", (run.name, found["n"], found["failed"], time.perf_counter() - started))
 
 

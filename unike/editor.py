@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -30,6 +31,8 @@ from unike.evaluation.record import Record
 from unike.evaluation.summary import Summary, summarise
 from unike.runs import checks, inputs
 from unike.types import Case, EditRequest, Expectation, ImageLike, Probe, Query, TooLongError, UserError
+
+logger = logging.getLogger("unike")
 
 METRIC_KEYS = {
     "reliability": "rewrite_acc",
@@ -110,15 +113,24 @@ class MultimodalEditor:
         return self._slot.detach(id)
 
     def generate(
-        self, image: ImageLike | None, prompt: str, max_new_tokens: int | None = None, edited: bool = False
-    ) -> str:
-        """The greedy answer of the unedited model, or with ``edited=True`` under all that is attached.
+        self,
+        image: ImageLike | None,
+        prompt: str,
+        max_new_tokens: int | None = None,
+        edited: bool = False,
+        **decoding: object,
+    ) -> Any:
+        """The answer of the unedited model, or with ``edited=True`` under all that is attached.
 
         Unedited by default, so that a comparison with the base model does not depend on what is attached;
-        ``ask`` gives both answers.
+        ``ask`` gives both answers. Greedy by default; ``decoding`` takes ``num_beams``, ``do_sample``,
+        ``temperature``, ``top_p``, ``num_return_sequences`` and ``seed``, see
+        ``unike.backbones.decoding.Decoding``. A list of answers where ``num_return_sequences`` is above 1.
+        ``max_new_tokens`` is the YAML's where it is None. UserError for values that do not fit.
         """
         with self._slot.guard.hold():
-            return self._slot.generate(self.edits if edited else (), image, prompt, max_new_tokens)
+            edits = self.edits if edited else ()
+            return self._slot.generate(edits, image, prompt, max_new_tokens, **decoding)
 
     def ask(self, image: ImageLike | None, prompt: str, top: int = 5) -> Explanation:
         """The answers before and after the attached edits, and what was active for this prompt.
@@ -156,6 +168,11 @@ class MultimodalEditor:
         holds ``{"text": {"prompt", "ground_truth"}, "vision": {"prompt", "ground_truth", "image"}}``.
         Prompts about an image go into ``template``, whose ``{}`` they replace; without one they stay
         as given. Metrics are teacher-forced, in [0, 1], for the probes that are given.
+
+        ``metrics[i]`` also has the training's ``steps``, final ``loss`` and whether it ``reached`` its target
+        before ``max_steps``; the latter two are None for methods that do not train each edit (IKE, KE, MEND,
+        SERAC). Where an edit failed, its ``error`` is the reason, ``pre`` and ``post`` are empty, a warning
+        is logged, and ``edited_model.edits`` lacks it: it is ``()`` where all failed.
 
         ``keep_original_weight=True`` edits each request from the original model; ``edited_model``
         carries the last edit alone. ``False`` adds to what is attached, in order: each request is
@@ -220,6 +237,8 @@ class MultimodalEditor:
                 metrics.append(_describe_metric(number, case, outcome.record))
         self._slot.put(edits)
         self._slot.editor = self
+        if failed := [metric["error"] for metric in metrics if "error" in metric]:
+            logger.warning("%d of %d edits failed, the first: %s", len(failed), len(metrics), failed[0])
         summary = summarise(records, self.hparams.seed, self.hparams.metric_presets)
         return metrics, EditedModel(self._slot, edits), summary
 
@@ -244,6 +263,7 @@ def _describe_metric(number: int, case: Case, record: Record) -> dict[str, Any]:
     }
     metric["pre"] = {key: value.before for key, value in scores.items()}
     metric["post"] = {key: value.after for key, value in scores.items()}
+    metric |= {"steps": record.steps, "loss": record.loss, "reached": record.reached}
     if record.error is not None:
         metric["error"] = record.error
     return metric

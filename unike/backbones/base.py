@@ -7,7 +7,7 @@ constant of the query: ``prefix`` computes it, ``suffix`` runs the rest.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import count
@@ -18,7 +18,7 @@ from torch import nn
 
 from unike.backbones.layout import DecoderLayout
 from unike.backbones.store import RowStore
-from unike.types import ImageLike, Query
+from unike.types import ImageLike, Query, UserError
 
 IGNORED = -100
 
@@ -76,12 +76,30 @@ class PrefixState:
         return self.labels[:, 1:] != IGNORED
 
 
+# Transformers' own forward and ``generate`` don't say where a prompt ends, or what its words are.
+CALLED_BARE = (
+    "an attached edit decides by the prompt, which transformers' own model(...) and model.generate(...) do "
+    "not name; ask with editor.generate(image, prompt, edited=True), edited_model.generate or "
+    "backbone.generate"
+)
+
+
+@dataclass(frozen=True)
+class PromptRows:
+    """The prompts of a forward pass, by row: ``question_end (R)``, ``attention_mask (R, s)`` and texts."""
+
+    question_end: torch.Tensor
+    attention_mask: torch.Tensor
+    texts: tuple[str, ...]
+
+
 class Prompt:
     """Which prompts the model reads now: set by the backbone, read by edits.
 
     ``number`` changes with every new batch of prompts. An edit decides at ``question_end`` when the number is
     new to it, and keeps its decision while the answer is decoded. ``attention_mask [b,s]`` is the batch's,
-    and covers its answers where these are given.
+    and covers its answers where these are given. ``rewriters`` are those of the edits that are texts in the
+    prompt.
     """
 
     def __init__(self) -> None:
@@ -89,7 +107,37 @@ class Prompt:
         self.question_end: torch.Tensor | None = None
         self.attention_mask: torch.Tensor | None = None
         self.texts: tuple[str, ...] = ()
+        self.rewriters: list[Callable[[str], str]] = []
         self._numbers = count(1)
+
+    def require_announced(self) -> None:
+        """UserError where the model was called by itself, so that nothing is known of its prompts."""
+        if self.question_end is None:
+            raise UserError(CALLED_BARE)
+
+    def write(self, texts: Sequence[str]) -> list[str]:
+        """The texts as the edits that are applied show them."""
+        for rewrite in self.rewriters:
+            texts = [rewrite(text) for text in texts]
+        return list(texts)
+
+    def spread(self, rows: int) -> PromptRows:
+        """The prompts as ``rows`` rows of a forward pass: as many for each prompt, one after the other, as
+        there are beams or answers to it. UserError where the model was called by itself, so that nothing is
+        known of its prompts.
+        """
+        if self.question_end is None or self.attention_mask is None:
+            raise UserError(CALLED_BARE)
+        copies, rest = divmod(rows, len(self.question_end))
+        if rest or not copies:
+            raise UserError(f"{CALLED_BARE} ({rows} rows for {len(self.question_end)} prompts)")
+        if copies == 1:
+            return PromptRows(self.question_end, self.attention_mask, self.texts)
+        return PromptRows(
+            self.question_end.repeat_interleave(copies, 0),
+            self.attention_mask.repeat_interleave(copies, 0),
+            tuple(text for text in self.texts for _ in range(copies)),
+        )
 
     @contextmanager
     def announce(self, batch: Batch | PrefixState) -> Iterator[None]:
@@ -161,7 +209,11 @@ class Backbone(Protocol):
     ) -> Mapping[str, object]: ...
 
     def generate(
-        self, images: Sequence[ImageLike | None], prompts: Sequence[str], max_new_tokens: int | None = None
+        self,
+        images: Sequence[ImageLike | None],
+        prompts: Sequence[str],
+        max_new_tokens: int | None = None,
+        **decoding: object,
     ) -> list[str]: ...
 
     def decode(self, ids: Sequence[int]) -> str: ...

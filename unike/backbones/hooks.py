@@ -99,6 +99,16 @@ def tape(modules: Mapping[K, nn.Module]) -> Iterator[dict[K, Passed]]:
             handle.remove()
 
 
+@contextmanager
+def guard(module: nn.Module, check: Callable[[], None]) -> Iterator[None]:
+    """Inside the block ``check`` is called whenever the module is."""
+    handle = module.register_forward_pre_hook(lambda *_: check())
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 def inputs_of(module: nn.Module, run: Callable[[], object]) -> Inputs:
     """What ``module`` is called with when ``run`` runs; the pass ends there.
 

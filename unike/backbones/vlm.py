@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from unike.backbones.architecture import Architecture
 from unike.backbones.base import IGNORED, Batch, Output, PrefixState, Prompt
+from unike.backbones.decoding import Decoding
 from unike.backbones.dialogue import Chat, Dialogue, prompt_and_answer
 from unike.backbones.guard import Guard, held
 from unike.backbones.hooks import first_tensor, hidden_states, inputs_of
@@ -29,16 +30,6 @@ from unike.types import ImageLike, TooLongError, UserError
 MASKS = 32
 # Number of texts whose token ids are kept.
 TEXTS = 100_000
-# Decoding is greedy, whatever a checkpoint's own generation settings are.
-GREEDY = {
-    "do_sample": False,
-    "num_beams": 1,
-    "repetition_penalty": 1.0,
-    "no_repeat_ngram_size": 0,
-    "temperature": 1.0,
-    "top_p": 1.0,
-    "top_k": 50,
-}
 
 
 class VisionLanguageBackbone:
@@ -341,22 +332,31 @@ class VisionLanguageBackbone:
     @held
     @torch.no_grad()
     def generate(
-        self, images: Sequence[ImageLike | None], prompts: Sequence[str], max_new_tokens: int | None = None
+        self,
+        images: Sequence[ImageLike | None],
+        prompts: Sequence[str],
+        max_new_tokens: int | None = None,
+        **decoding: object,
     ) -> list[str]:
-        """Greedy answers, each cut at the first stop; an answer ends where the decoder's context ends.
+        """Answers, each cut at the first stop; an answer ends where the decoder's context ends.
 
-        Raises UserError for an image that cannot be read, and for a prompt that leaves no room for an answer.
+        Greedy, and of at most the backbone's ``max_new_tokens``, unless the arguments or ``decoding`` say
+        otherwise: ``num_beams``, ``do_sample``, ``temperature``, ``top_p``, ``num_return_sequences`` and
+        ``seed``, see ``Decoding``. Of several answers to each prompt, those to the first prompt come first.
+
+        Raises UserError for an image that cannot be read, for a prompt that leaves no room for an answer, and
+        for values that do not fit.
         """
-        batch = self.encode(images, prompts, padding_side="left")
+        how = Decoding.of(max_new_tokens, decoding)
+        batch = self.encode(images, self.prompt.write(prompts), padding_side="left")
         room = self.context - batch.attention_mask.shape[1]
         if room < 1:
             raise TooLongError(f"prompt: leaves no room for an answer in a context of {self.context} tokens")
-        with self.prompt.announce(batch):
+        with self.prompt.announce(batch), how.draw():
             start = self._generation_arguments(batch)
             ids = self.decoder.generate(
                 **start,
-                **GREEDY,
-                max_new_tokens=min(room, max_new_tokens or self.max_new_tokens),
+                **how.list_arguments(min(room, how.max_new_tokens or self.max_new_tokens)),
                 eos_token_id=list(self.eos_ids),
                 pad_token_id=self.tokenizer.pad_token_id or self.eos_ids[0],
             )

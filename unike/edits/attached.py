@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from unike.backbones.base import Backbone
 from unike.backbones.guard import Application, Guard
@@ -100,13 +101,20 @@ class Slot:
                     yield whole
 
     def generate(
-        self, edits: Edits, image: ImageLike | None, prompt: str, max_new_tokens: int | None = None
-    ) -> str:
-        """The greedy answer under ``edits``, whatever is attached."""
+        self,
+        edits: Edits,
+        image: ImageLike | None,
+        prompt: str,
+        max_new_tokens: int | None = None,
+        **decoding: object,
+    ) -> Any:
+        """The answer under ``edits``, whatever is attached; a list where ``num_return_sequences`` is above 1.
+        ``decoding`` is that of the backbone's ``generate``."""
         with self.only(edits) as whole:
             query = Query(image, prompt)
             query = query if whole is None else whole.rewrite(query)
-            return self.backbone.generate([query.image], [query.prompt], max_new_tokens)[0]
+            found = self.backbone.generate([query.image], [query.prompt], max_new_tokens, **decoding)
+        return found if len(found) > 1 else found[0]
 
     def _swap(self, edits: Edits, whole: Edit | None) -> None:
         new = None if whole is None else whole.applied(self.backbone)
@@ -135,9 +143,15 @@ class EditedModel:
         """Whether the backbone carries these edits now, and no others."""
         return bool(self._edits) and _are_same(self._slot.edits, self._edits)
 
-    def generate(self, image: ImageLike | None, prompt: str, max_new_tokens: int | None = None) -> str:
-        """The edited model's greedy answer."""
-        return self._slot.generate(self._edits, image, prompt, max_new_tokens)
+    def generate(
+        self, image: ImageLike | None, prompt: str, max_new_tokens: int | None = None, **decoding: object
+    ) -> Any:
+        """The edited model's answer, greedy by default; a list where ``num_return_sequences`` is above 1.
+
+        ``decoding`` takes ``num_beams``, ``do_sample``, ``temperature``, ``top_p``, ``num_return_sequences``
+        and ``seed``, see ``unike.backbones.decoding.Decoding``; UserError for values that do not fit.
+        """
+        return self._slot.generate(self._edits, image, prompt, max_new_tokens, **decoding)
 
     def remove(self) -> None:
         """Detaches these edits; others stay attached, and all else is as it was. May be called again."""

@@ -222,11 +222,10 @@ class _Runtime:
 
     def decide(self, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         """Chooses an edit once per prompt, at its last token, and keeps it while the answer is decoded."""
-        if self.decided != self.prompt.number:
-            self.decided, end = self.prompt.number, self.prompt.question_end
-            assert end is not None, "an edited model must be called through its backbone"
-            ends = x[torch.arange(len(x), device=x.device), end].float()
-            words = [_embed_words(self.backbone, text) for text in self.prompt.texts]
+        if self.decided != self.prompt.number or self.prompt.question_end is None:
+            rows, self.decided = self.prompt.spread(len(x)), self.prompt.number
+            ends = x[torch.arange(len(x), device=x.device), rows.question_end].float()
+            words = [_embed_words(self.backbone, text) for text in rows.texts]
             scope = self.edit.network.scope
             every = scope.logits(scope(words, ends), self.questions)
             if self.owners is None:

@@ -36,10 +36,10 @@ class WeightDelta(Edit):
                 path, _, leaf = name.rpartition(".")
                 owner = backbone.model.get_submodule(path)
                 former.append((owner, leaf, owner._parameters[leaf]))
-                new = (
-                    tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=False)
-                )
-                owner._parameters[leaf] = new
+                # What is rounded from a master in training keeps its way back to it.
+                kept = isinstance(tensor, nn.Parameter) or tensor.requires_grad
+                new = tensor if kept else nn.Parameter(tensor, requires_grad=False)
+                owner._parameters[leaf] = cast(nn.Parameter, new)
             yield
         finally:
             for owner, leaf, parameter in reversed(former):
@@ -89,18 +89,30 @@ class WeightDelta(Edit):
 
 
 class WeightBatch(EditBatch):
-    """New values of the same parameters, ``weights (B, ...)`` by name: each row runs through its own."""
+    """New values of the same parameters, ``weights (B, ...)`` by name: each row runs through its own.
+
+    Those that are ``trained`` are masters in single precision, and are rounded to the model's type for each
+    forward pass: in half precision small steps would vanish, and Adam's epsilon is 0.
+    """
 
     def __init__(self, weights: Sequence[Mapping[str, torch.Tensor]], trained: bool = False) -> None:
+        self.types = {name: tensor.dtype for name, tensor in weights[0].items()}
         self.weights = {
-            name: torch.stack([w[name].detach() for w in weights]).requires_grad_(trained)
+            name: make_master(torch.stack([w[name].detach() for w in weights]), trained)
             for name in weights[0]
         }
+
+    def round_row(self, row: int) -> dict[str, torch.Tensor]:
+        """One edit's values, in the model's types, on their own."""
+        return {n: w.detach()[row].to(self.types[n], copy=True) for n, w in self.weights.items()}
 
     def keep(self, rows: torch.Tensor) -> None:
         """Drops all edits but ``rows``."""
         for name, tensor in self.weights.items():
             self.weights[name] = tensor.detach()[rows].requires_grad_(tensor.requires_grad)
+
+    def _round(self, name: str) -> torch.Tensor:
+        return self.weights[name].to(self.types[name])
 
     @contextmanager
     def applied(self, backbone: Backbone, owners: torch.Tensor) -> Iterator[None]:
@@ -112,10 +124,17 @@ class WeightBatch(EditBatch):
         afters: list[tuple[nn.Module, nn.Module, After]] = []
         for path, leaves in names.items():
             module = backbone.model.get_submodule(path)
-            own = {leaf: self.weights[f"{path}.{leaf}"] for leaf in leaves}
+            own = {leaf: self._round(f"{path}.{leaf}") for leaf in leaves}
             afters.append((module, module, _run_by_row(module, own, owned)))
         with transform(afters):
             yield
+
+
+def make_master(values: torch.Tensor, trained: bool = True) -> torch.Tensor:
+    """Values as they are trained: in single precision where the model's is lower."""
+    if trained and values.dtype in (torch.float16, torch.bfloat16):
+        values = values.float()
+    return values.requires_grad_(trained)
 
 
 def _run_by_row(module: nn.Module, own: Mapping[str, torch.Tensor], owned: Owners) -> After:

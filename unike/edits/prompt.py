@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
 
 from unike.backbones.base import Backbone
+from unike.backbones.hooks import guard
 from unike.edits.activity import Activity
 from unike.edits.base import Edit, EditBatch, Inspection
 from unike.edits.content import Content
@@ -48,11 +49,14 @@ class PromptEdit(Edit):
     info: dict[str, object] = field(default_factory=dict)
 
     def applied(self, backbone: Backbone) -> AbstractContextManager[None]:
-        return nullcontext()
+        return show_in_prompts(backbone, self._write_before())
 
     def rewrite(self, query: Query) -> Query:
+        return replace(query, prompt=f"{self._write_before()}{query.prompt}")
+
+    def _write_before(self) -> str:
         shown = "".join(piece.text for piece in reversed(self.select_texts()))
-        return replace(query, prompt=f"{shown}Prompt: {query.prompt}")
+        return f"{shown}Prompt: "
 
     def select_texts(self) -> list[PromptText]:
         """The texts that fit before a question, nearest to it first: facts, then demonstrations."""
@@ -97,6 +101,25 @@ class PromptEdit(Edit):
         if not isinstance(other, PromptEdit):
             return None
         return PromptEdit(self.facts + other.facts, other.room, self.info | other.info)
+
+
+@contextmanager
+def show_in_prompts(backbone: Backbone, text: str) -> Iterator[None]:
+    """Inside the block the backbone's ``generate`` puts ``text`` before each prompt that lacks it.
+
+    A model that is called by itself, which would answer without the text, raises UserError.
+    """
+
+    def rewrite(prompt: str) -> str:
+        return prompt if text in prompt else text + prompt
+
+    prompts, last = backbone.prompt, backbone.layout.layer(len(backbone.layout) - 1)
+    with guard(last, prompts.require_announced):
+        prompts.rewriters.append(rewrite)
+        try:
+            yield
+        finally:
+            prompts.rewriters.remove(rewrite)
 
 
 def _describe_fact(fact: Fact, whole: Edit) -> Activity:

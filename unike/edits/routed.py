@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -23,6 +23,7 @@ from unike.edits.decisions import (
     list_retrieved,
 )
 from unike.edits.packing import list_needs, pack_records, unpack_records
+from unike.edits.prompt import show_in_prompts
 from unike.edits.runtime import LayerRuntime, ScopeGate, build_adapter, run_layers
 from unike.edits.shares import EditRecord, LayerKnowledge, Routing, Shared, find_classifier
 from unike.knowledge.adapter import Shift
@@ -127,8 +128,18 @@ class RoutedEdit(Edit):
                 extra if extra.patched else None,
                 self.trace,
             )
-        with run_layers(backbone, runtimes):
+        with self._show_in_prompts(backbone), run_layers(backbone, runtimes):
             yield
+
+    def _show_in_prompts(self, backbone: Backbone) -> AbstractContextManager[None]:
+        shown = self._write_before()
+        return show_in_prompts(backbone, shown) if shown else nullcontext()
+
+    def _write_before(self) -> str:
+        """What stands before each prompt; empty without in-context knowledge as text."""
+        shown = [r.demonstration for r in self.records if r.demonstration is not None]
+        facts = "\n".join(f"New Fact: {text}" for text in shown)
+        return f"{facts}\nPrompt: " if shown else ""
 
     def _stack_frozen(self) -> RecordStacks | None:
         """The tensors of the leading records that are not in training; they are only ever added to."""
@@ -231,11 +242,8 @@ class RoutedEdit(Edit):
         return explain_decisions(self.trace, self.scopes, names)
 
     def rewrite(self, query: Query) -> Query:
-        shown = [r.demonstration for r in self.records if r.demonstration is not None]
-        if not shown:
-            return query
-        facts = "\n".join(f"New Fact: {text}" for text in shown)
-        return replace(query, prompt=f"{facts}\nPrompt: {query.prompt}")
+        shown = self._write_before()
+        return replace(query, prompt=shown + query.prompt) if shown else query
 
     def batch(self, edits: Sequence[Edit]) -> RoutedBatch | None:
         same = [e for e in edits if isinstance(e, RoutedEdit) and len(e.records) == 1]

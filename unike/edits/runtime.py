@@ -62,14 +62,13 @@ class ScopeGate:
     @torch.no_grad()
     def decide(self, x: torch.Tensor, prompt: Prompt) -> None:
         """Sets ``open (B, E)`` and ``similarity`` by what enters the first edited layer, ``x (B, T, d)``."""
-        end = prompt.question_end
-        assert end is not None
-        assert prompt.attention_mask is not None
+        rows = prompt.spread(len(x))
+        end = rows.question_end
         if self.classifier is None:
             query = F.normalize(x[torch.arange(len(x), device=x.device), end].float(), dim=-1)
         else:
             places = torch.arange(x.shape[1], device=x.device)
-            asked = prompt.attention_mask.bool() & (places <= end[:, None])
+            asked = rows.attention_mask.bool() & (places <= end[:, None])
             query = self.classifier.encoder(x, asked)
         if self.owners is None:
             similarity = query @ self.directions.T
@@ -100,20 +99,31 @@ class LayerRuntime:
     trace: dict[int, Shift]
     decided: int = -1
     shift: Shift | None = None
+    rows: int = 0
 
     def after_attention(self, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         """The attention's output, shifted; ``x`` is what enters the attention."""
-        if self.decided != self.prompt.number:
+        self.rows = len(x)
+        if self._is_new():
             self._decide(x)
         if self.adapter is None or self.shift is None:
             return output
         return self.adapter.apply(x, output, self.shift)
 
+    def _is_new(self) -> bool:
+        """Whether a decision is due. Where the model is called by itself it always is: nothing says whether a
+        pass goes on with an answer."""
+        return self.decided != self.prompt.number or self.prompt.question_end is None
+
     def _decide(self, x: torch.Tensor) -> None:
-        """Decides once per prompt, at its last token; the decision stays while the answer is decoded."""
+        """Decides once per prompt, at its last token; the decision stays while the answer is decoded.
+
+        Extra pairs alone decide nothing: they work in whatever way the model is called.
+        """
         self.decided = self.prompt.number
-        end = self.prompt.question_end
-        assert end is not None, "an edited model must be called through its backbone"
+        if self.gate is None and self.adapter is None:
+            return
+        end = self.prompt.spread(len(x)).question_end
         if self.gate is not None and self.first:
             self.gate.decide(x, self.prompt)
         if self.adapter is not None:
@@ -127,7 +137,7 @@ class LayerRuntime:
         """The feed-forward network's output, with what is added for its inputs ``queries``."""
         assert self.extra is not None
         # OPT hands its feed-forward network all rows' tokens in one dimension.
-        batch = queries.reshape(len(self.prompt.question_end), -1, queries.shape[-1])  # type: ignore[arg-type]
+        batch = queries.reshape(self.rows, -1, queries.shape[-1])
         return output + self.extra(batch).reshape(output.shape)
 
 

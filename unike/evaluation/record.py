@@ -114,6 +114,13 @@ class Record:
         """The final loss, where the method reports one."""
         return _find_number(self.info, "loss")
 
+    @property
+    def reached(self) -> bool | None:
+        """Whether training reached the target before ``max_steps``; None of a method that does not train its
+        edits step by step (IKE, KE, MEND, SERAC), and of a file that does not say so."""
+        found = self.info.get("reached")
+        return found if isinstance(found, bool) else None
+
     def get_scores(self, mode: str) -> Mapping[str, Score]:
         """By probe, in one evaluation mode; empty where it was not measured."""
         return self.scores.get(mode, ABSENT)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import product
 from typing import TypedDict
@@ -18,6 +19,7 @@ from unike.evaluation.metrics import (
     ngram_entropy,
 )
 from unike.evaluation.record import ABSENT, ByProbe, Record
+from unike.system.text import one_line
 from unike.types import FIVE_METRICS, METRICS
 
 MODES = ("teacher_forced", "generated")
@@ -27,6 +29,7 @@ LOCALITY = ("t_locality", "m_locality")
 UNCHANGED_PROBES = (*LOCALITY, "same_question", "same_image")
 HARMONIC = ("five", "all")
 HARMONIC_OF = dict(zip(HARMONIC, (FIVE_METRICS, METRICS), strict=True))
+HARMONIC_TITLES = dict(zip(HARMONIC, ("harmonic mean of 5", "harmonic mean of all 8"), strict=True))
 MEANS_OF = {"generality": ("t_generality", "m_generality"), "locality": LOCALITY}
 TITLES = {
     "reliability": "Reliability",
@@ -80,6 +83,21 @@ class Fluency(TypedDict):
     source: str
 
 
+class Unreached(TypedDict):
+    """How many of ``of`` trained edits ended at ``max_steps``: without predicting every token of the target,
+    or with a loss above ``stop_loss``."""
+
+    n: int
+    of: int
+
+
+class Failure(TypedDict):
+    """Why ``n`` records failed. Reasons that differ in numbers alone are one; the first is shown."""
+
+    reason: str
+    n: int
+
+
 class SequenceCount(TypedDict):
     """How many sequences there are, and the edits in each."""
 
@@ -107,6 +125,8 @@ class Summary(TypedDict, total=False):
 
     n: int
     failed: int
+    failures: list[Failure]
+    unreached: Unreached | None
     metrics: dict[str, dict[str, BeforeAfter]]
     harmonic_mean: Combined
     means: Combined
@@ -130,7 +150,9 @@ def summarise(records: Sequence[Record], seed: int, presets: Sequence[str] = ("p
     ``["metrics"][metric][mode]["before" | "after"]`` holds ``mean, low, high, n``. So do the entries of
     ``harmonic_mean`` (of the five metrics, and of all eight), of ``means`` (of the two generalities and of
     the two localities), of ``presets``, and of ``base_right`` (base-model accuracy on the locality probes).
-    ``fluency`` is the mean n-gram entropy of the generated answers. Failed records count in ``failed`` alone.
+    ``fluency`` is the mean n-gram entropy of the generated answers. Failed records count in ``failed`` alone,
+    and by reason in ``failures``. ``unreached`` counts the edits that ended at ``max_steps``; None where none
+    was trained step by step.
     ``seconds`` and ``steps`` are means per edit, with their intervals under ``costs``, ``bytes`` of what is
     applied at the end; None where unrecorded. ``decisions`` holds what edits decided, as a mean per probe.
 
@@ -151,6 +173,8 @@ def summarise(records: Sequence[Record], seed: int, presets: Sequence[str] = ("p
     summary: Summary = {
         "n": len(done),
         "failed": len(ends) - len(done),
+        "failures": _group_failures(record for record in ends if not record.ok),
+        "unreached": _count_unreached(done),
         "metrics": metrics,
         "harmonic_mean": sample.combine(HARMONIC_OF, harmonic_mean),
         "means": sample.combine(MEANS_OF, mean_of),
@@ -297,6 +321,21 @@ def _summarise_preset(sample: _Sample, name: str) -> PresetSummary:
         found = {m: sample.estimate(_pick_score(MODES[0], m, "after")) for m in names}
         metrics = {m: value for m, value in found.items() if value}
     return {"provenance": PRESETS[name].provenance, "metrics": metrics}
+
+
+def _group_failures(failed: Iterable[Record]) -> list[Failure]:
+    """The most frequent reason first."""
+    groups: dict[str, list[str]] = {}
+    for record in failed:
+        reason = one_line(record.error or "no reason is recorded")
+        groups.setdefault(re.sub(r"\d+", "#", reason), []).append(reason)
+    found: list[Failure] = [{"reason": own[0], "n": len(own)} for own in groups.values()]
+    return sorted(found, key=lambda failure: -failure["n"])
+
+
+def _count_unreached(done: Sequence[Record]) -> Unreached | None:
+    known = [record.reached for record in done if record.reached is not None]
+    return {"n": known.count(False), "of": len(known)} if known else None
 
 
 def _measure_fluency(records: Sequence[Record]) -> Fluency | None:

@@ -10,7 +10,7 @@ from torch import nn
 from unike.backbones.base import IGNORED, Backbone, PrefixState, encode_queries, narrow
 from unike.backbones.prefix import PrefixCache
 from unike.edits import Edit
-from unike.edits.deltas import WeightBatch, WeightDelta
+from unike.edits.deltas import WeightBatch, WeightDelta, make_master
 from unike.methods.base import EditMethod, unwrap
 from unike.methods.training import Limits, Trained, train
 from unike.types import EditRequest, Query, UserError
@@ -95,7 +95,7 @@ class _LayerWeights:
         staying = rows.tolist()
         for i, row in enumerate(self.rows):
             if i not in staying:
-                self.finished[row] = {n: t.detach()[i].clone() for n, t in self.together.weights.items()}
+                self.finished[row] = self.together.round_row(i)
         self.rows = [self.rows[i] for i in staying]
         self.together.keep(rows)
         if staying:
@@ -107,14 +107,15 @@ class _ProjectionWeights:
 
     def __init__(self, backbone: Backbone, query: Query, start: Mapping[str, torch.Tensor]) -> None:
         self.backbone, self.query = backbone, query
-        self.weights = {name: nn.Parameter(tensor.clone()) for name, tensor in start.items()}
+        self.weights = {name: make_master(tensor.clone()) for name, tensor in start.items()}
+        self.types = {name: tensor.dtype for name, tensor in start.items()}
         self.finished = [dict[str, torch.Tensor]()]
 
     def parameters(self) -> list[torch.Tensor]:
         return list(self.weights.values())
 
     def logits(self) -> torch.Tensor:
-        with WeightDelta(self.weights).applied(self.backbone):
+        with WeightDelta(self._round()).applied(self.backbone):
             batch = encode_queries(self.backbone, [self.query])
             return self.backbone(batch).logits[:, :-1][batch.labels[:, 1:] != IGNORED]
 
@@ -122,4 +123,8 @@ class _ProjectionWeights:
         return None
 
     def keep(self, rows: torch.Tensor) -> None:
-        self.finished = [{name: w.detach() for name, w in self.weights.items()}]
+        self.finished = [{name: w.detach() for name, w in self._round().items()}]
+
+    def _round(self) -> dict[str, torch.Tensor]:
+        """The masters in the model's types."""
+        return {name: w.to(self.types[name]) for name, w in self.weights.items()}

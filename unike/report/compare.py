@@ -13,8 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from unike.evaluation.record import Record
-from unike.evaluation.summary import HARMONIC, MODES, TITLES, choose_mode, find_passes
-from unike.report.measures import MEASURE_TITLES, MEASURES, Row, compare_rows
+from unike.evaluation.summary import HARMONIC, HARMONIC_TITLES, MODES, TITLES, choose_mode, find_passes
+from unike.report.measures import MEASURES, Row, compare_rows
 from unike.runs.records import read_manifest, read_records, read_seed
 from unike.system.text import one_line
 from unike.types import METRICS, UserError
@@ -114,7 +114,7 @@ def build_rows(found: Comparison) -> list[tuple[str, ...]]:
     """The differences as texts below ``HEADER``."""
     return [
         (
-            TITLES.get(d.measure, MEASURE_TITLES[d.measure]),
+            TITLES.get(d.measure) or HARMONIC_TITLES[d.measure],
             d.mode.replace("_", "-"),
             str(d.n),
             f"{d.a:.1f}",

@@ -25,6 +25,7 @@ from unike.report.terminal import (
     as_text,
     build_summary_rows,
     describe_costs,
+    list_failures,
     summary_table,
 )
 from unike.runs.records import read_manifest, read_records, read_seed
@@ -46,7 +47,7 @@ PROBE_INPUTS = {
     "joint": "rephrased question and rephrased image",
 }
 TARGET, UNCHANGED = "should give the target", "should give the base answer"
-FAILED, PROBE_FAILED, TASK = "failed", "fails", "task"
+FAILED, PROBE_FAILED, TASK, UNREACHED = "failed", "fails", "task", "ended at max_steps"
 # A probe passes if ...
 _PASSES = {
     MODES[
@@ -75,6 +76,7 @@ def write_report(
 def show(summary: Summary, directory: Path, page: bool) -> None:
     """Prints a run's table and where its records are and, with ``page``, the page that is written of them."""
     print(as_text(summary_table(summary, directory.name)))
+    print("".join(f"{line}\n" for line in list_failures(summary)), end="")
     print(f"records: {directory}" + (f"\nreport: {write_report(directory)}" if page else ""))
 
 
@@ -91,6 +93,7 @@ def build_run_page(folder: Path, most: int = MOST_CASES) -> HtmlPage:
     album = make_album(cases, images)
     views = [build_case(record, mode, images, album, i) for i, record in enumerate(cases)]
     notes = [note] if note else album.list_notes()
+    notes += list_failures(summary)
     if len(ends) > most:
         notes.append(f"The first {most} of {len(ends)} cases are shown; tables and charts are of all.")
     return HtmlPage(
@@ -185,13 +188,14 @@ def make_title(answers: Mapping[str, Answer]) -> str:
 def list_tags(record: Record, fails: Sequence[str], broken: bool) -> list[str]:
     """What a case is filtered by: its task, the probes that it ``fails``, and whether anything failed."""
     tags = [f"{TASK} {record.task or ''}", *(f"{PROBE_FAILED} {name}" for name in fails)]
-    return [*tags, *([FAILED] if broken or fails else [])]
+    unreached = [UNREACHED] if record.reached is False else []
+    return [*tags, *([FAILED] if broken or fails else []), *unreached]
 
 
 def list_filters(views: Sequence[CaseView]) -> dict[str, str]:
     """The filters that select some of the cases, not all, with their titles."""
     found = dict.fromkeys(tag for view in views for tag in view.tags)
-    titles = {FAILED: "something failed"}
+    titles = {FAILED: "something failed", UNREACHED: UNREACHED}
     fails = [tag.removeprefix(f"{PROBE_FAILED} ") for tag in found if tag.startswith(f"{PROBE_FAILED} ")]
     titles |= {
         f"{PROBE_FAILED} {name}": f"{TITLES.get(name, clip(name))} fails" for name in order_probes(fails)
@@ -246,6 +250,8 @@ def _list_facts(record: Record) -> Iterable[tuple[str, str]]:
         yield "steps", f"{record.steps}"
     if record.loss is not None:
         yield "final loss", f"{record.loss:.4f}"
+    if record.reached is not None:
+        yield "training", "reached the target" if record.reached else "ended at max_steps"
     if record.seconds is not None:
         yield "seconds", f"{record.seconds:.2f}"
     if record.bytes is not None:

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from unike.evaluation.summary import (
-    HARMONIC,
+    HARMONIC_TITLES,
     LOCALITY,
     MODES,
     TITLES,
@@ -22,6 +22,12 @@ from unike.evaluation.summary import (
 )
 
 _NOTHING = "-"
+MOST_REASONS = 5
+# What helps, by reason.
+REMEDIES = {
+    "out of memory": ": one edit alone takes more than there is; expected a smaller n_keys or model, fewer "
+    "layers, or dtype: bfloat16",
+}
 
 SUMMARY_HEADER = (
     "metric",
@@ -40,9 +46,10 @@ def build_summary_rows(summary: Summary) -> list[tuple[str, ...]]:
         for metric in LOCALITY if name != "paper" else ():
             if entry := preset["metrics"].get(metric):
                 rows.append((f"{TITLES[metric]}, {name}", _NOTHING, _format_interval(entry), _NOTHING))
-    if any(HARMONIC[0] in values for values in summary.get("harmonic_mean", {}).values()):
-        means = {mode: values.get(HARMONIC[0], {}) for mode, values in summary["harmonic_mean"].items()}
-        rows.append(("harmonic mean", *_format_before_and_after(means)))
+    for name, title in HARMONIC_TITLES.items():
+        means = {mode: v[name] for mode, v in summary.get("harmonic_mean", {}).items() if name in v}
+        if means:
+            rows.append((title, *_format_before_and_after(means)))
     return rows
 
 
@@ -56,7 +63,7 @@ def summary_table(summary: Summary, title: str) -> Table:
     table = Table(title=Text(title), caption=Text(describe_costs(summary)), box=box.SIMPLE_HEAD)
     table.caption_justify = "left"
     for i, heading in enumerate(SUMMARY_HEADER):
-        table.add_column(heading, justify="right" if i else "left", no_wrap=True)
+        table.add_column(heading, justify="right" if i else "left", no_wrap=i > 0)
     for name, *cells in build_summary_rows(summary):
         table.add_row(*map(Text, (name, *cells)))
     return table
@@ -85,6 +92,8 @@ def describe_costs(summary: Summary) -> str:
         parts.append(f"{found['n']} sequence{'s' * (found['n'] != 1)} of {found['length']} edits")
     if summary["failed"]:
         parts.append(f"{summary['failed']} failed")
+    if (unreached := summary.get("unreached")) is not None:
+        parts.append(f"{unreached['n']} of {unreached['of']} edits ended at max_steps")
     if summary["seconds"] is not None:
         parts.append(f"{summary['seconds']:.2f} s per edit")
     if summary["steps"] is not None:
@@ -92,3 +101,15 @@ def describe_costs(summary: Summary) -> str:
     if most := max(filter(None, summary.get("peak_memory_bytes", {}).values()), default=0):
         parts.append(f"{most / 2**30:.2f} GiB at most")
     return ", ".join(parts)
+
+
+def list_failures(summary: Summary) -> list[str]:
+    """Why records failed, a line for each of the most frequent reasons."""
+    total, failures = summary.get("n", 0) + summary.get("failed", 0), summary.get("failures", [])
+    lines = [
+        f"{f['n']} of {total} records failed: {f['reason']}{REMEDIES.get(f['reason'], '')}"
+        for f in failures[:MOST_REASONS]
+    ]
+    if left := failures[MOST_REASONS:]:
+        lines.append(f"{sum(f['n'] for f in left)} of {total} records failed for {len(left)} other reasons")
+    return lines

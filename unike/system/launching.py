@@ -21,7 +21,7 @@ from unike.system.processes import LostError, SharedError, count_planned, has_jo
 from unike.types import UserError
 
 _LAUNCHED = "UNIKE_LAUNCHED"
-_LOST_CODE = 3
+_LOST_CODE, _NOTHING_CODE = 3, 4
 # What a shell gives for a program that SIGPIPE ended.
 PIPE_CODE = 141
 # Processes that may share one core: more gain nothing, and each takes the model's memory.
@@ -84,6 +84,16 @@ def _run_reported(work: Callable[[], int]) -> int:
         return 2
     finally:
         leave()
+
+
+def choose_run_code(succeeded: int | None) -> int:
+    """The exit code of a run with so many records that ``succeeded``: 1 where none did, else 0. None where
+    another process counts them."""
+    if succeeded != 0:
+        return 0
+    print("error: no record succeeded", file=sys.stderr)
+    # From a process that died, ``launch`` distinguishes it by a code of its own.
+    return _NOTHING_CODE if _LAUNCHED in os.environ else 1
 
 
 # ---------------------------------------------------------------- starting processes
@@ -169,14 +179,15 @@ def _end_all(crew: Sequence[BaseProcess]) -> None:
 
 def _choose_exit_code(codes: Sequence[int | None]) -> int:
     for i, code in enumerate(codes):
-        if code not in (0, 2, 130, PIPE_CODE, _LOST_CODE):
+        if code not in (0, 2, 130, PIPE_CODE, _LOST_CODE, _NOTHING_CODE):
             how = f"signal {-code}" if code is not None and code < 0 else f"code {code}"
             # A process that dies leaves the line of its bar open.
             print("" if i else "\n", end="", file=sys.stderr)
             line = f"process {i + 1} of {len(codes)} ended with {how}; what is recorded is kept"
             print(f"error: {line}, continue with --resume", file=sys.stderr)
             return 1
-    return next((code for code in codes if code not in (0, _LOST_CODE)), int(_LOST_CODE in codes)) or 0
+    chosen = next((code for code in codes if code not in (0, _LOST_CODE)), int(_LOST_CODE in codes)) or 0
+    return 1 if chosen == _NOTHING_CODE else chosen
 
 
 def _run_child(main: Callable[[list[str]], int], argv: list[str], place: dict[str, str]) -> None:
