@@ -14,7 +14,8 @@ from untouched import hook_count
 from unike.backbones.base import encode_queries
 from unike.config.hparams import HyperParams
 from unike.datasets.mmedit import CaptionDataset, CapVQADataset, VQADataset
-from unike.editor import METRIC_KEYS, MultimodalEditor, _Requests
+from unike.editor import METRIC_KEYS, MultimodalEditor
+from unike.editor.requests import Requests
 from unike.edits import RoutedEdit
 from unike.types import Query, UserError
 
@@ -233,7 +234,7 @@ def test_removing_leaves_what_else_is_attached(editor: MultimodalEditor, project
 
 def test_an_edits_id_is_that_of_its_request(project: Project) -> None:
     images = [picture(project), picture(project), picture(project, 1)]
-    given = _Requests([PROMPT] * 3, [TARGET] * 3, images, None, None, {})
+    given = Requests([PROMPT] * 3, [TARGET] * 3, images, None, None, {})
     first, again, elsewhere = (case.request.id for case in given.make_cases(None, set()))
     assert again == f"{first}-2"
     assert elsewhere != first

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import copy
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
-from itertools import count
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from tqdm import tqdm
 
 from unike import runs
 from unike.backbones.base import Backbone
-from unike.backbones.images import content_key
 from unike.backbones.loading import load_backbone
-from unike.backbones.store import row_key
 from unike.config.hparams import HyperParams
-from unike.datasets.mmedit import CapVQADataset
 from unike.datasets.triplets import Triplet, make_triplets
+from unike.editor.requests import Requests, Texts
+from unike.editor.templates import apply_template
 from unike.edits import Edit, compose
 from unike.edits.attached import EditedModel, Slot
 from unike.edits.base import load_edit
@@ -29,7 +25,7 @@ from unike.evaluation.protocols import run_one_step
 from unike.evaluation.record import Record
 from unike.evaluation.summary import Summary, summarise
 from unike.runs import checks, inputs
-from unike.types import Case, EditRequest, Expectation, ImageLike, Probe, Query, UserError
+from unike.types import Case, ImageLike, UserError
 
 METRIC_KEYS = {
     "reliability": "rewrite_acc",
@@ -39,7 +35,6 @@ METRIC_KEYS = {
     "m_locality": "multimodal_locality_acc",
 }
 EditResult = tuple[list[dict[str, Any]], EditedModel, Summary]
-Texts = str | Sequence[str]
 
 
 class MultimodalEditor:
@@ -162,7 +157,7 @@ class MultimodalEditor:
             raise UserError(
                 "keep_original_weight: the attached edits are another editor's; remove them first"
             )
-        requests = _Requests(prompts, targets, image, rephrase_prompts, rephrase_image, locality_inputs or {})
+        requests = Requests(prompts, targets, image, rephrase_prompts, rephrase_image, locality_inputs or {})
         cases = requests.make_cases(template, {edit.id for edit in former})
         return self._edit_all(cases, former, not keep_original_weight, generated=False)
 
@@ -179,7 +174,7 @@ class MultimodalEditor:
         the place of the dataset's own. ``summary`` holds means with intervals in both evaluation modes;
         ``generated=False`` leaves out the second. ``edited_model`` carries the last edit.
         """
-        cases = ds if template is None else _apply_template(ds, template)
+        cases = ds if template is None else apply_template(ds, template)
         self.prepare(train_ds)
         return self._edit_all(cases, (), accumulate=False, generated=generated)
 
@@ -227,134 +222,3 @@ def _describe_metric(number: int, case: Case, record: Record) -> dict[str, Any]:
     if record.error is not None:
         metric["error"] = record.error
     return metric
-
-
-def _make_wrapper(template: str | None) -> Callable[[str], str]:
-    if template is None:
-        return lambda text: text
-    if template.count("{}") != 1:
-        raise UserError(f"template {template!r}: expected exactly one {{}} where the question goes")
-    start, end = template.split("{}")
-
-    def wrap(text: str) -> str:
-        # Datasets and users wrap their prompts too: once is enough.
-        return text if text.startswith(start) and text.endswith(end) else start + text + end
-
-    return wrap
-
-
-def _apply_template(ds: Sequence[Case], template: str) -> Sequence[Case]:
-    wrap = _make_wrapper(template)
-    if isinstance(ds, CapVQADataset):
-        raise UserError("template: give it to CapVQADataset itself; expected None here")
-    if hasattr(ds, "template"):
-        changed = copy.copy(ds)
-        changed.template = template  # type: ignore[attr-defined]
-        return changed
-
-    def wrap_query(query: Query) -> Query:
-        return query if query.image is None else replace(query, prompt=wrap(query.prompt))
-
-    return [
-        replace(
-            case,
-            request=replace(case.request, query=wrap_query(case.request.query)),
-            probes=tuple(replace(p, query=wrap_query(p.query)) for p in case.probes),
-        )
-        for case in ds
-    ]
-
-
-class _Requests:
-    """The arguments of ``edit`` as lists, checked together."""
-
-    def __init__(
-        self,
-        prompts: Texts,
-        targets: Texts,
-        image: ImageLike,
-        rephrase_prompts: Texts | None,
-        rephrase_image: ImageLike,
-        locality: Mapping[str, Mapping[str, Any]],
-    ) -> None:
-        self.columns = {"prompts": _as_list(prompts), "targets": _as_list(targets), "image": _as_list(image)}
-        optional = {"rephrase_prompts": rephrase_prompts, "rephrase_image": rephrase_image}
-        self.columns |= {name: _as_list(value) for name, value in optional.items() if value is not None}
-        self.problems: list[str] = []
-        known = {"text": ("prompt", "ground_truth"), "vision": ("prompt", "ground_truth", "image")}
-        for part, values in locality.items():
-            if part not in known:
-                self.problems.append(f"locality_inputs: {part!r} is unknown; expected text or vision")
-                continue
-            at = f"locality_inputs[{part!r}]"
-            if set(values) != set(known[part]):
-                self.problems.append(
-                    f"{at}: expected {', '.join(known[part])}, got {', '.join(values) or 'nothing'}"
-                )
-                continue
-            self.columns |= {f"{at}[{name!r}]": _as_list(values[name]) for name in known[part]}
-        self._check()
-
-    def _check(self) -> None:
-        count = len(self.columns["prompts"])
-        if count == 0:
-            self.problems.append("prompts: is empty; expected at least one")
-        for name, values in self.columns.items():
-            if len(values) != count:
-                self.problems.append(f"{name}: expected as many as prompts, {count}, got {len(values)}")
-            check = _find_image_problem if "image" in name.split("[")[-1] else _find_text_problem
-            for i, value in enumerate(values):
-                at = name if len(values) == 1 else f"{name}[{i}]"
-                if problem := check(value):
-                    self.problems.append(f"{at}: {problem}")
-        if self.problems:
-            raise UserError(*self.problems)
-
-    def make_cases(self, template: str | None, taken: set[str]) -> list[Case]:
-        """One case per request. Its id, ``edit-`` and a checksum, is the same for the same request, and
-        is followed by a number where it is one of ``taken``."""
-        wrap, names, taken = _make_wrapper(template), list[str](), set(taken)
-        requests = zip(*(self.columns[name] for name in ("image", "prompts", "targets")), strict=True)
-        for image, prompt, target in requests:
-            stem = f"edit-{row_key((content_key(image), wrap(prompt), target.strip()))[:8]}"
-            free = (name for n in count(1) if (name := stem if n == 1 else f"{stem}-{n}") not in taken)
-            names.append(next(free))
-            taken.add(names[-1])
-        return [self._make_case(i, name, wrap) for i, name in enumerate(names)]
-
-    def _make_case(self, i: int, name: str, wrap: Callable[[str], str]) -> Case:
-        row = {column: values[i] for column, values in self.columns.items()}
-        query = Query(row["image"], wrap(row["prompts"]), row["targets"].strip())
-        probes: list[tuple[str, Query, Expectation]] = [("reliability", query, "target")]
-        if "rephrase_prompts" in row:
-            probes.append(("t_generality", replace(query, prompt=wrap(row["rephrase_prompts"])), "target"))
-        if "rephrase_image" in row:
-            probes.append(("m_generality", replace(query, image=row["rephrase_image"]), "target"))
-        for part, metric in (("text", "t_locality"), ("vision", "m_locality")):
-            at = f"locality_inputs[{part!r}]"
-            if f"{at}['prompt']" not in row:
-                continue
-            prompt, answer = row[f"{at}['prompt']"], row[f"{at}['ground_truth']"].strip()
-            image = row.get(f"{at}['image']")
-            probes.append(
-                (metric, Query(image, prompt if image is None else wrap(prompt), answer), "unchanged")
-            )
-        return Case(EditRequest(name, query), tuple(Probe(*probe) for probe in probes))
-
-
-def _as_list(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, (list, tuple)) else [value]
-
-
-def _find_text_problem(value: object) -> str | None:
-    if not isinstance(value, str):
-        return f"expected a text, got {type(value).__name__}"
-    return None if value.strip() else "is empty; expected a text"
-
-
-def _find_image_problem(value: object) -> str | None:
-    if value is None:
-        return "is missing; expected a path, a PIL image or a tensor"
-    if isinstance(value, (str, os.PathLike)) and not os.path.isfile(value):
-        return f"{os.fspath(value)}: no such image"
-    return None
