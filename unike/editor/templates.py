@@ -44,5 +44,3 @@ def apply_template(ds: Sequence[Case], template: str) -> Sequence[Case]:
         )
         for case in ds
     ]
-
-
