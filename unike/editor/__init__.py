@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -13,27 +14,33 @@ from unike.backbones.base import Backbone
 from unike.backbones.loading import load_backbone
 from unike.config.hparams import HyperParams
 from unike.datasets.triplets import Triplet, make_triplets
-from unike.editor.requests import Requests, Texts
-from unike.editor.templates import apply_template
+from unike.editor.arguments import (
+    NAMED,
+    check_file_types,
+    read_arguments,
+    read_dataset_arguments,
+    read_switch,
+)
+from unike.editor.cases import read_cases
+from unike.editor.metrics import METRIC_KEYS, describe_metric, merge_probes
+from unike.editor.requests import Images, Texts, Values, locate_image, make_cases, read_columns
 from unike.edits import Edit, compose
 from unike.edits.attached import EditedModel, Slot
 from unike.edits.base import load_edit
 from unike.edits.explain import Explanation, ask
 from unike.edits.files import read_edit
+from unike.edits.questions import answer_each, check_question
 from unike.edits.shares import Shared
 from unike.evaluation.protocols import run_one_step
 from unike.evaluation.record import Record
 from unike.evaluation.summary import Summary, summarise
 from unike.runs import checks, inputs
+from unike.system.text import describe_value
 from unike.types import Case, ImageLike, UserError
 
-METRIC_KEYS = {
-    "reliability": "rewrite_acc",
-    "t_generality": "rephrase_acc",
-    "m_generality": "image_rephrase_acc",
-    "t_locality": "locality_acc",
-    "m_locality": "multimodal_locality_acc",
-}
+logger = logging.getLogger("unike")
+__all__ = ["METRIC_KEYS", "EditResult", "MultimodalEditor"]
+
 EditResult = tuple[list[dict[str, Any]], EditedModel, Summary]
 
 
@@ -100,14 +107,23 @@ class MultimodalEditor:
         return self._slot.detach(id)
 
     def generate(
-        self, image: ImageLike | None, prompt: str, max_new_tokens: int | None = None, edited: bool = False
-    ) -> str:
+        self,
+        image: Images,
+        prompt: Texts,
+        max_new_tokens: int | None = None,
+        edited: bool = False,
+    ) -> Any:
         """The greedy answer of the unedited model, or with ``edited=True`` under all that is attached.
 
-        Unedited by default, so that a comparison with the base model does not depend on what is attached;
-        ``ask`` gives both answers.
+        A list of prompts, of images or of both gives a list of answers. Unedited by default, so that a
+        comparison with the base model does not depend on what is attached; ``ask`` gives both answers.
+        UserError for what is no image or no text.
         """
-        return self._slot.generate(self.edits if edited else (), image, prompt, max_new_tokens)
+
+        def answer(image: ImageLike | None, prompt: str) -> str:
+            return self._slot.generate(self.edits if edited else (), image, prompt, max_new_tokens)
+
+        return answer_each(answer, image, prompt, self._locate)
 
     def ask(self, image: ImageLike | None, prompt: str, top: int = 5) -> Explanation:
         """The answers before and after the attached edits, and what was active for this prompt.
@@ -115,7 +131,13 @@ class MultimodalEditor:
         Of each layer's retrieved items the ``top`` most attended ones are listed. UserError for an image
         that cannot be read.
         """
+        image, prompt = check_question(image, prompt, self._locate)
+        if isinstance(top, bool) or not isinstance(top, int) or top < 0:
+            raise UserError(f"top: expected a whole number from 0 on, got {describe_value(top)}")
         return ask(self._slot, image, prompt, top)
+
+    def _locate(self, image: ImageLike | None) -> ImageLike | None:
+        return locate_image(image, self.hparams.image_root)
 
     def load(self, folder: str | os.PathLike[str]) -> Edit:
         """An edit from its folder, with this editor's memory, encoders or network, if it needs them.
@@ -131,72 +153,124 @@ class MultimodalEditor:
         self,
         prompts: Texts,
         targets: Texts,
-        image: ImageLike | Sequence[ImageLike],
+        image: Images = None,
+        *others: Any,
+        file_type: Texts | None = None,
         rephrase_prompts: Texts | None = None,
-        rephrase_image: ImageLike | Sequence[ImageLike] | None = None,
-        locality_inputs: Mapping[str, Mapping[str, Any]] | None = None,
-        keep_original_weight: bool = True,
+        rephrase_image: Images = None,
+        locality_inputs: Mapping[str, Mapping[str, Any] | None] | None = None,
+        keep_original_weight: bool | None = None,
         template: str | None = None,
+        sequential_edit: bool | None = None,
+        verbose: bool | None = None,
+        train_ds: Any = None,
+        **unknown: Any,
     ) -> EditResult:
         """Edits one request or a list of them: ``(metrics, edited_model, summary)``.
 
-        Images are paths, PIL images or normalised float tensors ``(3, H, W)``. ``locality_inputs``
-        holds ``{"text": {"prompt", "ground_truth"}, "vision": {"prompt", "ground_truth", "image"}}``.
-        Prompts about an image go into ``template``, whose ``{}`` they replace; without one they stay
-        as given. Metrics are teacher-forced, in [0, 1], for the probes that are given.
+        Images are paths, also relative to the YAML's ``image_root``, PIL images, arrays, tensors, bytes or
+        open files (``unike.datasets.image_inputs``); a float tensor ``(3, H, W)`` is taken as normalised.
+        Without an image a request is of the language model alone. ``locality_inputs`` holds ``{"text":
+        {"prompt", "ground_truth"}, "vision": {"prompt", "ground_truth", "image"}}``: a probe for each
+        request, or with lists of lists several, whose mean is the score. Prompts about an image go into
+        ``template``, whose ``{}`` they replace; without one they stay as given. Metrics are teacher-forced,
+        in [0, 1], for the probes that are given. ``train_ds`` is as in ``edit_dataset``.
 
-        ``keep_original_weight=True`` edits each request from the original model; ``edited_model``
-        carries the last edit alone. ``False`` adds to what is attached, in order: each request is
-        edited, and measured, on top of the former ones, and ``edited_model`` carries them all.
+        By default each request is edited from the original model, and ``edited_model`` carries the last edit
+        alone. With ``sequential_edit=True``, or ``keep_original_weight=False``, edits add to what is
+        attached, in order: each request is edited, and measured, on top of the former ones, and
+        ``edited_model`` carries them all. ``verbose=False`` shows no progress, ``True`` logs each metric.
+
+        What is given by position after ``image`` is ``rephrase_prompts, rephrase_image, locality_inputs,
+        keep_original_weight, template``, or in EasyEdit's order ``file_type, rephrase_prompts, ...``.
 
         Raises UserError, with all problems at once and nothing changed, for lists of different
-        lengths, empty texts and missing images.
+        lengths, empty texts, missing images, arguments that contradict each other, and a fourth argument by
+        position of which it is not clear which one it is.
         """
-        former = () if keep_original_weight else self.edits
+        named = {name: value for name, value in locals().items() if name in NAMED}
+        given = read_arguments(others, named, unknown)
+        accumulate, verbose = given.accumulate, read_switch(given.values["verbose"], "verbose")
+        former = self.edits if accumulate else ()
         if former and self._slot.editor is not self:
             raise UserError(
                 "keep_original_weight: the attached edits are another editor's; remove them first"
             )
-        requests = Requests(prompts, targets, image, rephrase_prompts, rephrase_image, locality_inputs or {})
-        cases = requests.make_cases(template, {edit.id for edit in former})
-        return self._edit_all(cases, former, not keep_original_weight, generated=False)
+        columns = {"prompts": prompts, "targets": targets, "image": image, **given.values}
+        values = Values(self.hparams.image_root, self.hparams.rephrase_root)
+        requests = read_columns(values, columns, given.values["locality_inputs"])
+        check_file_types(given.values["file_type"], [request.image for request in requests])
+        cases = make_cases(requests, given.values["template"], {edit.id for edit in former})
+        self.prepare(self._read_train_cases(given.values["train_ds"]))
+        return self._edit_all(cases, former, accumulate, generated=False, verbose=verbose)
 
     def edit_dataset(
         self,
-        ds: Sequence[Case],
-        train_ds: Iterable[Case] | None = None,
-        template: str | None = None,
+        ds: Any,
+        train_ds: Any = None,
+        template: str | bool | None = None,
         generated: bool = True,
+        keep_original_weight: bool | None = None,
+        verbose: bool | None = None,
+        **unknown: Any,
     ) -> EditResult:
         """Edits each case from the original model: ``(metrics, edited_model, summary)``.
 
-        ``train_ds`` gives the knowledge triplets in place of the YAML's train data. ``template`` takes
-        the place of the dataset's own. ``summary`` holds means with intervals in both evaluation modes;
-        ``generated=False`` leaves out the second. ``edited_model`` carries the last edit.
+        ``ds`` is a data set, a list of cases or of mappings, a table, or the path of a JSON, JSONL or CSV
+        file (``unike.datasets.rows``). ``train_ds``, of the same kinds, gives the knowledge triplets in place
+        of the YAML's train data. ``template`` takes the place of the dataset's own. ``summary`` holds means
+        with intervals in both evaluation modes; ``generated=False`` leaves out the second. ``edited_model``
+        carries the last edit. By position EasyEdit's ``ds, keep_original_weight, verbose`` is known too.
+
+        Raises UserError, with nothing changed, for what is no data set and for broken rows.
         """
-        cases = ds if template is None else apply_template(ds, template)
-        self.prepare(train_ds)
-        return self._edit_all(cases, (), accumulate=False, generated=generated)
+        given = read_dataset_arguments(
+            {
+                "train_ds": train_ds,
+                "template": template,
+                "generated": generated,
+                "keep_original_weight": keep_original_weight,
+                "verbose": verbose,
+            },
+            unknown,
+        )
+        cases = read_cases(ds, self.hparams, given["template"])
+        self.prepare(self._read_train_cases(given["train_ds"]))
+        return self._edit_all(
+            cases, (), accumulate=False, generated=given["generated"], verbose=given["verbose"]
+        )
+
+    def _read_train_cases(self, train_ds: Any) -> Sequence[Case] | None:
+        return None if train_ds is None else read_cases(train_ds, self.hparams, None, "train_ds")
 
     def _edit_all(
-        self, cases: Sequence[Case], former: tuple[Edit, ...], accumulate: bool, generated: bool
+        self,
+        cases: Sequence[Case],
+        former: tuple[Edit, ...],
+        accumulate: bool,
+        generated: bool,
+        verbose: bool | None = None,
     ) -> EditResult:
         parts = self.prepare()
         reader = parts.make_reader(generated)
         edits, metrics, records = former, list[dict[str, Any]](), list[Record]()
         with self._slot.only(()):
-            for number, case in enumerate(tqdm(cases, desc="edits", disable=not self.progress)):
+            for number, case in enumerate(
+                tqdm(cases, desc="edits", disable=not (self.progress if verbose is None else verbose))
+            ):
                 history = compose(edits) if accumulate else None
                 outcome = run_one_step(self.backbone, parts.method, case, reader, history)
                 if outcome.edit is not None:
                     _require_one_kind(history, outcome.edit)
                     edits = (*edits, outcome.edit) if accumulate else (outcome.edit,)
-                records.append(outcome.record)
-                metrics.append(_describe_metric(number, case, outcome.record))
+                records.append(merge_probes(outcome.record))
+                metrics.append(describe_metric(number, case, records[-1]))
+                if verbose:
+                    logger.info("%s", metrics[-1])
         self._slot.put(edits)
         self._slot.editor = self
         summary = summarise(records, self.hparams.seed, self.hparams.metric_presets)
-        return metrics, EditedModel(self._slot, edits), summary
+        return metrics, EditedModel(self._slot, edits, self._locate), summary
 
 
 def _require_one_kind(history: Edit | None, edit: Edit) -> None:
@@ -207,18 +281,3 @@ def _require_one_kind(history: Edit | None, edit: Edit) -> None:
             "keep_original_weight: other kinds of edits are attached; detach them, or edit from the original "
             "and attach the new edit on top"
         )
-
-
-def _describe_metric(number: int, case: Case, record: Record) -> dict[str, Any]:
-    """A case's record in EasyEdit's shape."""
-    query = case.request.query
-    rewrite = {"prompt": query.prompt, "target": query.target, "image": query.image}
-    metric: dict[str, Any] = {"case_id": number, "requested_rewrite": rewrite, "time": record.seconds}
-    scores = {
-        METRIC_KEYS.get(m, f"{m}_acc"): value for m, value in record.get_scores("teacher_forced").items()
-    }
-    metric["pre"] = {key: value.before for key, value in scores.items()}
-    metric["post"] = {key: value.after for key, value in scores.items()}
-    if record.error is not None:
-        metric["error"] = record.error
-    return metric

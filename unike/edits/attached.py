@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 from unike.backbones.base import Backbone
+from unike.backbones.images import take_image
 from unike.edits import Edit, compose
+from unike.edits.questions import Locate, answer_each
 from unike.types import ImageLike, Query, UserError
 
 Edits = tuple[Edit, ...]
@@ -115,8 +118,8 @@ class EditedModel:
     instead; ``generate`` always answers with this object's, whatever is attached.
     """
 
-    def __init__(self, slot: Slot, edits: Edits) -> None:
-        self._slot, self._edits = slot, edits
+    def __init__(self, slot: Slot, edits: Edits, locate: Locate = take_image) -> None:
+        self._slot, self._edits, self._locate = slot, edits, locate
 
     @property
     def edits(self) -> Edits:
@@ -128,9 +131,18 @@ class EditedModel:
         """Whether the backbone carries these edits now, and no others."""
         return bool(self._edits) and _are_same(self._slot.edits, self._edits)
 
-    def generate(self, image: ImageLike | None, prompt: str, max_new_tokens: int | None = None) -> str:
-        """The edited model's greedy answer."""
-        return self._slot.generate(self._edits, image, prompt, max_new_tokens)
+    def generate(
+        self,
+        image: ImageLike | Sequence[ImageLike | None] | None,
+        prompt: str | Sequence[str],
+        max_new_tokens: int | None = None,
+    ) -> Any:
+        """The edited model's greedy answer; a list of answers for lists of images or prompts."""
+
+        def answer(image: ImageLike | None, prompt: str) -> str:
+            return self._slot.generate(self._edits, image, prompt, max_new_tokens)
+
+        return answer_each(answer, image, prompt, self._locate)
 
     def remove(self) -> None:
         """Detaches these edits; others stay attached, and all else is as it was. May be called again."""
