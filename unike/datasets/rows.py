@@ -63,9 +63,14 @@ def read_rows(source: object) -> list[Any]:
         return _split_mapping(source)
     if hasattr(source, "to_dict") and hasattr(source, "columns"):
         return list(source.to_dict("records"))
-    if isinstance(source, (bytes, bytearray, memoryview, set, frozenset)) or not isinstance(source, Iterable):
+    # Data sets of PyTorch have rows by number, and no more.
+    numbered = hasattr(source, "__getitem__") and hasattr(source, "__len__") and not isinstance(source, type)
+    unordered = isinstance(source, (bytes, bytearray, memoryview, set, frozenset))
+    if unordered or not (numbered or isinstance(source, Iterable)):
         raise UserError(f"ds: expected {_KINDS}, got {type(source).__name__}")
     try:
+        if not isinstance(source, Iterable):
+            return [source[i] for i in range(len(source))]  # type: ignore[index, arg-type]
         return list(islice(source, MOST_ROWS))
     except TypeError as error:
         # Some classes have __iter__ and refuse it: a tensor of no dimensions, a type.
