@@ -14,7 +14,8 @@ from untouched import hook_count
 from unike.backbones.base import encode_queries
 from unike.config.hparams import HyperParams
 from unike.datasets.mmedit import CaptionDataset, CapVQADataset, VQADataset
-from unike.editor import METRIC_KEYS, MultimodalEditor, _Requests
+from unike.editor import METRIC_KEYS, MultimodalEditor
+from unike.editor.requests import Request, make_cases
 from unike.edits import RoutedEdit
 from unike.types import Query, UserError
 
@@ -233,11 +234,11 @@ def test_removing_leaves_what_else_is_attached(editor: MultimodalEditor, project
 
 def test_an_edits_id_is_that_of_its_request(project: Project) -> None:
     images = [picture(project), picture(project), picture(project, 1)]
-    given = _Requests([PROMPT] * 3, [TARGET] * 3, images, None, None, {})
-    first, again, elsewhere = (case.request.id for case in given.make_cases(None, set()))
+    given = [Request(PROMPT, TARGET, image) for image in images]
+    first, again, elsewhere = (case.request.id for case in make_cases(given, None))
     assert again == f"{first}-2"
     assert elsewhere != first
-    assert [c.request.id for c in given.make_cases(None, {elsewhere})][2] == f"{elsewhere}-2"
+    assert [c.request.id for c in make_cases(given, None, {elsewhere})][2] == f"{elsewhere}-2"
 
 
 def test_knowledge_in_the_prompt_reaches_generation(editor: MultimodalEditor, project: Project) -> None:
@@ -293,7 +294,8 @@ def test_an_interrupted_edit_leaves_nothing_behind(
         ({"prompts": [], "targets": [], "image": []}, ["prompts: is empty"]),
         ({"targets": "  "}, ["targets: is empty"]),
         ({"prompts": 3}, ["prompts: expected a text, got int"]),
-        ({"image": None}, ["image: is missing"]),
+        ({"image": 3}, ["image: expected a path"]),
+        ({"prompts": None}, ["prompts: is missing"]),
         ({"image": "nowhere.png", "targets": ""}, ["targets: is empty", "image: nowhere.png: no such"]),
         ({"locality_inputs": {"txt": {}}}, ["locality_inputs: 'txt' is unknown"]),
         (

@@ -36,13 +36,29 @@ class TooLongError(UserError):
     """A question that the model's context does not take: its record fails, others do not."""
 
 
+def _require(condition: bool, field: str, expected: str, got: object) -> None:
+    if not condition:
+        raise UserError(f"{field}: expected {expected}, got {type(got).__name__}")
+
+
 @dataclass(frozen=True)
 class Query:
-    """A question as the backbone sees it; ``image`` is None for the language model alone."""
+    """A question as the backbone sees it; ``image`` is None for the language model alone.
+
+    White space around prompt and target is dropped: a prompt with a space at its end has other tokens, so
+    that an edit made at the one is not found at the other. UserError where one of them is no text.
+    """
 
     image: ImageLike | None
     prompt: str
     target: str | None = None
+
+    def __post_init__(self) -> None:
+        _require(isinstance(self.prompt, str), "prompt", "a text", self.prompt)
+        _require(self.target is None or isinstance(self.target, str), "target", "a text", self.target)
+        object.__setattr__(self, "prompt", self.prompt.strip())
+        if self.target is not None:
+            object.__setattr__(self, "target", self.target.strip())
 
 
 @dataclass(frozen=True)
@@ -54,6 +70,10 @@ class EditRequest:
     wrong: str | None = None
 
     def __post_init__(self) -> None:
+        _require(isinstance(self.id, str), "id", "a text", self.id)
+        _require(isinstance(self.query, Query), f"edit {self.id}: query", "a Query", self.query)
+        known = self.wrong is None or isinstance(self.wrong, str)
+        _require(known, f"edit {self.id}: wrong", "a text or None", self.wrong)
         if not self.query.target or not self.query.target.strip():
             raise UserError(f"edit {self.id}: target is empty; expected the right answer")
 
@@ -80,6 +100,12 @@ class Probe:
     query: Query
     expect: Expectation
 
+    def __post_init__(self) -> None:
+        _require(isinstance(self.name, str), "probe: name", "a text", self.name)
+        _require(isinstance(self.query, Query), f"probe {self.name}: query", "a Query", self.query)
+        if not isinstance(self.expect, str) or self.expect not in ("target", "unchanged"):
+            raise UserError(f"probe {self.name}: expect: expected 'target' or 'unchanged'")
+
 
 @dataclass(frozen=True)
 class Case:
@@ -88,6 +114,15 @@ class Case:
     request: EditRequest
     probes: tuple[Probe, ...]
     task: str = "vqa"
+
+    def __post_init__(self) -> None:
+        _require(isinstance(self.request, EditRequest), "case: request", "an EditRequest", self.request)
+        at = f"case {self.request.id}"
+        _require(isinstance(self.probes, (tuple, list)), f"{at}: probes", "a tuple of Probe", self.probes)
+        for probe in self.probes:
+            _require(isinstance(probe, Probe), f"{at}: probes", "a Probe each", probe)
+        _require(isinstance(self.task, str), f"{at}: task", "a text", self.task)
+        object.__setattr__(self, "probes", tuple(self.probes))
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -13,9 +14,11 @@ from PIL import Image
 
 from unike.backbones.checkpoint_files import explain_read_errors
 from unike.backbones.store import RowStore, row_key
+from unike.datasets.image_inputs import resolve_image
 from unike.datasets.images import open_image
 from unike.system.cache import BoundedCache
 from unike.system.faults import release_memory
+from unike.system.text import one_line
 from unike.types import ImageLike, UserError
 
 # An image, or what the vision side computed of it: tensors by name.
@@ -40,15 +43,42 @@ def load_image_processor(folder: str | None, size: int) -> Any:
 def normalise(image: ImageLike, read: Callable[[Image.Image], torch.Tensor]) -> torch.Tensor:
     """``(3, H, W)`` as ``read`` makes it of an image; a float tensor is taken as it is.
 
-    Raises UserError for a tensor of another shape, and for an image that cannot be read.
+    Raises UserError for a float tensor of another shape, and for an image that cannot be read.
     """
-    if isinstance(image, torch.Tensor):
-        if image.ndim != 3 or image.shape[0] != 3 or not image.is_floating_point():
-            raise UserError(
-                f"image tensor: expected normalise floats (3, H, W), got {tuple(image.shape)} {image.dtype}"
-            )
-        return image
-    return read(open_image(image))
+    return check_pixels(image) if is_pixels(image) else read(open_image(image))
+
+
+def is_pixels(image: ImageLike) -> bool:
+    """Whether an image is a float tensor: pixels as a model takes them, already normalised."""
+    return isinstance(image, torch.Tensor) and image.is_floating_point()
+
+
+def check_pixels(image: torch.Tensor) -> torch.Tensor:
+    """The normalised floats ``(3, H, W)``; UserError for another shape and for what are no numbers."""
+    pixels = image[0] if image.ndim == 4 and len(image) == 1 else image
+    if pixels.ndim != 3 or pixels.shape[0] != 3 or not pixels.numel():
+        raise UserError(
+            f"image tensor: expected normalised floats (3, H, W), got {tuple(image.shape)} {image.dtype}"
+        )
+    if not pixels.isfinite().all():
+        raise UserError("image tensor: holds NaN or infinity; expected normalised floats (3, H, W)")
+    return pixels
+
+
+def take_image(image: ImageLike | None) -> ImageLike | None:
+    """An image as it is kept until it is encoded: paths and PIL images as they are, float tensors checked,
+    all else decoded now, as a PIL image. None stays None.
+
+    What a user changes or closes afterwards changes nothing. UserError for what is no image.
+    """
+    if image is None:
+        return None
+    if is_pixels(image):
+        return check_pixels(image)
+    found = resolve_image(image)
+    if isinstance(found, (str, os.PathLike)):
+        return found
+    return image if image is found else open_image(found)
 
 
 class FeatureCache:
@@ -126,17 +156,19 @@ def content_key(image: ImageLike) -> str:
     A file is decoded once as long as its time and size stay the same. A float tensor's key is that of its
     numbers. Raises UserError for an image that cannot be read.
     """
-    if isinstance(image, torch.Tensor):
-        raw = image.detach().cpu().contiguous()
+    if is_pixels(image):
+        raw = check_pixels(image).detach().cpu().contiguous()
         about = f"{raw.dtype} {tuple(raw.shape)}"
         return f"{hashlib.sha1(raw.reshape(-1).view(torch.uint8).numpy().data).hexdigest()} {about}"
-    if isinstance(image, Image.Image):
+    if not isinstance(image, (str, os.PathLike)):
         return _hash_image(image)
     path = Path(image)
     try:
         stat = path.stat()
-    except OSError as error:
-        raise UserError(f"{path}: no such image ({error.strerror})") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        resolve_image(image)
+        raise UserError(f"{one_line(path)}: no such image ({one_line(reason)})") from error
     return _hash_file(path, stat.st_dev, stat.st_ino, stat.st_mtime_ns, stat.st_size)
 
 

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedModel
 
 from unike.backbones.hooks import inputs_of, transform
-from unike.backbones.images import Parts, load_image_processor, normalise
+from unike.backbones.images import Parts, is_pixels, load_image_processor, normalise
 from unike.datasets.images import open_image
 from unike.types import ImageLike, UserError
 
@@ -84,7 +84,18 @@ class FixedVision(Vision):
         return pixels
 
     def pixels(self, image: ImageLike) -> Parts:
-        return {"pixel_values": normalise(image, self.read)}
+        pixels = normalise(image, self.read)
+        self._require_size(image, pixels)
+        return {"pixel_values": pixels}
+
+    def _require_size(self, image: ImageLike, pixels: torch.Tensor) -> None:
+        """UserError for a tensor that is not of the size at which the processor makes images."""
+        if is_pixels(image):
+            shape = tuple(self.read(Image.new("RGB", (1, 1))).shape)
+            if tuple(pixels.shape) != shape:
+                raise UserError(
+                    f"image tensor: expected {shape}, as the model takes images, got {tuple(pixels.shape)}"
+                )
 
     def stack(self, shown: Sequence[Parts]) -> torch.Tensor:
         """The images ``(b, 3, H, W)``, on the tower's device and in its type."""
@@ -239,7 +250,7 @@ class InstructVision(FixedVision):
 
 def _cut(image: ImageLike, processor: Any) -> Parts:
     """The output for one image of an image processor that cuts images by their shape."""
-    if isinstance(image, torch.Tensor):
+    if is_pixels(image):
         raise UserError("image tensor: this backbone cuts images itself; expected a path or a PIL image")
     try:
         made = processor(open_image(image), return_tensors="pt")

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from unike.config import combined, release, sections
+from unike.config import combined, easyedit, release, sections
 from unike.config.locating import locate_paths
 from unike.config.sections import OPTIONS, SPEED
 from unike.config.yaml_reader import parse_yaml, read_yaml
@@ -70,12 +70,14 @@ class HyperParams(
     ) -> HyperParams:
         """Read a YAML file; ``overrides`` are ``key=value``, ``legacy`` takes the release's own file.
 
+        EasyEdit's YAMLs of MEND, SERAC, IKE and FT are known by their keys, with ``legacy`` or without.
         Relative paths of the file are looked for in the working folder, beside the file, and in its
         project; those of ``overrides`` in the working folder alone. All problems of the file and the
         overrides are raised together, as one ``UserError``.
         """
-        values, where, problems = read_yaml(os.fspath(path))
-        return cls._build(values, os.fspath(path), where, [] if legacy else problems, overrides, legacy)
+        source = _check_path(path)
+        values, where, problems = read_yaml(source)
+        return cls._build(values, source, where, [] if legacy else problems, overrides, legacy)
 
     @classmethod
     def from_dict(
@@ -86,7 +88,14 @@ class HyperParams(
         legacy: bool = False,
     ) -> HyperParams:
         """Like ``from_hparams``, from values; ``source`` names them in error messages."""
+        if not isinstance(values, Mapping):
+            raise UserError(f"{source}: expected a mapping of options, got {type(values).__name__}")
         return cls._build(dict(values.items()), source, {}, [], overrides, legacy)
+
+    def replace(self, **changes: object) -> HyperParams:
+        """These values with some of them changed; UserError for unknown names and for values that do not
+        fit."""
+        return HyperParams.from_dict(self.to_dict() | changes, self.source)
 
     @classmethod
     def _build(
@@ -99,9 +108,17 @@ class HyperParams(
         legacy: bool,
     ) -> HyperParams:
         ignored: tuple[str, ...] = ()
-        if legacy:
-            values, ignored = release.translate(values, frozenset(OPTIONS) | frozenset(_ALIASES))
-            where = {release.RENAMED.get(key, key): at for key, at in where.items() if key not in ignored}
+        ours = frozenset(OPTIONS) | frozenset(_ALIASES)
+        if easyedit.find_algorithm(values) is not None:
+            values, ignored = easyedit.translate(values, ours, source)
+            renamed: dict[object, str] = dict(easyedit.RENAMED[str(values["method"])].items())
+        elif legacy:
+            values, ignored = release.translate(values, ours)
+            renamed = release.RENAMED
+        else:
+            renamed = {}
+        if renamed:
+            where = {renamed.get(key, key): at for key, at in where.items() if key not in ignored}
         values, found = _rename_aliases(values, where, source)
         where = {_resolve_alias(key): at for key, at in where.items()}
         values = locate_paths(values, source)
@@ -114,6 +131,12 @@ class HyperParams(
         if ignored:
             logger.warning("%s: no counterpart, ignored: %s", source, ", ".join(ignored))
         return cls(**checked, ignored=ignored, source=source)
+
+
+def _check_path(path: object) -> str:
+    if not isinstance(path, (str, os.PathLike)):
+        raise UserError(f"hparams: expected the path of a YAML file, got {type(path).__name__}")
+    return os.fsdecode(path)
 
 
 def _replace_entry(base: object, keys: Sequence[str], value: object) -> object:
@@ -132,7 +155,12 @@ def _apply_overrides(
     values, problems = dict(values), list[str]()
     changed: list[object] = []
     given: dict[tuple[str, ...], tuple[object, str]] = {}
+    if isinstance(overrides, str) or not isinstance(overrides, Sequence):
+        raise UserError(f"{source}: overrides: expected a list of key=value, got {type(overrides).__name__}")
     for text in overrides:
+        if not isinstance(text, str):
+            problems.append(f"{source}: overrides: expected key=value, got {type(text).__name__}")
+            continue
         key, sign, raw = text.partition("=")
         if not sign or not key.strip():
             problems.append(f"{source}: {shorten(text)}: expected key=value")
@@ -209,7 +237,10 @@ def _check_values(
 
 def _suggest_key(key: str) -> str:
     if key in release.RELEASE_ONLY:
-        return "it belongs to the UniKE release's own file, which loads with legacy=True"
+        return (
+            "it belongs to the UniKE release's own file, which Python reads: "
+            "HyperParams.from_hparams(file, legacy=True)"
+        )
     nearest = difflib.get_close_matches(key, [*OPTIONS, *_ALIASES], n=1, cutoff=0.0)
     return f"the nearest known key is {nearest[0]}"
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import warnings
 from pathlib import Path
+from typing import IO
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
 
+from unike.datasets.image_inputs import resolve_image
 from unike.system.text import one_line
 from unike.types import UserError
 
@@ -41,27 +43,33 @@ def lies_outside(root: PathLike | None, name: str) -> bool:
 def open_image(source: object, root: PathLike | None = None) -> Image.Image:
     """The file as a new 8-bit RGB image, upright, transparency laid on white.
 
-    ``source`` is a path, absolute or relative to ``root``, or a PIL image (left untouched). Grey levels
-    of 16 bits are scaled to 8, not clipped; of an animation, the first frame.
+    ``source`` is a path, absolute or relative to ``root``, a PIL image (left untouched), or what
+    ``resolve_image`` takes. Grey levels of 16 bits are scaled to 8, not clipped; of an animation, the first
+    frame.
 
     Raises:
         UserError: one line naming the file, if it is missing, not a regular file, truncated, not an image
             or of more than ``MOST_PIXELS``, or if ``source`` is something else.
     """
-    if isinstance(source, Image.Image):
-        name = one_line(getattr(source, "filename", "") or "image in memory")
-        return _decode(source, name)
-    if not isinstance(source, (str, os.PathLike)):
-        raise UserError(f"image: expected a path or a PIL image, got {type(source).__name__}")
-    if not os.fspath(source):
+    found = resolve_image(source)
+    if isinstance(found, Image.Image):
+        return _decode(found, one_line(getattr(found, "filename", "") or "image in memory"))
+    if not isinstance(found, (str, os.PathLike)):
+        return _open(found, "image in memory")
+    if not os.fspath(found):
         raise UserError("image: path is empty; expected an image's file name")
-    path = image_path(root, source)
+    path = image_path(root, found)
     name = one_line(path)
     _require_file(path, name)
+    return _open(path, name)
+
+
+def _open(file: Path | IO[bytes], name: str) -> Image.Image:
+    """An encoded image, from a file or from memory."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(path)
+            image = Image.open(file)
     except Image.UnidentifiedImageError as error:
         raise UserError(f"{name}: not an image in a known format") from error
     except Exception as error:  # format plugins raise anything, from struct.error to SyntaxError
@@ -85,6 +93,8 @@ def _require_file(path: Path, name: str) -> None:
 
 
 def _decode(image: Image.Image, name: str) -> Image.Image:
+    if image.width * image.height == 0:
+        raise UserError(f"{name}: {image.width} x {image.height} pixels; expected some")
     most, pixels = MOST_PIXELS, image.width * image.height
     if Image.MAX_IMAGE_PIXELS is not None:
         # Pillow itself only warns up to twice as many.
@@ -111,11 +121,23 @@ def _turn_upright(image: Image.Image) -> Image.Image:
 def _convert_to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
         return Image.fromarray(_scale_to_eight_bits(np.asarray(image), image.mode)).convert("RGB")
+    if image.mode == "La":
+        image = image.convert("LA")
+    if image.mode == "LAB":
+        return _convert_lab(image)
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, "white")
         return Image.alpha_composite(white, rgba).convert("RGB")
     return image.convert("RGB")
+
+
+def _convert_lab(image: Image.Image) -> Image.Image:
+    # Pillow itself converts no such image.
+    profiles = (ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"))
+    converted = ImageCms.profileToProfile(image, *profiles, outputMode="RGB")
+    assert converted is not None
+    return converted
 
 
 def _scale_to_eight_bits(levels: np.ndarray, mode: str) -> np.ndarray:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from unike.backbones.base import Backbone
 from unike.backbones.guard import Application, Guard
+from unike.backbones.images import take_image
 from unike.edits import Edit, compose
+from unike.edits.questions import Locate, answer_each
 from unike.types import ImageLike, Query, UserError
 
 Edits = tuple[Edit, ...]
@@ -130,8 +132,8 @@ class EditedModel:
     instead; ``generate`` always answers with this object's, whatever is attached.
     """
 
-    def __init__(self, slot: Slot, edits: Edits) -> None:
-        self._slot, self._edits = slot, edits
+    def __init__(self, slot: Slot, edits: Edits, locate: Locate = take_image) -> None:
+        self._slot, self._edits, self._locate = slot, edits, locate
 
     @property
     def edits(self) -> Edits:
@@ -144,14 +146,23 @@ class EditedModel:
         return bool(self._edits) and _are_same(self._slot.edits, self._edits)
 
     def generate(
-        self, image: ImageLike | None, prompt: str, max_new_tokens: int | None = None, **decoding: object
+        self,
+        image: ImageLike | Sequence[ImageLike | None] | None,
+        prompt: str | Sequence[str],
+        max_new_tokens: int | None = None,
+        **decoding: object,
     ) -> Any:
-        """The edited model's answer, greedy by default; a list where ``num_return_sequences`` is above 1.
+        """The edited model's answer, greedy by default; a list of answers for lists of images or prompts, and
+        for each question where ``num_return_sequences`` is above 1.
 
         ``decoding`` takes ``num_beams``, ``do_sample``, ``temperature``, ``top_p``, ``num_return_sequences``
         and ``seed``, see ``unike.backbones.decoding.Decoding``; UserError for values that do not fit.
         """
-        return self._slot.generate(self._edits, image, prompt, max_new_tokens, **decoding)
+
+        def answer(image: ImageLike | None, prompt: str) -> Any:
+            return self._slot.generate(self._edits, image, prompt, max_new_tokens, **decoding)
+
+        return answer_each(answer, image, prompt, self._locate)
 
     def remove(self) -> None:
         """Detaches these edits; others stay attached, and all else is as it was. May be called again."""

@@ -1,0 +1,313 @@
+"""``MultimodalEditor``: editing as EasyEdit's users write it."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from tqdm import tqdm
+
+from unike import runs
+from unike.backbones.base import Backbone
+from unike.backbones.loading import load_backbone
+from unike.config.hparams import HyperParams
+from unike.datasets.triplets import Triplet, make_triplets
+from unike.editor.arguments import (
+    NAMED,
+    Arguments,
+    check_file_types,
+    read_arguments,
+    read_dataset_arguments,
+    read_switch,
+)
+from unike.editor.cases import read_cases
+from unike.editor.metrics import METRIC_KEYS, describe_metric, merge_probes
+from unike.editor.requests import Images, Texts, Values, locate_image, make_cases, read_columns
+from unike.edits import Edit, compose
+from unike.edits.attached import EditedModel, Slot
+from unike.edits.base import load_edit
+from unike.edits.explain import Explanation, ask
+from unike.edits.files import read_edit
+from unike.edits.questions import answer_each, check_question
+from unike.edits.shares import Shared
+from unike.evaluation.protocols import Outcome, run_one_step
+from unike.evaluation.record import Record
+from unike.evaluation.summary import Summary, summarise
+from unike.runs import checks, inputs
+from unike.system.text import describe_value
+from unike.types import Case, ImageLike, TooLongError, UserError
+
+logger = logging.getLogger("unike")
+__all__ = ["METRIC_KEYS", "EditResult", "MultimodalEditor"]
+
+EditResult = tuple[list[dict[str, Any]], EditedModel, Summary]
+
+
+class MultimodalEditor:
+    """Edits a vision-language model with the method that the hyper-parameters name.
+
+    Memory and encoders are read, or built, when the first edit needs them. Editors of one backbone
+    share what is attached to it.
+    """
+
+    def __init__(self, hparams: HyperParams, backbone: Backbone, progress: bool = True) -> None:
+        self.hparams, self.backbone, self.progress = hparams, backbone, progress
+        self._parts: runs.Parts | None = None
+        self._slot = Slot.of(backbone)
+        self._epoch = self._slot.guard.epoch
+
+    @classmethod
+    def from_hparams(
+        cls, hparams: HyperParams | str | os.PathLike[str], progress: bool = True
+    ) -> MultimodalEditor:
+        """Loads the backbone; UserError with all problems of method, device and weights before that."""
+        if not isinstance(hparams, HyperParams):
+            hparams = HyperParams.from_hparams(hparams)
+        checks.require_backbone(hparams)
+        return cls(hparams, load_backbone(hparams), progress)
+
+    def prepare(self, train_ds: Iterable[Case] | None = None, skip_broken: bool = False) -> runs.Parts:
+        """Backbone and method with memory and encoders, from ``train_ds`` or the YAML's train data."""
+
+        def triplets() -> list[Triplet]:
+            if train_ds is not None:
+                return make_triplets(train_ds, self.hparams.triplets)
+            return inputs.read_triplets(self.hparams, skip_broken)
+
+        def cases() -> Sequence[Case]:
+            return inputs.read_method_cases(self.hparams, skip_broken, train_ds)
+
+        with self._slot.only(()):
+            epoch = self._slot.guard.epoch
+            # Memory, encoders and networks belong to the weights that they were made with.
+            if self._parts is None or train_ds is not None or self._epoch != epoch:
+                self._parts = runs.assemble(self.hparams, self.backbone, self.progress, triplets, cases)
+                self._epoch = epoch
+            return self._parts
+
+    @property
+    def edits(self) -> tuple[Edit, ...]:
+        """What is attached to the backbone, in order."""
+        return self._slot.edits
+
+    def attach(self, edit: Edit) -> None:
+        """Attaches an edit, of any method, on top of those that are attached; ``edit`` replaces them all by
+        its own.
+
+        Where several edits set the same weight, the last one counts. UserError, with nothing changed, where
+        an edit of the same ``id`` is attached, or where this one was made on another model.
+        """
+        with self._slot.guard.hold():
+            mine = not self.edits or self._slot.editor is self
+            self._slot.attach(edit)
+            self._slot.editor = self if mine else None
+
+    def detach(self, id: str) -> Edit:
+        """Takes one edit back and gives it; the others stay, in order, as if it had never been attached.
+
+        An edit trained while this one was active (``keep_original_weight=False``) stays as trained.
+        UserError where no edit of that ``id`` is attached.
+        """
+        return self._slot.detach(id)
+
+    def generate(
+        self,
+        image: Images,
+        prompt: Texts,
+        max_new_tokens: int | None = None,
+        edited: bool = False,
+        **decoding: object,
+    ) -> Any:
+        """The answer of the unedited model, or with ``edited=True`` under all that is attached.
+
+        A list of prompts, of images or of both gives a list of answers. Unedited by default, so that a
+        comparison with the base model does not depend on what is attached; ``ask`` gives both answers.
+        Greedy by default; ``decoding`` takes ``num_beams``, ``do_sample``, ``temperature``, ``top_p``,
+        ``num_return_sequences`` and ``seed``, see ``unike.backbones.decoding.Decoding``. Each question has a
+        list of answers where ``num_return_sequences`` is above 1. ``max_new_tokens`` is the YAML's where it
+        is None. UserError for what is no image or no text, and for values that do not fit.
+        """
+        with self._slot.guard.hold():
+            edits = self.edits if edited else ()
+
+            def answer(image: ImageLike | None, prompt: str) -> Any:
+                return self._slot.generate(edits, image, prompt, max_new_tokens, **decoding)
+
+            return answer_each(answer, image, prompt, self._locate)
+
+    def ask(self, image: ImageLike | None, prompt: str, top: int = 5) -> Explanation:
+        """The answers before and after the attached edits, and what was active for this prompt.
+
+        Of each layer's retrieved items the ``top`` most attended ones are listed. UserError for an image
+        that cannot be read.
+        """
+        image, prompt = check_question(image, prompt, self._locate)
+        if isinstance(top, bool) or not isinstance(top, int) or top < 0:
+            raise UserError(f"top: expected a whole number from 0 on, got {describe_value(top)}")
+        return ask(self._slot, image, prompt, top)
+
+    def _locate(self, image: ImageLike | None) -> ImageLike | None:
+        return locate_image(image, self.hparams.image_root)
+
+    def load(self, folder: str | os.PathLike[str]) -> Edit:
+        """An edit from its folder, with this editor's memory, encoders or network, if it needs them.
+
+        UserError as ``Edit.load``.
+        """
+        saved = read_edit(folder)
+        with self._slot.guard.hold():
+            saved.require(self.backbone)
+            shared = self.prepare().method.get_shared_parts() if saved.needs else Shared()
+            return load_edit(saved, self.backbone, shared)
+
+    def edit(
+        self,
+        prompts: Texts,
+        targets: Texts,
+        image: Images = None,
+        *others: Any,
+        file_type: Texts | None = None,
+        rephrase_prompts: Texts | None = None,
+        rephrase_image: Images = None,
+        locality_inputs: Mapping[str, Mapping[str, Any] | None] | None = None,
+        keep_original_weight: bool | None = None,
+        template: str | None = None,
+        sequential_edit: bool | None = None,
+        verbose: bool | None = None,
+        train_ds: Any = None,
+        **unknown: Any,
+    ) -> EditResult:
+        """Edits one request or a list of them: ``(metrics, edited_model, summary)``.
+
+        Images are paths, also relative to the YAML's ``image_root``, PIL images, arrays, tensors, bytes or
+        open files (``unike.datasets.image_inputs``); a float tensor ``(3, H, W)`` is taken as normalised.
+        Without an image a request is of the language model alone. ``locality_inputs`` holds ``{"text":
+        {"prompt", "ground_truth"}, "vision": {"prompt", "ground_truth", "image"}}``: a probe for each
+        request, or with lists of lists several, whose mean is the score. Prompts about an image go into
+        ``template``, whose ``{}`` they replace; without one they stay as given. Metrics are teacher-forced,
+        in [0, 1], for the probes that are given. ``train_ds`` is as in ``edit_dataset``.
+
+        ``metrics[i]`` also has the training's ``steps``, final ``loss`` and whether it ``reached`` its target
+        before ``max_steps``; the latter two are None for methods that do not train each edit (IKE, KE, MEND,
+        SERAC). Where an edit failed, its ``error`` is the reason, ``pre`` and ``post`` are empty, a warning
+        is logged, and ``edited_model.edits`` lacks it: it is ``()`` where all failed.
+
+        By default each request is edited from the original model, and ``edited_model`` carries the last edit
+        alone. With ``sequential_edit=True``, or ``keep_original_weight=False``, edits add to what is
+        attached, in order: each request is edited, and measured, on top of the former ones, and
+        ``edited_model`` carries them all. ``verbose=False`` shows no progress, ``True`` logs each metric.
+
+        What is given by position after ``image`` is ``rephrase_prompts, rephrase_image, locality_inputs,
+        keep_original_weight, template``, or in EasyEdit's order ``file_type, rephrase_prompts, ...``.
+
+        Raises UserError, with all problems at once and nothing changed, for lists of different
+        lengths, empty texts, missing images, arguments that contradict each other, and a fourth argument by
+        position of which it is not clear which one it is.
+        """
+        named = {name: value for name, value in locals().items() if name in NAMED}
+        given = read_arguments(others, named, unknown)
+        columns = {"prompts": prompts, "targets": targets, "image": image, **given.values}
+        with self._slot.guard.hold():
+            return self._edit(given, columns)
+
+    def _edit(self, given: Arguments, columns: Mapping[str, Any]) -> EditResult:
+        accumulate, verbose = given.accumulate, read_switch(given.values["verbose"], "verbose")
+        former = self.edits if accumulate else ()
+        if former and self._slot.editor is not self:
+            raise UserError(
+                "keep_original_weight: the attached edits are another editor's; remove them first"
+            )
+        values = Values(self.hparams.image_root, self.hparams.rephrase_root)
+        requests = read_columns(values, columns, given.values["locality_inputs"])
+        check_file_types(given.values["file_type"], [request.image for request in requests])
+        cases = make_cases(requests, given.values["template"], {edit.id for edit in former})
+        self.prepare(self._read_train_cases(given.values["train_ds"]))
+        return self._edit_all(cases, former, accumulate, generated=False, verbose=verbose)
+
+    def edit_dataset(
+        self,
+        ds: Any,
+        train_ds: Any = None,
+        template: str | bool | None = None,
+        generated: bool = True,
+        keep_original_weight: bool | None = None,
+        verbose: bool | None = None,
+        **unknown: Any,
+    ) -> EditResult:
+        """Edits each case from the original model: ``(metrics, edited_model, summary)``.
+
+        ``ds`` is a data set, a list of cases or of mappings, a table, or the path of a JSON, JSONL or CSV
+        file (``unike.datasets.rows``). ``train_ds``, of the same kinds, gives the knowledge triplets in place
+        of the YAML's train data. ``template`` takes the place of the dataset's own. ``summary`` holds means
+        with intervals in both evaluation modes; ``generated=False`` leaves out the second. ``edited_model``
+        carries the last edit. By position EasyEdit's ``ds, keep_original_weight, verbose`` is known too.
+
+        Raises UserError, with nothing changed, for what is no data set and for broken rows.
+        """
+        given = read_dataset_arguments(
+            {
+                "train_ds": train_ds,
+                "template": template,
+                "generated": generated,
+                "keep_original_weight": keep_original_weight,
+                "verbose": verbose,
+            },
+            unknown,
+        )
+        cases = read_cases(ds, self.hparams, given["template"])
+        with self._slot.guard.hold():
+            self.prepare(self._read_train_cases(given["train_ds"]))
+            return self._edit_all(
+                cases, (), accumulate=False, generated=given["generated"], verbose=given["verbose"]
+            )
+
+    def _read_train_cases(self, train_ds: Any) -> Sequence[Case] | None:
+        return None if train_ds is None else read_cases(train_ds, self.hparams, None, "train_ds")
+
+    def _edit_all(
+        self,
+        cases: Sequence[Case],
+        former: tuple[Edit, ...],
+        accumulate: bool,
+        generated: bool,
+        verbose: bool | None = None,
+    ) -> EditResult:
+        parts = self.prepare()
+        reader = parts.make_reader(generated)
+        edits, metrics, records = former, list[dict[str, Any]](), list[Record]()
+        with self._slot.only(()):
+            for number, case in enumerate(
+                tqdm(cases, desc="edits", disable=not (self.progress if verbose is None else verbose))
+            ):
+                history = compose(edits) if accumulate else None
+                try:
+                    outcome = run_one_step(self.backbone, parts.method, case, reader, history)
+                except TooLongError as error:
+                    if len(cases) == 1:
+                        raise
+                    outcome = Outcome(Record(case.request.id, case.task, "failed", error=str(error)))
+                if outcome.edit is not None:
+                    _require_one_kind(history, outcome.edit)
+                    edits = (*edits, outcome.edit) if accumulate else (outcome.edit,)
+                records.append(merge_probes(outcome.record))
+                metrics.append(describe_metric(number, case, records[-1]))
+                if verbose:
+                    logger.info("%s", metrics[-1])
+        self._slot.put(edits)
+        self._slot.editor = self
+        if failed := [metric["error"] for metric in metrics if "error" in metric]:
+            logger.warning("%d of %d edits failed, the first: %s", len(failed), len(metrics), failed[0])
+        summary = summarise(records, self.hparams.seed, self.hparams.metric_presets)
+        return metrics, EditedModel(self._slot, edits, self._locate), summary
+
+
+def _require_one_kind(history: Edit | None, edit: Edit) -> None:
+    """UserError where an edit was made on top of unlike ones: the states that it was trained on are theirs
+    in part only."""
+    if history is not None and len((history | edit).parts) > 1:
+        raise UserError(
+            "keep_original_weight: other kinds of edits are attached; detach them, or edit from the original "
+            "and attach the new edit on top"
+        )
