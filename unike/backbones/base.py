@@ -8,10 +8,10 @@ constant of the query: ``prefix`` computes it, ``suffix`` runs the rest.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import count
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -29,7 +29,8 @@ class Batch:
 
     ``inputs_embeds [b,s,d]``; ``attention_mask [b,s]`` of 0 and 1; ``labels [b,s]``, -100 outside the answer;
     ``question_end [b]``, the position ``p`` of the last prompt token; ``prompts``, the texts; ``positions
-    [b,3,s]``, the tokens' positions in time, height and width, for decoders that do not simply count tokens.
+    [b,3,s]``, the tokens' positions in time, height and width, for decoders that do not simply count tokens;
+    ``images``, as they were given.
     """
 
     inputs_embeds: torch.Tensor
@@ -38,6 +39,7 @@ class Batch:
     question_end: torch.Tensor
     prompts: tuple[str, ...] = ()
     positions: torch.Tensor | None = None
+    images: tuple[ImageLike | None, ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -55,7 +57,7 @@ class PrefixState:
     """Queries at the input of the first edited layer.
 
     ``hidden [b,s,d]`` enters layer ``first``; ``layer_inputs`` are the other arguments (mask, rotary
-    positions) that this layer and all further ones take. ``positions`` are the batch's.
+    positions) that this layer and all further ones take. ``positions`` and ``images`` are the batch's.
     """
 
     hidden: torch.Tensor
@@ -66,6 +68,7 @@ class PrefixState:
     layer_inputs: Mapping[str, object] = field(repr=False, default_factory=dict)
     prompts: tuple[str, ...] = ()
     positions: torch.Tensor | None = None
+    images: tuple[ImageLike | None, ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -216,6 +219,19 @@ class Backbone(Protocol):
         **decoding: object,
     ) -> list[str]: ...
 
+    def predict_next(
+        self, images: Sequence[ImageLike | None], prompts: Sequence[str], tokens: int, top: int
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Of each prompt the ``top`` most probable tokens, and their probabilities, at each of the first
+        ``tokens`` of the unedited model's greedy answer, whatever is applied: ``ids (m, t)`` and
+        ``probabilities (m, t)``, best first."""
+        ...
+
+    def use_router(self, router: Any) -> AbstractContextManager[None]:
+        """Inside the block a ``unike.backbones.routing.Router`` decides what each row of a batch is computed
+        under."""
+        ...
+
     def decode(self, ids: Sequence[int]) -> str: ...
 
     def ends_answer(self, token: int) -> bool:
@@ -250,6 +266,7 @@ def narrow(backbone: Backbone, state: PrefixState, rows: torch.Tensor) -> Prefix
         layer_inputs=backbone.layer_inputs(mask, positions),
         prompts=tuple(state.prompts[i] for i in rows.tolist()) if state.prompts else (),
         positions=positions,
+        images=tuple(state.images[i] for i in rows.tolist()) if state.images else (),
     )
 
 

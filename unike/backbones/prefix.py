@@ -116,7 +116,9 @@ class PrefixCache:
             for key, row in new.items():
                 self._rows.put(key, row)
         state = self._collate([rows[k] for k in keys])
-        return replace(state, prompts=tuple(q.prompt for q in queries))
+        return replace(
+            state, prompts=tuple(q.prompt for q in queries), images=tuple(q.image for q in queries)
+        )
 
     def _load(self, keys: Sequence[QueryKey]) -> dict[QueryKey, _CachedRow]:
         if self.store is None or not keys:

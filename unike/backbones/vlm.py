@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,13 +17,14 @@ import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from unike.backbones.architecture import Architecture
-from unike.backbones.base import IGNORED, Batch, Output, PrefixState, Prompt
+from unike.backbones.base import IGNORED, Batch, Output, PrefixState, Prompt, narrow
 from unike.backbones.decoding import Decoding
 from unike.backbones.dialogue import Chat, Dialogue, prompt_and_answer
 from unike.backbones.guard import Guard, held
 from unike.backbones.hooks import first_tensor, hidden_states, inputs_of
-from unike.backbones.images import FeatureCache, Parts
+from unike.backbones.images import FeatureCache, Parts, content_key
 from unike.backbones.layout import DecoderLayout
+from unike.backbones.routing import Router, Routers, select_rows
 from unike.backbones.store import RowStore
 from unike.system.cache import BoundedCache
 from unike.types import ImageLike, TooLongError, UserError
@@ -30,6 +33,8 @@ from unike.types import ImageLike, TooLongError, UserError
 MASKS = 32
 # Number of texts whose token ids are kept.
 TEXTS = 100_000
+# Number of prompts of which the unedited model's next tokens are kept.
+SAID = 20_000
 
 
 class VisionLanguageBackbone:
@@ -60,6 +65,8 @@ class VisionLanguageBackbone:
         self._epoch = 0
         self._vision_modules: tuple[int, list[torch.nn.Module]] | None = None
         self._layer_inputs = BoundedCache[Hashable, dict[str, object]](MASKS)
+        self._said = BoundedCache[Hashable, tuple[torch.Tensor, torch.Tensor]](SAID)
+        self.routers = Routers()
 
     @property
     def device(self) -> torch.device:
@@ -138,6 +145,7 @@ class VisionLanguageBackbone:
             self._epoch = epoch
             self.cache.forget()
             self._layer_inputs.clear()
+            self._said.clear()
             if self.cache.store is not None:
                 self.cache.store = self.cache.store.move(self.identity)
 
@@ -179,7 +187,7 @@ class VisionLanguageBackbone:
             self._encode_row(next(seen) if i is not None else None, p, t)
             for i, p, t in zip(images, prompts, targets, strict=True)
         ]
-        return self._pad(rows, padding_side, tuple(prompts))
+        return replace(self._pad(rows, padding_side, tuple(prompts)), images=tuple(images))
 
     def _see(self, shown: Sequence[ImageLike]) -> list[Parts]:
         """What the vision side computes of each image. It is kept by the image's content; where an edit, or
@@ -258,8 +266,11 @@ class VisionLanguageBackbone:
     @held
     def __call__(self, batch: Batch) -> Output:
         """The whole decoder over a batch."""
+        return Output(self.routers.run(batch, self._decode_announced, select_rows))
+
+    def _decode_announced(self, batch: Batch) -> torch.Tensor:
         with self.prompt.announce(batch):
-            return Output(self._decode_whole(batch))
+            return self._decode_whole(batch)
 
     @held
     @torch.no_grad()
@@ -277,6 +288,7 @@ class VisionLanguageBackbone:
             rest,
             batch.prompts,
             batch.positions,
+            batch.images,
         )
 
     @held
@@ -323,6 +335,9 @@ class VisionLanguageBackbone:
     @held
     def suffix_hidden(self, state: PrefixState) -> torch.Tensor:
         """What enters the final norm, ``[b,s,d]``."""
+        return self.routers.run(state, self._run_suffix, partial(narrow, self))
+
+    def _run_suffix(self, state: PrefixState) -> torch.Tensor:
         hidden = state.hidden
         with self.prompt.announce(state):
             for index in range(state.first, len(self.layout)):
@@ -348,6 +363,11 @@ class VisionLanguageBackbone:
         for values that do not fit.
         """
         how = Decoding.of(max_new_tokens, decoding)
+        return self.routers.answer(images, prompts, partial(self._generate, how=how))
+
+    def _generate(
+        self, images: Sequence[ImageLike | None], prompts: Sequence[str], how: Decoding
+    ) -> list[str]:
         batch = self.encode(images, self.prompt.write(prompts), padding_side="left")
         room = self.context - batch.attention_mask.shape[1]
         if room < 1:
@@ -363,6 +383,48 @@ class VisionLanguageBackbone:
         # The output begins with the ids that generation starts from.
         ids = ids[:, start["input_ids"].shape[1] if "input_ids" in start else 0 :]
         return [self.cut(text) for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+
+    @held
+    @torch.no_grad()
+    def predict_next(
+        self, images: Sequence[ImageLike | None], prompts: Sequence[str], tokens: int, top: int
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        self._forget_former_weights()
+        out = []
+        for image, prompt in zip(images, prompts, strict=True):
+            key = (None if image is None else content_key(image), prompt, tokens, top)
+            said = self._said.get(key)
+            if said is None:
+                # One by one: the last bits of a prediction depend on what else is in a batch.
+                with Guard.of(self).bare():
+                    said = self._predict_next(image, prompt, tokens, top)
+                self._said.put(key, said)
+            out.append(said)
+        return out
+
+    def _predict_next(
+        self, image: ImageLike | None, prompt: str, tokens: int, top: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        batch = self.encode([image], [prompt], padding_side="left")
+        room = self.context - batch.attention_mask.shape[1]
+        if room < tokens:
+            raise TooLongError(f"prompt: leaves no room for an answer in a context of {self.context} tokens")
+        with self.prompt.announce(batch):
+            found = self.decoder.generate(
+                **self._generation_arguments(batch),
+                **Decoding().list_arguments(tokens),
+                min_new_tokens=tokens,
+                eos_token_id=list(self.eos_ids),
+                pad_token_id=self.tokenizer.pad_token_id or self.eos_ids[0],
+                output_logits=True,
+                return_dict_in_generate=True,
+            )
+        logits = torch.cat(found.logits).float()
+        best = torch.softmax(logits, -1).topk(min(top, logits.shape[-1]), -1)
+        return best.indices, best.values
+
+    def use_router(self, router: Router) -> AbstractContextManager[None]:
+        return self.routers.use(router)
 
     def ends_answer(self, token: int) -> bool:
         """Whether a generated answer ends at this token: EOS, or a stop."""

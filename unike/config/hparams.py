@@ -30,6 +30,7 @@ class HyperParams(
     combined.ScopePreparationOptions,
     combined.EditorPreparationOptions,
     combined.TrainedPartsOptions,
+    sections.OverlapGateOptions,
     sections.FineTuningOptions,
     sections.IKEOptions,
     combined.TrainSplitOptions,

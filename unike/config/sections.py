@@ -186,6 +186,21 @@ class ScopeGateOptions(Section):
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class OverlapGateOptions(Section):
+    """Whether an edit of any method applies to a prompt, by what the unedited model is about to say."""
+
+    scope_overlap: float | None = option(
+        nullable(number(low=0, high=1)),
+        "least overlap of the unedited model's next tokens at an edit's prompt and at another one at which "
+        "the edit applies; null: it is not looked at",
+        None,
+    )
+    scope_overlap_tokens: int = option(
+        whole(low=1, high=64), "tokens along the unedited model's answer that are compared", 1
+    )
+
+
 # ---------------------------------------------------------------- training of an edit
 
 
@@ -421,6 +436,7 @@ SECTIONS: dict[type[Section], str] = {
     LayerOptions: "method",
     UniKEOptions: "method",
     ScopeGateOptions: "method",
+    OverlapGateOptions: "method",
     ScopeClassifierOptions: "method",
     ScopeTrainingOptions: "scope classifier training",
     PatchOptions: "intrinsic",

@@ -14,6 +14,7 @@ from unike.backbones.prefix import PrefixCache
 from unike.config.hparams import HyperParams
 from unike.config.sections import LayerOptions
 from unike.edits import Edit, LayerKnowledge, Origin
+from unike.edits.gated import GatedEdit, OverlapGate
 from unike.edits.shares import Shared
 from unike.methods.catalogue import CaseSource
 from unike.methods.registry import find_entry, register
@@ -68,7 +69,8 @@ class EditMethod(ABC):
         first layer. FloatingPointError where the loss stops being a number.
         """
         with Guard.of(backbone).bare():
-            return self._sign(self._edit(backbone, request, prefixes, history), backbone, request)
+            made = self._edit(backbone, request, prefixes, history)
+        return self._sign(self._gate(made, backbone, request), backbone, request)
 
     @final
     def edit_many(
@@ -80,10 +82,20 @@ class EditMethod(ABC):
         """
         with Guard.of(backbone).bare():
             outcomes = list(self._edit_many(backbone, requests, prefixes))
-            for outcome, request in zip(outcomes, requests, strict=True):
-                if isinstance(outcome, Edit):
-                    self._sign(outcome, backbone, request)
-            return outcomes
+            return [
+                self._sign(self._gate(outcome, backbone, request), backbone, request)
+                if isinstance(outcome, Edit)
+                else outcome
+                for outcome, request in zip(outcomes, requests, strict=True)
+            ]
+
+    def _gate(self, edit: Edit, backbone: Backbone, request: EditRequest) -> Edit:
+        """The edit, behind the gate that the YAML has for edits of any method, if it has one."""
+        least = self.hparams.scope_overlap
+        if least is None:
+            return edit
+        gate = OverlapGate(least, self.hparams.scope_overlap_tokens, self.hparams.scope_gate == "nearest")
+        return GatedEdit.wrap(edit, request.query, gate, backbone)
 
     def get_shared_parts(self) -> Shared:
         """What the method's edits share and do not keep themselves."""
