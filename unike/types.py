@@ -15,6 +15,9 @@ ImageLike = Any
 FIVE_METRICS = ("reliability", "t_generality", "m_generality", "t_locality", "m_locality")
 HARD_METRICS = ("same_question", "same_image", "joint")
 METRICS = FIVE_METRICS + HARD_METRICS
+# Cells of De-VQA: which question (1 the edit's, 2 a confusable one, 3 an unrelated one) is asked on which
+# image (4: on none).
+DERIVED_METRICS = ("t1_i3", "t3_i1", "t1_i4", "t2_i4", "t1_i2", "t2_i1", "t2_i2")
 BACKENDS = ("transformers", "lavis")
 METRIC_PRESETS = ("paper", "easyedit", "easyedit_icl", "release")
 BACKBONES = ("blip2", "minigpt4", "llava", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "instructblip")

@@ -16,9 +16,11 @@ import numpy as np
 from unike.backbones.base import Backbone
 from unike.edits import Edit
 from unike.evaluation.metrics import (
+    DE_VQA,
     Prediction,
     base_score,
     base_score_generated,
+    miss_target,
     preset_score,
     right_everywhere,
     right_text,
@@ -29,7 +31,7 @@ from unike.evaluation.reader import CasePredictions, Reader
 from unike.evaluation.record import Answer, Place, Record, RecordKind, Score
 from unike.methods.base import EditMethod
 from unike.system.faults import is_out_of_memory
-from unike.types import Case
+from unike.types import DERIVED_METRICS, Case
 
 
 @dataclass(frozen=True)
@@ -270,13 +272,17 @@ def _measure(
     before, after = reader.predict_base(case), found.predictions
     probes = list(zip(case.probes, before, after, strict=True))
     names = [probe.name for probe in case.probes]
+    missed = {p.name: miss_target(a) for p, _, a in probes if p.name in DERIVED_METRICS}
     return replace(
         record,
         scores=_score(case, before, after, reader.generated),
         presets={
-            name: {p.name: preset_score(name, p, b, a) for p, b, a in probes}
-            for name in reader.presets
-            if name != "paper"
+            **{
+                name: {p.name: preset_score(name, p, b, a) for p, b, a in probes}
+                for name in reader.presets
+                if name != "paper"
+            },
+            **({DE_VQA: missed} if missed else {}),
         },
         base_right=_score_base(case, before, reader.generated),
         decisions={

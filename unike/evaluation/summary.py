@@ -8,7 +8,9 @@ from typing import TypedDict
 
 import numpy as np
 
+from unike.datasets.answers import normalise_answer
 from unike.evaluation.metrics import (
+    DE_VQA,
     FLUENCY,
     PRESETS,
     bootstrap_interval,
@@ -18,13 +20,20 @@ from unike.evaluation.metrics import (
     ngram_entropy,
 )
 from unike.evaluation.record import ABSENT, ByProbe, Record
-from unike.types import FIVE_METRICS, METRICS
+from unike.types import DERIVED_METRICS, FIVE_METRICS, METRICS
 
 MODES = ("teacher_forced", "generated")
 WHEN = ("before", "after")
 LOCALITY = ("t_locality", "m_locality")
 # Probes whose answer a good edit leaves as it was.
-UNCHANGED_PROBES = (*LOCALITY, "same_question", "same_image")
+UNCHANGED_PROBES = (*LOCALITY, "same_question", "same_image", *DERIVED_METRICS)
+# Published means of derived cells: De-VQA's (arXiv 2511.13243), and DECODE's pair (arXiv 2606.17057).
+CELL_GROUPS = {
+    "RI": ("t1_i3", "t3_i1"),
+    "NI": ("t1_i4", "t2_i4"),
+    "CI": ("t1_i2", "t2_i1", "t2_i2"),
+    "DECODE": ("t1_i4", "t2_i1"),
+}
 HARMONIC = ("five", "all")
 HARMONIC_OF = dict(zip(HARMONIC, (FIVE_METRICS, METRICS), strict=True))
 MEANS_OF = {"generality": ("t_generality", "m_generality"), "locality": LOCALITY}
@@ -37,6 +46,13 @@ TITLES = {
     "same_question": "same question",
     "same_image": "same image",
     "joint": "joint",
+    "t1_i3": "edit's question, unrelated image",
+    "t3_i1": "unrelated question, edit's image",
+    "t1_i4": "edit's question, no image",
+    "t2_i4": "confusable question, no image",
+    "t1_i2": "edit's question, confusable image",
+    "t2_i1": "confusable question, edit's image",
+    "t2_i2": "confusable question and image",
 }
 SHORT_TITLES = {
     "reliability": "Rel",
@@ -47,6 +63,13 @@ SHORT_TITLES = {
     "same_question": "same Q",
     "same_image": "same I",
     "joint": "joint",
+    "t1_i3": "T1I3",
+    "t3_i1": "T3I1",
+    "t1_i4": "T1I4",
+    "t2_i4": "T2I4",
+    "t1_i2": "T1I2",
+    "t2_i1": "T2I1",
+    "t2_i2": "T2I2",
 }
 
 
@@ -112,6 +135,7 @@ class Summary(TypedDict, total=False):
     means: Combined
     presets: dict[str, PresetSummary]
     base_right: dict[str, dict[str, Estimate]]
+    de_vqa: dict[str, dict[str, dict[str, Estimate]]]
     fluency: Fluency | None
     seconds: float | None
     steps: float | None
@@ -130,6 +154,8 @@ def summarise(records: Sequence[Record], seed: int, presets: Sequence[str] = ("p
     ``["metrics"][metric][mode]["before" | "after"]`` holds ``mean, low, high, n``. So do the entries of
     ``harmonic_mean`` (of the five metrics, and of all eight), of ``means`` (of the two generalities and of
     the two localities), of ``presets``, and of ``base_right`` (base-model accuracy on the locality probes).
+    ``de_vqa`` is there for derived probes: by evaluation mode ``not_target``, the share that is not the
+    edit's target, and ``unchanged``, agreement with the base, by cell and ``CELL_GROUPS``.
     ``fluency`` is the mean n-gram entropy of the generated answers. Failed records count in ``failed`` alone.
     ``seconds`` and ``steps`` are means per edit, with their intervals under ``costs``, ``bytes`` of what is
     applied at the end; None where unrecorded. ``decisions`` holds what edits decided, as a mean per probe.
@@ -166,6 +192,8 @@ def summarise(records: Sequence[Record], seed: int, presets: Sequence[str] = ("p
         "decisions": _average_decisions(done),
         "bytes": _average([r.bytes for r in done]),
     }
+    if cells := {mode: values for mode in MODES if (values := _summarise_cells(sample, mode))}:
+        summary["de_vqa"] = cells
     if steps:
         summary["sequences"], summary["curve"] = _summarise_sequences(steps, ends)
     return summary
@@ -212,7 +240,8 @@ def get_estimate(parts: Mapping[str, BeforeAfter], name: str, when: str) -> Esti
 def order_metrics(metrics: Iterable[str]) -> list[str]:
     """Metrics in the order of the tables, others after them by name."""
     names = set(metrics)
-    return [metric for metric in METRICS if metric in names] + sorted(names - set(METRICS))
+    known = (*METRICS, *DERIVED_METRICS)
+    return [metric for metric in known if metric in names] + sorted(names - set(known))
 
 
 # A number of a record, None where it has none.
@@ -297,6 +326,41 @@ def _summarise_preset(sample: _Sample, name: str) -> PresetSummary:
         found = {m: sample.estimate(_pick_score(MODES[0], m, "after")) for m in names}
         metrics = {m: value for m, value in found.items() if value}
     return {"provenance": PRESETS[name].provenance, "metrics": metrics}
+
+
+def _summarise_cells(sample: _Sample, mode: str) -> dict[str, dict[str, Estimate]]:
+    """Derived cells and their groups, scored both ways. A record's value in a group is the mean over those
+    of its cells that it has."""
+
+    def missed(record: Record) -> ByProbe:
+        if mode == MODES[0]:
+            return record.presets.get(DE_VQA, ABSENT)
+        answers = {cell: record.answers[cell] for cell in DERIVED_METRICS if cell in record.answers}
+        return {
+            cell: float(normalise_answer(a.after or "") != normalise_answer(a.target or ""))
+            for cell, a in answers.items()
+            if mode in record.scores
+        }
+
+    def kept(record: Record) -> ByProbe:
+        scores = record.get_scores(mode)
+        return {cell: scores[cell].after for cell in DERIVED_METRICS if cell in scores}
+
+    out: dict[str, dict[str, Estimate]] = {}
+    for name, part in (("not_target", missed), ("unchanged", kept)):
+        groups = {**{cell: (cell,) for cell in DERIVED_METRICS}, **CELL_GROUPS}
+        pairs = {group: sample.estimate(_pick_mean(part, cells)) for group, cells in groups.items()}
+        if found := {group: value for group, value in pairs.items() if value}:
+            out[name] = found
+    return out
+
+
+def _pick_mean(part: Callable[[Record], ByProbe], cells: Sequence[str]) -> _Pick:
+    def pick(record: Record) -> float | None:
+        values = [value for cell in cells if (value := part(record).get(cell)) is not None]
+        return mean_of(values) if values else None
+
+    return pick
 
 
 def _measure_fluency(records: Sequence[Record]) -> Fluency | None:
