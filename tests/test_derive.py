@@ -14,10 +14,12 @@ import pytest
 
 from tests.helpers import Project
 from unike.config.hparams import HyperParams
+from unike.datasets import derive
 from unike.datasets.answers import normalise_answer
-from unike.datasets.derive import MOST_ALIKE, TextIndex, derive_probes, main
-from unike.datasets.derived import CELLS, read_derived
+from unike.datasets.derive import DERIVED_CELLS as CELLS
+from unike.datasets.derive import MOST_ALIKE, TextIndex, main
 from unike.datasets.mmedit import CaptionDataset, VQADataset, load_records
+from unike.datasets.probe_files import read_probes
 from unike.evaluation.metrics import Prediction, miss_target
 from unike.evaluation.record import Answer, Record, Score
 from unike.evaluation.summary import CELL_GROUPS, summarise
@@ -61,6 +63,14 @@ def draw_record(chooser: random.Random, i: int) -> dict[str, str]:
         "m_loc_q": f"which sport {i}?",
         "m_loc_a": "golf",
     }
+
+
+def derive_probes(*arguments: Any, **options: Any) -> list[Any]:
+    return [record.probes for record in derive.derive_probes(*arguments, **options)]
+
+
+def read_rows(*arguments: Any) -> list[Any]:
+    return [record.probes for record in read_probes(*arguments)]
 
 
 # ---------------------------------------------------------------- slow constructions
@@ -244,11 +254,11 @@ def test_the_command_writes_what_the_datasets_ask(tmp_path, capsys):
     assert main([str(path)]) == 0
     out = capsys.readouterr().out
     assert "t1_i3              12 of 12 records" in out
-    derived = tmp_path / "eval.derived.json"
-    rows = read_derived(derived, path)
+    derived = tmp_path / "eval.probes.json"
+    rows = read_rows(derived, path)
     assert rows == derive_probes(load_records(path), load_records(path))
     for kind in (VQADataset, CaptionDataset):
-        for case, row in zip(kind(path, tmp_path, derived=derived), rows, strict=True):
+        for case, row in zip(kind(path, tmp_path, probes=derived), rows, strict=True):
             probes = {p.name: p for p in case.probes}
             assert set(row) <= set(probes)
             assert len(probes) == len(case.probes)
@@ -288,7 +298,7 @@ def test_a_broken_record_has_no_probes_and_the_others_keep_their_place(tmp_path)
     del records[3]["src"]
     path.write_text(json.dumps(records))
     assert main([str(path)]) == 0
-    rows = read_derived(tmp_path / "eval.derived.json", path)
+    rows = read_rows(tmp_path / "eval.probes.json", path)
     assert rows[3] == {}
     assert rows[4]["t1_i4"].text == records[4]["src"]
 
@@ -297,50 +307,58 @@ def test_a_broken_record_has_no_probes_and_the_others_keep_their_place(tmp_path)
     ("change", "words"),
     [
         (lambda whole: whole.update(layout="other"), "expected a file that"),
-        (lambda whole: whole["probes"].__setitem__(0, {"t9": None}), "record 0: 't9' is unknown"),
-        (lambda whole: whole["probes"].__setitem__(1, {"t1_i3": None}), "record 1: t1_i3: expected text"),
-        (lambda whole: whole["probes"][2]["t1_i3"].update(form="x"), "record 2: t1_i3: form: expected"),
-        (lambda whole: whole["probes"][2]["t1_i3"].update(text=" "), "record 2: t1_i3: expected texts"),
-        (lambda whole: whole.update(probes={}), "probes: expected a list"),
-        (lambda whole: whole.update(sha256="0"), "derived from other annotations"),
+        (lambda whole: whole["records"][0]["probes"].update(t9=None), "record 0: 't9' is unknown"),
+        (lambda whole: whole["records"][1]["probes"].update(t1_i3=None), "record 1: t1_i3: expected text"),
+        (
+            lambda whole: whole["records"][2]["probes"]["t1_i3"].update(form="x"),
+            "record 2: t1_i3: form: expected",
+        ),
+        (
+            lambda whole: whole["records"][2]["probes"]["t1_i3"].update(text=" "),
+            "record 2: t1_i3: expected texts",
+        ),
+        (lambda whole: whole.update(records={}), "records: expected a list"),
+        (lambda whole: whole["records"][2].update(groups={"kind": "x" * 61}), "record 2: groups: expected"),
+        (lambda whole: whole["records"].__setitem__(2, {}), "record 2: expected probes and groups"),
+        (lambda whole: whole.update(sha256="0"), "of other annotations"),
     ],
 )
 def test_a_changed_file_is_refused(tmp_path, change, words):
     path = write_annotations(tmp_path)
     main([str(path)])
-    derived = tmp_path / "eval.derived.json"
+    derived = tmp_path / "eval.probes.json"
     whole = json.loads(derived.read_text())
     change(whole)
     derived.write_text(json.dumps(whole))
     with pytest.raises(UserError, match=words) as caught:
-        VQADataset(path, tmp_path, derived=derived)
+        VQADataset(path, tmp_path, probes=derived)
     assert len(caught.value.problems) == 1
 
 
 def test_a_derived_image_outside_of_the_folder_is_refused(tmp_path):
     path = write_annotations(tmp_path)
     main([str(path)])
-    derived = tmp_path / "eval.derived.json"
+    derived = tmp_path / "eval.probes.json"
     whole = json.loads(derived.read_text())
-    whole["probes"][2]["t1_i3"]["image"] = "../secret.png"
+    whole["records"][2]["probes"]["t1_i3"]["image"] = "../secret.png"
     derived.write_text(json.dumps(whole))
-    with pytest.raises(UserError, match=r"record 2: derived probe 't1_i3'.*lies outside"):
-        VQADataset(path, tmp_path, derived=derived)
-    assert len(VQADataset(path, tmp_path, derived=derived, allow_outside=True)) == 12
+    with pytest.raises(UserError, match=r"record 2: probe 't1_i3'.*lies outside"):
+        VQADataset(path, tmp_path, probes=derived)
+    assert len(VQADataset(path, tmp_path, probes=derived, allow_outside=True)) == 12
 
 
 def test_the_yaml_switches_them_on(project: Project):
     path = project.data / "vqa_eval.json"
-    derived = path.with_suffix(".derived.json")
+    derived = path.with_suffix(".probes.json")
     if not derived.exists():
         main([str(path)])
     hparams = HyperParams.from_hparams(project.write_yaml())
     assert {p.name for c in open_datasets(hparams, "vqa") for p in c.probes}.isdisjoint(DERIVED_METRICS)
-    data = {"vqa": {**hparams.data["vqa"], "derived": str(derived)}}
+    data = {"vqa": {**hparams.data["vqa"], "probes": str(derived)}}
     asked = open_datasets(replace(hparams, data=data), "vqa")
     assert all({"t1_i3", "t3_i1", "t1_i4", "joint"} <= {p.name for p in case.probes} for case in asked)
-    with pytest.raises(UserError, match=r"data\.vqa\.derived: nowhere: no such file"):
-        open_datasets(replace(hparams, data={"vqa": {**data["vqa"], "derived": "nowhere"}}), "vqa")
+    with pytest.raises(UserError, match=r"data\.vqa\.probes: nowhere: no such file"):
+        open_datasets(replace(hparams, data={"vqa": {**data["vqa"], "probes": "nowhere"}}), "vqa")
     derived.unlink()
 
 
@@ -357,7 +375,7 @@ def test_the_benchmarks_own_files(tmp_path, eval_file, train_file, task, counts)
     output = tmp_path / "derived.json"
     files = [str(SHARED / eval_file), "--train", str(SHARED / train_file)]
     assert main([*files, "--task", task, "--output", str(output)]) == 0
-    rows = read_derived(output, files[0])
+    rows = read_rows(output, files[0])
     found = Counter(cell for row in rows for cell in row)
     total, same_question, same_image = counts
     assert len(rows) == found["joint"] == found["t1_i3"] == found["t1_i2"] == total

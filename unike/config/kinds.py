@@ -238,7 +238,7 @@ def _read_annotations(value: object) -> Annotations:
     if not set(tasks) <= {"vqa", "caption"}:
         raise ValueError
     for files in tasks.values():
-        if not isinstance(files, Mapping) or not set(files) <= {"train", "eval", "derived"}:
+        if not isinstance(files, Mapping) or not set(files) <= {"train", "eval", "probes"}:
             raise ValueError
         for path in files.values():
             if path is not None:
@@ -247,5 +247,5 @@ def _read_annotations(value: object) -> Annotations:
 
 
 ANNOTATIONS = Kind(
-    "{vqa: {train: file, eval: file, derived: file}, caption: {the same}}, each optional", _read_annotations
+    "{vqa: {train: file, eval: file, probes: file}, caption: {the same}}, each optional", _read_annotations
 )

@@ -20,7 +20,6 @@ I1 its right answer would be the edit's, so it is no T2.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import random
 import sys
@@ -32,23 +31,23 @@ from typing import Literal, cast
 import numpy as np
 
 from unike.datasets.answers import normalise_answer
-from unike.datasets.derived import (
-    CELLS,
-    LAYOUT,
-    DerivedProbe,
+from unike.datasets.images import PathLike
+from unike.datasets.mmedit import Annotation, list_record_problems, load_records
+from unike.datasets.probe_files import (
+    NO_PROBES,
     Form,
+    FurtherProbe,
     RecordProbes,
     describe_probes,
     sign_file,
 )
-from unike.datasets.images import PathLike
-from unike.datasets.mmedit import Annotation, list_record_problems, load_records
 from unike.system.files import write_text
 from unike.system.text import one_line
-from unike.types import UserError
+from unike.types import DERIVED_METRICS, HARD_METRICS, UserError
 
 Task = Literal["vqa", "caption"]
 MOST_ALIKE = 0.8
+DERIVED_CELLS = (*HARD_METRICS, *DERIVED_METRICS)
 
 
 # ---------------------------------------------------------------- similarity
@@ -148,16 +147,17 @@ def derive_probes(
     out: list[RecordProbes] = []
     for position, record in enumerate(records):
         if record is None:
-            out.append({})
+            out.append(NO_PROBES)
             continue
         chooser = random.Random(f"{seed}/{position}")
-        probes: dict[str, DerivedProbe | None] = {}
+        probes: dict[str, FurtherProbe | None] = {}
         if task == "vqa":
             probes |= neighbours.derive_same_question(record, chooser)
             probes |= neighbours.derive_same_image(record, chooser)
         if "joint" not in record:
             probes["joint"] = None
-        out.append(probes | _derive_cells(record, candidates.find_confusable(record, chooser), task))
+        probes |= _derive_cells(record, candidates.find_confusable(record, chooser), task)
+        out.append(RecordProbes(probes))
     return out
 
 
@@ -173,7 +173,7 @@ class _Neighbours:
             self._by_question.setdefault(normalise_answer(record["src"]), []).append(i)
             self._by_image.setdefault(record["image"], []).append(i)
 
-    def derive_same_question(self, record: Annotation, chooser: random.Random) -> dict[str, DerivedProbe]:
+    def derive_same_question(self, record: Annotation, chooser: random.Random) -> dict[str, FurtherProbe]:
         """The record's question on the image of another one that asks the same and has another answer."""
         answer, images = normalise_answer(record["alt"]), _list_own_images(record)
         same = (self.records[i] for i in self._by_question[normalise_answer(record["src"])])
@@ -183,7 +183,7 @@ class _Neighbours:
         other = chooser.choice(found)
         return {"same_question": _ask(record["src"], other["image"], other["alt"])}
 
-    def derive_same_image(self, record: Annotation, chooser: random.Random) -> dict[str, DerivedProbe]:
+    def derive_same_image(self, record: Annotation, chooser: random.Random) -> dict[str, FurtherProbe]:
         """The question of another record about the record's image, no rephrasing of its own."""
         if "same_image_q" in record:
             return {}
@@ -195,11 +195,11 @@ class _Neighbours:
         return {"same_image": _ask(other["src"], record["image"], other["alt"])}
 
 
-def _ask(text: str, image: str | None, answer: str, form: Form = "edit") -> DerivedProbe:
-    return DerivedProbe(text.strip(), form, image, answer.strip())
+def _ask(text: str, image: str | None, answer: str, form: Form = "edit") -> FurtherProbe:
+    return FurtherProbe(text.strip(), form, image, answer.strip())
 
 
-def _derive_cells(record: Annotation, other: Annotation | None, task: Task) -> dict[str, DerivedProbe]:
+def _derive_cells(record: Annotation, other: Annotation | None, task: Task) -> dict[str, FurtherProbe]:
     """The seven cells of De-VQA, without those that need another record where there is ``other`` none."""
 
     target = record["alt"]
@@ -215,7 +215,7 @@ def _derive_cells(record: Annotation, other: Annotation | None, task: Task) -> d
             cells["t2_i4"] = _ask(other["src"], None, target)
             cells["t2_i1"] = _ask(other["src"], record["image"], target)
             cells["t2_i2"] = _ask(other["src"], other["image"], target)
-    return {cell: cells[cell] for cell in CELLS if cell in cells}
+    return {cell: cells[cell] for cell in DERIVED_CELLS if cell in cells}
 
 
 # ---------------------------------------------------------------- files
@@ -227,35 +227,20 @@ def derive_file(
     task: Task = "vqa",
     seed: int = 0,
     most_alike: float = MOST_ALIKE,
-) -> dict[str, object]:
-    """The whole content of a file of derived probes. Without ``train``, T2 and I2 are taken from the file's
-    own records. UserError as ``load_records``, and where no record is sound."""
+) -> list[RecordProbes]:
+    """The probes of each record of a file. Without ``train``, T2 and I2 are taken from the file's own
+    records. UserError as ``load_records``, and where no record is sound."""
     records = [_take_sound(r, i) for i, r in enumerate(load_records(path))]
     source = path if train is None else train
     others = [r for i, o in enumerate(load_records(source)) if (r := _take_sound(o, i)) is not None]
     for name, found in ((path, [r for r in records if r is not None]), (source, others)):
         if not found:
             raise UserError(f"{one_line(name)}: no record is sound; expected MMEdit's fields")
-    probes = derive_probes(records, others, task, seed, most_alike)
-    return {
-        "layout": LAYOUT,
-        "sha256": sign_file(path),
-        "train_sha256": sign_file(source),
-        "task": task,
-        "seed": seed,
-        "most_alike": most_alike,
-        "probes": describe_probes(probes),
-    }
+    return derive_probes(records, others, task, seed, most_alike)
 
 
 def _take_sound(record: object, index: int) -> Annotation | None:
     return None if list_record_problems(record, index) else cast(Annotation, record)
-
-
-def count_cells(content: Mapping[str, object]) -> dict[str, int]:
-    """How many records have each of the cells."""
-    found = Counter(cell for row in cast("list[dict[str, object]]", content["probes"]) for cell in row)
-    return {cell: found[cell] for cell in CELLS}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -263,7 +248,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m unike.datasets.derive",
         description="Derive hard probes from annotations in MMEdit's layout, once. "
-        "data.<task>.derived: FILE in a YAML asks them.",
+        "data.<task>.probes: FILE in a YAML asks them.",
     )
     parser.add_argument("file", metavar="FILE", help="annotations to ask the probes with")
     parser.add_argument("--train", metavar="FILE", help="annotations that confusable questions come from")
@@ -275,9 +260,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         default=MOST_ALIKE,
         help=f"similarity from which a question is a rephrasing; default {MOST_ALIKE}",
     )
-    parser.add_argument("--output", metavar="FILE", help="default: FILE's name with .derived.json")
+    parser.add_argument("--output", metavar="FILE", help="default: FILE's name with .probes.json")
     arguments = parser.parse_args(argv)
-    output = Path(arguments.output or Path(arguments.file).with_suffix(".derived.json"))
+    output = Path(arguments.output or Path(arguments.file).with_suffix(".probes.json"))
     try:
         if not 0 < arguments.most_alike <= 1:
             raise UserError(f"--most_alike: expected a number above 0, at most 1, got {arguments.most_alike}")
@@ -287,19 +272,23 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(
                 f"{one_line(output.absolute().parent)}: no such folder; expected that of --output"
             )
-        content = derive_file(
-            arguments.file, arguments.train, arguments.task, arguments.seed, arguments.most_alike
-        )
+        source = arguments.train or arguments.file
+        how = (arguments.task, arguments.seed, arguments.most_alike)
+        records = derive_file(arguments.file, source, *how)
+        facts = {
+            "train_sha256": sign_file(source),
+            **dict(zip(("task", "seed", "most_alike"), how, strict=True)),
+        }
         try:
-            write_text(output, json.dumps(content, ensure_ascii=False, indent=0))
+            write_text(output, describe_probes(arguments.file, records, **facts))
         except OSError as error:
             raise UserError(f"{one_line(output)}: cannot be written: {one_line(error.strerror)}") from error
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
-    total = len(cast("list[object]", content["probes"]))
-    for cell, count in count_cells(content).items():
-        print(f"{cell:14} {count:6} of {total} records")
+    counts = Counter(name for record in records for name in record.probes)
+    for name in DERIVED_CELLS:
+        print(f"{name:14} {counts[name]:6} of {len(records)} records")
     print(output)
     return 0
 

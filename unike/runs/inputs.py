@@ -94,7 +94,7 @@ def open_datasets(
     names = list_parts(task)
     require(
         *(lambda n=name: find_annotations(hparams, n, "eval") for name in names),
-        *(lambda n=name: find_derived(hparams, n) for name in names),
+        *(lambda n=name: find_probes(hparams, n) for name in names),
         lambda: _require_roots(hparams),
     )
     # Records without their images are found after reading, so that all must be read.
@@ -121,17 +121,17 @@ def open_eval_split(
     return _open(
         files,
         {**options, "size": size, "clean": hparams.clean, "skip_broken": skip_broken},
-        {name: find_derived(hparams, name) for name in files},
+        {name: find_probes(hparams, name) for name in files},
     )
 
 
-def find_derived(hparams: DataOptions, task: str) -> str | None:
-    """The file under ``data.<task>.derived``, None without one; UserError naming that key where it is
+def find_probes(hparams: DataOptions, task: str) -> str | None:
+    """The file under ``data.<task>.probes``, None without one; UserError naming that key where it is
     missing."""
-    path = (hparams.data.get(task) or {}).get("derived")
+    path = (hparams.data.get(task) or {}).get("probes")
     if path is not None and not os.path.isfile(path):
         raise UserError(
-            f"{hparams.source}: data.{task}.derived: {path}: no such file; expected derived probes (make "
+            f"{hparams.source}: data.{task}.probes: {path}: no such file; expected further probes (make "
             "them with python -m unike.datasets.derive)"
         )
     return path
@@ -146,17 +146,17 @@ def _list_reading_options(hparams: DataOptions) -> _ReadingOptions:
 
 
 def _open(
-    files: Mapping[str, str], options: _ReadingOptions, derived: Mapping[str, str | None] | None = None
+    files: Mapping[str, str], options: _ReadingOptions, probes: Mapping[str, str | None] | None = None
 ) -> _Dataset:
-    """One data set, or both, interleaved, with their ``derived`` probes."""
-    derived = derived or {}
+    """One data set, or both, interleaved, with their further ``probes``."""
+    probes = probes or {}
     if len(files) == len(_DATASETS):
-        found = (derived.get("vqa"), derived.get("caption"))
+        found = (probes.get("vqa"), probes.get("caption"))
         return CapVQADataset(
-            files["vqa"], files["caption"], **options, vqa_derived=found[0], caption_derived=found[1]
+            files["vqa"], files["caption"], **options, vqa_probes=found[0], caption_probes=found[1]
         )
     ((name, path),) = files.items()
-    return _DATASETS[name](path, **options, derived=derived.get(name))
+    return _DATASETS[name](path, **options, probes=probes.get(name))
 
 
 def _require_images(where: str, missing: Sequence[str]) -> None:
