@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -28,7 +28,7 @@ from unike.evaluation.metrics import (
     score_generated,
 )
 from unike.evaluation.reader import CasePredictions, Reader
-from unike.evaluation.record import Answer, Place, Record, RecordKind, Score
+from unike.evaluation.record import ABSENT, Answer, Place, Record, RecordKind, Score
 from unike.methods.base import EditMethod
 from unike.system.faults import is_out_of_memory
 from unike.types import DERIVED_METRICS, Case
@@ -254,11 +254,25 @@ def _place(record: Record, number: int, position: int, kind: RecordKind) -> Reco
 
 
 def _describe_edit(case: Case, edit: Edit, seconds: float) -> Record:
-    return Record(case.request.id, case.task, "ok", round(seconds, 4), dict(edit.info), bytes=edit.nbytes)
+    return Record(
+        case.request.id,
+        case.task,
+        "ok",
+        round(seconds, 4),
+        dict(edit.info),
+        bytes=edit.nbytes,
+        groups=case.groups or ABSENT,
+    )
 
 
 def _describe_failure(case: Case, reason: str, seconds: float) -> Record:
-    return Record(case.request.id, case.task, "failed", round(seconds, 4), error=reason)
+    return Record(
+        case.request.id, case.task, "failed", round(seconds, 4), error=reason, groups=case.groups or ABSENT
+    )
+
+
+def _get_groups(case: Case) -> Mapping[str, str]:
+    return case.groups or ABSENT
 
 
 def _mark_failed(record: Record, reason: str) -> Record:

@@ -20,13 +20,13 @@ from unike.evaluation.metrics import (
     ngram_entropy,
 )
 from unike.evaluation.record import ABSENT, ByProbe, Record
-from unike.types import DERIVED_METRICS, FIVE_METRICS, METRICS
+from unike.types import DERIVED_METRICS, FIVE_METRICS, FURTHER_METRICS, IMAGE_STYLES, METRICS
 
 MODES = ("teacher_forced", "generated")
 WHEN = ("before", "after")
 LOCALITY = ("t_locality", "m_locality")
 # Probes whose answer a good edit leaves as it was.
-UNCHANGED_PROBES = (*LOCALITY, "same_question", "same_image", *DERIVED_METRICS)
+UNCHANGED_PROBES = (*LOCALITY, "same_question", "same_image", "minimal_pair", "same_object", *DERIVED_METRICS)
 # Published means of derived cells: De-VQA's (arXiv 2511.13243), and DECODE's pair (arXiv 2606.17057).
 CELL_GROUPS = {
     "RI": ("t1_i3", "t3_i1"),
@@ -35,7 +35,9 @@ CELL_GROUPS = {
     "DECODE": ("t1_i4", "t2_i1"),
 }
 HARMONIC = ("five", "all")
-HARMONIC_OF = dict(zip(HARMONIC, (FIVE_METRICS, METRICS), strict=True))
+# The eight with a minimal pair in place of "same question", where records have one.
+MINIMAL_METRICS = tuple("minimal_pair" if metric == "same_question" else metric for metric in METRICS)
+HARMONIC_OF = {"five": FIVE_METRICS, "all": METRICS, "all_minimal": MINIMAL_METRICS}
 MEANS_OF = {"generality": ("t_generality", "m_generality"), "locality": LOCALITY}
 TITLES = {
     "reliability": "Reliability",
@@ -53,6 +55,9 @@ TITLES = {
     "t1_i2": "edit's question, confusable image",
     "t2_i1": "confusable question, edit's image",
     "t2_i2": "confusable question and image",
+    "minimal_pair": "same question, minimal pair",
+    "same_object": "same object",
+    **{f"m_generality_{style}": f"M-Generality, {style.replace('_', ' ')}" for style in IMAGE_STYLES},
 }
 SHORT_TITLES = {
     "reliability": "Rel",
@@ -70,6 +75,9 @@ SHORT_TITLES = {
     "t1_i2": "T1I2",
     "t2_i1": "T2I1",
     "t2_i2": "T2I2",
+    "minimal_pair": "min. pair",
+    "same_object": "same O",
+    **{f"m_generality_{style}": f"M-Gen {style.replace('_', ' ')}" for style in IMAGE_STYLES},
 }
 
 
@@ -120,6 +128,13 @@ class CurvePoint(TypedDict):
     former: dict[str, float]
 
 
+class GroupSummary(TypedDict):
+    """The records of a group: how many, and the means after the edit by evaluation mode and metric."""
+
+    n: int
+    after: dict[str, dict[str, Estimate]]
+
+
 # By ``before`` and ``after``; and that by evaluation mode and name.
 BeforeAfter = dict[str, Estimate]
 Combined = dict[str, dict[str, BeforeAfter]]
@@ -144,6 +159,7 @@ class Summary(TypedDict, total=False):
     bytes: float | None
     sequences: SequenceCount
     curve: list[CurvePoint]
+    groups: dict[str, dict[str, GroupSummary]]
     interrupted: bool
     peak_memory_bytes: dict[str, int | None]
 
@@ -194,6 +210,8 @@ def summarise(records: Sequence[Record], seed: int, presets: Sequence[str] = ("p
     }
     if cells := {mode: values for mode in MODES if (values := _summarise_cells(sample, mode))}:
         summary["de_vqa"] = cells
+    if groups := _summarise_groups(done, seed):
+        summary["groups"] = groups
     if steps:
         summary["sequences"], summary["curve"] = _summarise_sequences(steps, ends)
     return summary
@@ -240,7 +258,7 @@ def get_estimate(parts: Mapping[str, BeforeAfter], name: str, when: str) -> Esti
 def order_metrics(metrics: Iterable[str]) -> list[str]:
     """Metrics in the order of the tables, others after them by name."""
     names = set(metrics)
-    known = (*METRICS, *DERIVED_METRICS)
+    known = (*METRICS, *FURTHER_METRICS)
     return [metric for metric in known if metric in names] + sorted(names - set(known))
 
 
@@ -302,6 +320,12 @@ class _Sample:
         pairs = {metric: self.estimate(_pick_from(part, name, metric)) for metric in order_metrics(names)}
         return {metric: found for metric, found in pairs.items() if found}
 
+    def estimate_after(self, mode: str) -> dict[str, Estimate]:
+        """One for each metric of an evaluation mode, after the edit."""
+        names = order_metrics({m for r in self.records for m in r.get_scores(mode)})
+        pairs = {m: self.estimate(_pick_score(mode, m, WHEN[1])) for m in names}
+        return {m: found for m, found in pairs.items() if found}
+
     def combine(self, sets: Mapping[str, Sequence[str]], of: Callable[[Sequence[float]], float]) -> Combined:
         """By evaluation mode and set of metrics: one number ``of`` their means, before and after, where all
         of the set's metrics are there."""
@@ -322,10 +346,21 @@ class _Sample:
 def _summarise_preset(sample: _Sample, name: str) -> PresetSummary:
     metrics = sample.estimate_part(lambda r: r.presets, name)
     if name == "paper":
-        names = order_metrics({m for r in sample.records for m in r.get_scores(MODES[0])})
-        found = {m: sample.estimate(_pick_score(MODES[0], m, "after")) for m in names}
-        metrics = {m: value for m, value in found.items() if value}
+        metrics = sample.estimate_after(MODES[0])
     return {"provenance": PRESETS[name].provenance, "metrics": metrics}
+
+
+def _summarise_groups(records: Sequence[Record], seed: int) -> dict[str, dict[str, GroupSummary]]:
+    """By name and value of the cases' ``groups``."""
+    out: dict[str, dict[str, GroupSummary]] = {}
+    for name in dict.fromkeys(name for record in records for name in record.groups):
+        for value in sorted({record.groups[name] for record in records if name in record.groups}):
+            part = [record for record in records if record.groups.get(name) == value]
+            sample = _Sample(part, seed)
+            after = {mode: sample.estimate_after(mode) for mode in MODES}
+            kept = {mode: found for mode, found in after.items() if found}
+            out.setdefault(name, {})[value] = {"n": len(part), "after": kept}
+    return out
 
 
 def _summarise_cells(sample: _Sample, mode: str) -> dict[str, dict[str, Estimate]]:
