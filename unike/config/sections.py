@@ -270,7 +270,9 @@ class EncoderOptions(SeedOptions):
     encoder_steps: int = option(whole(low=0), "training steps", 2000)
     encoder_batch: int = option(whole(low=2), "triplets per batch", 256)
     encoder_tau: float = option(number(low=0, above=True), "contrastive temperature", 0.1)
-    include_anchor: bool = option(switch(), "the anchor is one of its own positives", False)
+    include_anchor: bool = option(
+        switch(), "the anchor is one of its own positives, as Eq. 4 is printed", False
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

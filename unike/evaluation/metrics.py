@@ -114,8 +114,8 @@ def score(probe: Probe, before: Prediction, after: Prediction) -> float:
     """Teacher-forced value of a probe after an edit, in [0, 1].
 
     Probes that expect the target measure ``token_accuracy``: reliability, Eq. (11), T-generality,
-    Eq. (12), and M-generality, Eq. (13). Probes that expect no change measure ``agreement``:
-    T-locality, Eq. (14), and M-locality, Eq. (15). The hard probes are one or the other.
+    Eq. (14), and M-generality, Eq. (15). Probes that expect no change measure ``agreement``:
+    T-locality, Eq. (12), and M-locality, Eq. (13). The hard probes are one or the other.
     """
     _check_pair(before, after)
     if probe.expect == "target":
