@@ -1,7 +1,7 @@
 """A scope gate around edits of any kind: where it is closed, the base model answers, bit for bit.
 
-The gate decides by the prompt and its image, before anything is edited. Rows of a batch to which the same edits
-apply are computed together under these edits alone, the others by the base model.
+The gate decides by the prompt and its image, before anything is edited. Rows of a batch to which the same
+edits apply are computed together under these edits alone, the others by the base model.
 """
 
 from __future__ import annotations

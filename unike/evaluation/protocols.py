@@ -106,7 +106,8 @@ def run_sequence(
     (``former``, means after the edit), both teacher-forced. ``former`` bounds how many of these are
     evaluated, drawn anew by ``seed`` at each step; None takes all. The ``final`` records come at the end:
     every case under all edits, in both evaluation modes. Their means are the five metrics of K-step editing,
-    Eq. (16), the localities Eq. (17) and Eq. (18), the generalities Eq. (19) and Eq. (20). Locality is against the unedited base.
+    Eq. (16), the localities Eq. (17) and Eq. (18), the generalities Eq. (19) and Eq. (20). Locality is
+    against the unedited base.
 
     An edit that fails (its loss stops being a number, memory does not suffice, or one of ``tolerated`` is
     raised) is marked in both of its records and leaves no trace: the next one continues from the edits
