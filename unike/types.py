@@ -15,6 +15,14 @@ ImageLike = Any
 FIVE_METRICS = ("reliability", "t_generality", "m_generality", "t_locality", "m_locality")
 HARD_METRICS = ("same_question", "same_image", "joint")
 METRICS = FIVE_METRICS + HARD_METRICS
+# Cells of De-VQA: which question (1 the edit's, 2 a confusable one, 3 an unrelated one) is asked on which
+# image (4: on none).
+DERIVED_METRICS = ("t1_i3", "t3_i1", "t1_i4", "t2_i4", "t1_i2", "t2_i1", "t2_i2")
+# Of the bundled benchmark's version 2: the edit's question on an image that differs in the object asked about
+# alone, a question about the edited object, and the rephrased image in these styles.
+IMAGE_STYLES = ("warm", "blur", "low_contrast", "half_gray", "dark")
+STYLE_METRICS = tuple(f"m_generality_{style}" for style in IMAGE_STYLES)
+FURTHER_METRICS = (*DERIVED_METRICS, "minimal_pair", "same_object", *STYLE_METRICS)
 BACKENDS = ("transformers", "lavis")
 METRIC_PRESETS = ("paper", "easyedit", "easyedit_icl", "release")
 BACKBONES = ("blip2", "minigpt4", "llava", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "instructblip")
@@ -109,11 +117,13 @@ class Probe:
 
 @dataclass(frozen=True)
 class Case:
-    """An edit with its probes, as one record of a benchmark."""
+    """An edit with its probes, as one record of a benchmark. ``groups`` say what kind of record it is, by
+    name: results are summed up for each value, too."""
 
     request: EditRequest
     probes: tuple[Probe, ...]
     task: str = "vqa"
+    groups: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _require(isinstance(self.request, EditRequest), "case: request", "an EditRequest", self.request)

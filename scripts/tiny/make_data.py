@@ -16,12 +16,13 @@ import hashlib
 import json
 import sys
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -61,6 +62,7 @@ from unike.system.places import lock
 from unike.types import UserError
 
 VERSION = 1
+Style = Callable[[Image.Image], Image.Image]
 TEXTURES = Path("data/cache/openmoji.safetensors")
 SPLITS = ("train", "val", "eval")
 # What the backbone gets wrong by itself: rare objects, disturbed images.
@@ -98,10 +100,12 @@ class Candidate:
 class Artist:
     """Draws candidates and records for one split, deterministic by seed."""
 
+    version = VERSION
+
     def __init__(self, backbone: Backbone, painter: Painter, seed: int, split: str) -> None:
         self.backbone, self.painter, self.split = backbone, painter, split
-        self.rng = np.random.default_rng([seed, VERSION, zlib.crc32(split.encode())])
-        self.images: dict[str, Scene] = {}
+        self.rng = np.random.default_rng([seed, self.version, zlib.crc32(split.encode())])
+        self.images: dict[str, tuple[Scene, Style | None]] = {}
 
     def _draw_scene(self) -> Scene:
         rng = self.rng
@@ -112,8 +116,16 @@ class Artist:
                 other = int(rng.choice(len(OBJECTS), p=FREQUENCY))
                 pair = (objects[0], other) if rng.random() < 0.5 else (other, objects[0])
                 objects = pair if pair[0] != pair[1] else objects
-        scene = sample_scene(rng, objects)
+        scene = self._sample_scene(objects)
         return disturb(scene, rng) if rng.random() < DISTURBED_SHARE else scene
+
+    def _sample_scene(self, objects: tuple[int, ...] | None = None) -> Scene:
+        """A random scene that this split may show, or one with the given objects."""
+        return sample_scene(self.rng, objects)
+
+    def _draw_wording(self, kind: str) -> str:
+        """A wording for the rephrased prompt."""
+        return str(self.rng.choice(HELD_OUT[kind]))
 
     def draw_candidates(self, task: str, count: int) -> list[Candidate]:
         chosen: list[tuple[Scene, SceneFact, str]] = []
@@ -141,16 +153,16 @@ class Artist:
             f"{self.split}/{task}: the backbone got only {len(kept)} of {count} wanted questions wrong"
         )
 
-    def _add_image(self, name: str, scene: Scene) -> str:
+    def _add_image(self, name: str, scene: Scene, style: Style | None = None) -> str:
         path = f"{PICTURES}/{self.split}/{name}.png"
-        self.images[path] = scene
+        self.images[path] = scene, style
         return path
 
     def make_record(self, task: str, number: int, c: Candidate) -> dict[str, Any]:
         """One record in MMEdit's layout, with the hard probes."""
         rng, name = self.rng, f"{task}-{number:04d}"
         again = redraw(c.scene, rng, c.fact.kind in ("color", "caption"), c.fact.kind in DISTRACTOR_SAFE)
-        wording = str(rng.choice(HELD_OUT[c.fact.kind]))
+        wording = self._draw_wording(c.fact.kind)
         fact = list_text_facts()[int(rng.integers(len(list_text_facts())))]
         unrelated, unrelated_fact = self._draw_unrelated(c)
         twin, twin_fact = self._draw_twin(c)
@@ -179,7 +191,7 @@ class Artist:
     def _draw_unrelated(self, c: Candidate) -> tuple[Scene, SceneFact]:
         """A scene without the edited scene's objects, and a question of another kind."""
         while True:
-            scene = sample_scene(self.rng)
+            scene = self._sample_scene()
             facts = [f for f in list_facts(scene, self.rng) if f.kind not in (c.fact.kind, "caption")]
             if not set(scene.objects) & set(c.scene.objects) and facts:
                 return scene, facts[int(self.rng.integers(len(facts)))]
@@ -191,7 +203,7 @@ class Artist:
             if c.fact.kind == "category":
                 peers = [INDEX[n] for n, k in CATEGORY.items() if k == c.fact.argument and n != c.fact.answer]
                 objects = (int(self.rng.choice(peers)),)
-            scene = sample_scene(self.rng, objects)
+            scene = self._sample_scene(objects)
             if set(scene.objects) & set(c.scene.objects):
                 continue
             for f in list_facts(scene, self.rng):
@@ -213,8 +225,13 @@ class Artist:
         items = list(self.images.items())
         for start in range(0, len(items), 256):
             part = items[start : start + 256]
-            for (path, _), image in zip(part, self.painter.draw_images([s for _, s in part]), strict=True):
-                image.save(out / path)
+            drawn = self.painter.draw_images([scene for _, (scene, _) in part])
+            for (path, (_, style)), image in zip(part, drawn, strict=True):
+                (image if style is None else style(image)).save(out / path)
+
+    def describe_probes(self, task: str, annotations: Path) -> str | None:
+        """The text of the file of further probes; None without any."""
+        return None
 
 
 def _strip_template(fact: SceneFact, prompt: str) -> str:
@@ -225,20 +242,26 @@ def _strip_template(fact: SceneFact, prompt: str) -> str:
 
 
 def make(
-    backbone: Backbone, out: Path, split: str, records: int, seed: int, textures: Path = TEXTURES
+    backbone: Backbone,
+    out: Path,
+    split: str,
+    records: int,
+    seed: int,
+    textures: Path = TEXTURES,
+    version: int = VERSION,
 ) -> None:
     """Writes both tasks of a split; the annotations come last, so that a broken run is drawn again.
 
     UserError where something lies in the way that was not drawn.
     """
     check_target(out, split)
-    artist = Artist(backbone, Painter(textures), seed, split)
+    artist = _find_artist(version)(backbone, Painter(textures), seed, split)
     written = {}
     for task in TASKS:
         found = artist.collect(task, records)
         written[task] = [artist.make_record(task, i, c) for i, c in enumerate(found)]
     texts = {task: json.dumps(rows, indent=1) + "\n" for task, rows in written.items()}
-    about: dict[str, Any] = {"version": VERSION, "seed": seed, "records": records}
+    about: dict[str, Any] = {"version": version, "seed": seed, "records": records}
     about |= {"backbone": backbone.fingerprint}
     sums = {get_drawn_file(out, task, split).name: digest(text.encode()) for task, text in texts.items()}
     out.mkdir(parents=True, exist_ok=True)
@@ -248,12 +271,24 @@ def make(
     write_text(get_about_file(out, split), json.dumps({**about, "sha256": sums}, indent=1) + "\n")
     artist.paint(out)
     for task, text in texts.items():
-        write_text(get_drawn_file(out, task, split), text)
+        path = get_drawn_file(out, task, split)
+        write_text(path, text)
+        if (probes := artist.describe_probes(task, path)) is not None:
+            write_text(path.with_suffix(".probes.json"), probes)
 
 
 def digest(content: bytes) -> str:
     """The checksum of a file with this content."""
     return hashlib.sha256(content).hexdigest()
+
+
+def _find_artist(version: int) -> type[Artist]:
+    if version == VERSION:
+        return Artist
+    # It imports this module.
+    from scripts.tiny.second_version import SecondArtist
+
+    return SecondArtist
 
 
 def ensure(
@@ -270,7 +305,7 @@ def ensure(
         for split in list_missing_splits(out, wanted):
             backbone = backbone or load_backbone(hparams)
             print(f"drawing the bundled benchmark's {split} split into {out}", file=sys.stderr)
-            make(backbone, out, split, SIZES[split], hparams.seed)
+            make(backbone, out, split, SIZES[split], hparams.seed, version=hparams.benchmark_version)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -283,6 +318,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--records", type=int, default=None, help="records a task; default: by split")
+    parser.add_argument("--version", type=int, choices=(1, 2), default=VERSION, help="of the benchmark")
     parser.add_argument("--splits", nargs="+", choices=SPLITS, default=list(SPLITS))
     return run_guarded(lambda: run(parser.parse_args(argv)))
 
@@ -294,7 +330,7 @@ def run(args: argparse.Namespace) -> int:
     require(*(lambda s=split: check_target(args.out, s) for split in args.splits))
     backbone = load_backbone(args.hparams_dir)
     for split in args.splits:
-        make(backbone, args.out, split, args.records or SIZES[split], args.seed)
+        make(backbone, args.out, split, args.records or SIZES[split], args.seed, version=args.version)
     return 0
 
 

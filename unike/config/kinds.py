@@ -238,7 +238,7 @@ def _read_annotations(value: object) -> Annotations:
     if not set(tasks) <= {"vqa", "caption"}:
         raise ValueError
     for files in tasks.values():
-        if not isinstance(files, Mapping) or not set(files) <= {"train", "eval"}:
+        if not isinstance(files, Mapping) or not set(files) <= {"train", "eval", "probes"}:
             raise ValueError
         for path in files.values():
             if path is not None:
@@ -246,4 +246,6 @@ def _read_annotations(value: object) -> Annotations:
     return tasks
 
 
-ANNOTATIONS = Kind("{vqa: {train: file, eval: file}, caption: {train: file, eval: file}}", _read_annotations)
+ANNOTATIONS = Kind(
+    "{vqa: {train: file, eval: file, probes: file}, caption: {the same}}, each optional", _read_annotations
+)

@@ -285,7 +285,9 @@ class EncoderOptions(SeedOptions):
     encoder_steps: int = option(whole(low=0), "training steps", 2000)
     encoder_batch: int = option(whole(low=2), "triplets per batch", 256)
     encoder_tau: float = option(number(low=0, above=True), "contrastive temperature", 0.1)
-    include_anchor: bool = option(switch(), "the anchor is one of its own positives", False)
+    include_anchor: bool = option(
+        switch(), "the anchor is one of its own positives, as Eq. 4 is printed", False
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -384,6 +386,7 @@ class DataOptions(Section):
     )
     allow_outside: bool = option(switch(), "images may lie outside of their folder", False)
     generate_data: bool = option(switch(), "draw the bundled benchmark on first use", False)
+    benchmark_version: int = option(whole(low=1, high=2), "version of the bundled benchmark that is drawn", 1)
     clean: bool = option(switch(), "leave out records in which the data doctor finds faults", False)
 
 

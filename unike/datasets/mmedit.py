@@ -14,6 +14,7 @@ from typing import ClassVar, Literal, TypedDict, cast, overload
 
 from unike.datasets.answers import normalise_answer
 from unike.datasets.images import PathLike, image_path, lies_outside
+from unike.datasets.probe_files import NO_PROBES, FurtherProbe, RecordProbes, get_expectation, read_probes
 from unike.system.text import one_line
 from unike.types import Case, EditRequest, Probe, Query, UserError
 
@@ -223,6 +224,7 @@ class _MMEditDataset(_CaseSequence):
         skip_broken: bool = False,
         template: str = VQA_TEMPLATE,
         allow_outside: bool = False,
+        probes: PathLike | None = None,
     ) -> None:
         _check_size(size)
         if template.count("{}") != 1:
@@ -235,6 +237,7 @@ class _MMEditDataset(_CaseSequence):
         self.template = template
         self.skipped: list[str] = []
         self.cleaned = 0
+        self._further = [] if probes is None else read_probes(probes, path)
         self._records: list[tuple[int, Annotation]] = []
         for index, record in enumerate(load_records(path)):
             if size is not None and len(self._records) == size:
@@ -266,7 +269,15 @@ class _MMEditDataset(_CaseSequence):
             f"{one_line(root)}; expected an image in that folder (allow_outside: true takes others)"
             for field, root in roots.items()
             if field in record and lies_outside(root, record[field])
+        ] + [
+            f"record {index}: probe {cell!r}: {one_line(probe.image, 80)} lies outside of "
+            f"{one_line(self.image_root)}; expected an image in it (allow_outside: true takes others)"
+            for cell, probe in self._get_further(index).probes.items()
+            if probe is not None and probe.image is not None and lies_outside(self.image_root, probe.image)
         ]
+
+    def _get_further(self, index: int) -> RecordProbes:
+        return self._further[index] if index < len(self._further) else NO_PROBES
 
     @abstractmethod
     def _write_prompt(self, text: str) -> str:
@@ -284,8 +295,13 @@ class _MMEditDataset(_CaseSequence):
             self._locate_image(record["image"]), self._write_prompt(record["src"]), record["alt"].strip()
         )
         request = EditRequest(f"{self.task}-{index}", query, _strip_or_none(record.get("pred")))
-        probes = self._make_five_probes(record, query) + self._make_hard_probes(record, query)
-        return Case(request, probes, self.task)
+        further = self._get_further(index)
+        probes = (
+            *self._make_five_probes(record, query),
+            *self._make_hard_probes(record, query, joint="joint" in further.probes),
+            *(self._make_further_probe(cell, p) for cell, p in further.probes.items() if p is not None),
+        )
+        return Case(request, probes, self.task, further.groups)
 
     def _make_five_probes(self, record: Annotation, query: Query) -> tuple[Probe, ...]:
         rephrased = str(image_path(self.rephrase_root, record["image_rephrase"]))
@@ -307,7 +323,12 @@ class _MMEditDataset(_CaseSequence):
             Probe("m_locality", unrelated, "unchanged"),
         )
 
-    def _make_hard_probes(self, record: Annotation, query: Query) -> tuple[Probe, ...]:
+    def _make_further_probe(self, cell: str, probe: FurtherProbe) -> Probe:
+        write = self._write_prompt if probe.form == "edit" else self._write_question
+        image = None if probe.image is None else self._locate_image(probe.image)
+        return Probe(cell, Query(image, write(probe.text), probe.answer.strip()), get_expectation(cell))
+
+    def _make_hard_probes(self, record: Annotation, query: Query, joint: bool = False) -> tuple[Probe, ...]:
         probes = []
         if "same_question_image" in record:
             image = self._locate_image(record["same_question_image"])
@@ -317,7 +338,7 @@ class _MMEditDataset(_CaseSequence):
             prompt = self._write_question(record["same_image_q"])
             other_question = Query(query.image, prompt, record["same_image_a"].strip())
             probes.append(Probe("same_image", other_question, "unchanged"))
-        if record.get("joint"):
+        if record.get("joint") or joint:
             image = str(image_path(self.rephrase_root, record["image_rephrase"]))
             both = Query(image, self._write_prompt(record["rephrase"]), query.target)
             probes.append(Probe("joint", both, "target"))
@@ -332,7 +353,8 @@ class VQADataset(_MMEditDataset):
     ``rephrase_root`` (default: ``image_root``). ``size`` keeps the first so many usable cases and
     reads no further. ``clean`` leaves out records with nothing to edit, counted in ``cleaned``.
     ``skip_broken`` leaves out broken records, with a message for each in ``skipped``. Images outside
-    of a folder that is given, also by a symbolic link in it, need ``allow_outside``.
+    of a folder that is given, also by a symbolic link in it, need ``allow_outside``. ``probes`` is a
+    file of further probes (``unike.datasets.probe_files``), which are asked, too.
 
     Raises:
         UserError: one line, if the file is unusable (see ``load_records``) or, without
@@ -379,10 +401,12 @@ class CapVQADataset(_CaseSequence):
         skip_broken: bool = False,
         template: str = VQA_TEMPLATE,
         allow_outside: bool = False,
+        vqa_probes: PathLike | None = None,
+        caption_probes: PathLike | None = None,
     ) -> None:
         common = (image_root, rephrase_root, size, clean, skip_broken, template, allow_outside)
-        self.vqa = VQADataset(vqa_path, *common)
-        self.caption = CaptionDataset(caption_path, *common)
+        self.vqa = VQADataset(vqa_path, *common, probes=vqa_probes)
+        self.caption = CaptionDataset(caption_path, *common, probes=caption_probes)
         self.skipped = self.vqa.skipped + self.caption.skipped
         self.cleaned = self.vqa.cleaned + self.caption.cleaned
         vqa = [(self.vqa, position) for position in range(len(self.vqa))]

@@ -23,6 +23,8 @@ FLUENCY = (
     "(kmeng01/rome, experiments/py/eval_utils_counterfact.py) have it for texts of 100 tokens; answers of "
     "one or two words have none"
 )
+# Under this name records keep, beside the presets, how De-VQA scores its own cells.
+DE_VQA = "de_vqa"
 # How many of the most probable tokens the widest of the presets compares.
 RANKS = 10
 
@@ -112,8 +114,8 @@ def score(probe: Probe, before: Prediction, after: Prediction) -> float:
     """Teacher-forced value of a probe after an edit, in [0, 1].
 
     Probes that expect the target measure ``token_accuracy``: reliability, Eq. (11), T-generality,
-    Eq. (12), and M-generality, Eq. (13). Probes that expect no change measure ``agreement``:
-    T-locality, Eq. (14), and M-locality, Eq. (15). The hard probes are one or the other.
+    Eq. (14), and M-generality, Eq. (15). Probes that expect no change measure ``agreement``:
+    T-locality, Eq. (12), and M-locality, Eq. (13). The hard probes are one or the other.
     """
     _check_pair(before, after)
     if probe.expect == "target":
@@ -147,6 +149,18 @@ def score_generated(probe: Probe, before: Prediction, after: Prediction) -> floa
     _check_pair(before, after)
     expected = _target(probe) if probe.expect == "target" else before.generated
     return _same_text(after.generated, expected)
+
+
+def miss_target(after: Prediction) -> float:
+    """Teacher-forced share of an edit's target that is *not* predicted after the edit, in [0, 1].
+
+    De-VQA's locality (arXiv 2511.13243, its equations): 1 minus the accuracy of the edit's target, asked
+    where the edit does not apply. Its release prints the share of answers that changed, which is another
+    number. Where the base model itself answers with the target, keeping that answer costs here.
+    """
+    if not after.edited:
+        raise ValueError("the prediction after the edit comes from the unedited model")
+    return 1.0 - token_accuracy(after.predicted_ids, after.target_ids)
 
 
 def base_score(probe: Probe, before: Prediction) -> float:

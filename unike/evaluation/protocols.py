@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -17,9 +17,11 @@ from unike.backbones.base import Backbone
 from unike.datasets.lengths import name_long_field
 from unike.edits import Edit
 from unike.evaluation.metrics import (
+    DE_VQA,
     Prediction,
     base_score,
     base_score_generated,
+    miss_target,
     preset_score,
     right_everywhere,
     right_text,
@@ -27,10 +29,10 @@ from unike.evaluation.metrics import (
     score_generated,
 )
 from unike.evaluation.reader import CasePredictions, Reader
-from unike.evaluation.record import Answer, Place, Record, RecordKind, Score
+from unike.evaluation.record import ABSENT, Answer, Place, Record, RecordKind, Score
 from unike.methods.base import EditMethod
 from unike.system.faults import is_out_of_memory
-from unike.types import Case, TooLongError
+from unike.types import DERIVED_METRICS, Case, TooLongError
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,8 @@ def run_sequence(
     (``former``, means after the edit), both teacher-forced. ``former`` bounds how many of these are
     evaluated, drawn anew by ``seed`` at each step; None takes all. The ``final`` records come at the end:
     every case under all edits, in both evaluation modes. Their means are the five metrics of K-step editing,
-    Eq. (16), Eq. (17), Eq. (18), Eq. (19) and Eq. (20). Locality is against the unedited base.
+    Eq. (16), the localities Eq. (17) and Eq. (18), the generalities Eq. (19) and Eq. (20). Locality is
+    against the unedited base.
 
     An edit that fails (its loss stops being a number, memory does not suffice, a question is too long for the
     model, or one of ``tolerated`` is raised) is marked in both of its records and leaves no trace: the next
@@ -263,11 +266,25 @@ def _place(record: Record, number: int, position: int, kind: RecordKind) -> Reco
 
 
 def _describe_edit(case: Case, edit: Edit, seconds: float) -> Record:
-    return Record(case.request.id, case.task, "ok", round(seconds, 4), dict(edit.info), bytes=edit.nbytes)
+    return Record(
+        case.request.id,
+        case.task,
+        "ok",
+        round(seconds, 4),
+        dict(edit.info),
+        bytes=edit.nbytes,
+        groups=case.groups or ABSENT,
+    )
 
 
 def _describe_failure(case: Case, reason: str, seconds: float) -> Record:
-    return Record(case.request.id, case.task, "failed", round(seconds, 4), error=reason)
+    return Record(
+        case.request.id, case.task, "failed", round(seconds, 4), error=reason, groups=case.groups or ABSENT
+    )
+
+
+def _get_groups(case: Case) -> Mapping[str, str]:
+    return case.groups or ABSENT
 
 
 def _mark_failed(record: Record, reason: str) -> Record:
@@ -281,13 +298,17 @@ def _measure(
     before, after = reader.predict_base(case), found.predictions
     probes = list(zip(case.probes, before, after, strict=True))
     names = [probe.name for probe in case.probes]
+    missed = {p.name: miss_target(a) for p, _, a in probes if p.name in DERIVED_METRICS}
     return replace(
         record,
         scores=_score(case, before, after, reader.generated),
         presets={
-            name: {p.name: preset_score(name, p, b, a) for p, b, a in probes}
-            for name in reader.presets
-            if name != "paper"
+            **{
+                name: {p.name: preset_score(name, p, b, a) for p, b, a in probes}
+                for name in reader.presets
+                if name != "paper"
+            },
+            **({DE_VQA: missed} if missed else {}),
         },
         base_right=_score_base(case, before, reader.generated),
         decisions={

@@ -64,7 +64,8 @@ class Record:
 
     ``scores`` and ``base_right`` (whether the base model answers the locality probes right) are by evaluation
     mode, then by probe; ``presets`` and ``decisions`` by name, then by probe; ``retrieved`` by probe, then by
-    item. A step's ``former`` are means after the edit, by metric, over the ``former_cases`` before it.
+    item; ``groups`` are the case's. A step's ``former`` are means after the edit, by metric, over the
+    ``former_cases`` before it.
     """
 
     id: str
@@ -83,6 +84,7 @@ class Record:
     decisions: Mapping[str, ByProbe] = field(default_factory=_get_absent)
     retrieved: Mapping[str, ByProbe] = field(default_factory=_get_absent)
     answers: Mapping[str, Answer] = field(default_factory=_get_absent)
+    groups: Mapping[str, str] = field(default_factory=_get_absent)
 
     @property
     def ok(self) -> bool:
@@ -154,6 +156,7 @@ class Record:
             decisions=read("decisions", _read_each(_read_each(_read_number)), ABSENT),
             retrieved=read("retrieved", _read_each(_read_each(_read_number)), ABSENT),
             answers=read("answers", _read_each(_read_answer), ABSENT),
+            groups=read("groups", _read_each(_read_group), ABSENT),
         )
         if record.place is not None and not _is_complete(record):
             raise _report(values["id"], _ITS_PLACE)
@@ -178,6 +181,7 @@ class Record:
             "decisions": self.decisions,
             "retrieved": self.retrieved,
             "answers": answers if self.answers is not ABSENT else ABSENT,
+            "groups": self.groups,
         }
         # The error takes the place of an edit, or, where one was made, that of its scores.
         error, late = (self.error, None) if self.bytes is None else (None, self.error)
@@ -255,6 +259,12 @@ def _read_text(value: object) -> str | None:
 
 def _read_written(value: object) -> str | None:
     if value is not None and not isinstance(value, str):
+        raise TypeError("expected a text")
+    return value
+
+
+def _read_group(value: object) -> str:
+    if not isinstance(value, str):
         raise TypeError("expected a text")
     return value
 

@@ -9,7 +9,9 @@ from typing import TypedDict
 
 import numpy as np
 
+from unike.datasets.answers import normalise_answer
 from unike.evaluation.metrics import (
+    DE_VQA,
     FLUENCY,
     PRESETS,
     bootstrap_interval,
@@ -20,16 +22,29 @@ from unike.evaluation.metrics import (
 )
 from unike.evaluation.record import ABSENT, ByProbe, Record
 from unike.system.text import one_line
-from unike.types import FIVE_METRICS, METRICS
+from unike.types import DERIVED_METRICS, FIVE_METRICS, FURTHER_METRICS, IMAGE_STYLES, METRICS
 
 MODES = ("teacher_forced", "generated")
 WHEN = ("before", "after")
 LOCALITY = ("t_locality", "m_locality")
 # Probes whose answer a good edit leaves as it was.
-UNCHANGED_PROBES = (*LOCALITY, "same_question", "same_image")
+UNCHANGED_PROBES = (*LOCALITY, "same_question", "same_image", "minimal_pair", "same_object", *DERIVED_METRICS)
+# Published means of derived cells: De-VQA's (arXiv 2511.13243), and DECODE's pair (arXiv 2606.17057).
+CELL_GROUPS = {
+    "RI": ("t1_i3", "t3_i1"),
+    "NI": ("t1_i4", "t2_i4"),
+    "CI": ("t1_i2", "t2_i1", "t2_i2"),
+    "DECODE": ("t1_i4", "t2_i1"),
+}
 HARMONIC = ("five", "all")
-HARMONIC_OF = dict(zip(HARMONIC, (FIVE_METRICS, METRICS), strict=True))
-HARMONIC_TITLES = dict(zip(HARMONIC, ("harmonic mean of 5", "harmonic mean of all 8"), strict=True))
+# The eight with a minimal pair in place of "same question", where records have one.
+MINIMAL_METRICS = tuple("minimal_pair" if metric == "same_question" else metric for metric in METRICS)
+HARMONIC_OF = {"five": FIVE_METRICS, "all": METRICS, "all_minimal": MINIMAL_METRICS}
+HARMONIC_TITLES = {
+    "five": "harmonic mean of 5",
+    "all": "harmonic mean of all 8",
+    "all_minimal": "of 8, with minimal pairs",
+}
 MEANS_OF = {"generality": ("t_generality", "m_generality"), "locality": LOCALITY}
 TITLES = {
     "reliability": "Reliability",
@@ -40,6 +55,16 @@ TITLES = {
     "same_question": "same question",
     "same_image": "same image",
     "joint": "joint",
+    "t1_i3": "edit's question, unrelated image",
+    "t3_i1": "unrelated question, edit's image",
+    "t1_i4": "edit's question, no image",
+    "t2_i4": "confusable question, no image",
+    "t1_i2": "edit's question, confusable image",
+    "t2_i1": "confusable question, edit's image",
+    "t2_i2": "confusable question and image",
+    "minimal_pair": "same question, minimal pair",
+    "same_object": "same object",
+    **{f"m_generality_{style}": f"M-Generality, {style.replace('_', ' ')}" for style in IMAGE_STYLES},
 }
 SHORT_TITLES = {
     "reliability": "Rel",
@@ -50,6 +75,16 @@ SHORT_TITLES = {
     "same_question": "same Q",
     "same_image": "same I",
     "joint": "joint",
+    "t1_i3": "T1I3",
+    "t3_i1": "T3I1",
+    "t1_i4": "T1I4",
+    "t2_i4": "T2I4",
+    "t1_i2": "T1I2",
+    "t2_i1": "T2I1",
+    "t2_i2": "T2I2",
+    "minimal_pair": "min. pair",
+    "same_object": "same O",
+    **{f"m_generality_{style}": f"M-Gen {style.replace('_', ' ')}" for style in IMAGE_STYLES},
 }
 
 
@@ -115,6 +150,13 @@ class CurvePoint(TypedDict):
     former: dict[str, float]
 
 
+class GroupSummary(TypedDict):
+    """The records of a group: how many, and the means after the edit by evaluation mode and metric."""
+
+    n: int
+    after: dict[str, dict[str, Estimate]]
+
+
 # By ``before`` and ``after``; and that by evaluation mode and name.
 BeforeAfter = dict[str, Estimate]
 Combined = dict[str, dict[str, BeforeAfter]]
@@ -132,6 +174,7 @@ class Summary(TypedDict, total=False):
     means: Combined
     presets: dict[str, PresetSummary]
     base_right: dict[str, dict[str, Estimate]]
+    de_vqa: dict[str, dict[str, dict[str, Estimate]]]
     fluency: Fluency | None
     seconds: float | None
     steps: float | None
@@ -140,6 +183,7 @@ class Summary(TypedDict, total=False):
     bytes: float | None
     sequences: SequenceCount
     curve: list[CurvePoint]
+    groups: dict[str, dict[str, GroupSummary]]
     interrupted: bool
     peak_memory_bytes: dict[str, int | None]
 
@@ -150,6 +194,8 @@ def summarise(records: Sequence[Record], seed: int, presets: Sequence[str] = ("p
     ``["metrics"][metric][mode]["before" | "after"]`` holds ``mean, low, high, n``. So do the entries of
     ``harmonic_mean`` (of the five metrics, and of all eight), of ``means`` (of the two generalities and of
     the two localities), of ``presets``, and of ``base_right`` (base-model accuracy on the locality probes).
+    ``de_vqa`` is there for derived probes: by evaluation mode ``not_target``, the share that is not the
+    edit's target, and ``unchanged``, agreement with the base, by cell and ``CELL_GROUPS``.
     ``fluency`` is the mean n-gram entropy of the generated answers. Failed records count in ``failed`` alone,
     and by reason in ``failures``. ``unreached`` counts the edits that ended at ``max_steps``; None where none
     was trained step by step.
@@ -190,6 +236,10 @@ def summarise(records: Sequence[Record], seed: int, presets: Sequence[str] = ("p
         "decisions": _average_decisions(done),
         "bytes": _average([r.bytes for r in done]),
     }
+    if cells := {mode: values for mode in MODES if (values := _summarise_cells(sample, mode))}:
+        summary["de_vqa"] = cells
+    if groups := _summarise_groups(done, seed):
+        summary["groups"] = groups
     if steps:
         summary["sequences"], summary["curve"] = _summarise_sequences(steps, ends)
     return summary
@@ -236,7 +286,8 @@ def get_estimate(parts: Mapping[str, BeforeAfter], name: str, when: str) -> Esti
 def order_metrics(metrics: Iterable[str]) -> list[str]:
     """Metrics in the order of the tables, others after them by name."""
     names = set(metrics)
-    return [metric for metric in METRICS if metric in names] + sorted(names - set(METRICS))
+    known = (*METRICS, *FURTHER_METRICS)
+    return [metric for metric in known if metric in names] + sorted(names - set(known))
 
 
 # A number of a record, None where it has none.
@@ -297,6 +348,12 @@ class _Sample:
         pairs = {metric: self.estimate(_pick_from(part, name, metric)) for metric in order_metrics(names)}
         return {metric: found for metric, found in pairs.items() if found}
 
+    def estimate_after(self, mode: str) -> dict[str, Estimate]:
+        """One for each metric of an evaluation mode, after the edit."""
+        names = order_metrics({m for r in self.records for m in r.get_scores(mode)})
+        pairs = {m: self.estimate(_pick_score(mode, m, WHEN[1])) for m in names}
+        return {m: found for m, found in pairs.items() if found}
+
     def combine(self, sets: Mapping[str, Sequence[str]], of: Callable[[Sequence[float]], float]) -> Combined:
         """By evaluation mode and set of metrics: one number ``of`` their means, before and after, where all
         of the set's metrics are there."""
@@ -317,9 +374,7 @@ class _Sample:
 def _summarise_preset(sample: _Sample, name: str) -> PresetSummary:
     metrics = sample.estimate_part(lambda r: r.presets, name)
     if name == "paper":
-        names = order_metrics({m for r in sample.records for m in r.get_scores(MODES[0])})
-        found = {m: sample.estimate(_pick_score(MODES[0], m, "after")) for m in names}
-        metrics = {m: value for m, value in found.items() if value}
+        metrics = sample.estimate_after(MODES[0])
     return {"provenance": PRESETS[name].provenance, "metrics": metrics}
 
 
@@ -336,6 +391,54 @@ def _group_failures(failed: Iterable[Record]) -> list[Failure]:
 def _count_unreached(done: Sequence[Record]) -> Unreached | None:
     known = [record.reached for record in done if record.reached is not None]
     return {"n": known.count(False), "of": len(known)} if known else None
+
+
+def _summarise_groups(records: Sequence[Record], seed: int) -> dict[str, dict[str, GroupSummary]]:
+    """By name and value of the cases' ``groups``."""
+    out: dict[str, dict[str, GroupSummary]] = {}
+    for name in dict.fromkeys(name for record in records for name in record.groups):
+        for value in sorted({record.groups[name] for record in records if name in record.groups}):
+            part = [record for record in records if record.groups.get(name) == value]
+            sample = _Sample(part, seed)
+            after = {mode: sample.estimate_after(mode) for mode in MODES}
+            kept = {mode: found for mode, found in after.items() if found}
+            out.setdefault(name, {})[value] = {"n": len(part), "after": kept}
+    return out
+
+
+def _summarise_cells(sample: _Sample, mode: str) -> dict[str, dict[str, Estimate]]:
+    """Derived cells and their groups, scored both ways. A record's value in a group is the mean over those
+    of its cells that it has."""
+
+    def missed(record: Record) -> ByProbe:
+        if mode == MODES[0]:
+            return record.presets.get(DE_VQA, ABSENT)
+        answers = {cell: record.answers[cell] for cell in DERIVED_METRICS if cell in record.answers}
+        return {
+            cell: float(normalise_answer(a.after or "") != normalise_answer(a.target or ""))
+            for cell, a in answers.items()
+            if mode in record.scores
+        }
+
+    def kept(record: Record) -> ByProbe:
+        scores = record.get_scores(mode)
+        return {cell: scores[cell].after for cell in DERIVED_METRICS if cell in scores}
+
+    out: dict[str, dict[str, Estimate]] = {}
+    for name, part in (("not_target", missed), ("unchanged", kept)):
+        groups = {**{cell: (cell,) for cell in DERIVED_METRICS}, **CELL_GROUPS}
+        pairs = {group: sample.estimate(_pick_mean(part, cells)) for group, cells in groups.items()}
+        if found := {group: value for group, value in pairs.items() if value}:
+            out[name] = found
+    return out
+
+
+def _pick_mean(part: Callable[[Record], ByProbe], cells: Sequence[str]) -> _Pick:
+    def pick(record: Record) -> float | None:
+        values = [value for cell in cells if (value := part(record).get(cell)) is not None]
+        return mean_of(values) if values else None
+
+    return pick
 
 
 def _measure_fluency(records: Sequence[Record]) -> Fluency | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping
+from itertools import product
 
 from rich import box
 from rich.console import Console
@@ -11,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from unike.evaluation.summary import (
+    CELL_GROUPS,
     HARMONIC_TITLES,
     LOCALITY,
     MODES,
@@ -46,10 +48,23 @@ def build_summary_rows(summary: Summary) -> list[tuple[str, ...]]:
         for metric in LOCALITY if name != "paper" else ():
             if entry := preset["metrics"].get(metric):
                 rows.append((f"{TITLES[metric]}, {name}", _NOTHING, _format_interval(entry), _NOTHING))
+    rows += _build_cell_rows(summary)
     for name, title in HARMONIC_TITLES.items():
         means = {mode: v[name] for mode, v in summary.get("harmonic_mean", {}).items() if name in v}
         if means:
             rows.append((title, *_format_before_and_after(means)))
+    return rows
+
+
+def _build_cell_rows(summary: Summary) -> list[tuple[str, ...]]:
+    """Published means of derived cells: agreement with the base, and the share that is not the target."""
+    found = summary.get("de_vqa", {})
+    rows = []
+    for group, way in product(CELL_GROUPS, ("unchanged", "not_target")):
+        values = [found.get(mode, {}).get(way, {}).get(group) for mode in MODES]
+        if any(values):
+            words = "unchanged" if way == "unchanged" else "not the target"
+            rows.append((f"{group}, {words}", _NOTHING, *map(_format_interval, values)))
     return rows
 
 

@@ -96,6 +96,7 @@ def open_datasets(
     names = list_parts(task)
     require(
         *(lambda n=name: find_annotations(hparams, n, "eval") for name in names),
+        *(lambda n=name: find_probes(hparams, n) for name in names),
         lambda: _require_roots(hparams),
     )
     # Records without their images are found after reading, so that all must be read.
@@ -119,7 +120,23 @@ def open_eval_split(
     """The eval records of a task, whether or not their images are there; errors as ``open_datasets``."""
     files = {name: find_annotations(hparams, name, "eval") for name in list_parts(task)}
     options = _list_reading_options(hparams)
-    return _open(files, {**options, "size": size, "clean": hparams.clean, "skip_broken": skip_broken})
+    return _open(
+        files,
+        {**options, "size": size, "clean": hparams.clean, "skip_broken": skip_broken},
+        {name: find_probes(hparams, name) for name in files},
+    )
+
+
+def find_probes(hparams: DataOptions, task: str) -> str | None:
+    """The file under ``data.<task>.probes``, None without one; UserError naming that key where it is
+    missing."""
+    path = (hparams.data.get(task) or {}).get("probes")
+    if path is not None and not os.path.isfile(path):
+        raise UserError(
+            f"{hparams.source}: data.{task}.probes: {path}: no such file; expected further probes (make "
+            "them with python -m unike.datasets.derive)"
+        )
+    return path
 
 
 def _list_reading_options(hparams: DataOptions) -> _ReadingOptions:
@@ -130,12 +147,18 @@ def _list_reading_options(hparams: DataOptions) -> _ReadingOptions:
     }
 
 
-def _open(files: Mapping[str, str], options: _ReadingOptions) -> _Dataset:
-    """One data set, or both, interleaved."""
+def _open(
+    files: Mapping[str, str], options: _ReadingOptions, probes: Mapping[str, str | None] | None = None
+) -> _Dataset:
+    """One data set, or both, interleaved, with their further ``probes``."""
+    probes = probes or {}
     if len(files) == len(_DATASETS):
-        return CapVQADataset(files["vqa"], files["caption"], **options)
+        found = (probes.get("vqa"), probes.get("caption"))
+        return CapVQADataset(
+            files["vqa"], files["caption"], **options, vqa_probes=found[0], caption_probes=found[1]
+        )
     ((name, path),) = files.items()
-    return _DATASETS[name](path, **options)
+    return _DATASETS[name](path, **options, probes=probes.get(name))
 
 
 def _require_images(where: str, missing: Sequence[str]) -> None:
