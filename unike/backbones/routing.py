@@ -13,6 +13,7 @@ from unike.backbones.base import Batch, PrefixState
 from unike.types import ImageLike
 
 G = TypeVar("G", Batch, PrefixState)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -32,10 +33,14 @@ class Router(Protocol):
 
 
 class Routers:
-    """The routers that a backbone has now; the latest one decides first."""
+    """The routers that a backbone has now; the latest one decides first.
+
+    While a group of rows is computed, the router that made it is not asked again.
+    """
 
     def __init__(self) -> None:
         self._routers: list[Router] = []
+        self._busy: list[Router] = []
 
     @contextmanager
     def use(self, router: Router) -> Iterator[None]:
@@ -47,70 +52,75 @@ class Routers:
             self._routers.remove(router)
 
     def run(
-        self,
-        given: G,
-        run: Callable[[G], torch.Tensor],
-        select: Callable[[G, torch.Tensor], G],
+        self, given: G, run: Callable[[G], torch.Tensor], select: Callable[[G, torch.Tensor], G]
     ) -> torch.Tensor:
         """``run`` of ``given``, group by group: ``(b, s, ...)``. Rows that ``select`` shortens are filled up
         with zeros on the right."""
-        return _run(given, run, select, tuple(self._routers))
+        router = self._choose_router()
+        if router is None:
+            return run(given)
+        parts: list[tuple[list[int], torch.Tensor]] = []
+        for group in router.group(given.images, given.prompts):
+            whole = len(group.rows) == len(given)
+            own = given if whole else select(given, torch.tensor(group.rows, device=given.labels.device))
+            with self._compute(router, group):
+                parts.append((group.rows, self.run(own, run, select)))
+        return parts[0][1] if len(parts) == 1 else _put_together(given, parts)
 
-    def answer(
+    def spread(
         self,
         images: Sequence[ImageLike | None],
         prompts: Sequence[str],
-        answer: Callable[[Sequence[ImageLike | None], Sequence[str]], list[str]],
-    ) -> list[str]:
-        """The answers to all prompts, the same number of them to each, group by group."""
-        return _answer(images, prompts, answer, tuple(self._routers))
+        compute: Callable[[list[int]], list[T]],
+    ) -> list[T]:
+        """``compute`` of all rows, given by number, group by group: as many values for each row as it gives,
+        in the rows' order."""
+        return self._spread(list(range(len(prompts))), images, prompts, compute)
+
+    def _spread(
+        self,
+        rows: list[int],
+        images: Sequence[ImageLike | None],
+        prompts: Sequence[str],
+        compute: Callable[[list[int]], list[T]],
+    ) -> list[T]:
+        router = self._choose_router()
+        if router is None:
+            return compute(rows)
+        found: dict[int, list[T]] = {}
+        for group in router.group([images[i] for i in rows], [prompts[i] for i in rows]):
+            own = [rows[i] for i in group.rows]
+            with self._compute(router, group):
+                values = self._spread(own, images, prompts, compute)
+            each = len(values) // len(own)
+            found |= {row: values[i * each : (i + 1) * each] for i, row in enumerate(own)}
+        return [value for row in rows for value in found[row]]
+
+    def _choose_router(self) -> Router | None:
+        free = [router for router in self._routers if router not in self._busy]
+        return free[-1] if free else None
+
+    @contextmanager
+    def _compute(self, router: Router, group: RowGroup) -> Iterator[None]:
+        self._busy.append(router)
+        try:
+            with group.under():
+                yield
+        finally:
+            self._busy.remove(router)
 
 
-def _run(
-    given: G,
-    run: Callable[[G], torch.Tensor],
-    select: Callable[[G, torch.Tensor], G],
-    routers: tuple[Router, ...],
+def _put_together(
+    given: Batch | PrefixState, parts: Sequence[tuple[list[int], torch.Tensor]]
 ) -> torch.Tensor:
-    if not routers:
-        return run(given)
-    parts: list[tuple[list[int], torch.Tensor]] = []
-    for group in routers[-1].group(given.images, given.prompts):
-        whole = len(group.rows) == len(given)
-        rows = torch.tensor(group.rows, device=given.labels.device)
-        with group.under():
-            parts.append(
-                (group.rows, _run(given if whole else select(given, rows), run, select, routers[:-1]))
-            )
-    if len(parts) == 1:
-        return parts[0][1]
     first = parts[0][1]
     out = first.new_zeros(len(given), given.labels.shape[1], *first.shape[2:])
-    for chosen, part in parts:
+    for rows, part in parts:
         # Not written in place: an edit may be in training.
-        padded = first.new_zeros(len(chosen), *out.shape[1:])
+        padded = first.new_zeros(len(rows), *out.shape[1:])
         padded[:, : part.shape[1]] = part
-        out = out.index_add(0, torch.tensor(chosen, device=out.device), padded)
+        out = out.index_add(0, torch.tensor(rows, device=out.device), padded)
     return out
-
-
-def _answer(
-    images: Sequence[ImageLike | None],
-    prompts: Sequence[str],
-    answer: Callable[[Sequence[ImageLike | None], Sequence[str]], list[str]],
-    routers: tuple[Router, ...],
-) -> list[str]:
-    if not routers:
-        return answer(images, prompts)
-    found: dict[int, list[str]] = {}
-    for group in routers[-1].group(images, prompts):
-        own = [images[i] for i in group.rows], [prompts[i] for i in group.rows]
-        with group.under():
-            texts = _answer(*own, answer, routers[:-1])
-        each = len(texts) // len(group.rows)
-        for place, row in enumerate(group.rows):
-            found[row] = texts[place * each : (place + 1) * each]
-    return [text for row in sorted(found) for text in found[row]]
 
 
 def select_rows(batch: Batch, rows: torch.Tensor) -> Batch:

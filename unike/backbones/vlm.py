@@ -181,12 +181,8 @@ class VisionLanguageBackbone:
         Raises UserError for an image that cannot be read, and ValueError where the lists differ in length.
         """
         targets = [None] * len(prompts) if targets is None else targets
-        shown = [i for i in images if i is not None]
-        seen = iter(self._see(shown))
-        rows = [
-            self._encode_row(next(seen) if i is not None else None, p, t)
-            for i, p, t in zip(images, prompts, targets, strict=True)
-        ]
+        queries = list(zip(images, prompts, targets, strict=True))
+        rows = self.routers.spread(images, prompts, lambda own: self._encode_rows([queries[i] for i in own]))
         return replace(self._pad(rows, padding_side, tuple(prompts)), images=tuple(images))
 
     def _see(self, shown: Sequence[ImageLike]) -> list[Parts]:
@@ -205,6 +201,10 @@ class VisionLanguageBackbone:
             own = [m for m in self.model.modules() if id(m) not in others]
             self._vision_modules = self._epoch, own
         return self._vision_modules[1]
+
+    def _encode_rows(self, queries: Sequence[tuple[ImageLike | None, str, str | None]]) -> list[_EncodedRow]:
+        seen = iter(self._see([image for image, _, _ in queries if image is not None]))
+        return [self._encode_row(None if i is None else next(seen), p, t) for i, p, t in queries]
 
     def _encode_row(self, seen: Parts | None, prompt: str, target: str | None) -> _EncodedRow:
         """One query, unpadded; ``seen`` is what the vision side computed of its image."""
@@ -363,7 +363,11 @@ class VisionLanguageBackbone:
         for values that do not fit.
         """
         how = Decoding.of(max_new_tokens, decoding)
-        return self.routers.answer(images, prompts, partial(self._generate, how=how))
+
+        def answer(rows: list[int]) -> list[str]:
+            return self._generate([images[i] for i in rows], [prompts[i] for i in rows], how)
+
+        return self.routers.spread(images, prompts, answer)
 
     def _generate(
         self, images: Sequence[ImageLike | None], prompts: Sequence[str], how: Decoding

@@ -27,15 +27,20 @@ def measure_overlap(one: NextTokens, others: Sequence[NextTokens]) -> torch.Tens
     """The overlap of one prompt's next tokens with each of ``others``, ``(n)``, in [0, 1].
 
     At one token it is the Bhattacharyya coefficient ``sum_v sqrt(p(v) q(v))``, over the tokens that both
-    keep. Along several it is their mean, where tokens after the first one that the two greedy answers
-    do not share count 0: from there on they are asked about different texts.
+    keep; each side's add up to 1, so that a prompt's overlap with itself is 1. Along several it is their
+    mean, where tokens after the first one that the two greedy answers do not share count 0: from there on
+    they are asked about different texts.
     """
     ids = torch.stack([other.ids for other in others])
-    roots = torch.stack([other.probabilities for other in others]).sqrt()
+    roots = _normalise(torch.stack([other.probabilities for other in others])).sqrt()
     # Both sides' tokens compared: with t kept tokens there are t * t pairs, whatever the vocabulary.
     same = one.ids[None, :, :, None] == ids[:, :, None, :]
-    products = one.probabilities.sqrt()[None, :, :, None] * roots[:, :, None, :]
+    products = _normalise(one.probabilities).sqrt()[None, :, :, None] * roots[:, :, None, :]
     by_token = (products * same).sum((-1, -2))
     agrees = (one.ids[None, :, 0] == ids[:, :, 0]).long().cumprod(1)
     shared = torch.cat([agrees.new_ones(len(others), 1), agrees[:, :-1]], 1)
     return (by_token * shared).mean(1)
+
+
+def _normalise(probabilities: torch.Tensor) -> torch.Tensor:
+    return probabilities / probabilities.sum(-1, keepdim=True)
