@@ -178,6 +178,13 @@ def check_inputs(args: argparse.Namespace) -> tuple[dict[str, list[Run]], list[H
             for b in (args.backbones if spaces else ())
         ),
     )
+    findings.require(
+        *(
+            lambda stem=stem: figures.check_place(args.output / stem)
+            for name in args.figures
+            for stem in (f"figure{name}", *(f"figure{name}-{b}" for b in args.backbones))
+        )
+    )
     findings.require(*(lambda h=h: data.check_spaces(h, args.layer, args.size) for h in own))
     return planned, own
 

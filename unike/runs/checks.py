@@ -172,6 +172,8 @@ def _inspect_edit_store(request: RunRequest) -> list[Finding]:
 
     def check() -> None:
         # Without them, the check of the eval data says what is wrong.
+        if os.path.realpath(store) == os.path.realpath(request.choose_directory()):
+            raise UserError(f"save_edits: {store}: is the run's own folder; name another one")
         cases = request.cases if request.are_cases_there else ()
         check_edit_store(request.hparams, store, cases, request.resume)
 
@@ -234,7 +236,7 @@ def _inspect_sequences(request: RunRequest) -> list[Finding]:
             check_sequence_length(hparams, count)
             if hparams.protocol == "cross_task" and len(parts) == 1:
                 raise UserError(
-                    f"{hparams.source}: task: {request.task}; cross_task needs both, expected cross"
+                    f"{hparams.source}: task: {request.task}; protocol cross_task needs both, expected cross"
                 )
 
         return find_problems(check, what)
@@ -301,9 +303,8 @@ def _inspect_trained(
     if kept is not None:
         return [Finding(True, f"{key}: {kept}: the {what} is there")]
     folder = getattr(request.hparams, key)
-    note = Finding(
-        True, f"{key}: {folder}: no {what} of these options", _describe_training(request, key), True
-    )
+    lost, remedy = f"{key}: {folder}: no {what} of these options", _describe_training(request, key)
+    note = Finding(True, lost, remedy, is_announced=True)
     if request.is_train_undrawn:
         return [note]
     problems = collect_problems(lambda: read_train_cases(request.hparams, request.skip_broken))
@@ -374,6 +375,13 @@ def require(request: RunRequest, checks: Sequence[Check] = CHECKS) -> list[str]:
     if problems := [finding.line for finding in found if not finding.ok]:
         raise UserError(*problems)
     return [finding.line for finding in found if finding.is_announced]
+
+
+def require_aloud(request: RunRequest) -> None:
+    """Requires all checks in every process of a run; one of them says what is announced."""
+    notes = processes.run_in_turn(lambda: require(request))
+    if processes.is_main() and not launching.is_launched():
+        print(*(f"note: {note}" for note in notes), sep="\n", end="\n" * bool(notes), file=sys.stderr)
 
 
 def require_backbone(hparams: HyperParams) -> None:

@@ -20,6 +20,12 @@ from unike.system.text import one_line
 from unike.types import Case, UserError
 
 _SHOWN = 3
+# What is found of each kind, from its folder on.
+_KEPT = {
+    "knowledge_dir": ("knowledge.json", "*/knowledge.json"),
+    "scope_dir": ("*/scope.json",),
+    "editor_dir": ("*/*/editor.json",),
+}
 # What a model's folder is told apart by.
 _MODEL_FILES = ("config.json", "model.safetensors")
 
@@ -70,7 +76,9 @@ def check_folders(hparams: HyperParams, needs: MethodNeeds) -> None:
     problems: list[str] = []
     for key, folder in list_folders(hparams, needs).items():
         try:
-            require_place(f"{hparams.source}: {key}: ", folder)
+            # Where something is kept, it may be all that is needed; only the model tells.
+            is_kept = os.path.isdir(folder) and any(any(Path(folder).glob(p)) for p in _KEPT[key])
+            require_place(f"{hparams.source}: {key}: ", folder, is_written=not is_kept)
             _require_same_model(hparams, key, folder)
         except UserError as error:
             problems += error.problems

@@ -10,8 +10,8 @@ from unike.types import UserError
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of a check: ``ok`` with a ``remedy`` is a note, not ``ok`` is a problem. A run says a note that
-    ``is_announced`` before it loads a model."""
+    """One line of a check: ``ok`` with a ``remedy`` is a note, not ``ok`` is a problem. A run says a note
+    that ``is_announced`` before it loads a model."""
 
     ok: bool
     what: str
