@@ -1,4 +1,4 @@
-"""Options that contradict each other, resumed runs, images and bars: what one line or one moment should say."""
+"""Options that contradict each other, resumed runs, images and bars: what one line or moment should say."""
 
 from __future__ import annotations
 

@@ -246,6 +246,20 @@ def test_a_closed_pipe_ends_quietly(command: str, both: bool) -> None:
         assert all(line.startswith("error: ") for line in lines), lines
 
 
+def test_output_to_a_full_disk_is_one_line() -> None:
+    if not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full")
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "scripts.architecture"], cwd=ROOT, stdout=full, stderr=subprocess.PIPE,
+            env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=60,
+        )  # fmt: skip
+    assert done.returncode == 2
+    lines = done.stderr.decode().splitlines()
+    assert lines
+    assert all(line.startswith("error: ") and "No space left" in line for line in lines)
+
+
 # ---------------------------------------------------------------- a check says what a run would
 
 
