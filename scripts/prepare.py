@@ -27,9 +27,10 @@ from unike.methods.preparation.folders import find_editor, find_scope_classifier
 from unike.methods.preparation.knowledge import find_knowledge
 from unike.report.terminal import as_text
 from unike.runs import checks, inputs
-from unike.runs.drawing import wants_drawing
+from unike.runs.drawing import check_drawing, get_drawing_folder, list_missing_splits, wants_drawing
 from unike.system import launching, processes
 from unike.system.arguments import ArgumentParser
+from unike.system.findings import require
 from unike.types import UserError
 
 
@@ -42,6 +43,16 @@ def make_fit_table(fits: Mapping[str, Mapping[str, float]], title: str) -> Table
         losses = (f"{fit['held_truthful']:.3f}", f"{fit['held_semantic']:.3f}")
         table.add_row(layer, *losses, f"{100 * fit['top1']:.1f}", f"{100 * fit['truth_accuracy']:.1f}")
     return table
+
+
+def require_inputs(hparams: HyperParams) -> None:
+    """UserError with all that is wrong with method, device, weights and folders, and with what would be
+    drawn, before a model is loaded."""
+    found = [lambda: checks.require_backbone(hparams)]
+    if wants_drawing(hparams):
+        undrawn = list_missing_splits(get_drawing_folder(hparams), ("train",))
+        found.append(lambda: check_drawing(hparams, undrawn))
+    require(*found)
 
 
 def load(hparams: HyperParams) -> Backbone:
@@ -77,7 +88,7 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
     if launching.wants_launch(args.num_processes):
         return launching.launch(args.num_processes, main, argv)
     processes.join(hparams.device)
-    processes.run_in_turn(lambda: checks.require_backbone(hparams))
+    processes.run_in_turn(lambda: require_inputs(hparams))
     needs = resolve_needs(hparams)
     if needs.training:
         return train_editor(hparams, needs, args.skip_broken)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -20,6 +19,7 @@ from unike.datasets.mmedit import VQA_TEMPLATE
 from unike.edits.store import EditStore
 from unike.runs.checks import require_backbone
 from unike.system.arguments import ArgumentParser
+from unike.system.console import Console
 from unike.system.findings import require
 from unike.system.text import one_line
 from unike.types import UserError

@@ -63,11 +63,13 @@ class BatchOptions(Section):
 class PrefixOptions(BatchOptions):
     """Where activations of the layers below the edited ones are cached."""
 
-    prefix_memory_gb: float = option(number(low=0), "GB of cached lower-layer activations in memory", 2.0)
+    prefix_memory_gb: float = option(
+        number(low=0, high=1e6), "GB of cached lower-layer activations in memory", 2.0
+    )
     prefix_dir: str | None = option(
         nullable(text()), "folder of cached lower-layer activations, shared by runs; null: none", None
     )
-    prefix_disk_gb: float = option(number(low=0), "most GB that prefix_dir may take", 20.0)
+    prefix_disk_gb: float = option(number(low=0, high=1e6), "most GB that prefix_dir may take", 20.0)
 
 
 # ---------------------------------------------------------------- backbone

@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, cast
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -28,6 +27,7 @@ from unike.datasets.mmedit import (
     load_records,
 )
 from unike.system.arguments import ArgumentParser
+from unike.system.console import Console
 from unike.system.launching import run_guarded
 from unike.system.text import one_line
 from unike.types import UserError

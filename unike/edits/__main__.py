@@ -20,7 +20,6 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -31,6 +30,7 @@ from unike.edits.origin import Origin
 from unike.edits.store import EditStore
 from unike.system import launching
 from unike.system.arguments import ArgumentParser
+from unike.system.console import Console
 from unike.system.text import one_line
 from unike.types import Query, UserError
 

@@ -184,6 +184,8 @@ def read_records(directory: str | os.PathLike[str]) -> list[Record]:
 def read_manifest(directory: str | os.PathLike[str]) -> dict[str, Any]:
     """What a run was made from."""
     path = Path(directory) / MANIFEST
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise UserError(f"{path}: cannot be read as a run's manifest: is not a regular file")
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as fault:

@@ -22,7 +22,7 @@ from unike.config.sections import (
 )
 from unike.methods.registry import MethodNeeds
 from unike.system.files import read_index
-from unike.system.places import is_index, is_tensor_file, require_folder, require_own
+from unike.system.places import check_name, is_index, is_tensor_file, require_folder, require_own
 from unike.types import UserError
 
 if TYPE_CHECKING:
@@ -67,14 +67,16 @@ def choose_place(folder: str | os.PathLike[str]) -> Path:
     return shipped.with_name(shipped.name + _TRAINED) / Path(os.path.abspath(folder)).relative_to(shipped)
 
 
-def require_place(at: str, folder: str | os.PathLike[str]) -> None:
-    """UserError, beginning with ``at``, where nothing could be written for ``folder``."""
+def require_place(at: str, folder: str | os.PathLike[str], is_written: bool = True) -> None:
+    """UserError, beginning with ``at``, where ``folder`` is none, or nothing could be written for it."""
+    check_name(folder)
     if os.path.lexists(folder):
         if not os.path.isdir(folder):
             raise UserError(f"{at}{folder}: is a file; expected a folder")
         if not os.access(folder, os.R_OK | os.X_OK):
             raise UserError(f"{at}{folder}: cannot be read")
-    require_folder(choose_place(folder), at)
+    if is_written:
+        require_folder(choose_place(folder), at)
 
 
 def require_own_files(folder: Path, *names: str) -> None:
