@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import difflib
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from unike.backbones.base import Backbone
 from unike.backbones.guard import Application, Guard
 from unike.edits import Edit, compose
+from unike.edits.conflicts import find_contradicted, list_contradictions
 from unike.types import ImageLike, Query, UserError
+
+logger = logging.getLogger("unike")
 
 Edits = tuple[Edit, ...]
 
@@ -50,15 +54,17 @@ class Slot:
         others are composed."""
         with self.guard.hold():
             known = len(self.edits)
-            if known and _are_same(edits[:known], self.edits):
-                whole = compose([e for e in (self.whole, *edits[known:]) if e is not None])
+            begins = self.whole is not None and _are_same(edits[:known], self.edits)
+            later = [origin for edit in edits[known:] for origin in edit.origins]
+            if self.whole is not None and begins and not find_contradicted(self.whole.origins, later):
+                whole = compose((self.whole, *edits[known:]))
             else:
                 whole = compose(edits)
             self._swap(edits, whole)
 
     def attach(self, edit: Edit) -> None:
         """Attaches one more edit. UserError, with nothing changed, where its id is taken, and where it was
-        made on another model."""
+        made on another model. Edits that it contradicts are named in a warning."""
         with self.guard.hold():
             if any(edit.id == other.id for other in self.edits):
                 raise UserError(f"edit {edit.id}: is attached already; expected an edit with another id")
@@ -68,6 +74,8 @@ class Slot:
                     f"{self.fingerprint}"
                 )
             self.put((*self.edits, edit))
+            for contradiction in list_contradictions(self.edits[:-1], edit):
+                logger.warning("%s", contradiction)
 
     def detach(self, name: str) -> Edit:
         """Detaches one edit, and returns it. UserError where none of that id is attached."""

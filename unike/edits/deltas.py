@@ -13,7 +13,7 @@ from torch.func import functional_call
 from unike.backbones.base import Backbone
 from unike.backbones.hooks import After, transform, unhooked
 from unike.edits.activity import Activity, WeightChange
-from unike.edits.base import Edit, EditBatch, Inspection
+from unike.edits.base import Edit, EditBatch, Inspection, compose
 from unike.edits.content import Content
 from unike.edits.shares import Shared
 from unike.knowledge.batching import Owners
@@ -82,6 +82,9 @@ class WeightDelta(Edit):
         same = [e for e in edits if isinstance(e, WeightDelta) and e.weights.keys() == self.weights.keys()]
         return WeightBatch([e.weights for e in same]) if len(same) == len(edits) else None
 
+    def yields_to(self, other: Edit) -> bool:
+        return self.weights.keys() <= other.weights.keys()
+
     def join(self, other: Edit) -> Edit | None:
         if not isinstance(other, WeightDelta):
             return None
@@ -135,6 +138,8 @@ def _run_by_row(module: nn.Module, own: Mapping[str, torch.Tensor], owned: Owner
 
 
 Site = tuple[int, str]
+# One of several joined edits: how many requests it is of, and the number of its factors by site.
+_Member = tuple[int, Mapping[Site, int]]
 
 
 def ffn_sites(backbone: Backbone, layers: Sequence[int]) -> dict[Site, nn.Linear]:
@@ -165,6 +170,7 @@ class LowRankDelta(Edit):
         # Laid out as when they are loaded: the last bits of a product may depend on it.
         self.factors = {at: (left.contiguous(), right.contiguous()) for at, (left, right) in factors.items()}
         self.info = dict(info or {})
+        self._members: tuple[_Member, ...] = ()
 
     @contextmanager
     def applied(self, backbone: Backbone) -> Iterator[None]:
@@ -223,7 +229,36 @@ class LowRankDelta(Edit):
             if at in both:
                 pair = (torch.cat([both[at][0], pair[0]]), torch.cat([both[at][1], pair[1]]))
             both[at] = pair
-        return LowRankDelta(both, self.info | other.info)
+        out = LowRankDelta(both, self.info | other.info)
+        out._members = (*self._list_members(), *other._list_members())
+        return out
+
+    def _list_members(self) -> tuple[_Member, ...]:
+        """The edits that were joined into this one, in order."""
+        return self._members or (
+            (len(self.origins), {at: len(left) for at, (left, _) in self.factors.items()}),
+        )
+
+    def drop(self, places: Sequence[int]) -> Edit | None:
+        gone, kept, start = set(places), list[LowRankDelta](), 0
+        used = dict.fromkeys(self.factors, 0)
+        for count, ranks in self._list_members():
+            own = range(start, start + count)
+            if gone.isdisjoint(own):
+                factors = {
+                    at: (left[used[at] : used[at] + ranks[at]], right[used[at] : used[at] + ranks[at]])
+                    for at, (left, right) in self.factors.items()
+                    if at in ranks
+                }
+                kept.append(LowRankDelta(factors, self.info))
+                kept[-1].origins = self.origins[start : start + count]
+            elif not gone.issuperset(own):
+                return self
+            used = {at: n + ranks.get(at, 0) for at, n in used.items()}
+            start += count
+        if start != len(self.origins):
+            return self
+        return compose(kept)
 
 
 def _add_factors(left: torch.Tensor, right: torch.Tensor) -> After:
