@@ -4,7 +4,7 @@
     python -m benchmarks.interleavings --steps 200 --blind
 
 One editor, one after another: edits, attached and detached edits, blocks ``with edit.applied`` that are
-entered and left in any order, answers, explanations, changes of the weights in place and back, states in memory
+entered and left in any order, answers, explanations, weights changed in place and back, states in memory
 and on disk, editors that come and go. What a step gives is compared with what a second model gives that was
 loaded for the purpose, has the same weights, and keeps nothing: answers by their texts, edits bit for bit.
 ``--blind`` lets the editor overlook changed weights and what is applied, which must fail. Exit code 1 if

@@ -15,6 +15,7 @@ from contextlib import AbstractContextManager, contextmanager
 from functools import wraps
 from types import TracebackType
 from typing import Any, ParamSpec, TypeVar
+from weakref import WeakValueDictionary
 
 from unike.backbones.weights import WeightWatch
 from unike.types import UserError
@@ -48,13 +49,13 @@ class Guard:
 
     @classmethod
     def of(cls, backbone: Any) -> Guard:
-        """The backbone's guard; all its editors and edits share it."""
+        """The backbone's guard; all its editors and edits share it, and other backbones of one model."""
         found = vars(backbone).get("_guard")
         if found is None:
             with _MAKING:
-                found = vars(backbone).get("_guard") or cls(backbone)
+                found = _BY_MODEL.get(id(backbone.model)) or cls(backbone)
                 # Kept on the backbone itself, so that both are freed together.
-                vars(backbone)["_guard"] = found
+                vars(backbone)["_guard"] = _BY_MODEL[id(backbone.model)] = found
         guard: Guard = found
         return guard
 
@@ -216,6 +217,8 @@ class Guard:
 
 
 _MAKING = threading.Lock()
+# A guard keeps its model: no other one gets the same number as long as the guard is here.
+_BY_MODEL: WeakValueDictionary[int, Guard] = WeakValueDictionary()
 
 
 class Application(AbstractContextManager[None]):

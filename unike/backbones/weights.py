@@ -162,6 +162,7 @@ def _list_modules(model: nn.Module) -> list[tuple[object, ...]]:
             id(vars(module).get("forward")),
             list_foreign_hooks(module),
             _list_attributes(module),
+            _read_attention(module),
         )
         for module in model.modules()
     ]
@@ -174,9 +175,14 @@ def _list_plain(model: nn.Module) -> list[object]:
 
 
 def _list_hooked(model: nn.Module) -> list[object]:
-    """Hooks that are not this package's, by the modules' names."""
-    own = ((name, list_foreign_hooks(module)) for name, module in model.named_modules())
-    return [entry for entry in own if entry[1]]
+    """Hooks that are not this package's, and ways of attention, by the modules' names."""
+    own = ((n, list_foreign_hooks(m), _read_attention(m)) for n, m in model.named_modules())
+    return [entry for entry in own if entry[1] or entry[2]]
+
+
+def _read_attention(module: nn.Module) -> object:
+    """How a module computes attention: other ways give other last bits."""
+    return getattr(vars(module).get("config"), "_attn_implementation", None)
 
 
 def _list_attributes(module: nn.Module) -> str:

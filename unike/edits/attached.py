@@ -11,6 +11,7 @@ from unike.backbones.base import Backbone
 from unike.backbones.guard import Application, Guard
 from unike.edits import Edit, compose
 from unike.edits.conflicts import find_contradicted, list_contradictions
+from unike.system.text import one_line
 from unike.types import ImageLike, Query, UserError
 
 logger = logging.getLogger("unike")
@@ -36,6 +37,8 @@ class Slot:
         self.whole: Edit | None = None
         self.editor: object = None
         self._application: Application | None = None
+        # Of which epoch, and how many edits, those of other weights were named last.
+        self._flagged: tuple[int, int] | None = None
 
     @classmethod
     def of(cls, backbone: Backbone) -> Slot:
@@ -95,6 +98,7 @@ class Slot:
         """Inside the block the backbone carries just these edits; the block gets them as one. What else is
         applied, by ``with edit.applied(backbone)`` too, is applied again after it."""
         with self.guard.hold():
+            self._flag_former(edits)
             alone = self.guard.carries(self._application)
             if _are_same(self.edits, edits) and alone:
                 yield self.whole
@@ -106,6 +110,18 @@ class Slot:
                     return
                 with whole.applied(self.backbone):
                     yield whole
+
+    def _flag_former(self, edits: Edits) -> None:
+        """Names, once, the edits that were made before the weights were changed."""
+        if not self.guard.epoch or self._flagged == (self.guard.epoch, len(edits)):
+            return
+        own = self.fingerprint
+        lost = [edit.id for edit in edits if any(origin.backbone != own for origin in edit.origins)]
+        if lost:
+            self._flagged = self.guard.epoch, len(edits)
+            logger.warning(
+                "edit %s: was made with other weights than the model has now", ", ".join(map(one_line, lost))
+            )
 
     def generate(
         self, edits: Edits, image: ImageLike | None, prompt: str, max_new_tokens: int | None = None

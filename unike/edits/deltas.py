@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import cast
 
@@ -17,6 +18,20 @@ from unike.edits.base import Edit, EditBatch, Inspection, compose
 from unike.edits.content import Content
 from unike.edits.shares import Shared
 from unike.knowledge.batching import Owners
+
+logger = logging.getLogger("unike")
+
+
+@contextmanager
+def _warn_of_writes(parameters: Iterable[torch.Tensor | None]) -> Iterator[None]:
+    """Says so where somebody writes to an edit's values in the belief that they are the base model's."""
+    before = [(p, p._version) for p in parameters if p is not None and not p.is_inference()]
+    yield
+    if any(parameter._version != version for parameter, version in before):
+        logger.warning(
+            "weights were changed in place while an edit had set them: the change is in the edit, and the "
+            "base model's weights are as they were; detach the edit first"
+        )
 
 
 class WeightDelta(Edit):
@@ -40,7 +55,8 @@ class WeightDelta(Edit):
                     tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=False)
                 )
                 owner._parameters[leaf] = new
-            yield
+            with _warn_of_writes(owner._parameters[leaf] for owner, leaf, _ in former):
+                yield
         finally:
             for owner, leaf, parameter in reversed(former):
                 owner._parameters[leaf] = parameter

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from unike.backbones.base import Backbone
+from unike.backbones.guard import Guard
 from unike.backbones.prefix import open_prefixes
 from unike.config.hparams import HyperParams
 from unike.datasets.triplets import Triplet
@@ -85,9 +86,11 @@ def assemble(
     """
     cases = cases or (lambda: read_method_cases(hparams))
     layers = build(hparams).layers(backbone)
-    method = build(hparams, prepare(hparams, backbone, layers, progress, triplets, cases), cases)
-    if isinstance(method, TrainableMethod):
-        totals = {TRAINING: hparams.editor_steps * hparams.editor_batch}
-        with show_progress(totals, progress and processes.is_main()) as tick:
-            ensure_editor(method, backbone, cases, tick)
-    return Parts(hparams, backbone, method)
+    # What is learnt, is learnt from the base model.
+    with Guard.of(backbone).bare():
+        method = build(hparams, prepare(hparams, backbone, layers, progress, triplets, cases), cases)
+        if isinstance(method, TrainableMethod):
+            totals = {TRAINING: hparams.editor_steps * hparams.editor_batch}
+            with show_progress(totals, progress and processes.is_main()) as tick:
+                ensure_editor(method, backbone, cases, tick)
+        return Parts(hparams, backbone, method)
