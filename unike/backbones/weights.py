@@ -16,8 +16,8 @@ from torch import nn
 
 from unike.backbones.hooks import list_foreign_hooks
 
-# Numbers that are compared before each use; of a model with no more of them, every one.
-SAMPLE = 1 << 19
+# Models of up to so many numbers are compared whole before each use, of larger ones so many numbers.
+SMALL, SAMPLE = 1 << 19, 1 << 16
 # Up to this size the checksum of all numbers is taken at once, so that restored weights are recognised.
 SMALL_BYTES = 1 << 28
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -112,7 +112,8 @@ class WeightWatch:
         self._parameters = {id(m): tuple(map(id, m._parameters.values())) for m in self._known}
         self._marks, self._modules = self._list_marks(), _list_modules(self.model)
         self._plain, self._hooked = _list_plain(self.model), _list_hooked(self.model)
-        step = max(1, -(-sum(t.numel() for t in self._tensors) // SAMPLE))
+        count = sum(t.numel() for t in self._tensors)
+        step = 1 if count <= SMALL else count // SAMPLE
         self._views: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
         for tensor in self._tensors:
             if tensor.numel() and tensor.device.type != "meta":
