@@ -46,7 +46,8 @@ class MultimodalEditor:
     """Edits a vision-language model with the method that the hyper-parameters name.
 
     Memory and encoders are read, or built, when the first edit needs them. Editors of one backbone
-    share what is attached to it.
+    share what is attached to it, and one thread at a time: others wait until a call is done, or until a
+    block ``with edit.applied(backbone)`` ends. What a block applies, no call of an editor sees.
     """
 
     def __init__(self, hparams: HyperParams, backbone: Backbone, progress: bool = True) -> None:
@@ -93,7 +94,8 @@ class MultimodalEditor:
         """Attaches an edit, of any method, on top of those that are attached; ``edit`` replaces them all by
         its own.
 
-        Where several edits set the same weight, the last one counts. UserError, with nothing changed, where
+        Where several edits set the same weight, or answer the same question about the same image, the last
+        one counts; edits that contradict each other are named in a warning. UserError, with nothing changed, where
         an edit of the same ``id`` is attached, or where this one was made on another model.
         """
         with self._slot.guard.hold():
