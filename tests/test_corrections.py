@@ -293,10 +293,17 @@ def test_an_editor_answers_with_the_last(
         assert mine.ask(image, PROMPT).contradictions == ()
         mine.detach(first)
     # In sequence.
+    caplog.clear()
     for target in ("two dogs", "a red fox"):
         _, edited, _ = mine.edit(PROMPT, target, image, keep_original_weight=False)
     assert edited.generate(image, PROMPT) == own[1]
     assert len(edited.edits) == 2
+    assert caplog.text.count("contradicts") == 1
+    edited.remove()
+    # In one call.
+    _, edited, _ = mine.edit([PROMPT] * 2, ["two dogs", "a red fox"], [image] * 2, keep_original_weight=False)
+    assert edited.generate(image, PROMPT) == own[1]
+    assert caplog.text.count("contradicts") == 2
     edited.remove()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import count
 from typing import Any
@@ -55,6 +55,7 @@ class MultimodalEditor:
         self._parts: runs.Parts | None = None
         self._slot = Slot.of(backbone)
         self._epoch = self._slot.guard.epoch
+        self._train_ds: Iterable[Case] | None = None
 
     @classmethod
     def from_hparams(
@@ -69,13 +70,18 @@ class MultimodalEditor:
     def prepare(self, train_ds: Iterable[Case] | None = None, skip_broken: bool = False) -> runs.Parts:
         """Backbone and method with memory and encoders, from ``train_ds`` or the YAML's train data."""
 
+        if train_ds is not None:
+            # Needed again where the weights are changed.
+            self._train_ds = list(train_ds) if isinstance(train_ds, Iterator) else train_ds
+        given = self._train_ds
+
         def triplets() -> list[Triplet]:
-            if train_ds is not None:
-                return make_triplets(train_ds, self.hparams.triplets)
+            if given is not None:
+                return make_triplets(given, self.hparams.triplets)
             return inputs.read_triplets(self.hparams, skip_broken)
 
         def cases() -> Sequence[Case]:
-            return inputs.read_method_cases(self.hparams, skip_broken, train_ds)
+            return inputs.read_method_cases(self.hparams, skip_broken, given)
 
         with self._slot.only(()):
             epoch = self._slot.guard.epoch
@@ -94,9 +100,9 @@ class MultimodalEditor:
         """Attaches an edit, of any method, on top of those that are attached; ``edit`` replaces them all by
         its own.
 
-        Where several edits set the same weight, or answer the same question about the same image, the last
-        one counts; edits that contradict each other are named in a warning. UserError, with nothing changed, where
-        an edit of the same ``id`` is attached, or where this one was made on another model.
+        Where several edits set the same weight, or answer one question about one image, the last one counts;
+        edits that contradict each other are named in a warning. UserError, with nothing changed, where an
+        edit of the same ``id`` is attached, or where this one was made on another model.
         """
         with self._slot.guard.hold():
             mine = not self.edits or self._slot.editor is self

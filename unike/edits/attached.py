@@ -54,16 +54,19 @@ class Slot:
 
     def put(self, edits: Edits) -> None:
         """Attaches ``edits`` in place of those that are attached. Where they begin with these, only the
-        others are composed."""
+        others are composed, and edits that they contradict are named in a warning."""
         with self.guard.hold():
             known = len(self.edits)
-            begins = self.whole is not None and _are_same(edits[:known], self.edits)
+            added = _are_same(edits[:known], self.edits)
             later = [origin for edit in edits[known:] for origin in edit.origins]
-            if self.whole is not None and begins and not find_contradicted(self.whole.origins, later):
+            if self.whole is not None and added and not find_contradicted(self.whole.origins, later):
                 whole = compose((self.whole, *edits[known:]))
             else:
                 whole = compose(edits)
             self._swap(edits, whole)
+            for place in range(known, len(edits)) if added else ():
+                for contradiction in list_contradictions(edits[:place], edits[place]):
+                    logger.warning("%s", contradiction)
 
     def attach(self, edit: Edit) -> None:
         """Attaches one more edit. UserError, with nothing changed, where its id is taken, and where it was
@@ -77,8 +80,6 @@ class Slot:
                     f"{self.fingerprint}"
                 )
             self.put((*self.edits, edit))
-            for contradiction in list_contradictions(self.edits[:-1], edit):
-                logger.warning("%s", contradiction)
 
     def detach(self, name: str) -> Edit:
         """Detaches one edit, and returns it. UserError where none of that id is attached."""
