@@ -442,7 +442,7 @@ def test_waiting_for_ever_is_refused(
     """A block that waits for a thread that waits for the block."""
     monkeypatch.setattr(guard, "PATIENCE_SECONDS", 1.0)
     image, edit = picture(blip2_project), make(editor, picture(blip2_project))
-    refused = pytest.raises(UserError, match="would wait for ever")
+    refused = pytest.raises(UserError, match="may last for ever")
     with edit.applied(editor.backbone), ThreadPoolExecutor(1) as pool, refused:
         pool.submit(editor.generate, image, PROMPT).result()
     # A block that is busy itself is waited for.
@@ -470,3 +470,45 @@ def test_a_block_is_left_by_its_own_thread(editor: MultimodalEditor, blip2_proje
         pool.submit(block.__exit__, None, None, None).result()
     block.__exit__(None, None, None)
     assert guard.Guard.of(editor.backbone).is_bare
+
+
+def test_joining_a_thread_that_waits_is_refused_at_once(
+    editor: MultimodalEditor, blip2_project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guard, "PATIENCE_SECONDS", 1000.0)
+    image, errors = picture(blip2_project), list[BaseException]()
+
+    def ask() -> None:
+        try:
+            editor.generate(image, PROMPT)
+        except UserError as error:
+            errors.append(error)
+
+    with make(editor, image).applied(editor.backbone):
+        thread = threading.Thread(target=ask)
+        thread.start()
+        thread.join()
+    (error,) = errors
+    assert "may last for ever" in str(error)
+
+
+def test_two_models_held_crosswise_are_refused(
+    blip2_project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guard, "PATIENCE_SECONDS", 1000.0)
+    image, barrier = picture(blip2_project), threading.Barrier(2)
+    editors = [load_fresh(blip2_project, **QUICK) for _ in range(2)]
+    edits = [make(editor, image) for editor in editors]
+
+    def cross(mine: int) -> str:
+        with edits[mine].applied(editors[mine].backbone):
+            barrier.wait()
+            try:
+                return editors[1 - mine].generate(image, PROMPT)
+            except UserError as error:
+                return str(error)
+
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(cross, range(2)))
+    assert sum("may last for ever" in text for text in found) >= 1
+    assert editors[0].generate(image, PROMPT) == editors[1].generate(image, PROMPT)
