@@ -22,7 +22,14 @@ from torch import nn
 from unike.backbones.base import Backbone
 from unike.backbones.guard import guard_applied
 from unike.edits.activity import UNKNOWN, Activity, Decisions, LayerRetrieval, PromptStates
-from unike.edits.conflicts import find_contradicted, leave_out_contradicted
+from unike.edits.conflicts import (
+    drop_from_parts,
+    drop_units,
+    find_contradicted,
+    leave_out_contradicted,
+    require_yielding,
+    share_origins,
+)
 from unike.edits.content import Content, merge_contents
 from unike.edits.files import PLACES, SavedEdit, UnsavedEdit, read_edit, save
 from unike.edits.origin import Origin
@@ -139,16 +146,9 @@ class Edit(ABC):
             return NotImplemented
         if places := find_contradicted(self.origins, other.origins):
             left = self.drop(places)
-            if left is None:
-                return other
             if left is not self:
-                return left | other
-            if not self.yields_to(other):
-                names = ", ".join(one_line(self.origins[i].id) for i in places)
-                raise UserError(
-                    f"edit {one_line(other.id)}: contradicts {names} in edit {one_line(self.id)}, "
-                    "and that cannot be taken out of it; detach that edit first"
-                )
+                return other if left is None else left | other
+            require_yielding(self, other, places)
         parts = list(self.parts)
         for new in other.parts:
             both = ((i, _join(part, new)) for i, part in enumerate(parts))
@@ -161,19 +161,8 @@ class Edit(ABC):
     def drop(self, places: Sequence[int]) -> Edit | None:
         """The edit without the requests at these places of ``origins``: None where none is left, itself
         where they can't be taken out of it."""
-        gone = set(places)
-        if len(gone) == len(self.origins):
-            return None
-        units, names = self.units, [origin.id for origin in self.origins]
-        if [unit.id for unit in units] == names:
-            left = [unit for i, unit in enumerate(units) if i not in gone]
-        else:
-            lost = {names[i] for i in gone}
-            left = [unit for unit in units if unit.id not in lost]
-        if len(left) == len(units) or (out := self.keep_units(left)) is None:
-            return self
-        out.origins = tuple(origin for i, origin in enumerate(self.origins) if i not in gone)
-        return out
+        left: Edit | None = drop_units(self, places)
+        return left
 
     def keep_units(self, units: Sequence[Any]) -> Edit | None:
         """The edit with these of its ``units`` only, one or more; None where it keeps none apart."""
@@ -300,21 +289,10 @@ class Mixed(Edit):
         return self | other
 
     def drop(self, places: Sequence[int]) -> Edit | None:
-        gone, found, parts = {id(self.origins[i]) for i in places}, 0, list[Edit]()
-        for part in self._parts:
-            own = [i for i, origin in enumerate(part.origins) if id(origin) in gone]
-            left = part.drop(own) if own else part
-            if left is part and own:
-                return self
-            found += len(own)
-            parts += [] if left is None else [left]
-        if found < len(gone):
+        parts = drop_from_parts(self, places)
+        if parts is None:
             return self
-        if not parts:
-            return None
-        out = parts[0] if len(parts) == 1 else Mixed(parts)
-        out.origins = tuple(origin for origin in self.origins if id(origin) not in gone)
-        return out
+        return compose(parts)
 
     @contextmanager
     def applied(self, backbone: Backbone) -> Iterator[None]:
@@ -468,17 +446,5 @@ def load_edit(saved: SavedEdit, backbone: Backbone, shared: Shared) -> Edit:
             raise UserError(f"{at}: was made with {name} {wanted}{where}; {given} is given")
     edit.origins, edit.info, edit.id = saved.origins, dict(saved.info), saved.id
     if len(edit.parts) > 1:
-        _share_origins(edit)
+        share_origins(edit)
     return edit
-
-
-def _share_origins(whole: Edit) -> None:
-    """Gives each part of a loaded edit its own origins, as far as the names of its requests say which."""
-    left, unnamed = list(whole.origins), list[Edit]()
-    for part in whole.parts:
-        names = {unit.id for unit in part.units if unit is not part}
-        part.origins = tuple(origin for origin in left if origin.id in names)
-        left = [origin for origin in left if origin.id not in names]
-        unnamed += [] if names else [part]
-    if len(unnamed) == 1:
-        unnamed[0].origins = tuple(left)

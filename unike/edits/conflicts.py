@@ -12,6 +12,7 @@ from typing import Any, Protocol, TypeVar
 
 from unike.edits.origin import Origin
 from unike.system.text import one_line
+from unike.types import UserError
 
 
 class Requested(Protocol):
@@ -22,7 +23,17 @@ class Requested(Protocol):
     @property
     def id(self) -> str: ...
 
+    @property
+    def parts(self) -> tuple[Any, ...]: ...
+
+    @property
+    def units(self) -> tuple[Any, ...]: ...
+
     def drop(self, places: Sequence[int]) -> Any: ...
+
+    def keep_units(self, units: Sequence[Any]) -> Any: ...
+
+    def yields_to(self, other: Any) -> bool: ...
 
 
 AnyEdit = TypeVar("AnyEdit", bound=Requested)
@@ -81,6 +92,59 @@ def leave_out_contradicted(edits: Sequence[AnyEdit]) -> list[AnyEdit | None]:
         places = [i for i, o in enumerate(edit.origins) if last[o.question].contradicts(o)]
         out.append(edit.drop(places) if places else edit)
     return out
+
+
+def require_yielding(edit: Requested, other: Requested, places: Sequence[int]) -> None:
+    """UserError where an edit keeps the requests at these places beside ``other``, which contradicts them."""
+    if edit.yields_to(other):
+        return
+    names = ", ".join(one_line(edit.origins[i].id) for i in places)
+    raise UserError(
+        f"edit {one_line(other.id)}: contradicts {names} in edit {one_line(edit.id)}, and that cannot be "
+        "taken out of it; detach that edit first"
+    )
+
+
+def drop_units(edit: Requested, places: Sequence[int]) -> Any:
+    """An edit without the units of the requests at these places: see ``Edit.drop``."""
+    gone = set(places)
+    if len(gone) == len(edit.origins):
+        return None
+    units, names = edit.units, [origin.id for origin in edit.origins]
+    if [unit.id for unit in units] == names:
+        left = [unit for i, unit in enumerate(units) if i not in gone]
+    else:
+        lost = {names[i] for i in gone}
+        left = [unit for unit in units if unit.id not in lost]
+    if not left or len(left) == len(units) or (out := edit.keep_units(left)) is None:
+        return edit
+    out.origins = tuple(origin for i, origin in enumerate(edit.origins) if i not in gone)
+    return out
+
+
+def drop_from_parts(edit: Requested, places: Sequence[int]) -> list[Any] | None:
+    """The parts of a mixed edit without the requests at these places; None where one can't be taken out."""
+    gone, found, parts = {id(edit.origins[i]) for i in places}, 0, list[Any]()
+    for part in edit.parts:
+        own = [i for i, origin in enumerate(part.origins) if id(origin) in gone]
+        left = part.drop(own) if own else part
+        if left is part and own:
+            return None
+        found += len(own)
+        parts += [] if left is None else [left]
+    return None if found < len(gone) else parts
+
+
+def share_origins(whole: Requested) -> None:
+    """Gives each part of a loaded edit its own origins, as far as the names of its requests say which."""
+    left, unnamed = list(whole.origins), list[Any]()
+    for part in whole.parts:
+        names = {unit.id for unit in part.units if unit is not part}
+        part.origins = tuple(origin for origin in left if origin.id in names)
+        left = [origin for origin in left if origin.id not in names]
+        unnamed += [] if names else [part]
+    if len(unnamed) == 1:
+        unnamed[0].origins = tuple(left)
 
 
 def _list_origins(edits: Iterable[AnyEdit]) -> Iterator[tuple[AnyEdit, Origin]]:
