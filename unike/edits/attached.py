@@ -6,6 +6,8 @@ import difflib
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import reduce
+from operator import or_
 
 from unike.backbones.base import Backbone
 from unike.backbones.guard import Application, Guard
@@ -59,8 +61,9 @@ class Slot:
             known = len(self.edits)
             added = _are_same(edits[:known], self.edits)
             later = [origin for edit in edits[known:] for origin in edit.origins]
-            if self.whole is not None and added and not find_contradicted(self.whole.origins, later):
-                whole = compose((self.whole, *edits[known:]))
+            whole = self.whole
+            if whole is not None and added and not find_contradicted(whole.origins, later):
+                whole = reduce(or_, edits[known:], whole)
             else:
                 whole = compose(edits)
             self._swap(edits, whole)

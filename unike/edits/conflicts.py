@@ -72,7 +72,10 @@ def list_contradictions(edits: Sequence[AnyEdit], newest: AnyEdit | None = None)
     """Every pair of consecutive edits of a question that differ; with ``newest``, only its own."""
     last: dict[object, tuple[AnyEdit, Origin]] = {}
     out = []
+    wanted = None if newest is None else {origin.question for origin in newest.origins}
     for edit, origin in _list_origins((*edits, newest) if newest is not None else edits):
+        if wanted is not None and origin.question not in wanted:
+            continue
         former = last.get(origin.question)
         if former is not None and origin.contradicts(former[1]) and (newest is None or newest is edit):
             out.append(
