@@ -112,6 +112,8 @@ def print_explanation(explanation: Explanation, top: int, console: Console | Non
         out.print("no edit is attached")
         return
     active = sorted((e for e in explanation.edits if e.active), key=rate_strength, reverse=True)
+    for contradiction in explanation.contradictions[:top]:
+        out.print(Text(f"{contradiction}"))
     gates = "".join(f"; {name} scope gate: from {at:.3f} on" for name, at in explanation.gates.items())
     out.print(Text(f"\n{len(active)} of {len(explanation.edits)} edits could change the answer{gates}"))
     out.print(_tabulate_edits(active[:top] or explanation.edits[:top]))

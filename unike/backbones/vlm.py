@@ -61,6 +61,10 @@ class VisionLanguageBackbone:
         self._vision_modules: tuple[int, list[torch.nn.Module]] | None = None
         self._layer_inputs = BoundedCache[Hashable, dict[str, object]](MASKS)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without its lock and what is attached: a copy has its own."""
+        return {name: value for name, value in vars(self).items() if name not in ("_guard", "_slot")}
+
     @property
     def device(self) -> torch.device:
         where: torch.device = self.decoder.get_input_embeddings().weight.device

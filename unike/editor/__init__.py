@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from tqdm import tqdm
@@ -49,7 +49,8 @@ class MultimodalEditor:
     """Edits a vision-language model with the method that the hyper-parameters name.
 
     Memory and encoders are read, or built, when the first edit needs them. Editors of one backbone
-    share what is attached to it.
+    share what is attached to it, and one thread at a time: others wait until a call is done, or until a
+    block ``with edit.applied(backbone)`` ends. What a block applies, no call of an editor sees.
     """
 
     def __init__(self, hparams: HyperParams, backbone: Backbone, progress: bool = True) -> None:
@@ -57,6 +58,7 @@ class MultimodalEditor:
         self._parts: runs.Parts | None = None
         self._slot = Slot.of(backbone)
         self._epoch = self._slot.guard.epoch
+        self._train_ds: Iterable[Case] | None = None
 
     @classmethod
     def from_hparams(
@@ -71,13 +73,18 @@ class MultimodalEditor:
     def prepare(self, train_ds: Iterable[Case] | None = None, skip_broken: bool = False) -> runs.Parts:
         """Backbone and method with memory and encoders, from ``train_ds`` or the YAML's train data."""
 
+        if train_ds is not None:
+            # Needed again where the weights are changed.
+            self._train_ds = list(train_ds) if isinstance(train_ds, Iterator) else train_ds
+        given = self._train_ds
+
         def triplets() -> list[Triplet]:
-            if train_ds is not None:
-                return make_triplets(train_ds, self.hparams.triplets)
+            if given is not None:
+                return make_triplets(given, self.hparams.triplets)
             return inputs.read_triplets(self.hparams, skip_broken)
 
         def cases() -> Sequence[Case]:
-            return inputs.read_method_cases(self.hparams, skip_broken, train_ds)
+            return inputs.read_method_cases(self.hparams, skip_broken, given)
 
         with self._slot.only(()):
             epoch = self._slot.guard.epoch
@@ -96,8 +103,9 @@ class MultimodalEditor:
         """Attaches an edit, of any method, on top of those that are attached; ``edit`` replaces them all by
         its own.
 
-        Where several edits set the same weight, the last one counts. UserError, with nothing changed, where
-        an edit of the same ``id`` is attached, or where this one was made on another model.
+        Where several edits set the same weight, or answer one question about one image, the last one counts;
+        edits that contradict each other are named in a warning. UserError, with nothing changed, where an
+        edit of the same ``id`` is attached, or where this one was made on another model.
         """
         with self._slot.guard.hold():
             mine = not self.edits or self._slot.editor is self

@@ -14,7 +14,7 @@ from functools import cached_property
 from importlib import import_module
 from itertools import count
 from types import MappingProxyType
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import nn
@@ -22,6 +22,14 @@ from torch import nn
 from unike.backbones.base import Backbone
 from unike.backbones.guard import guard_applied
 from unike.edits.activity import UNKNOWN, Activity, Decisions, LayerRetrieval, PromptStates
+from unike.edits.conflicts import (
+    drop_from_parts,
+    drop_units,
+    find_contradicted,
+    leave_out_contradicted,
+    require_yielding,
+    share_origins,
+)
 from unike.edits.content import Content, merge_contents
 from unike.edits.files import PLACES, SavedEdit, UnsavedEdit, read_edit, save
 from unike.edits.origin import Origin
@@ -129,9 +137,18 @@ class Edit(ABC):
         return (self,)
 
     def __or__(self, other: Edit) -> Edit:
-        """Both edits, this one first: one edit where they are of a kind and need the same, else ``Mixed``."""
+        """Both edits, this one first: one edit where they are of a kind and need the same, else ``Mixed``.
+
+        What ``other`` contradicts is left out: of two edits of one question and image the later one answers.
+        UserError where that cannot be taken out of this edit.
+        """
         if not isinstance(other, Edit):
             return NotImplemented
+        if places := find_contradicted(self.origins, other.origins):
+            left = self.drop(places)
+            if left is not self:
+                return other if left is None else left | other
+            require_yielding(self, other, places)
         parts = list(self.parts)
         for new in other.parts:
             both = ((i, _join(part, new)) for i, part in enumerate(parts))
@@ -140,6 +157,20 @@ class Edit(ABC):
         out = parts[0] if len(parts) == 1 else Mixed(parts)
         out.origins = self.origins + other.origins
         return out
+
+    def drop(self, places: Sequence[int]) -> Edit | None:
+        """The edit without the requests at these places of ``origins``: None where none is left, itself
+        where they can't be taken out of it."""
+        left: Edit | None = drop_units(self, places)
+        return left
+
+    def keep_units(self, units: Sequence[Any]) -> Edit | None:
+        """The edit with these of its ``units`` only, one or more; None where it keeps none apart."""
+        return None
+
+    def yields_to(self, other: Edit) -> bool:
+        """Whether nothing of this edit is left where ``other`` is applied on top of it."""
+        return False
 
     def rewrite(self, query: Query) -> Query:
         """The query as the edited model gets it: the same, unless the edit is part of the prompt."""
@@ -257,6 +288,12 @@ class Mixed(Edit):
     def join(self, other: Edit) -> Edit | None:
         return self | other
 
+    def drop(self, places: Sequence[int]) -> Edit | None:
+        parts = drop_from_parts(self, places)
+        if parts is None:
+            return self
+        return compose(parts)
+
     @contextmanager
     def applied(self, backbone: Backbone) -> Iterator[None]:
         with ExitStack() as stack:
@@ -352,14 +389,18 @@ def _join(one: Edit, other: Edit) -> Edit | None:
     """Both as one; None for unlike ones, and for those made with other knowledge, another scope classifier
     or network: as one edit, both would answer by those of the last."""
     both = one.join(other)
-    return both if both is not None and one.shares_needs(other) else None
+    if both is None or not one.shares_needs(other):
+        return None
+    both.origins = one.origins + other.origins
+    return both
 
 
 def compose(edits: Sequence[Edit]) -> Edit | None:
-    """All edits in order, or None without any."""
+    """All edits in order, without what a later one contradicts; None without any."""
     whole: Edit | None = None
-    for edit in edits:
-        whole = edit if whole is None else whole | edit
+    for edit in leave_out_contradicted(edits):
+        if edit is not None:
+            whole = edit if whole is None else whole | edit
     return whole
 
 
@@ -404,4 +445,6 @@ def load_edit(saved: SavedEdit, backbone: Backbone, shared: Shared) -> Edit:
             wanted = (saved.needs.get(name) or "of its own")[:12]
             raise UserError(f"{at}: was made with {name} {wanted}{where}; {given} is given")
     edit.origins, edit.info, edit.id = saved.origins, dict(saved.info), saved.id
+    if len(edit.parts) > 1:
+        share_origins(edit)
     return edit

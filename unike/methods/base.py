@@ -14,6 +14,7 @@ from unike.backbones.prefix import PrefixCache
 from unike.config.hparams import HyperParams
 from unike.config.sections import LayerOptions
 from unike.edits import Edit, LayerKnowledge, Origin
+from unike.edits.conflicts import find_contradicted
 from unike.edits.shares import Shared
 from unike.methods.catalogue import CaseSource
 from unike.methods.registry import find_entry, register
@@ -62,12 +63,17 @@ class EditMethod(ABC):
         self, backbone: Backbone, request: EditRequest, prefixes: PrefixCache, history: Edit | None = None
     ) -> Edit:
         """The edit for one request, made while ``history`` is applied; its ``origins`` say what it was
-        made from. What a block has applied to the backbone is off meanwhile.
+        made from. What it contradicts in ``history`` (another answer to the same question about the same
+        image) is left out of it. What a block has applied to the backbone is off meanwhile.
 
         The new edit stands alone; ``history | edit`` is both. ``prefixes`` starts at this method's
         first layer. FloatingPointError where the loss stops being a number.
         """
         with Guard.of(backbone).bare():
+            if history is not None:
+                own = Origin.of(request, self.hparams.decisive(), backbone, {})
+                places = find_contradicted(history.origins, (own,))
+                history = history.drop(places) if places else history
             return self._sign(self._edit(backbone, request, prefixes, history), backbone, request)
 
     @final

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from unike.backbones.base import Backbone
+from unike.backbones.guard import Guard
 from unike.backbones.prefix import open_prefixes
 from unike.config.hparams import HyperParams
 from unike.datasets.lengths import leave_out_long, list_queries
@@ -99,9 +100,11 @@ def assemble(
         return leave_out_long(hparams.name, given(), list_queries)
 
     layers = build(hparams).layers(backbone)
-    method = build(hparams, prepare(hparams, backbone, layers, progress, triplets, fitting), fitting)
-    if isinstance(method, TrainableMethod):
-        totals = {TRAINING: hparams.editor_steps * hparams.editor_batch}
-        with show_progress(totals, progress and processes.is_main()) as tick:
-            ensure_editor(method, backbone, fitting, tick)
-    return Parts(hparams, backbone, method)
+    # What is learnt, is learnt from the base model.
+    with Guard.of(backbone).bare():
+        method = build(hparams, prepare(hparams, backbone, layers, progress, triplets, fitting), fitting)
+        if isinstance(method, TrainableMethod):
+            totals = {TRAINING: hparams.editor_steps * hparams.editor_batch}
+            with show_progress(totals, progress and processes.is_main()) as tick:
+                ensure_editor(method, backbone, fitting, tick)
+        return Parts(hparams, backbone, method)
