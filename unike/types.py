@@ -19,6 +19,7 @@ BACKENDS = ("transformers", "lavis")
 METRIC_PRESETS = ("paper", "easyedit", "easyedit_icl", "release")
 BACKBONES = ("blip2", "minigpt4", "llava", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "instructblip")
 TRACKERS = ("tensorboard", "wandb")
+ANSWER_ENDS = ("none", "eos", "line_break")
 PROTOCOLS = ("one_step", "sequential", "cross_task")
 
 Expectation = Literal["target", "unchanged"]
@@ -34,11 +35,16 @@ class UserError(Exception):
 
 @dataclass(frozen=True)
 class Query:
-    """A question as the backbone sees it; ``image`` is None for the language model alone."""
+    """A question as the backbone sees it; ``image`` is None for the language model alone.
+
+    ``end`` says what an edit is trained to write after the target, one of ``ANSWER_ENDS``. Probes have none:
+    what is measured are the target's own tokens.
+    """
 
     image: ImageLike | None
     prompt: str
     target: str | None = None
+    end: str = "none"
 
 
 @dataclass(frozen=True)

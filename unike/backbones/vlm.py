@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -148,8 +148,10 @@ class VisionLanguageBackbone:
         prompts: Sequence[str],
         targets: Sequence[str | None] | None = None,
         padding_side: str = "right",
+        ends: Sequence[str] | None = None,
     ) -> Batch:
-        """One batch of queries; without ``targets`` they have no answers.
+        """One batch of queries; without ``targets`` they have no answers. With ``ends``, one of
+        ``types.ANSWER_ENDS`` for each query, the token that ends an answer belongs to it.
 
         An image is encoded once, but projected each time: an edit of the projection has its effect, and a
         gradient reaches it.
@@ -157,19 +159,22 @@ class VisionLanguageBackbone:
         Raises UserError for an image that cannot be read, and ValueError where the lists differ in length.
         """
         targets = [None] * len(prompts) if targets is None else targets
+        ends = ["none"] * len(prompts) if ends is None else ends
         shown = [i for i in images if i is not None]
         seen = iter(self.cache.get(shown, self.vision.pixels, device=self.device))
         rows = [
-            self._encode_row(next(seen) if i is not None else None, p, t)
-            for i, p, t in zip(images, prompts, targets, strict=True)
+            self._encode_row(next(seen) if i is not None else None, p, t, end)
+            for i, p, t, end in zip(images, prompts, targets, ends, strict=True)
         ]
         return self._pad(rows, padding_side, tuple(prompts))
 
-    def _encode_row(self, seen: Parts | None, prompt: str, target: str | None) -> _EncodedRow:
+    def _encode_row(self, seen: Parts | None, prompt: str, target: str | None, end: str) -> _EncodedRow:
         """One query, unpadded; ``seen`` is what the vision side computed of its image."""
         if not self.tokens(prompt):
             raise UserError("prompt: is empty; expected a question")
         words = self.dialogue.words(self.tokenizer, self.tokens, prompt, target, seen is not None)
+        if words.answer and (last := self.find_end(end)):
+            words = replace(words, after=[*words.after, *last], answer=[*words.answer, *last])
         embed = self.decoder.get_input_embeddings()
         before, after = (
             embed(torch.tensor(ids, device=self.device, dtype=torch.long))
@@ -321,6 +326,21 @@ class VisionLanguageBackbone:
         # The output begins with the ids that generation starts from.
         ids = ids[:, start["input_ids"].shape[1] if "input_ids" in start else 0 :]
         return [self.cut(text) for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+
+    def find_end(self, end: str) -> list[int]:
+        """The token that ends an answer, of one of ``types.ANSWER_ENDS``; none for ``none``."""
+        if end == "none":
+            return []
+        own = self.tokenizer.eos_token_id
+        found = list(self.eos_ids[:1] if own is None else [int(own)])
+        if end == "line_break":
+            # Some tokenisers put a space before a text that begins with it.
+            found = self.tokens("\n")[-1:]
+        if not found or not self.ends_answer(found[0]):
+            raise UserError(
+                f"answer_end: {end}: the model's tokenizer has no such token; expected another end"
+            )
+        return found
 
     def ends_answer(self, token: int) -> bool:
         """Whether a generated answer ends at this token: EOS, or a stop."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from types import MappingProxyType
 from typing import ClassVar, Protocol, TypeVar, final, runtime_checkable
 
@@ -16,7 +17,7 @@ from unike.edits import Edit, LayerKnowledge, Origin
 from unike.edits.shares import Shared
 from unike.methods.catalogue import CaseSource
 from unike.methods.registry import find_entry, register
-from unike.types import EditRequest, UserError
+from unike.types import EditRequest, Query, UserError
 
 __all__ = [
     "CaseSource",
@@ -81,6 +82,10 @@ class EditMethod(ABC):
             if isinstance(outcome, Edit):
                 self._sign(outcome, backbone, request)
         return outcomes
+
+    def write_lesson(self, request: EditRequest) -> Query:
+        """What an edit is trained on: the request's query, with the answer's end as the YAML has it."""
+        return replace(request.query, end=self.hparams.answer_end)
 
     def get_shared_parts(self) -> Shared:
         """What the method's edits share and do not keep themselves."""
