@@ -29,6 +29,7 @@ from unike.edits.shares import Shared
 from unike.evaluation.protocols import run_one_step
 from unike.evaluation.record import Record
 from unike.evaluation.summary import Summary, summarise
+from unike.methods.base import require_reachable
 from unike.runs import checks, inputs
 from unike.types import Case, EditRequest, Expectation, ImageLike, Probe, Query, UserError
 
@@ -171,7 +172,8 @@ class MultimodalEditor:
         edited, and measured, on top of the former ones, and ``edited_model`` carries them all.
 
         Raises UserError, with all problems at once and nothing changed, for lists of different
-        lengths, empty texts and missing images.
+        lengths, empty texts, missing images, and targets that could never be generated: with a line break or
+        a special token in them.
         """
         former = () if keep_original_weight else self.edits
         if former and self._slot.editor is not self:
@@ -203,6 +205,7 @@ class MultimodalEditor:
         self, cases: Sequence[Case], former: tuple[Edit, ...], accumulate: bool, generated: bool
     ) -> EditResult:
         parts = self.prepare()
+        require_reachable(self.backbone, [case.request for case in cases])
         reader = parts.make_reader(generated)
         edits, metrics, records = former, list[dict[str, Any]](), list[Record]()
         with self._slot.only(()):

@@ -225,6 +225,10 @@ class Backbone(Protocol):
         """Whether a generated answer ends at this token."""
         ...
 
+    def find_target_problem(self, prompt: str, target: str) -> str | None:
+        """Why a target could never be generated after a prompt, for a message; None where it could be."""
+        ...
+
     def tokens(self, text: str) -> list[int]: ...
 
     @property

@@ -14,6 +14,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from unike.backbones.answer_texts import explain_unreachable
 from unike.backbones.architecture import Architecture
 from unike.backbones.base import IGNORED, Batch, Output, PrefixState, Prompt
 from unike.backbones.decoding import Decoding
@@ -22,7 +23,9 @@ from unike.backbones.hooks import first_tensor, hidden_states, inputs_of
 from unike.backbones.images import FeatureCache, Parts
 from unike.backbones.layout import DecoderLayout
 from unike.backbones.store import RowStore
+from unike.datasets.answers import normalise_answer
 from unike.system.cache import BoundedCache
+from unike.system.text import one_line
 from unike.types import ImageLike, UserError
 
 # Number of masks whose layer inputs are kept: those of a training loop and of its probes.
@@ -348,6 +351,23 @@ class VisionLanguageBackbone:
             return True
         text = str(self.tokenizer.decode([token]))
         return any(text.lstrip(" ").startswith(stop) for stop in self.dialogue.stops)
+
+    def find_target_problem(self, prompt: str, target: str) -> str | None:
+        """Why a target could never be generated after a prompt, for a message; None where it could be."""
+        # Some are left out when answers are read, and are none of the tokeniser's named ones.
+        added = getattr(self.tokenizer, "added_tokens_decoder", {}).values()
+        specials = [
+            *self.tokenizer.all_special_tokens,
+            *(str(t) for t in added if getattr(t, "special", False)),
+        ]
+        if problem := explain_unreachable(target, self.dialogue.stops, specials):
+            return problem
+        ids, shown = self.prompt_and_answer(prompt, target)[1], one_line(repr(target.strip()), 60)
+        if not {*self.eos_ids, *self.tokenizer.all_special_ids}.isdisjoint(ids):
+            return f"target {shown} holds text that the model's tokenizer does not know"
+        if normalise_answer(found := self.decode(ids)) != normalise_answer(target):
+            return f"target {shown} would be read as {one_line(repr(found), 60)} when it is generated"
+        return None
 
     def cut(self, text: str) -> str:
         """An answer up to its first stop, without surrounding whitespace."""

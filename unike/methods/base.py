@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 from typing import ClassVar, Protocol, TypeVar, final, runtime_checkable
@@ -26,6 +26,7 @@ __all__ = [
     "build",
     "edited_layers",
     "register",
+    "require_reachable",
     "resolve_layers",
     "unwrap",
 ]
@@ -65,8 +66,10 @@ class EditMethod(ABC):
         made from.
 
         The new edit stands alone; ``history | edit`` is both. ``prefixes`` starts at this method's
-        first layer. FloatingPointError where the loss stops being a number.
+        first layer. FloatingPointError where the loss stops being a number; UserError for a target that could
+        never be generated.
         """
+        require_reachable(backbone, [request])
         return self._sign(self._edit(backbone, request, prefixes, history), backbone, request)
 
     @final
@@ -75,8 +78,10 @@ class EditMethod(ABC):
     ) -> list[Edit | FloatingPointError]:
         """Independent edits, each from the base model: batched where the method can, else one by one.
 
-        An edit whose loss stops being a number has the error in its place.
+        An edit whose loss stops being a number has the error in its place. UserError, before any edit is
+        made, for targets that could never be generated.
         """
+        require_reachable(backbone, requests)
         outcomes = list(self._edit_many(backbone, requests, prefixes))
         for outcome, request in zip(outcomes, requests, strict=True):
             if isinstance(outcome, Edit):
@@ -112,6 +117,14 @@ class EditMethod(ABC):
     def _sign(self, edit: Edit, backbone: Backbone, request: EditRequest) -> Edit:
         edit.origins = (Origin.of(request, self.hparams.decisive(), backbone, edit.info),)
         return edit
+
+
+def require_reachable(backbone: Backbone, requests: Iterable[EditRequest]) -> None:
+    """UserError with a line for each request whose target could never be generated: an edit to it would
+    count as successful, and never be read in an answer."""
+    found = ((r.id, backbone.find_target_problem(r.query.prompt, str(r.query.target))) for r in requests)
+    if problems := [f"edit {name}: {problem}" for name, problem in found if problem]:
+        raise UserError(*problems)
 
 
 def unwrap(outcome: MadeEdit | FloatingPointError) -> MadeEdit:
