@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from unike.backbones.answer_texts import explain_unreachable
 from unike.backbones.architecture import Architecture
 from unike.backbones.base import IGNORED, Batch, Output, PrefixState, Prompt
 from unike.backbones.decoding import Decoding
@@ -23,7 +24,9 @@ from unike.backbones.hooks import first_tensor, hidden_states, inputs_of
 from unike.backbones.images import FeatureCache, Parts
 from unike.backbones.layout import DecoderLayout
 from unike.backbones.store import RowStore
+from unike.datasets.answers import normalise_answer
 from unike.system.cache import BoundedCache
+from unike.system.text import one_line
 from unike.types import ImageLike, TooLongError, UserError
 
 # Number of masks whose layer inputs are kept: those of a training loop and of its probes.
@@ -168,8 +171,10 @@ class VisionLanguageBackbone:
         prompts: Sequence[str],
         targets: Sequence[str | None] | None = None,
         padding_side: str = "right",
+        ends: Sequence[str] | None = None,
     ) -> Batch:
-        """One batch of queries; without ``targets`` they have no answers.
+        """One batch of queries; without ``targets`` they have no answers. With ``ends``, one of
+        ``types.ANSWER_ENDS`` for each query, the token that ends an answer belongs to it.
 
         An image is encoded once, but projected each time: an edit of the projection has its effect, and a
         gradient reaches it.
@@ -177,11 +182,12 @@ class VisionLanguageBackbone:
         Raises UserError for an image that cannot be read, and ValueError where the lists differ in length.
         """
         targets = [None] * len(prompts) if targets is None else targets
+        ends = ["none"] * len(prompts) if ends is None else ends
         shown = [i for i in images if i is not None]
         seen = iter(self._see(shown))
         rows = [
-            self._encode_row(next(seen) if i is not None else None, p, t)
-            for i, p, t in zip(images, prompts, targets, strict=True)
+            self._encode_row(next(seen) if i is not None else None, p, t, end)
+            for i, p, t, end in zip(images, prompts, targets, ends, strict=True)
         ]
         return self._pad(rows, padding_side, tuple(prompts))
 
@@ -202,11 +208,13 @@ class VisionLanguageBackbone:
             self._vision_modules = self._epoch, own
         return self._vision_modules[1]
 
-    def _encode_row(self, seen: Parts | None, prompt: str, target: str | None) -> _EncodedRow:
+    def _encode_row(self, seen: Parts | None, prompt: str, target: str | None, end: str) -> _EncodedRow:
         """One query, unpadded; ``seen`` is what the vision side computed of its image."""
         if not self.tokens(prompt):
             raise UserError("prompt: is empty; expected a question")
         words = self.dialogue.words(self.tokenizer, self.tokens, prompt, target, seen is not None)
+        if words.answer and (last := self.find_end(end)):
+            words = replace(words, after=[*words.after, *last], answer=[*words.answer, *last])
         embed = self.decoder.get_input_embeddings()
         before, after = (
             embed(torch.tensor(ids, device=self.device, dtype=torch.long))
@@ -368,12 +376,44 @@ class VisionLanguageBackbone:
         ids = ids[:, start["input_ids"].shape[1] if "input_ids" in start else 0 :]
         return [self.cut(text) for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
+    def find_end(self, end: str) -> list[int]:
+        """The token that ends an answer, of one of ``types.ANSWER_ENDS``; none for ``none``."""
+        if end == "none":
+            return []
+        own = self.tokenizer.eos_token_id
+        found = list(self.eos_ids[:1] if own is None else [int(own)])
+        if end == "line_break":
+            # Some tokenisers put a space before a text that begins with it.
+            found = self.tokens("\n")[-1:]
+        if not found or not self.ends_answer(found[0]):
+            raise UserError(
+                f"answer_end: {end}: the model's tokenizer has no such token; expected another end"
+            )
+        return found
+
     def ends_answer(self, token: int) -> bool:
         """Whether a generated answer ends at this token: EOS, or a stop."""
         if token in self.eos_ids:
             return True
         text = str(self.tokenizer.decode([token]))
         return any(text.lstrip(" ").startswith(stop) for stop in self.dialogue.stops)
+
+    def find_target_problem(self, prompt: str, target: str) -> str | None:
+        """Why a target could never be generated after a prompt, for a message; None where it could be."""
+        # Some are left out when answers are read, and are none of the tokeniser's named ones.
+        added = getattr(self.tokenizer, "added_tokens_decoder", {}).values()
+        specials = [
+            *self.tokenizer.all_special_tokens,
+            *(str(t) for t in added if getattr(t, "special", False)),
+        ]
+        if problem := explain_unreachable(target, self.dialogue.stops, specials):
+            return problem
+        ids, shown = self.prompt_and_answer(prompt, target)[1], one_line(repr(target.strip()), 60)
+        if not {*self.eos_ids, *self.tokenizer.all_special_ids}.isdisjoint(ids):
+            return f"target {shown} holds text that the model's tokenizer does not know"
+        if normalise_answer(found := self.decode(ids)) != normalise_answer(target):
+            return f"target {shown} would be read as {one_line(repr(found), 60)} when it is generated"
+        return None
 
     def cut(self, text: str) -> str:
         """An answer up to its first stop, without surrounding whitespace."""

@@ -28,7 +28,7 @@ from unike.config.kinds import (
     word_or,
 )
 from unike.config.schema import Option, Section, list_own_options, option, required
-from unike.types import BACKBONES, BACKENDS, METRIC_PRESETS, PROTOCOLS, TRACKERS, BackboneSpec
+from unike.types import ANSWER_ENDS, BACKBONES, BACKENDS, METRIC_PRESETS, PROTOCOLS, TRACKERS, BackboneSpec
 
 # Options of this group change how fast a run is, and how much memory it takes, not what it finds.
 SPEED = "speed"
@@ -209,7 +209,18 @@ class ClipOptions(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EditTrainingOptions(ClipOptions):
+class AnswerOptions(Section):
+    """What an answer is made of in training; what is measured are the target's own tokens, whatever it is."""
+
+    answer_end: str = option(
+        choice(*ANSWER_ENDS),
+        "what edits and editors learn to write after a target: nothing, the end token, or a line break",
+        "none",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditTrainingOptions(ClipOptions, AnswerOptions):
     """How long, and how fast, an edit is trained."""
 
     lr: float = option(number(low=0, above=True), "learning rate of an edit", 2e-3)
@@ -322,7 +333,7 @@ class ScopeClassifierOptions(ScopeTrainingOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EditorTrainingOptions(MethodOptions, ClipOptions, SeedOptions):
+class EditorTrainingOptions(MethodOptions, ClipOptions, AnswerOptions, SeedOptions):
     """Training of a meta-learned editor (KE, MEND, SERAC)."""
 
     editor_rank: int = option(whole(low=1), "inner width of the editor networks", 96)
@@ -416,6 +427,8 @@ class EditBatchOptions(Section):
     )
 
 
+# Options that came later than some runs, whose manifests lack them: what these runs did.
+BEFORE_OPTIONS: dict[str, object] = {"answer_end": "none"}
 # In the order of the documentation, with the heading of each.
 SECTIONS: dict[type[Section], str] = {
     BackboneOptions: "backbone",
@@ -427,6 +440,7 @@ SECTIONS: dict[type[Section], str] = {
     ScopeTrainingOptions: "scope classifier training",
     PatchOptions: "intrinsic",
     EditTrainingOptions: "intrinsic",
+    AnswerOptions: "answers",
     ClipOptions: "intrinsic",
     PatchLossOptions: "intrinsic",
     FineTuningOptions: "fine-tuning",

@@ -35,6 +35,7 @@ from unike.edits.shares import Shared
 from unike.evaluation.protocols import Outcome, run_one_step
 from unike.evaluation.record import Record
 from unike.evaluation.summary import Summary, summarise
+from unike.methods.base import require_reachable
 from unike.runs import checks, inputs
 from unike.system.text import describe_value
 from unike.types import Case, ImageLike, TooLongError, UserError
@@ -211,7 +212,8 @@ class MultimodalEditor:
         keep_original_weight, template``, or in EasyEdit's order ``file_type, rephrase_prompts, ...``.
 
         Raises UserError, with all problems at once and nothing changed, for lists of different
-        lengths, empty texts, missing images, arguments that contradict each other, and a fourth argument by
+        lengths, empty texts, missing images, targets that could never be generated (with a line break or a
+        special token in them), arguments that contradict each other, and a fourth argument by
         position of which it is not clear which one it is.
         """
         named = {name: value for name, value in locals().items() if name in NAMED}
@@ -283,6 +285,7 @@ class MultimodalEditor:
         verbose: bool | None = None,
     ) -> EditResult:
         parts = self.prepare()
+        require_reachable(self.backbone, [case.request for case in cases])
         reader = parts.make_reader(generated)
         edits, metrics, records = former, list[dict[str, Any]](), list[Record]()
         with self._slot.only(()):

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from unike.backbones.answer_texts import explain_unreachable, find_stops, read_special_texts
 from unike.backbones.checking import check_spec, estimate_memory
 from unike.backbones.placement import check_device, check_placement
 from unike.config.hparams import HyperParams
@@ -52,6 +53,9 @@ from unike.system import launching, processes
 from unike.system.findings import Finding, collect_problems, find_problems
 from unike.system.places import check_name, require_folder
 from unike.types import Case, UserError
+
+# How many targets that can't be generated are named one by one.
+MOST_TARGETS = 10
 
 
 @dataclass(frozen=True)
@@ -224,6 +228,26 @@ def _inspect_texts(request: RunRequest) -> list[Finding]:
     return [Finding(True, line, "this record will fail", True) for line in lines]
 
 
+def _inspect_targets(request: RunRequest) -> list[Finding]:
+    """Targets that could never be generated, as far as the model's files tell; the loaded model tells all."""
+    if request.is_eval_undrawn or collect_problems(lambda: request.cases):
+        # The check of the eval data has them.
+        return []
+    hparams = request.hparams
+    stops, specials = find_stops(hparams.model_name), read_special_texts(hparams.name)
+    found = [
+        f"{hparams.source}: data: record {case.request.id}: {problem}"
+        for case in request.cases
+        if (problem := explain_unreachable(str(case.request.query.target), stops, specials))
+    ]
+    if request.skip_broken:
+        return [Finding(True, line, "recorded as failed") for line in found]
+    shown = [Finding(False, f"{line}; --skip_broken records it as failed") for line in found[:MOST_TARGETS]]
+    left = len(found) - len(shown)
+    more = f"{hparams.source}: data: {left} more records have targets that can't be generated"
+    return [*shown, *([Finding(False, more)] if left else [])]
+
+
 def _inspect_undrawn(request: RunRequest, part: str) -> list[Finding]:
     path = (request.hparams.data.get(part) or {}).get("eval")
     what = f"data.{part}.eval: {path}"
@@ -365,6 +389,7 @@ DATA_CHECKS = (
     # Of several processes the first looks: it alone has this to say.
     Check("images", lambda r: _is_first(), _inspect_images),
     Check("texts", lambda r: processes.is_main(), _inspect_texts),
+    Check("targets", _apply_always, _inspect_targets),
     Check("sequences", lambda r: r.hparams.protocol != "one_step", _inspect_sequences),
     Check("knowledge", lambda r: r.needs.knowledge, _inspect_knowledge),
     Check("scope", lambda r: r.needs.scope, _inspect_scope),

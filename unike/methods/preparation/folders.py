@@ -126,7 +126,10 @@ def list_changed_options(folder: Path, hparams: HyperParams) -> list[str]:
 
 def list_editor_options(hparams: EditorTrainingOptions) -> Facts:
     """The options that a trained editor depends on: of KE's and SERAC's own ones, those of its method."""
-    shared = {"method": hparams.method, "clip_norm": hparams.clip_norm, "seed": hparams.seed}
+    shared: Facts = {"method": hparams.method, "clip_norm": hparams.clip_norm, "seed": hparams.seed}
+    if hparams.answer_end != "none":
+        # Editors from before this option existed have none.
+        shared["answer_end"] = hparams.answer_end
     own = hparams.get_values(EditorTrainingOptions).items()
     return shared | {
         n: v for n, v in own if not n.startswith(("ke_", "serac_")) or n.startswith(f"{hparams.method}_")
