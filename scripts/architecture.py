@@ -79,6 +79,7 @@ ROOMS: dict[str, tuple[str, str]] = {
         "a chart, a column, or a published figure",
     ),
     "editor": ("`MultimodalEditor`", "a call for notebooks and programs"),
+    "easyedit": ("[EasyEdit's names](easyedit.md)", "a name that its scripts import"),
     "ask": ("`run_edit.py ask`", "only this command"),
     "tables": ("`python -m unike.tables`", "only this command"),
     "demo": ("the web page of `python -m unike.demo`", "only this page"),

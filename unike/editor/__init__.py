@@ -51,6 +51,11 @@ class MultimodalEditor:
     share what is attached to it.
     """
 
+    # Of EasyEdit's calls: whose definitions of locality the metrics have, and whether its meaning of
+    # ``keep_original_weight=False`` is taken into account.
+    metric_preset: str | None = None
+    easyedit = False
+
     def __init__(self, hparams: HyperParams, backbone: Backbone, progress: bool = True) -> None:
         self.hparams, self.backbone, self.progress = hparams, backbone, progress
         self._parts: runs.Parts | None = None
@@ -189,7 +194,7 @@ class MultimodalEditor:
         position of which it is not clear which one it is.
         """
         named = {name: value for name, value in locals().items() if name in NAMED}
-        given = read_arguments(others, named, unknown)
+        given = read_arguments(others, named, unknown, self.easyedit)
         accumulate, verbose = given.accumulate, read_switch(given.values["verbose"], "verbose")
         former = self.edits if accumulate else ()
         if former and self._slot.editor is not self:
@@ -264,7 +269,7 @@ class MultimodalEditor:
                     _require_one_kind(history, outcome.edit)
                     edits = (*edits, outcome.edit) if accumulate else (outcome.edit,)
                 records.append(merge_probes(outcome.record))
-                metrics.append(describe_metric(number, case, records[-1]))
+                metrics.append(describe_metric(number, case, records[-1], self.metric_preset))
                 if verbose:
                     logger.info("%s", metrics[-1])
         self._slot.put(edits)
