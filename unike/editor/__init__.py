@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from unike import runs
@@ -29,12 +30,15 @@ from unike.edits.attached import EditedModel, Slot
 from unike.edits.base import load_edit
 from unike.edits.explain import Explanation, ask
 from unike.edits.files import read_edit
+from unike.edits.pickled import PickledEdit
 from unike.edits.questions import answer_each, check_question
 from unike.edits.shares import Shared
 from unike.evaluation.protocols import run_one_step
 from unike.evaluation.record import Record
 from unike.evaluation.summary import Summary, summarise
+from unike.methods.isolation import train_apart
 from unike.runs import checks, inputs
+from unike.runs.drawing import draw_train_data
 from unike.system.text import describe_value
 from unike.types import Case, ImageLike, UserError
 
@@ -77,13 +81,16 @@ class MultimodalEditor:
         def triplets() -> list[Triplet]:
             if train_ds is not None:
                 return make_triplets(train_ds, self.hparams.triplets)
+            draw_train_data(self.hparams, self.backbone)
             return inputs.read_triplets(self.hparams, skip_broken)
 
         def cases() -> Sequence[Case]:
+            if train_ds is None:
+                draw_train_data(self.hparams, self.backbone)
             return inputs.read_method_cases(self.hparams, skip_broken, train_ds)
 
         if self._parts is None or train_ds is not None:
-            with self._slot.only(()):
+            with self._slot.only(()), train_apart(self.backbone):
                 self._parts = runs.assemble(self.hparams, self.backbone, self.progress, triplets, cases)
         return self._parts
 
@@ -99,6 +106,11 @@ class MultimodalEditor:
         Where several edits set the same weight, the last one counts. UserError, with nothing changed, where
         an edit of the same ``id`` is attached, or where this one was made on another model.
         """
+        if not isinstance(edit, Edit):
+            raise UserError(f"attach: expected an edit, got {type(edit).__name__}")
+        if isinstance(edit, PickledEdit):
+            shared = self._get_shared() if edit.needs() else Shared()
+            edit = edit.restore(self.backbone, shared.knowledge, shared.network)
         mine = not self.edits or self._slot.editor is self
         self._slot.attach(edit)
         self._slot.editor = self if mine else None
@@ -109,6 +121,8 @@ class MultimodalEditor:
         An edit trained while this one was active (``keep_original_weight=False``) stays as trained.
         UserError where no edit of that ``id`` is attached.
         """
+        if not isinstance(id, str):
+            raise UserError(f"detach: expected the id of an edit, got {type(id).__name__}")
         return self._slot.detach(id)
 
     def generate(
@@ -139,7 +153,8 @@ class MultimodalEditor:
         image, prompt = check_question(image, prompt, self._locate)
         if isinstance(top, bool) or not isinstance(top, int) or top < 0:
             raise UserError(f"top: expected a whole number from 0 on, got {describe_value(top)}")
-        return ask(self._slot, image, prompt, top)
+        with torch.inference_mode(False):
+            return ask(self._slot, image, prompt, top)
 
     def _locate(self, image: ImageLike | None) -> ImageLike | None:
         return locate_image(image, self.hparams.image_root)
@@ -149,10 +164,14 @@ class MultimodalEditor:
 
         UserError as ``Edit.load``.
         """
+        if not isinstance(folder, (str, os.PathLike)):
+            raise UserError(f"load: expected the folder of an edit, got {type(folder).__name__}")
         saved = read_edit(folder)
         saved.require(self.backbone)
-        shared = self.prepare().method.get_shared_parts() if saved.needs else Shared()
-        return load_edit(saved, self.backbone, shared)
+        return load_edit(saved, self.backbone, self._get_shared() if saved.needs else Shared())
+
+    def _get_shared(self) -> Shared:
+        return self.prepare().method.get_shared_parts()
 
     def edit(
         self,
@@ -259,7 +278,8 @@ class MultimodalEditor:
         parts = self.prepare()
         reader = parts.make_reader(generated)
         edits, metrics, records = former, list[dict[str, Any]](), list[Record]()
-        with self._slot.only(()):
+        # Whatever the caller has switched off: what is kept for later must carry gradients then.
+        with self._slot.only(()), torch.inference_mode(False):
             for number, case in enumerate(
                 tqdm(cases, desc="edits", disable=not (self.progress if verbose is None else verbose))
             ):

@@ -22,14 +22,14 @@ from torch import nn
 from unike.backbones.base import Backbone
 from unike.edits.activity import UNKNOWN, Activity, Decisions, LayerRetrieval, PromptStates
 from unike.edits.content import Content, merge_contents
-from unike.edits.files import PLACES, SavedEdit, UnsavedEdit, read_edit, save
+from unike.edits.files import PLACES, SavedEdit, UnsavedEdit, read_edit, render_files, save
 from unike.edits.origin import Origin
 from unike.edits.shares import LayerKnowledge, Shared
 from unike.system.text import one_line
 from unike.types import Query, UserError
 
 # They import this module, and are imported when an edit is loaded; a kind of one's own is known already.
-_MODULES_OF_KINDS = ("counterfactual", "deltas", "prompt", "routed")
+_MODULES_OF_KINDS = ("counterfactual", "deltas", "pickled", "prompt", "routed")
 
 
 class Edit(ABC):
@@ -45,6 +45,32 @@ class Edit(ABC):
     origins: tuple[Origin, ...] = ()
     weights: Mapping[str, torch.Tensor] = MappingProxyType({})
     _id: str | None = None
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        # A dataclass would write out all tensors.
+        if "__repr__" not in vars(cls):
+            cls.__repr__ = Edit.__repr__  # type: ignore[method-assign]
+
+    def __repr__(self) -> str:
+        """One line: kind, id, and what was asked and answered."""
+        asked = [f"{one_line(o.prompt, 40)!r} -> {one_line(o.target, 30)!r}" for o in self.origins[:2]]
+        more = [f"{len(self.origins) - 2} more"] if len(self.origins) > 2 else []
+        return f"<{type(self).__name__} {one_line(self.id, 40) or 'without id'}: {', '.join(asked + more)}>"
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Pickled as it is saved, without what it shares with others. UserError for an edit that no
+        registered method has made."""
+        return find_kind("pickled"), (render_files(self.as_unsaved())[0],)
+
+    def __copy__(self) -> Edit:
+        new = object.__new__(type(self))
+        vars(new).update(vars(self))
+        return new
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Edit:
+        # Its tensors do not change once it is made.
+        return self.__copy__()
 
     @abstractmethod
     def applied(self, backbone: Backbone) -> AbstractContextManager[None]:

@@ -81,10 +81,14 @@ class SavedEdit:
                 f"fingerprint {one_line(self.backbone, 40)}; this one's is {backbone.fingerprint}"
             )
 
+    def read_tensors(self) -> Any:
+        """The file of the tensors."""
+        return _read_file(self.folder / TENSORS, self.bytes)
+
     def tensors(self) -> dict[str, torch.Tensor]:
         """All tensors, in memory of their own. UserError where they are not those that were saved."""
         path = self.folder / TENSORS
-        data = _read_file(path, self.bytes)
+        data = self.read_tensors()
         if len(data) != self.bytes or hashlib.sha256(data).hexdigest() != self.sha256:
             raise UserError(f"{one_line(path)}: is damaged: its checksum is another one than {INDEX} has")
         from safetensors import torch as safetensors
@@ -215,7 +219,11 @@ def read_edit(folder: str | os.PathLike[str]) -> SavedEdit:
     at = one_line(path)
     if not os.path.isdir(folder):
         raise UserError(f"{one_line(folder)}: no such folder; expected a saved edit")
-    data = _read_file(path, _LARGEST_INDEX)
+    return SavedEdit(folder=folder, **read_index(_read_file(path, _LARGEST_INDEX), at))
+
+
+def read_index(data: bytes, at: str) -> dict[str, Any]:
+    """What ``edit.json`` holds, by the fields of ``SavedEdit``; UserError where it is damaged."""
     try:
         index = json.loads(data.decode("utf-8"), parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
@@ -226,12 +234,12 @@ def read_edit(folder: str | os.PathLike[str]) -> SavedEdit:
     try:
         if sign(index) != index:
             raise UserError(f"{at}: is damaged: its checksum is another one")
-        return _parse_index(folder, index)
+        return _parse_index(index)
     except (ValueError, TypeError, LookupError, RecursionError) as error:
         raise UserError(f"{at}: is no edit's: {one_line(error)}") from error
 
 
-def _parse_index(folder: Path, index: dict[str, Any]) -> SavedEdit:
+def _parse_index(index: dict[str, Any]) -> dict[str, Any]:
     kinds = {
         "id": str,
         "kind": str,
@@ -256,7 +264,7 @@ def _parse_index(folder: Path, index: dict[str, Any]) -> SavedEdit:
     given["origins"] = tuple(_parse_origin(values) for values in given["origins"])
     if {origin.backbone for origin in given["origins"]} != {given["backbone"]}:
         raise ValueError("origins: expected one or more, of the backbone")
-    return SavedEdit(folder=folder, **given)
+    return given
 
 
 def _parse_origin(values: Any) -> Origin:

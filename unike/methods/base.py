@@ -15,6 +15,7 @@ from unike.config.sections import LayerOptions
 from unike.edits import Edit, LayerKnowledge, Origin
 from unike.edits.shares import Shared
 from unike.methods.catalogue import CaseSource
+from unike.methods.isolation import train_apart
 from unike.methods.registry import find_entry, register
 from unike.types import EditRequest, UserError
 
@@ -66,7 +67,9 @@ class EditMethod(ABC):
         The new edit stands alone; ``history | edit`` is both. ``prefixes`` starts at this method's
         first layer. FloatingPointError where the loss stops being a number.
         """
-        return self._sign(self._edit(backbone, request, prefixes, history), backbone, request)
+        with train_apart(backbone):
+            edit = self._edit(backbone, request, prefixes, history)
+        return self._sign(edit, backbone, request)
 
     @final
     def edit_many(
@@ -76,7 +79,8 @@ class EditMethod(ABC):
 
         An edit whose loss stops being a number has the error in its place.
         """
-        outcomes = list(self._edit_many(backbone, requests, prefixes))
+        with train_apart(backbone):
+            outcomes = list(self._edit_many(backbone, requests, prefixes))
         for outcome, request in zip(outcomes, requests, strict=True):
             if isinstance(outcome, Edit):
                 self._sign(outcome, backbone, request)

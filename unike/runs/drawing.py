@@ -12,7 +12,7 @@ from unike.config.hparams import HyperParams
 from unike.config.sections import DataOptions
 from unike.methods.preparation.folders import find_shipped_knowledge, list_changed_options, wants_cases
 from unike.methods.registry import resolve_needs
-from unike.system import launching
+from unike.system import launching, processes
 from unike.system.findings import collect_problems
 from unike.types import UserError
 
@@ -65,3 +65,18 @@ def check_drawing(hparams: DataOptions, is_missing: bool) -> None:
         problems.append(f"drawing the data needs {', '.join(lost)}; pip install '.[demo]'")
     if problems:
         raise UserError(*problems)
+
+
+def draw_train_data(hparams: DataOptions, backbone: object) -> None:
+    """Draws the train split of the bundled benchmark where the YAML draws it and its files are missing, into
+    the folder of the YAML's own data; ``backbone`` answers its questions. UserError where drawing needs more.
+    """
+    if not hparams.generate_data or hparams.image_root is None:
+        return
+    named = {task: files.get("train") for task, files in hparams.data.items()}
+    lost = {task: path for task, path in named.items() if path is not None and not os.path.isfile(path)}
+    drawn = [os.path.abspath(get_drawn_file(get_drawing_folder(hparams), t, "train")) for t in lost]
+    if lost and drawn == [os.path.abspath(path) for path in lost.values()]:
+        check_drawing(hparams, is_missing=True)
+        draw = launching.import_from_checkout(DRAWING_SCRIPT).ensure
+        processes.run_once(lambda: draw(hparams, ("train",), backbone))
