@@ -369,7 +369,7 @@ BAD_DATA: dict[str, tuple[Any, str]] = {
     "mixed": ([{"prompt": "a"}, Case(EditRequest("a", Query(None, "a", "b")), ())], "cases and others"),
     "no file": ("nowhere.json", "nowhere.json: file does not exist"),
     "no table": ("nowhere.csv", "nowhere.csv: no such file"),
-    "NUL": ("a\0.json", "file does not exist"),
+    "NUL": ("a\0.json", "does not exist"),
 }  # fmt: skip
 
 

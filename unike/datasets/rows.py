@@ -72,8 +72,8 @@ def read_rows(source: object, name: str = "ds") -> list[Any]:
         if not isinstance(source, Iterable):
             return [source[i] for i in range(len(source))]  # type: ignore[index, arg-type]
         return list(islice(source, MOST_ROWS))
-    except TypeError as error:
-        # Some classes have __iter__ and refuse it: a tensor of no dimensions, a type.
+    except Exception as error:
+        # A class of the user's raises anything; some have __iter__ and refuse it: a tensor of no dimensions.
         raise UserError(
             f"{name}: expected {_KINDS}, got {type(source).__name__}: {one_line(error)}"
         ) from error

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, wraps
 from importlib import import_module
 from itertools import count
 from types import MappingProxyType
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import nn
@@ -30,6 +30,20 @@ from unike.types import Query, UserError
 
 # They import this module, and are imported when an edit is loaded; a kind of one's own is known already.
 _MODULES_OF_KINDS = ("counterfactual", "deltas", "pickled", "prompt", "routed")
+
+
+def _check_backbone(
+    applied: Callable[[Any, Backbone], AbstractContextManager[None]],
+) -> Callable[[Any, Backbone], AbstractContextManager[None]]:
+    """``applied``, with UserError for what is no backbone."""
+
+    @wraps(applied)
+    def check(self: Edit, backbone: Backbone) -> AbstractContextManager[None]:
+        if not hasattr(type(backbone), "fingerprint"):
+            raise UserError(f"edit {self.id}: expected a backbone, got {type(backbone).__name__}")
+        return applied(self, backbone)
+
+    return check
 
 
 class Edit(ABC):
@@ -49,6 +63,8 @@ class Edit(ABC):
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         # A dataclass would write out all tensors.
+        if "applied" in vars(cls):
+            setattr(cls, "applied", _check_backbone(vars(cls)["applied"]))  # noqa: B010
         if "__repr__" not in vars(cls):
             cls.__repr__ = Edit.__repr__  # type: ignore[method-assign]
 
@@ -138,7 +154,7 @@ class Edit(ABC):
         finds them. UserError, in one line and with nothing changed, for an edit of another backbone, for
         other knowledge than it was made with, and for a damaged folder.
         """
-        return load_edit(read_edit(folder), backbone, Shared(knowledge or {}, network))
+        return load_edit(read_edit(folder), backbone, make_shared(knowledge, network))
 
     @property
     def parts(self) -> tuple[Edit, ...]:
@@ -369,9 +385,13 @@ def _join(one: Edit, other: Edit) -> Edit | None:
 
 
 def compose(edits: Sequence[Edit]) -> Edit | None:
-    """All edits in order, or None without any."""
+    """All edits in order, or None without any. UserError for what is no edit."""
+    if not isinstance(edits, (list, tuple)):
+        raise UserError(f"edits: expected a list of edits, got {type(edits).__name__}")
     whole: Edit | None = None
     for edit in edits:
+        if not isinstance(edit, Edit):
+            raise UserError(f"edits: expected edits, got {type(edit).__name__}")
         whole = edit if whole is None else whole | edit
     return whole
 
@@ -392,6 +412,16 @@ def have_same_weights(one: nn.Module, other: nn.Module) -> bool:
         return True
     mine, theirs = one.state_dict(), other.state_dict()
     return mine.keys() == theirs.keys() and all(torch.equal(t, theirs[name]) for name, t in mine.items())
+
+
+def make_shared(knowledge: Mapping[int, LayerKnowledge] | None, network: nn.Module | None) -> Shared:
+    """What edits share, as it is passed to ``Edit.load``; UserError for something else."""
+    layers = {} if knowledge is None else knowledge
+    if not isinstance(layers, Mapping) or not all(isinstance(v, LayerKnowledge) for v in layers.values()):
+        raise UserError(f"knowledge: expected method.knowledge, got {type(knowledge).__name__}")
+    if network is not None and not isinstance(network, nn.Module):
+        raise UserError(f"network: expected a network, got {type(network).__name__}")
+    return Shared(layers, network)
 
 
 def load_edit(saved: SavedEdit, backbone: Backbone, shared: Shared) -> Edit:

@@ -21,6 +21,7 @@ from unike.edits.content import Content
 from unike.edits.origin import Origin
 from unike.system.faults import explain_write_errors
 from unike.system.files import replace_atomically
+from unike.system.paths import check_path
 from unike.system.text import one_line
 from unike.system.versions import collect_versions
 from unike.types import UserError
@@ -75,6 +76,8 @@ class SavedEdit:
 
     def require(self, backbone: Backbone) -> None:
         """UserError where the edit was made on another model."""
+        if not hasattr(type(backbone), "fingerprint"):
+            raise UserError(f"backbone: expected a backbone, got {type(backbone).__name__}")
         if self.backbone != backbone.fingerprint:
             raise UserError(
                 f"{one_line(self.folder)}: is an edit of another model: {one_line(self.model)}, "
@@ -104,7 +107,7 @@ class SavedEdit:
 
 def save(edit: UnsavedEdit, folder: str | os.PathLike[str]) -> None:
     """Writes the folder of an edit; see ``Edit.save``."""
-    folder = Path(folder)
+    folder = Path(check_path(folder, "edit", "a folder"))
     with explain_write_errors(folder, resumable=False):
         if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
             raise UserError(f"{folder}: is not empty; expected a new folder for the edit")
@@ -214,7 +217,7 @@ def _escape_cell(text: str) -> str:
 
 def read_edit(folder: str | os.PathLike[str]) -> SavedEdit:
     """What a folder says of its edit, without a model. UserError where it holds no edit, or is damaged."""
-    folder = Path(folder)
+    folder = Path(check_path(folder, "edit", "the folder of a saved edit"))
     path = folder / INDEX
     at = one_line(path)
     if not os.path.isdir(folder):

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from unike.backbones.base import Backbone
-from unike.edits.base import Edit, load_edit
+from unike.edits.base import Edit, load_edit, make_shared
 from unike.edits.content import Content
 from unike.edits.files import INDEX, TENSORS, SavedEdit, UnsavedEdit, read_index
 from unike.edits.shares import LayerKnowledge, Shared
@@ -52,7 +52,7 @@ class PickledEdit(Edit):
         network: nn.Module | None = None,
     ) -> Edit:
         """The edit on a backbone; UserError as ``Edit.load``."""
-        edit = load_edit(self.saved, backbone, Shared(knowledge or {}, network))
+        edit = load_edit(self.saved, backbone, make_shared(knowledge, network))
         edit.id = self.id
         return edit
 

@@ -22,6 +22,10 @@ def check_question(
         raise UserError(f"prompt: expected a text, got {describe_value(prompt)}")
     if not prompt.strip():
         raise UserError("prompt: is empty; expected a question")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise UserError("prompt: half of a surrogate pair, which is no text") from None
     return locate(image), str(prompt).strip()
 
 

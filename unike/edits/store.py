@@ -20,7 +20,8 @@ from filelock import FileLock
 
 from unike.edits.files import SavedEdit, read_edit, render_files, write_folder
 from unike.system.faults import explain_write_errors
-from unike.system.text import one_line
+from unike.system.paths import check_path
+from unike.system.text import describe_value, one_line
 from unike.types import UserError
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ class EditStore:
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
-        self.folder = Path(folder)
+        self.folder = Path(check_path(folder, "store", "a folder"))
         self._index = self.folder / INDEX
         self._read = 0
         self._model: dict[str, str] = {}
@@ -77,6 +78,8 @@ class EditStore:
         UserError where the id is taken, where the edit is of another model, or where nothing can be
         written; the store is then as before.
         """
+        if not callable(getattr(type(edit), "as_unsaved", None)):
+            raise UserError(f"{self.folder}: expected an edit, got {type(edit).__name__}")
         with explain_write_errors(self.folder, resumable=False):
             files, checksum = render_files(edit.as_unsaved())
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -145,6 +148,8 @@ class EditStore:
             raise UserError(*(f"{self.folder}: no edit {name}; there are {few or 'none'}" for name in lost))
 
     def _find_folder(self, name: str) -> Path:
+        if not isinstance(name, str):
+            raise UserError(f"{self.folder}: expected the id of an edit, got {describe_value(name)}")
         if name not in self._folders:
             self.require(name)
         return self.folder / self._folders[name]
