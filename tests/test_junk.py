@@ -144,16 +144,60 @@ def edit(editor: MultimodalEditor, project: Project) -> Edit:
     return edit
 
 
+Calls = dict[str, tuple[Callable[..., Any], dict[str, Any]]]
+
+
+def list_files(editor: MultimodalEditor, edit: Edit, tmp: Path) -> Calls:
+    """Edits and stores on disk."""
+    return {
+        "EditStore": (EditStore, {"folder": tmp / "s"}),
+        "EditStore.add": (EditStore(tmp / "s").add, {"edit": edit}),
+        "EditStore.remove": (EditStore(tmp / "s").remove, {"name": "a"}),
+        "EditStore.read": (EditStore(tmp / "s").read, {"name": "a"}),
+        "EditStore.load": (EditStore(tmp / "s").load, {"name": edit.id, "backbone": editor.backbone,
+                                                       "knowledge": None}),
+        "EditStore.in": (EditStore(tmp / "s").__contains__, {"name": "a"}),
+        "Edit.save": (edit.save, {"folder": tmp / "e"}),
+        "Edit.load": (Edit.load, {"folder": tmp / "saved", "backbone": editor.backbone, "knowledge": None}),
+        "Edit.applied": (lambda backbone: enter(edit, backbone), {"backbone": editor.backbone}),
+        "compose": (compose, {"edits": [edit]}),
+        "read_edit": (read_edit, {"folder": "a"}),
+    }  # fmt: skip
+
+
+def list_readers(project: Project, hparams: HyperParams, row: dict[str, Any]) -> Calls:
+    """Nouns and readers."""
+    query = Query(None, "a", "b")
+    request = EditRequest("a", query)
+    return {
+        "Query": (Query, {"image": None, "prompt": "a", "target": "b"}),
+        "EditRequest": (EditRequest, {"id": "a", "query": query, "wrong": None}),
+        "Probe": (Probe, {"name": "a", "query": query, "expect": "target"}),
+        "Case": (Case, {"request": request, "probes": (), "task": "vqa"}),
+        "VQADataset": (VQADataset, {"path": str(project.data / "vqa_eval.json"), "image_root": None,
+                                    "rephrase_root": None, "size": 1, "template": "{}"}),
+        "CaptionDataset": (CaptionDataset, {"path": "a", "size": 1}),
+        "CapVQADataset": (CapVQADataset, {"vqa_path": str(project.data / "vqa_eval.json"),
+                                          "caption_path": str(project.data / "caption_eval.json")}),
+        "load_records": (load_records, {"path": "a"}),
+        "read_rows": (read_rows, {"source": []}),
+        "open_image": (open_image, {"source": project.data / "0.png", "root": None}),
+        "easyedit.VQADataset": (unike.easyedit.VQADataset, {
+            "data_dir": str(project.data / "vqa_eval.json"), "size": 1, "config": None}),
+        "easyedit.hparams": (unike.easyedit.MENDMultimodalHparams.from_hparams, {"path": "a"}),
+        "easyedit.trainer": (unike.easyedit.MultimodalTrainer, {
+            "config": hparams.replace(method="mend"), "train_set": [row], "val_set": [row]}),
+    }  # fmt: skip
+
+
 def list_calls(
     editor: MultimodalEditor, edit: Edit, project: Project, tmp: Path
 ) -> dict[str, Callable[..., Any]]:
     """By name, each public function as a function of one of its arguments; the others are sound."""
     image = project.data / "0.png"
     edited = editor.edit(PROMPT, TARGET, image)[1]
-    row = {**record(5), "image": str(image)}
-    hparams, query = editor.hparams, Query(None, "a", "b")
-    request = EditRequest("a", query)
-    calls: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
+    row, hparams = {**record(5), "image": str(image)}, editor.hparams
+    calls: Calls = {
         "edit": (editor.edit, {
             "prompts": PROMPT, "targets": TARGET, "image": image, "file_type": None, "rephrase_prompts": None,
             "rephrase_image": None, "locality_inputs": None, "keep_original_weight": None, "template": None,
@@ -175,39 +219,11 @@ def list_calls(
         "HyperParams.from_dict": (HyperParams.from_dict, {"values": {}, "overrides": ()}),
         "UniKEHyperParams": (UniKEHyperParams, {"model_name": "blip2", "name": "a", "layers": 1, "data": {}}),
         "replace": (hparams.replace, {"lr": 1e-3, "layers": 2, "data": {}, "device": "cpu", "name": "a"}),
-        "EditStore": (EditStore, {"folder": tmp / "s"}),
-        "EditStore.add": (EditStore(tmp / "s").add, {"edit": edit}),
-        "EditStore.remove": (EditStore(tmp / "s").remove, {"name": "a"}),
-        "EditStore.read": (EditStore(tmp / "s").read, {"name": "a"}),
-        "EditStore.load": (EditStore(tmp / "s").load, {"name": edit.id, "backbone": editor.backbone,
-                                                       "knowledge": None}),
-        "EditStore.in": (EditStore(tmp / "s").__contains__, {"name": "a"}),
-        "Edit.save": (edit.save, {"folder": tmp / "e"}),
-        "Edit.load": (Edit.load, {"folder": tmp / "saved", "backbone": editor.backbone, "knowledge": None}),
-        "Edit.applied": (lambda backbone: enter(edit, backbone), {"backbone": editor.backbone}),
-        "compose": (compose, {"edits": [edit]}),
-        "read_edit": (read_edit, {"folder": "a"}),
-        "Query": (Query, {"image": None, "prompt": "a", "target": "b"}),
-        "EditRequest": (EditRequest, {"id": "a", "query": query, "wrong": None}),
-        "Probe": (Probe, {"name": "a", "query": query, "expect": "target"}),
-        "Case": (Case, {"request": request, "probes": (), "task": "vqa"}),
-        "VQADataset": (VQADataset, {"path": str(project.data / "vqa_eval.json"), "image_root": None,
-                                    "rephrase_root": None, "size": 1, "template": "{}"}),
-        "CaptionDataset": (CaptionDataset, {"path": "a", "size": 1}),
-        "CapVQADataset": (CapVQADataset, {"vqa_path": str(project.data / "vqa_eval.json"),
-                                          "caption_path": str(project.data / "caption_eval.json")}),
-        "load_records": (load_records, {"path": "a"}),
-        "read_rows": (read_rows, {"source": []}),
-        "open_image": (open_image, {"source": image, "root": None}),
-        "easyedit.VQADataset": (unike.easyedit.VQADataset, {
-            "data_dir": str(project.data / "vqa_eval.json"), "size": 1, "config": None}),
-        "easyedit.hparams": (unike.easyedit.MENDMultimodalHparams.from_hparams, {"path": "a"}),
-        "easyedit.trainer": (unike.easyedit.MultimodalTrainer, {
-            "config": hparams.replace(method="mend"), "train_set": [row], "val_set": [row]}),
     }  # fmt: skip
     edit.save(tmp / "saved")
     out = {}
-    for name, (function, sound) in calls.items():
+    all_calls = calls | list_files(editor, edit, tmp) | list_readers(project, editor.hparams, row)
+    for name, (function, sound) in all_calls.items():
         for argument in sound:
 
             def call(
