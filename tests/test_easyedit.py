@@ -361,6 +361,18 @@ def test_a_name_without_a_counterpart_says_so_when_it_is_used(name: str) -> None
     assert repr(made)
 
 
+def test_the_names_stand_in_the_package_too() -> None:
+    import unike
+
+    for name in unike._EASYEDIT:
+        found, here = getattr(unike, name), getattr(unike.easyedit, name)
+        assert found is here or name in REFUSED
+    assert {*unike.easyedit.__all__} - {"Case", "EasyEditHyperParams", "MultimodalEditor"} <= {
+        *unike._EASYEDIT
+    }
+    assert unike.MultimodalEditor is PlainEditor is not MultimodalEditor
+
+
 def test_an_unknown_name_is_none() -> None:
     with pytest.raises(AttributeError, match=r"docs/easyedit\.md"):
         unike.easyedit.MultimodalEditors  # noqa: B018

@@ -11,6 +11,7 @@ import difflib
 import io
 import json
 import logging
+import math
 import os
 from collections.abc import Iterable, Mapping
 from itertools import chain, islice
@@ -152,7 +153,8 @@ def name_fields(row: object, at: str) -> tuple[dict[str, Any], list[str]]:
     problems = []
     for key, value in row.items():
         field = _HOMES.get(key) if isinstance(key, str) else None
-        if field is None or value is None:
+        # A table has NaN where a cell is empty.
+        if field is None or value is None or (isinstance(value, float) and math.isnan(value)):
             continue
         if field in found:
             problems.append(f"{at}: {key} and {given[field]} hold the same; expected one of them")

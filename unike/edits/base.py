@@ -29,7 +29,7 @@ from unike.system.text import one_line
 from unike.types import Query, UserError
 
 # They import this module, and are imported when an edit is loaded; a kind of one's own is known already.
-_MODULES_OF_KINDS = ("counterfactual", "deltas", "pickled", "prompt", "routed")
+_MODULES_OF_KINDS = ("counterfactual", "deltas", "prompt", "routed")
 
 
 def _check_backbone(
@@ -77,7 +77,8 @@ class Edit(ABC):
     def __reduce__(self) -> tuple[object, ...]:
         """Pickled as it is saved, without what it shares with others. UserError for an edit that no
         registered method has made."""
-        return find_kind("pickled"), (render_files(self.as_unsaved())[0],)
+        pickled = import_module(f"{__package__}.pickled").PickledEdit
+        return pickled, (render_files(self.as_unsaved())[0],)
 
     def __copy__(self) -> Edit:
         new = object.__new__(type(self))
@@ -400,7 +401,7 @@ def find_kind(name: str | None) -> type[Edit]:
     """The class of a kind of edit; ValueError for an unknown one."""
     for module in _MODULES_OF_KINDS:
         import_module(f"{__package__}.{module}")
-    known = {kind.kind: kind for kind in Edit.__subclasses__()}
+    known = {kind.kind: kind for kind in Edit.__subclasses__() if kind.kind}
     if name not in known:
         raise ValueError(f"kind: {name!r} is unknown; expected one of {', '.join(sorted(known))}")
     return known[name]

@@ -36,7 +36,8 @@ class PickledEdit(Edit):
     shares with others. An edit that shares nothing may be applied as it is.
     """
 
-    kind = "pickled"
+    # No folder is of this kind: saved again, it is of the kind that it was.
+    kind = ""
 
     def __init__(self, files: Mapping[str, bytes]) -> None:
         if not isinstance(files, Mapping) or not {INDEX, TENSORS} <= set(files):
@@ -77,7 +78,7 @@ class PickledEdit(Edit):
 
     @classmethod
     def unpack(cls, content: Content, backbone: Backbone, shared: Shared) -> Edit:
-        raise ValueError("kind: pickled: is no kind of a saved edit")
+        raise ValueError("expected the kind of a saved edit")
 
     def as_unsaved(self) -> UnsavedEdit:
         return UnsavedEdit(self.id, self.saved.kind, self.pack(), self.origins, self.needs(), self.info)
