@@ -287,7 +287,9 @@ DATA: dict[str, Callable[[Path, Path], Any]] = {
     "EasyEdit's": lambda root, to: easyedit_rows(),
     "generator": lambda root, to: (row for row in mmedit_rows()),
     "tuple": lambda root, to: tuple(mmedit_rows()),
-    "pandas": lambda root, to: Table(mmedit_rows()),
+    "pandas": lambda root, to: Table(
+        [{**row, "pred": row["pred"], "m_loc_x": 1, "wrong": float("nan")} for row in mmedit_rows()]
+    ),
     "datasets": lambda root, to: Rows(mmedit_rows(), root),
     "JSON": lambda root, to: write_json(to / "a.json", mmedit_rows()),
     "JSON path as text": lambda root, to: str(write_json(to / "a.json", mmedit_rows())),
@@ -369,7 +371,7 @@ BAD_DATA: dict[str, tuple[Any, str]] = {
     "mixed": ([{"prompt": "a"}, Case(EditRequest("a", Query(None, "a", "b")), ())], "cases and others"),
     "no file": ("nowhere.json", "nowhere.json: file does not exist"),
     "no table": ("nowhere.csv", "nowhere.csv: no such file"),
-    "NUL": ("a\0.json", "file does not exist"),
+    "NUL": ("a\0.json", "does not exist"),
 }  # fmt: skip
 
 

@@ -286,6 +286,9 @@ def guard_applied(kind: type) -> None:
 
     @wraps(apply)
     def applied(self: Any, backbone: Any, *rest: Any, **more: Any) -> Application:
+        if not hasattr(type(backbone), "fingerprint"):
+            name = getattr(self, "id", type(self).__name__)
+            raise UserError(f"edit {name}: expected a backbone, got {type(backbone).__name__}")
         return Application(Guard.of(backbone), lambda: apply(self, backbone, *rest, **more))
 
     kind.applied = applied  # type: ignore[attr-defined]

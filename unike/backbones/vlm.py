@@ -307,7 +307,9 @@ class VisionLanguageBackbone:
         key = (*how, *((array.dtype, array.shape, array.tobytes()) for array in raw))
         inputs = self._layer_inputs.get(key)
         if inputs is None:
-            inputs = self._read_layer_inputs(attention_mask, positions)
+            # Kept for later, when gradients may be wanted.
+            with torch.inference_mode(False):
+                inputs = self._read_layer_inputs(attention_mask, positions)
             self._layer_inputs.put(key, inputs)
         return dict(inputs)
 

@@ -133,7 +133,8 @@ def translate(
             ignored.append(str(key))
         else:
             mapped.setdefault(key, value)
-    mapped.update(_make_others(given, method, mapped))
+    for name, made in _make_others(given, method).items():
+        mapped.setdefault(name, made)
     if problems:
         raise UserError(*problems)
     read = {
@@ -206,9 +207,7 @@ def read_layers(names: object) -> list[int]:
     return sorted({int(match.group(1)) for match in found if match})
 
 
-def _make_others(
-    values: Mapping[object, object], method: str, mapped: Mapping[object, object]
-) -> dict[object, object]:
+def _make_others(values: Mapping[object, object], method: str) -> dict[object, object]:
     """Options that follow from several keys."""
     out: dict[object, object] = {}
     if values.get("half") is True or values.get("fp16") is True:
@@ -228,8 +227,7 @@ def _make_others(
         _read_count(values, "accumulate_bs") or 1
     )
     archive, results = values.get("archive"), values.get("results_dir") or "./results"
-    if "editor_dir" not in mapped:
-        out["editor_dir"] = archive if archive is not None else os.path.join(str(results), "models")
+    out["editor_dir"] = archive if archive is not None else os.path.join(str(results), "models")
     return out
 
 

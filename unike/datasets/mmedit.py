@@ -14,7 +14,8 @@ from typing import ClassVar, Literal, TypedDict, cast, overload
 
 from unike.datasets.answers import normalise_answer
 from unike.datasets.images import PathLike, image_path, lies_outside
-from unike.system.text import one_line
+from unike.system.paths import check_path
+from unike.system.text import describe_value, one_line
 from unike.types import Case, EditRequest, Probe, Query, UserError
 
 VQA_TEMPLATE = "Question: {} Short answer:"
@@ -86,6 +87,7 @@ def load_records(path: PathLike) -> list[object]:
         UserError: one line naming the file, if it is missing, not a regular file, not UTF-8, not JSON
             (with line and column) or not a list.
     """
+    path = check_path(path, "annotations", "a JSON file with a list of records")
     name = one_line(path)
     if os.path.isdir(path):
         raise UserError(f"{name}: is a directory; expected a JSON file with a list of records")
@@ -225,7 +227,11 @@ class _MMEditDataset(_CaseSequence):
         allow_outside: bool = False,
     ) -> None:
         _check_size(size)
-        if template.count("{}") != 1:
+        path = check_path(path, "annotations", "a JSON file with a list of records")
+        for name, root in (("image_root", image_root), ("rephrase_root", rephrase_root)):
+            if root is not None:
+                check_path(root, name, "a folder of images")
+        if not isinstance(template, str) or template.count("{}") != 1:
             raise UserError(
                 f"template {one_line(template)!r}: expected exactly one {{}} where the question goes"
             )
@@ -402,4 +408,6 @@ class CapVQADataset(_CaseSequence):
 
 def _check_size(size: int | None) -> None:
     if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
-        raise UserError(f"size: expected a whole number above 0 (or none, for all records), got {size!r}")
+        raise UserError(
+            f"size: expected a whole number above 0 (or none, for all records), got {describe_value(size)}"
+        )

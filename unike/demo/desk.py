@@ -85,7 +85,7 @@ class Desk:
         with self._turn:
             # An edit that fails leaves the former ones attached.
             metrics, _, _ = self.editor.edit(
-                question.strip(), answer, image, template=VQA_TEMPLATE, keep_original_weight=False
+                question.strip(), answer, image, template=VQA_TEMPLATE, sequential_edit=True
             )
             if error := metrics[0].get("error"):
                 raise UserError(f"the edit failed: {error}")

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from unike import runs
@@ -30,13 +31,16 @@ from unike.edits.attached import EditedModel, Slot
 from unike.edits.base import load_edit
 from unike.edits.explain import Explanation, ask
 from unike.edits.files import read_edit
+from unike.edits.pickled import PickledEdit
 from unike.edits.questions import answer_each, check_question
 from unike.edits.shares import Shared
 from unike.evaluation.protocols import Outcome, run_one_step
 from unike.evaluation.record import Record
 from unike.evaluation.summary import Summary, summarise
 from unike.methods.base import require_reachable
+from unike.methods.isolation import train_apart
 from unike.runs import checks, inputs
+from unike.runs.drawing import draw_train_data
 from unike.system.text import describe_value
 from unike.types import Case, ImageLike, TooLongError, UserError
 
@@ -53,6 +57,11 @@ class MultimodalEditor:
     share what is attached to it, and one thread at a time: others wait until a call is done, or until a
     block ``with edit.applied(backbone)`` ends. What a block applies, no call of an editor sees.
     """
+
+    # Of EasyEdit's calls: whose definitions of locality the metrics have, and whether its meaning of
+    # ``keep_original_weight=False`` is taken into account.
+    metric_preset: str | None = None
+    easyedit = False
 
     def __init__(self, hparams: HyperParams, backbone: Backbone, progress: bool = True) -> None:
         self.hparams, self.backbone, self.progress = hparams, backbone, progress
@@ -82,12 +91,15 @@ class MultimodalEditor:
         def triplets() -> list[Triplet]:
             if given is not None:
                 return make_triplets(given, self.hparams.triplets)
+            draw_train_data(self.hparams, self.backbone)
             return inputs.read_triplets(self.hparams, skip_broken)
 
         def cases() -> Sequence[Case]:
+            if given is None:
+                draw_train_data(self.hparams, self.backbone)
             return inputs.read_method_cases(self.hparams, skip_broken, given)
 
-        with self._slot.only(()):
+        with self._slot.only(()), train_apart(self.backbone):
             epoch = self._slot.guard.epoch
             # Memory, encoders and networks belong to the weights that they were made with.
             if self._parts is None or train_ds is not None or self._epoch != epoch:
@@ -108,7 +120,12 @@ class MultimodalEditor:
         edits that contradict each other are named in a warning. UserError, with nothing changed, where an
         edit of the same ``id`` is attached, or where this one was made on another model.
         """
+        if not isinstance(edit, Edit):
+            raise UserError(f"attach: expected an edit, got {type(edit).__name__}")
         with self._slot.guard.hold():
+            if isinstance(edit, PickledEdit):
+                shared = self._get_shared() if edit.needs() else Shared()
+                edit = edit.restore(self.backbone, shared.knowledge, shared.network)
             mine = not self.edits or self._slot.editor is self
             self._slot.attach(edit)
             self._slot.editor = self if mine else None
@@ -119,6 +136,8 @@ class MultimodalEditor:
         An edit trained while this one was active (``keep_original_weight=False``) stays as trained.
         UserError where no edit of that ``id`` is attached.
         """
+        if not isinstance(id, str):
+            raise UserError(f"detach: expected the id of an edit, got {type(id).__name__}")
         return self._slot.detach(id)
 
     def generate(
@@ -155,7 +174,8 @@ class MultimodalEditor:
         image, prompt = check_question(image, prompt, self._locate)
         if isinstance(top, bool) or not isinstance(top, int) or top < 0:
             raise UserError(f"top: expected a whole number from 0 on, got {describe_value(top)}")
-        return ask(self._slot, image, prompt, top)
+        with torch.inference_mode(False):
+            return ask(self._slot, image, prompt, top)
 
     def _locate(self, image: ImageLike | None) -> ImageLike | None:
         return locate_image(image, self.hparams.image_root)
@@ -165,11 +185,15 @@ class MultimodalEditor:
 
         UserError as ``Edit.load``.
         """
+        if not isinstance(folder, (str, os.PathLike)):
+            raise UserError(f"load: expected the folder of an edit, got {type(folder).__name__}")
         saved = read_edit(folder)
         with self._slot.guard.hold():
             saved.require(self.backbone)
-            shared = self.prepare().method.get_shared_parts() if saved.needs else Shared()
-            return load_edit(saved, self.backbone, shared)
+            return load_edit(saved, self.backbone, self._get_shared() if saved.needs else Shared())
+
+    def _get_shared(self) -> Shared:
+        return self.prepare().method.get_shared_parts()
 
     def edit(
         self,
@@ -217,7 +241,7 @@ class MultimodalEditor:
         position of which it is not clear which one it is.
         """
         named = {name: value for name, value in locals().items() if name in NAMED}
-        given = read_arguments(others, named, unknown)
+        given = read_arguments(others, named, unknown, self.easyedit)
         columns = {"prompts": prompts, "targets": targets, "image": image, **given.values}
         with self._slot.guard.hold():
             return self._edit(given, columns)
@@ -288,7 +312,8 @@ class MultimodalEditor:
         require_reachable(self.backbone, [case.request for case in cases])
         reader = parts.make_reader(generated)
         edits, metrics, records = former, list[dict[str, Any]](), list[Record]()
-        with self._slot.only(()):
+        # Whatever the caller has switched off: what is kept for later must carry gradients then.
+        with self._slot.only(()), torch.inference_mode(False):
             for number, case in enumerate(
                 tqdm(cases, desc="edits", disable=not (self.progress if verbose is None else verbose))
             ):
@@ -303,7 +328,7 @@ class MultimodalEditor:
                     _require_one_kind(history, outcome.edit)
                     edits = (*edits, outcome.edit) if accumulate else (outcome.edit,)
                 records.append(merge_probes(outcome.record))
-                metrics.append(describe_metric(number, case, records[-1]))
+                metrics.append(describe_metric(number, case, records[-1], self.metric_preset))
                 if verbose:
                     logger.info("%s", metrics[-1])
         self._slot.put(edits)

@@ -33,7 +33,7 @@ def read_cases(ds: object, hparams: DataOptions, template: str | None, name: str
     """
     if isinstance(ds, Sequence) and hasattr(ds, "list_missing_images"):
         return ds if template is None else apply_template(ds, template)
-    rows = read_rows(ds)
+    rows = read_rows(ds, name)
     if not rows:
         raise UserError(f"{name}: holds no case; expected one or more")
     if any(isinstance(row, Case) for row in rows):

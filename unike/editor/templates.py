@@ -13,6 +13,8 @@ from unike.types import Case, Query, UserError
 def make_wrapper(template: str | None) -> Callable[[str], str]:
     if template is None:
         return lambda text: text
+    if not isinstance(template, str):
+        raise UserError(f"template: expected a text with {{}} in it, got {type(template).__name__}")
     if template.count("{}") != 1:
         raise UserError(f"template {template!r}: expected exactly one {{}} where the question goes")
     start, end = template.split("{}")

@@ -31,7 +31,7 @@ from unike.edits.conflicts import (
     share_origins,
 )
 from unike.edits.content import Content, merge_contents
-from unike.edits.files import PLACES, SavedEdit, UnsavedEdit, read_edit, save
+from unike.edits.files import PLACES, SavedEdit, UnsavedEdit, read_edit, render_files, save
 from unike.edits.origin import Origin
 from unike.edits.shares import LayerKnowledge, Shared
 from unike.system.text import one_line
@@ -58,6 +58,30 @@ class Edit(ABC):
     def __init_subclass__(cls, **options: object) -> None:
         super().__init_subclass__(**options)
         guard_applied(cls)
+        # A dataclass would write out all tensors.
+        if "__repr__" not in vars(cls):
+            cls.__repr__ = Edit.__repr__  # type: ignore[method-assign]
+
+    def __repr__(self) -> str:
+        """One line: kind, id, and what was asked and answered."""
+        asked = [f"{one_line(o.prompt, 40)!r} -> {one_line(o.target, 30)!r}" for o in self.origins[:2]]
+        more = [f"{len(self.origins) - 2} more"] if len(self.origins) > 2 else []
+        return f"<{type(self).__name__} {one_line(self.id, 40) or 'without id'}: {', '.join(asked + more)}>"
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Pickled as it is saved, without what it shares with others. UserError for an edit that no
+        registered method has made."""
+        pickled = import_module(f"{__package__}.pickled").PickledEdit
+        return pickled, (render_files(self.as_unsaved())[0],)
+
+    def __copy__(self) -> Edit:
+        new = object.__new__(type(self))
+        vars(new).update(vars(self))
+        return new
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Edit:
+        # Its tensors do not change once it is made.
+        return self.__copy__()
 
     @abstractmethod
     def applied(self, backbone: Backbone) -> AbstractContextManager[None]:
@@ -129,7 +153,7 @@ class Edit(ABC):
         finds them. UserError, in one line and with nothing changed, for an edit of another backbone, for
         other knowledge than it was made with, and for a damaged folder.
         """
-        return load_edit(read_edit(folder), backbone, Shared(knowledge or {}, network))
+        return load_edit(read_edit(folder), backbone, make_shared(knowledge, network))
 
     @property
     def parts(self) -> tuple[Edit, ...]:
@@ -396,11 +420,17 @@ def _join(one: Edit, other: Edit) -> Edit | None:
 
 
 def compose(edits: Sequence[Edit]) -> Edit | None:
-    """All edits in order, without what a later one contradicts; None without any."""
+    """All edits in order, without what a later one contradicts; None without any. UserError for what is no
+    edit."""
+    if not isinstance(edits, (list, tuple)):
+        raise UserError(f"edits: expected a list of edits, got {type(edits).__name__}")
+    for edit in edits:
+        if not isinstance(edit, Edit):
+            raise UserError(f"edits: expected edits, got {type(edit).__name__}")
     whole: Edit | None = None
-    for edit in leave_out_contradicted(edits):
-        if edit is not None:
-            whole = edit if whole is None else whole | edit
+    for left in leave_out_contradicted(edits):
+        if left is not None:
+            whole = left if whole is None else whole | left
     return whole
 
 
@@ -408,7 +438,7 @@ def find_kind(name: str | None) -> type[Edit]:
     """The class of a kind of edit; ValueError for an unknown one."""
     for module in _MODULES_OF_KINDS:
         import_module(f"{__package__}.{module}")
-    known = {kind.kind: kind for kind in Edit.__subclasses__()}
+    known = {kind.kind: kind for kind in Edit.__subclasses__() if kind.kind}
     if name not in known:
         raise ValueError(f"kind: {name!r} is unknown; expected one of {', '.join(sorted(known))}")
     return known[name]
@@ -420,6 +450,16 @@ def have_same_weights(one: nn.Module, other: nn.Module) -> bool:
         return True
     mine, theirs = one.state_dict(), other.state_dict()
     return mine.keys() == theirs.keys() and all(torch.equal(t, theirs[name]) for name, t in mine.items())
+
+
+def make_shared(knowledge: Mapping[int, LayerKnowledge] | None, network: nn.Module | None) -> Shared:
+    """What edits share, as it is passed to ``Edit.load``; UserError for something else."""
+    layers = {} if knowledge is None else knowledge
+    if not isinstance(layers, Mapping) or not all(isinstance(v, LayerKnowledge) for v in layers.values()):
+        raise UserError(f"knowledge: expected method.knowledge, got {type(knowledge).__name__}")
+    if network is not None and not isinstance(network, nn.Module):
+        raise UserError(f"network: expected a network, got {type(network).__name__}")
+    return Shared(layers, network)
 
 
 def load_edit(saved: SavedEdit, backbone: Backbone, shared: Shared) -> Edit:

@@ -23,8 +23,9 @@ from unike.edits.files import SavedEdit, read_edit, render_files, write_folder
 from unike.edits.origin import Origin
 from unike.system.faults import explain_write_errors
 from unike.system.files import to_json_types
+from unike.system.paths import check_path
 from unike.system.places import lock, refuse_link
-from unike.system.text import one_line
+from unike.system.text import describe_value, one_line
 from unike.types import UserError
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ class EditStore:
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
-        self.folder = Path(folder)
+        self.folder = Path(check_path(folder, "store", "a folder"))
         self._index = self.folder / INDEX
         refuse_link(self._index)
         self._read = 0
@@ -91,6 +92,8 @@ class EditStore:
         UserError where the id is taken, where the edit is of another model, or where nothing can be
         written; the store is then as before.
         """
+        if not callable(getattr(type(edit), "as_unsaved", None)):
+            raise UserError(f"{self.folder}: expected an edit, got {type(edit).__name__}")
         with explain_write_errors(self.folder, resumable=False):
             files, checksum = render_files(edit.as_unsaved())
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -200,6 +203,8 @@ class EditStore:
         return f"method {one_line(origin.method, 40)}"
 
     def _find_folder(self, name: str) -> Path:
+        if not isinstance(name, str):
+            raise UserError(f"{self.folder}: expected the id of an edit, got {describe_value(name)}")
         if name not in self._folders:
             self.require(name)
         return self.folder / self._folders[name]

@@ -18,6 +18,7 @@ from unike.edits import Edit, LayerKnowledge, Origin
 from unike.edits.conflicts import find_contradicted
 from unike.edits.shares import Shared
 from unike.methods.catalogue import CaseSource
+from unike.methods.isolation import train_apart
 from unike.methods.registry import find_entry, register
 from unike.types import EditRequest, Query, UserError
 
@@ -73,7 +74,7 @@ class EditMethod(ABC):
         never be generated.
         """
         require_reachable(backbone, [request])
-        with Guard.of(backbone).bare():
+        with Guard.of(backbone).bare(), train_apart(backbone):
             if history is not None:
                 own = Origin.of(request, self.hparams.decisive(), backbone, {})
                 places = find_contradicted(history.origins, (own,))
@@ -90,7 +91,7 @@ class EditMethod(ABC):
         made, for targets that could never be generated.
         """
         require_reachable(backbone, requests)
-        with Guard.of(backbone).bare():
+        with Guard.of(backbone).bare(), train_apart(backbone):
             outcomes = list(self._edit_many(backbone, requests, prefixes))
             for outcome, request in zip(outcomes, requests, strict=True):
                 if isinstance(outcome, Edit):
