@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from unike.config.hparams import HyperParams
 from unike.methods import MethodNeeds, build, resolve_needs
 from unike.methods.preparation.folders import find_editor, find_scope_classifier, wants_cases
 from unike.methods.preparation.knowledge import find_knowledge
+from unike.methods.registry import resolve_needs_if_valid
 from unike.report.terminal import as_text
 from unike.runs import checks, inputs
 from unike.runs.drawing import check_drawing, get_drawing_folder, list_missing_splits, wants_drawing
@@ -48,10 +49,13 @@ def make_fit_table(fits: Mapping[str, Mapping[str, float]], title: str) -> Table
 def require_inputs(hparams: HyperParams) -> None:
     """UserError with all that is wrong with method, device, weights and folders, and with what would be
     drawn, before a model is loaded."""
-    found = [lambda: checks.require_backbone(hparams)]
+    found: list[Callable[[], object]] = [lambda: checks.require_backbone(hparams)]
+    needs = resolve_needs_if_valid(hparams)
     if wants_drawing(hparams):
         undrawn = list_missing_splits(get_drawing_folder(hparams), ("train",))
         found.append(lambda: check_drawing(hparams, undrawn))
+    elif needs.knowledge or (needs.training and wants_cases(hparams, needs)):
+        found.append(lambda: inputs.find_train_annotations(hparams))
     require(*found)
 
 

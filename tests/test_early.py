@@ -205,6 +205,19 @@ def test_bad_names_from_the_shell(command: list[str]) -> None:
     assert all(line.startswith("error: ") for line in done.stderr.splitlines())
 
 
+@pytest.mark.usefixtures("nothing_loads")
+@pytest.mark.parametrize("more", [[], ["method=mend", "editor_dir=editors"]])
+def test_preparing_checks_before_it_loads(copied: Project, capsys, monkeypatch, more: list[str]) -> None:
+    from scripts import prepare
+
+    monkeypatch.chdir(copied.root)
+    monkeypatch.setattr(prepare, "load_backbone", None)
+    gone = copied.root / "nope"
+    assert prepare.main(["--hparams_dir", str(copied.yaml), *more, f"image_root={gone}"]) == 2
+    assert any(f"image_root: {gone}: no such folder" in line for line in errors(capsys))
+    assert not gone.exists()
+
+
 # ---------------------------------------------------------------- nobody reads any more
 
 
