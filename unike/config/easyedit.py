@@ -146,6 +146,7 @@ def translate(
         "half",
         "opt",
         "alg",
+        "eval_only",
     }
     return mapped, tuple(sorted(set(ignored) - (read if method in ("mend", "ke", "serac") else {"alg"})))
 
