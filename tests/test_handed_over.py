@@ -15,7 +15,7 @@ import torch
 from helpers import Project, record
 from PIL import Image
 
-from unike.datasets.mmedit import VQA_TEMPLATE, VQADataset
+from unike.datasets.mmedit import VQA_TEMPLATE, VQADataset, wrap_prompt
 from unike.editor import MultimodalEditor
 from unike.editor.metrics import merge_probes
 from unike.evaluation.record import Record, Score
@@ -124,6 +124,15 @@ def test_a_prompt_that_is_templated_already_is_wrapped_once(
     for given in ("what is it?", " what is it? ", PROMPT, f"{PROMPT} "):
         metrics, _, _ = editor.edit(given, TARGET, picture(project), template=VQA_TEMPLATE)
         assert metrics[0]["requested_rewrite"]["prompt"] == PROMPT
+    for given in ("what is it?", PROMPT, f"{PROMPT} "):
+        rows = [{**mmedit_rows(1)[0], "src": given}]
+        project.write_records(rows, "wrapped")
+        cases = VQADataset(project.data / "wrapped_eval.json", project.data)
+        assert cases[0].request.query.prompt == PROMPT
+    assert wrap_prompt("Q: {} A: ", "Q: x A:") == "Q: x A:"
+    assert wrap_prompt("Q: {} A: ", "Q: A:") == "Q: Q: A: A: "
+    assert wrap_prompt("{}", " x ") == "x"
+    assert wrap_prompt(VQA_TEMPLATE, "Question: is it?") == "Question: Question: is it? Short answer:"
 
 
 # ---------------------------------------------------------------- requests
