@@ -138,6 +138,16 @@ def test_a_prompt_that_is_templated_already_is_wrapped_once(
 # ---------------------------------------------------------------- requests
 
 
+def test_a_missing_argument_is_named(editor: MultimodalEditor, project: Project) -> None:
+    with pytest.raises(UserError, match="targets: is missing; expected a text"):
+        editor.edit(prompts=PROMPT, image=picture(project))
+    with pytest.raises(UserError) as caught:
+        editor.edit()
+    assert [line.split(":")[0] for line in caught.value.problems] == ["prompts", "targets"]
+    with pytest.raises(UserError, match="ds: expected a data set"):
+        editor.edit_dataset()
+
+
 def test_a_request_without_an_image_is_of_the_language_model(
     editor: MultimodalEditor, project: Project
 ) -> None:
@@ -377,6 +387,7 @@ BAD_DATA: dict[str, tuple[Any, str]] = {
     "a video": ([{"prompt": "a", "target": "b", "image_type": "video"}], "'video' has no counterpart"),
     "half a probe": ([{"prompt": "a", "target": "b", "loc": "c"}], "['ground_truth']: is missing"),
     "an id": ([{"prompt": "a", "target": "b", "id": 1.5}], "id: expected a text, got float"),
+    "no probe": ([Case(EditRequest("x", Query(None, "a", "b")), ())], "case x has no probe"),
     "mixed": ([{"prompt": "a"}, Case(EditRequest("a", Query(None, "a", "b")), ())], "cases and others"),
     "no file": ("nowhere.json", "nowhere.json: file does not exist"),
     "no table": ("nowhere.csv", "nowhere.csv: no such file"),
