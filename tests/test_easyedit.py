@@ -35,6 +35,7 @@ from unike.types import UserError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PAGE = Path(__file__).parents[1] / "docs" / "easyedit.md"
+TOY = Path(__file__).parents[1] / "hugging_cache" / "tiny-blip2-opt"
 TEMPLATE = "Question: {} Short answer:"
 PROMPTS = ["what is number 5?", "what is number 6?"]
 TARGETS = ["two dogs", "the sea"]
@@ -64,7 +65,7 @@ def print_result(metrics: list[dict[str, Any]]) -> None:
 
 
 class World:
-    """A project with YAMLs in EasyEdit's keys, and train annotations enough to hold one out."""
+    """The toy model with YAMLs in EasyEdit's keys, and train annotations enough to hold one out."""
 
     def __init__(self, project: Project, root: Path) -> None:
         self.project = project.copy(root / "project")
@@ -78,7 +79,7 @@ class World:
         trained = method in ("MEND", "SERAC")
         own = {k: v for k, v in SMALL.items() if trained or k not in OF_TRAINING}
         about = {
-            "name": str(self.project.root / "model"), "coco_image": str(self.project.data),
+            "name": str(TOY), "coco_image": str(self.project.data),
             "rephrase_image": str(self.project.data), "results_dir": str(self.project.root / "results"),
         }  # fmt: skip
         values = make_values(method, "blip2", training, **own, **about, **changes)

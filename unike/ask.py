@@ -15,7 +15,7 @@ from rich.text import Text
 
 from unike.config.hparams import HyperParams
 from unike.datasets.images import open_image
-from unike.datasets.mmedit import VQA_TEMPLATE
+from unike.datasets.mmedit import VQA_TEMPLATE, wrap_prompt
 from unike.edits.store import EditStore
 from unike.runs.checks import require_backbone
 from unike.system.arguments import ArgumentParser
@@ -62,7 +62,7 @@ def run(argv: Sequence[str]) -> int:
     editor = MultimodalEditor.from_hparams(hparams, progress=not args.json)
     for folder in folders:
         editor.attach(editor.load(folder))
-    explanation = editor.ask(args.image, args.template.replace("{}", args.question.strip()), args.top)
+    explanation = editor.ask(args.image, wrap_prompt(args.template, args.question), args.top)
     if args.json:
         print(json.dumps(explanation.to_dict(), indent=1, ensure_ascii=False))
     else:

@@ -95,10 +95,12 @@ _FAMILIES = {
 
 def find_algorithm(values: Mapping[object, object]) -> str | None:
     """The algorithm of a file of EasyEdit's, in capitals; None for every other file."""
-    if not MARKS & {key for key in values if isinstance(key, str)}:
-        return None
     named = [values.get(key) for key in ("alg_name", "alg")]
     found = [name.strip().upper() for name in named if isinstance(name, str)]
+    # Under this name IKE's `k` is its number of demonstrations; `method: ike` is ours.
+    is_short = found == ["IKE"] and "k" in values and "alg_name" in values
+    if not is_short and not MARKS & {key for key in values if isinstance(key, str)}:
+        return None
     return next((name for name in found if name in METHODS or name in OTHER_METHODS), None)
 
 
@@ -146,6 +148,7 @@ def translate(
         "half",
         "opt",
         "alg",
+        "eval_only",
     }
     return mapped, tuple(sorted(set(ignored) - (read if method in ("mend", "ke", "serac") else {"alg"})))
 
@@ -163,7 +166,9 @@ def _find_model(values: Mapping[object, object], source: str, problems: list[str
             f"expected one of {', '.join(sorted(set(_FAMILIES.values())))}"
         )
         return {}
-    return {"model_name": family, "name": values.get("name", given)}
+    # A folder is both; a family alone leaves the name missing.
+    name = values.get("name", None if given in _FAMILIES else given)
+    return {"model_name": family} | ({} if name is None else {"name": name})
 
 
 def _list_problems(values: Mapping[object, object], method: str) -> list[str]:

@@ -189,6 +189,14 @@ def _strip_or_none(value: str | None) -> str | None:
     return (value or "").strip() or None
 
 
+def wrap_prompt(template: str, text: str) -> str:
+    """The question in its template, whose ``{}`` it replaces; one that has the template already as it is."""
+    start, end = template.split("{}")
+    text = text.strip()
+    wrapped = bool(start or end) and text.startswith(start.lstrip()) and text.endswith(end.rstrip())
+    return text if wrapped and len(text) > len(template.strip()) - 2 else template.replace("{}", text)
+
+
 class _CaseSequence(Sequence[Case]):
     """What the datasets share: indexing over ``len`` and ``_make_case``, and which images are missing."""
 
@@ -279,7 +287,7 @@ class _MMEditDataset(_CaseSequence):
         """The prompt of the edit itself, from ``src`` or ``rephrase``."""
 
     def _write_question(self, text: str) -> str:
-        return self.template.replace("{}", text.strip())
+        return wrap_prompt(self.template, text)
 
     def _locate_image(self, name: str) -> str:
         return str(image_path(self.image_root, name))

@@ -8,7 +8,7 @@ from pathlib import Path
 from threading import Lock
 
 from unike.datasets.images import open_image
-from unike.datasets.mmedit import VQA_TEMPLATE
+from unike.datasets.mmedit import VQA_TEMPLATE, wrap_prompt
 from unike.editor import MultimodalEditor
 from unike.edits.explain import Explanation
 from unike.system.text import one_line
@@ -106,7 +106,7 @@ class Desk:
 
     def _ask(self, image: str | None, question: str) -> Explanation:
         question = question.strip()
-        return self.editor.ask(image, question if image is None else VQA_TEMPLATE.replace("{}", question))
+        return self.editor.ask(image, question if image is None else wrap_prompt(VQA_TEMPLATE, question))
 
 
 def _make_example(case: Case) -> EditExample:

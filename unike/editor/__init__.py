@@ -197,8 +197,8 @@ class MultimodalEditor:
 
     def edit(
         self,
-        prompts: Texts,
-        targets: Texts,
+        prompts: Texts | None = None,
+        targets: Texts | None = None,
         image: Images = None,
         *others: Any,
         file_type: Texts | None = None,
@@ -262,7 +262,7 @@ class MultimodalEditor:
 
     def edit_dataset(
         self,
-        ds: Any,
+        ds: Any = None,
         train_ds: Any = None,
         template: str | bool | None = None,
         generated: bool = True,

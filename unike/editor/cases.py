@@ -42,6 +42,9 @@ def read_cases(ds: object, hparams: DataOptions, template: str | None, name: str
             raise UserError(
                 f"{name}: holds cases and others ({one_line(others[0], 40)}); expected cases alone"
             )
+        bare = [case.request.id for case in rows if not case.probes]
+        if bare:
+            raise UserError(f"{name}: case {one_line(bare[0], 60)} has no probe; expected one or more")
         return rows if template is None else apply_template(rows, template)
     return _read_requests(rows, hparams, template, isinstance(ds, (str, os.PathLike)))
 
