@@ -194,3 +194,22 @@ def test_editing_goes_on_in_a_block_as_outside(blip2_project: Project, name: str
         made.append((edited.generate(image, PROMPT), *map(tensors, edited.edits)))
     assert made[0][0] == made[1][0]
     assert all(are_equal(one, other) for one, other in zip(made[0][1:], made[1][1:], strict=True))
+
+
+def test_what_was_learnt_from_former_weights_is_not_used(blip2_project: Project, tmp_path: Path) -> None:
+    """Knowledge is made anew; where that is impossible, the reason comes first."""
+    project = blip2_project.copy(tmp_path / "project")
+    image = picture(project)
+    editor, other = (load_fresh(project) for _ in range(2))
+    former = tensors(make(editor, image))
+    for one in (editor, other):
+        weight = one.backbone.model.get_parameter("language_model.model.decoder.layers.0.fc1.weight")
+        weight.data += torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
+    found = tensors(make(editor, image))
+    assert are_equal(found, tensors(make(other, image)))
+    assert not are_equal(found, former)
+    weight = editor.backbone.model.get_parameter("language_model.model.decoder.layers.0.fc1.weight")
+    weight.data *= 2
+    (project.data / "vqa_train.json").unlink()
+    with pytest.raises(UserError, match=r"weights were changed(.|\n)*vqa_train.json: no such file"):
+        make(editor, image)

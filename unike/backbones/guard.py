@@ -206,9 +206,9 @@ class Guard:
         it is for this thread, or where it has ended."""
         owner, seen = self._owner, set[int]()
         # From thread to thread, each of which waits for another backbone.
-        while owner is not None and owner in _WAITING and owner not in seen:
+        while owner not in (None, me) and owner not in seen and (further := _WAITING.get(owner)) is not None:
             seen.add(owner)
-            owner = _WAITING[owner]._owner
+            owner = further._owner
         if owner == me:
             raise UserError(_FOR_EVER)
         frame = None if owner is None else sys._current_frames().get(owner)

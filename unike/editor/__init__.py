@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -103,7 +104,8 @@ class MultimodalEditor:
             epoch = self._slot.guard.epoch
             # Memory, encoders and networks belong to the weights that they were made with.
             if self._parts is None or train_ds is not None or self._epoch != epoch:
-                self._parts = runs.assemble(self.hparams, self.backbone, self.progress, triplets, cases)
+                with _explain_changed_weights(self._parts is not None and self._epoch != epoch):
+                    self._parts = runs.assemble(self.hparams, self.backbone, self.progress, triplets, cases)
                 self._epoch = epoch
             return self._parts
 
@@ -337,6 +339,16 @@ class MultimodalEditor:
             logger.warning("%d of %d edits failed, the first: %s", len(failed), len(metrics), failed[0])
         summary = summarise(records, self.hparams.seed, self.hparams.metric_presets)
         return metrics, EditedModel(self._slot, edits, self._locate), summary
+
+
+@contextmanager
+def _explain_changed_weights(are_changed: bool) -> Iterator[None]:
+    """Says, before the problems, why something is learnt once more."""
+    try:
+        yield
+    except UserError as error:
+        reason = "the model's weights were changed, and what was learnt from the former ones does not fit:"
+        raise UserError(*((reason,) if are_changed else ()), *error.problems) from error
 
 
 def _require_one_kind(history: Edit | None, edit: Edit) -> None:

@@ -133,9 +133,17 @@ def check_drawing(hparams: DataOptions, undrawn: Sequence[str]) -> None:
 
 
 def draw_train_data(hparams: HyperParams, backbone: object) -> None:
-    """Draws the train split of the bundled benchmark where ``wants_drawing`` and its files are missing;
-    ``backbone`` answers its questions. UserError where drawing needs more."""
-    if not wants_drawing(hparams) or not list_missing_splits(get_drawing_folder(hparams), ("train",)):
+    """Draws the train split of the bundled benchmark where ``wants_drawing`` and its own files are named and
+    missing; ``backbone`` answers its questions. UserError where drawing needs more."""
+    if not wants_drawing(hparams) or hparams.image_root is None:
+        return
+    folder = get_drawing_folder(hparams)
+    named = {task: files.get("train") for task, files in hparams.data.items()}
+    lost = {task: path for task, path in named.items() if path is not None and not os.path.isfile(path)}
+    are_own = all(
+        Path(path).resolve() == get_drawn_file(folder, t, "train").resolve() for t, path in lost.items()
+    )
+    if not lost or not are_own:
         return
     check_drawing(hparams, ("train",))
     draw = launching.import_from_checkout(DRAWING_SCRIPT).ensure
