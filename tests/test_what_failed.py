@@ -97,6 +97,24 @@ def test_full_memory_is_the_reason_on_the_terminal(
     assert "n_keys" in line
 
 
+@pytest.mark.parametrize("kind", FULL)
+def test_full_memory_is_an_error_of_the_edit_in_python(
+    world: World, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    method = world.method("unike", {})
+    reader = Reader(world.backbone, world.prefixes(method), generated=False)
+    monkeypatch.setattr(method, "_edit", lambda *_: FULL[kind]())
+    outcome = run_one_step(world.backbone, method, case(0), reader)
+    assert (outcome.edit, outcome.record.status, outcome.record.error) == (None, "failed", "out of memory")
+
+    def bug(*_: Any) -> None:
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr(method, "_edit", bug)
+    with pytest.raises(RuntimeError, match="shapes cannot"):
+        run_one_step(world.backbone, method, case(0), reader)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("option", "code"), [(DIVERGING, 1), ("lr=5e-2", 0)])
 def test_several_processes_have_the_code_of_one(copied: Project, option: str, code: int) -> None:
