@@ -122,7 +122,8 @@ class MultimodalEditor:
         ``ask`` gives both answers. Greedy by default; ``decoding`` takes ``num_beams``, ``do_sample``,
         ``temperature``, ``top_p``, ``num_return_sequences`` and ``seed``, see
         ``unike.backbones.decoding.Decoding``. A list of answers where ``num_return_sequences`` is above 1.
-        ``max_new_tokens`` is the YAML's where it is None. UserError for values that do not fit.
+        Without ``max_new_tokens`` it is that of the YAML which loaded the backbone. UserError for values that
+        do not fit.
         """
         return self._slot.generate(self.edits if edited else (), image, prompt, max_new_tokens, **decoding)
 
