@@ -16,6 +16,7 @@ from test_methods import IDS, ROWS, TRAINED
 from test_run_edit import start
 from worlds import BASE, World, case, query, world_of
 
+from scripts.plan import read_plan
 from unike import MultimodalEditor, load_backbone
 from unike.backbones.base import answer_loss, encode_queries
 from unike.backbones.prefix import PrefixCache
@@ -297,3 +298,19 @@ def test_a_value_that_is_no_end_is_one_line() -> None:
         with pytest.raises(UserError, match=r"answer_end: expected one of none, eos, line_break, got"):
             HyperParams.from_dict({**BASE, "answer_end": wrong})
     assert HyperParams.from_dict({**BASE, "answer_end": "EOS"}).answer_end == "eos"
+
+
+def test_tables_train_the_target_alone_and_the_yamls_its_end_too() -> None:
+    tiny = [*BUNDLED, "blip2"]
+    planned = read_plan(tables=["all"], backbones=tiny)
+    assert {run.hparams.method for run in planned} >= {"unike", "ft", "tpatcher", "mend"}
+    assert {run.hparams.answer_end for run in planned} == {"none"}
+    ends = {
+        path.relative_to(ROOT / "hparams").as_posix(): HyperParams.from_hparams(path)
+        for path in (ROOT / "hparams").glob("**/*.yaml")
+        if path.name != "tables.yaml"
+    }
+    for name, hparams in ends.items():
+        own = "line_break" if hparams.model_name == "blip2" and "tiny" not in name else "eos"
+        trained = hparams.method in ("unike", "ft", "tpatcher")
+        assert hparams.answer_end == (own if trained else "none"), name
