@@ -52,9 +52,7 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
     if args.check:
         return check.report(request)
     processes.join(hparams.device)
-    notes = processes.run_in_turn(lambda: checks.require(request))
-    if processes.is_main() and not launching.is_launched():
-        print(*(f"note: {note}" for note in notes), sep="\n", end="\n" * bool(notes), file=sys.stderr)
+    checks.require_aloud(request)
     if launching.wants_launch(args.num_processes):
         return launching.launch(args.num_processes, main, argv)
     directory = processes.run_once(request.choose_directory)

@@ -16,6 +16,8 @@ from typing import Any, TypeVar
 import torch
 import transformers
 
+from unike.system.places import require_own
+
 T = TypeVar("T")
 
 
@@ -68,9 +70,15 @@ class Measurements:
     def write(self, path: Path | None) -> None:
         """Writes JSON with the machine; nothing if ``path`` is None."""
         if path is not None:
+            require_own(path, _is_measurements)
             path.parent.mkdir(parents=True, exist_ok=True)
             content = {"machine": describe_machine(), "rows": [asdict(row) for row in self.rows]}
             path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def _is_measurements(path: Path) -> bool:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    return isinstance(content, dict) and content.keys() >= {"machine", "rows"}
 
 
 def time_call(run: Callable[[], T]) -> tuple[T, float]:

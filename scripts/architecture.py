@@ -81,6 +81,7 @@ ROOMS: dict[str, tuple[str, str]] = {
         "a chart, a column, or a published figure",
     ),
     "editor": ("`MultimodalEditor`", "a call for notebooks and programs"),
+    "easyedit": ("[EasyEdit's names](easyedit.md)", "a name that its scripts import"),
     "ask": ("`run_edit.py ask`", "only this command"),
     "tables": ("`python -m unike.tables`", "only this command"),
     "demo": ("the web page of `python -m unike.demo`", "only this page"),
@@ -142,7 +143,7 @@ def drop_implied(arrows: Arrows) -> Arrows:
 
 # ---------------------------------------------------------------- figure
 
-WIDTH, PITCH, BOX, GAP, MARGIN = 372, 62, (108, 34), 14, 14
+WIDTH, PITCH, BOX, GAP, MARGIN = 502, 62, (108, 34), 14, 14
 STYLE = """
 .page { fill: #ffffff } .box { fill: #e3f2fd; stroke: #1565c0 } .arrow { stroke: #546e7a; fill: none }
 .head { fill: #546e7a } text { fill: #102027; font: 600 15px system-ui, Helvetica, Arial, sans-serif }

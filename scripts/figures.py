@@ -26,7 +26,7 @@ from unike.config.hparams import HyperParams
 from unike.report.paper import figures
 from unike.report.paper.tables import rewrite_blocks
 from unike.system import findings
-from unike.system.launching import run_guarded
+from unike.system.launching import count_most_processes, run_guarded
 from unike.types import UserError
 
 # The table of the plan with a figure's runs.
@@ -178,11 +178,20 @@ def check_inputs(args: argparse.Namespace) -> tuple[dict[str, list[Run]], list[H
             for b in (args.backbones if spaces else ())
         ),
     )
+    findings.require(
+        *(
+            lambda stem=stem: figures.check_place(args.output / stem)
+            for name in args.figures
+            for stem in (f"figure{name}", *(f"figure{name}-{b}" for b in args.backbones))
+        )
+    )
     findings.require(*(lambda h=h: data.check_spaces(h, args.layer, args.size) for h in own))
     return planned, own
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.jobs is not None and not 1 <= args.jobs <= (most := count_most_processes()):
+        raise UserError(f"--jobs: {args.jobs}; expected 1 to {most} on this machine")
     planned, own = check_inputs(args)
     outcome = ensure([r for some in planned.values() for r in some], args.jobs)
     problems = list(outcome.failures)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,13 @@ from unike.config.hparams import HyperParams
 from unike.methods import MethodNeeds, build, resolve_needs
 from unike.methods.preparation.folders import find_editor, find_scope_classifier, wants_cases
 from unike.methods.preparation.knowledge import find_knowledge
+from unike.methods.registry import resolve_needs_if_valid
 from unike.report.terminal import as_text
 from unike.runs import checks, inputs
-from unike.runs.drawing import wants_drawing
+from unike.runs.drawing import check_drawing, get_drawing_folder, list_missing_splits, wants_drawing
 from unike.system import launching, processes
 from unike.system.arguments import ArgumentParser
+from unike.system.findings import require
 from unike.types import UserError
 
 
@@ -42,6 +44,19 @@ def make_fit_table(fits: Mapping[str, Mapping[str, float]], title: str) -> Table
         losses = (f"{fit['held_truthful']:.3f}", f"{fit['held_semantic']:.3f}")
         table.add_row(layer, *losses, f"{100 * fit['top1']:.1f}", f"{100 * fit['truth_accuracy']:.1f}")
     return table
+
+
+def require_inputs(hparams: HyperParams) -> None:
+    """UserError with all that is wrong with method, device, weights and folders, and with what would be
+    drawn, before a model is loaded."""
+    found: list[Callable[[], object]] = [lambda: checks.require_backbone(hparams)]
+    needs = resolve_needs_if_valid(hparams)
+    if wants_drawing(hparams):
+        undrawn = list_missing_splits(get_drawing_folder(hparams), ("train",))
+        found.append(lambda: check_drawing(hparams, undrawn))
+    elif needs.knowledge or (needs.training and wants_cases(hparams, needs)):
+        found.append(lambda: inputs.find_train_annotations(hparams))
+    require(*found)
 
 
 def load(hparams: HyperParams) -> Backbone:
@@ -77,7 +92,7 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
     if launching.wants_launch(args.num_processes):
         return launching.launch(args.num_processes, main, argv)
     processes.join(hparams.device)
-    processes.run_in_turn(lambda: checks.require_backbone(hparams))
+    processes.run_in_turn(lambda: require_inputs(hparams))
     needs = resolve_needs(hparams)
     if needs.training:
         return train_editor(hparams, needs, args.skip_broken)

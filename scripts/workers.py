@@ -155,7 +155,7 @@ def _group_by(todo: Sequence[Run], what: Callable[[Run], Any]) -> list[list[Run]
 def _identify_cases(run: Run) -> tuple[Any, ...]:
     hp = run.hparams
     data = (hp.data, hp.image_root, hp.rephrase_root, hp.clean, run.size)
-    return run.backbone, replace(hp.backbone, source=""), data, run.task
+    return run.backbone, replace(hp.backbone, source=""), hp.max_new_tokens, data, run.task
 
 
 def _estimate_work(run: Run) -> float:

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from original_files import FAMILIES
+from PIL import Image
 from test_methods import IDS, ROWS
 from untouched import assert_untouched
 from worlds import World, query, snapshot, world_of
 
+from unike import MultimodalEditor, load_backbone
 from unike.backbones.base import CALLED_BARE, encode_queries
 from unike.backbones.decoding import Decoding
+from unike.config.hparams import HyperParams
 from unike.edits import Edit
 from unike.edits.attached import EditedModel, Slot
 from unike.types import Query, UserError
@@ -224,3 +229,28 @@ def test_what_contradicts_itself_is_one_line(world: World, options: dict, line: 
 
 def test_no_number_of_new_tokens_is_the_backbones_own() -> None:
     assert Decoding(max_new_tokens=None) == Decoding()
+
+
+# ---------------------------------------------------------------- the bundled models, as users edit them
+
+
+@pytest.mark.parametrize("name", ["tiny_blip2", "tiny_minigpt4"])
+@pytest.mark.parametrize("yaml", ["", "scoped/", "serac_multimodal/", "ike/", "mend/"])
+def test_the_editor_decodes_in_every_way(monkeypatch: pytest.MonkeyPatch, name: str, yaml: str) -> None:
+    monkeypatch.chdir(Path(__file__).parents[1])
+    hparams = HyperParams.from_hparams(f"hparams/{yaml}{name}.yaml")
+    editor = MultimodalEditor(hparams, load_backbone(hparams), progress=False)
+    image, prompt = Image.new("RGB", (64, 64), "red"), "Question: What is this? Short answer:"
+    base = editor.generate(image, prompt)
+    (metric,), edited, _ = editor.edit(prompt, "kangaroo", image)
+    assert metric["post"] == {"rewrite_acc": 1.0}
+    cold = {"do_sample": True, "temperature": 0.01, "num_return_sequences": 3, "seed": 1}
+    for ask in (edited.generate, partial(editor.generate, edited=True)):
+        assert ask(image, prompt) == "kangaroo"
+        assert ask(image, prompt, num_beams=3) == "kangaroo"
+        assert ask(image, prompt, **cold) == ["kangaroo"] * 3
+        assert len({*ask(image, prompt, num_beams=3, num_return_sequences=3)}) > 1
+        assert ask(image, prompt, max_new_tokens=1) == "kangaroo"[: len(ask(image, prompt, max_new_tokens=1))]
+    assert editor.generate(image, prompt, num_beams=1) == editor.generate(image, prompt) == base != "kangaroo"
+    with pytest.raises(UserError, match="num_beams: expected a whole number between 1 and 100, got int 0"):
+        editor.generate(image, prompt, num_beams=0)

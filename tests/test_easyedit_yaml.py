@@ -64,6 +64,11 @@ def test_ikes_k_is_its_number_of_demonstrations(tmp_path: Path) -> None:
         "sentences",
     )
     assert found.k == OPTIONS["k"].default
+    short = {"alg_name": "IKE", "model_name": "blip2", "name": "a", "k": 7}
+    found = HyperParams.from_dict(short)
+    assert (found.method, found.ike_demonstrations, found.k) == ("ike", 7, OPTIONS["k"].default)
+    with pytest.raises(UserError, match="name: missing"):
+        HyperParams.from_dict({**short, "sentence_model_name": "s", "name": "."})
     ours = HyperParams.from_dict({"model_name": "blip2", "name": "a", "method": "ike", "k": 7})
     assert (ours.k, ours.ike_demonstrations) == (7, 32), "in a file of ours k is UniKE's"
 

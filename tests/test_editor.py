@@ -249,7 +249,10 @@ def test_knowledge_in_the_prompt_reaches_generation(editor: MultimodalEditor, pr
 
 
 def test_an_edit_that_fails_is_reported(
-    editor: MultimodalEditor, project: Project, monkeypatch: pytest.MonkeyPatch
+    editor: MultimodalEditor,
+    project: Project,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     before = snapshot(editor)
 
@@ -260,6 +263,8 @@ def test_an_edit_that_fails_is_reported(
     (metric,), edited, summary = editor.edit(PROMPT, TARGET, picture(project))
     assert metric["error"] == "the loss is nan after 3 steps"
     assert metric["post"] == {}
+    assert [metric[key] for key in ("steps", "loss", "reached")] == [None] * 3
+    assert "1 of 1 edits failed, the first: the loss is nan after 3 steps" in caplog.text
     assert edited.edits == ()
     assert summary["failed"] == 1
     assert_untouched(editor, before)

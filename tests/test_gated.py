@@ -30,7 +30,7 @@ def world(request: pytest.FixtureRequest, worlds: dict[str, World], monkeypatch)
 
 def close_at(world: World, edit: Edit, closed: Query) -> GatedEdit:
     """The edit of ``query(0)`` behind a gate that lies between its own prompt's overlap and another's."""
-    gated = GatedEdit.wrap(edit, query(0), ALWAYS, world.backbone)
+    gated = GatedEdit.wrap(edit, case(0).request, ALWAYS, world.backbone)
     (key,) = [member.key for member in gated.members]
     other = NextTokens(*world.backbone.predict_next([closed.image], [closed.prompt], 1, TOP)[0])
     overlap = measure_overlap(other, [key]).item()
@@ -112,7 +112,7 @@ def test_an_open_gate_answers_as_the_edit_and_a_closed_one_as_the_base(world: Wo
     with edit.applied(backbone):
         inside = world.logits(written)
     for gate, expected in ((ALWAYS, inside), (OverlapGate(1.0 + 1e-3), base)):
-        gated = GatedEdit.wrap(edit, query(0), gate, backbone)
+        gated = GatedEdit.wrap(edit, case(0).request, gate, backbone)
         texts = [gated.rewrite(q) for q in asked]
         with gated.applied(backbone):
             found = world.logits(texts)
@@ -149,7 +149,7 @@ def test_a_gated_edit_is_the_same_when_loaded(world: World, row, tmp_path):
     backbone = world.backbone
     method = world.method(*row)
     edit = world.edit(row)
-    gated = GatedEdit.wrap(edit, query(0), OverlapGate(0.4, 2), backbone)
+    gated = GatedEdit.wrap(edit, case(0).request, OverlapGate(0.4, 2), backbone)
     gated.origins = edit.origins
     gated.save(tmp_path / "edit")
     shared = method.get_shared_parts()
@@ -169,7 +169,8 @@ def test_the_nearest_edit_alone_applies(world: World):
     backbone = world.backbone
     edits = [world.edit(("ft", {"layers": 1}), i) for i in range(2)]
     whole = [
-        GatedEdit.wrap(e, query(i), OverlapGate(0.0, nearest=True), backbone) for i, e in enumerate(edits)
+        GatedEdit.wrap(e, case(i).request, OverlapGate(0.0, nearest=True), backbone)
+        for i, e in enumerate(edits)
     ]
     both = whole[0] | whole[1]
     assert isinstance(both, GatedEdit)
@@ -178,7 +179,7 @@ def test_the_nearest_edit_alone_applies(world: World):
     free = GatedEdit(both.members, ALWAYS, backbone)
     assert free.choose([query(0).image], [query(0).prompt]) == [(0, 1)]
     # Of two edits of one prompt the last one made.
-    again = GatedMember(edits[1], both.members[0].key)
+    again = GatedMember("again", edits[1], both.members[0].key)
     twice = GatedEdit((both.members[0], again), both.gate, backbone)
     assert twice.choose([query(0).image], [query(0).prompt]) == [(1,)]
 
@@ -194,7 +195,7 @@ def test_a_sequence_of_gated_edits_keeps_each_of_them(world: World):
 
 def test_a_model_called_by_itself_is_refused(world: World):
     backbone = world.backbone
-    gated = GatedEdit.wrap(world.edit(("ft", {"layers": 1})), query(0), ALWAYS, backbone)
+    gated = GatedEdit.wrap(world.edit(("ft", {"layers": 1})), case(0).request, ALWAYS, backbone)
     batch = encode_queries(backbone, [query(0)])
     arguments = backbone._decoder_arguments(batch)
     backbone.decoder(**arguments)
@@ -215,7 +216,9 @@ def test_a_model_called_by_itself_is_refused(world: World):
 )
 def test_damaged_content_is_refused(worlds, monkeypatch, change):
     world = world_of("blip2", worlds, monkeypatch)
-    gated = GatedEdit.wrap(world.edit(("ft", {"layers": 1})), query(0), OverlapGate(0.5), world.backbone)
+    gated = GatedEdit.wrap(
+        world.edit(("ft", {"layers": 1})), case(0).request, OverlapGate(0.5), world.backbone
+    )
     content = gated.pack()
     GatedEdit.unpack(gated.pack(), world.backbone, Shared())
     change(content.values)

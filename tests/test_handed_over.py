@@ -15,7 +15,7 @@ import torch
 from helpers import Project, record
 from PIL import Image
 
-from unike.datasets.mmedit import VQA_TEMPLATE, VQADataset
+from unike.datasets.mmedit import VQA_TEMPLATE, VQADataset, wrap_prompt
 from unike.editor import MultimodalEditor
 from unike.editor.metrics import merge_probes
 from unike.evaluation.record import Record, Score
@@ -124,9 +124,28 @@ def test_a_prompt_that_is_templated_already_is_wrapped_once(
     for given in ("what is it?", " what is it? ", PROMPT, f"{PROMPT} "):
         metrics, _, _ = editor.edit(given, TARGET, picture(project), template=VQA_TEMPLATE)
         assert metrics[0]["requested_rewrite"]["prompt"] == PROMPT
+    for given in ("what is it?", PROMPT, f"{PROMPT} "):
+        rows = [{**mmedit_rows(1)[0], "src": given}]
+        project.write_records(rows, "wrapped")
+        cases = VQADataset(project.data / "wrapped_eval.json", project.data)
+        assert cases[0].request.query.prompt == PROMPT
+    assert wrap_prompt("Q: {} A: ", "Q: x A:") == "Q: x A:"
+    assert wrap_prompt("Q: {} A: ", "Q: A:") == "Q: Q: A: A: "
+    assert wrap_prompt("{}", " x ") == "x"
+    assert wrap_prompt(VQA_TEMPLATE, "Question: is it?") == "Question: Question: is it? Short answer:"
 
 
 # ---------------------------------------------------------------- requests
+
+
+def test_a_missing_argument_is_named(editor: MultimodalEditor, project: Project) -> None:
+    with pytest.raises(UserError, match="targets: is missing; expected a text"):
+        editor.edit(prompts=PROMPT, image=picture(project))
+    with pytest.raises(UserError) as caught:
+        editor.edit()
+    assert [line.split(":")[0] for line in caught.value.problems] == ["prompts", "targets"]
+    with pytest.raises(UserError, match="ds: expected a data set"):
+        editor.edit_dataset()
 
 
 def test_a_request_without_an_image_is_of_the_language_model(
@@ -287,7 +306,9 @@ DATA: dict[str, Callable[[Path, Path], Any]] = {
     "EasyEdit's": lambda root, to: easyedit_rows(),
     "generator": lambda root, to: (row for row in mmedit_rows()),
     "tuple": lambda root, to: tuple(mmedit_rows()),
-    "pandas": lambda root, to: Table(mmedit_rows()),
+    "pandas": lambda root, to: Table(
+        [{**row, "pred": row["pred"], "m_loc_x": 1, "wrong": float("nan")} for row in mmedit_rows()]
+    ),
     "datasets": lambda root, to: Rows(mmedit_rows(), root),
     "JSON": lambda root, to: write_json(to / "a.json", mmedit_rows()),
     "JSON path as text": lambda root, to: str(write_json(to / "a.json", mmedit_rows())),
@@ -366,10 +387,11 @@ BAD_DATA: dict[str, tuple[Any, str]] = {
     "a video": ([{"prompt": "a", "target": "b", "image_type": "video"}], "'video' has no counterpart"),
     "half a probe": ([{"prompt": "a", "target": "b", "loc": "c"}], "['ground_truth']: is missing"),
     "an id": ([{"prompt": "a", "target": "b", "id": 1.5}], "id: expected a text, got float"),
+    "no probe": ([Case(EditRequest("x", Query(None, "a", "b")), ())], "case x has no probe"),
     "mixed": ([{"prompt": "a"}, Case(EditRequest("a", Query(None, "a", "b")), ())], "cases and others"),
     "no file": ("nowhere.json", "nowhere.json: file does not exist"),
     "no table": ("nowhere.csv", "nowhere.csv: no such file"),
-    "NUL": ("a\0.json", "file does not exist"),
+    "NUL": ("a\0.json", "does not exist"),
 }  # fmt: skip
 
 

@@ -12,9 +12,8 @@ from helpers import Project
 from torch import nn
 from untouched import hook_count, weights_of
 
-from unike.backbones import load_backbone
+from unike.backbones import guard, load_backbone
 from unike.backbones.base import encode_queries
-from unike.backbones.guard import Guard
 from unike.config.hparams import HyperParams
 from unike.editor import MultimodalEditor
 from unike.edits import Edit, WeightDelta
@@ -200,7 +199,7 @@ def test_a_block_within_a_block_and_an_error_leave_nothing(
     with pytest.raises(ZeroDivisionError), edit.applied(editor.backbone), edit.applied(editor.backbone):
         print(editor.generate(image, PROMPT), 1 / 0)
     assert torch.equal(logits(editor, image), base)
-    assert Guard.of(editor.backbone).is_bare
+    assert guard.Guard.of(editor.backbone).is_bare
     with pytest.raises(UserError), edit.applied(editor.backbone):
         editor.edit(PROMPT, "", image)
     assert torch.equal(logits(editor, image), base)

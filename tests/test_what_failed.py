@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +19,7 @@ from test_processes import shell
 from test_run_edit import start
 from worlds import World, case, world_of
 
+from scripts import workers
 from unike.evaluation.metrics import harmonic_mean
 from unike.evaluation.protocols import run_one_step
 from unike.evaluation.reader import Reader
@@ -97,6 +100,24 @@ def test_full_memory_is_the_reason_on_the_terminal(
     assert "n_keys" in line
 
 
+@pytest.mark.parametrize("kind", FULL)
+def test_full_memory_is_an_error_of_the_edit_in_python(
+    world: World, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    method = world.method("unike", {})
+    reader = Reader(world.backbone, world.prefixes(method), generated=False)
+    monkeypatch.setattr(method, "_edit", lambda *_: FULL[kind]())
+    outcome = run_one_step(world.backbone, method, case(0), reader)
+    assert (outcome.edit, outcome.record.status, outcome.record.error) == (None, "failed", "out of memory")
+
+    def bug(*_: Any) -> None:
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr(method, "_edit", bug)
+    with pytest.raises(RuntimeError, match="shapes cannot"):
+        run_one_step(world.backbone, method, case(0), reader)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("option", "code"), [(DIVERGING, 1), ("lr=5e-2", 0)])
 def test_several_processes_have_the_code_of_one(copied: Project, option: str, code: int) -> None:
@@ -123,6 +144,23 @@ def test_fine_tuning_in_half_precision_from_the_command_line(copied: Project) ->
             options = (f"dtype={dtype}", "method=ft", "layers=1", f"ft_target={target}", "lr=1e-2")
             assert start(copied, "--task", "vqa", "--output", str(output), *options) == 0
             assert all(r["status"] == "ok" and r["steps"] > 0 for r in read_lines(output))
+
+
+@pytest.mark.parametrize("done", [0, 1])
+def test_a_row_of_a_table_without_a_success_has_failed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, done: int
+) -> None:
+    found = {"n": done, "failed": 2, "failures": [{"reason": "nan", "n": 2}], "interrupted": False}
+    for name in ("load_backbone", "inputs.open_datasets", "runs.assemble", "_Readers.get"):
+        monkeypatch.setattr(f"scripts.workers.{name}", lambda *_, **__: None)
+    monkeypatch.setattr(workers.runs, "open_run", lambda *_, **__: nullcontext())
+    monkeypatch.setattr(workers.runs, "run_cases", lambda *_, **__: found)
+    row = SimpleNamespace(name="row", hparams=None, task="vqa", size=None, folder=tmp_path)
+    reports: list[tuple[str, Any]] = []
+    workers.run_group([row], nullcontext(), lambda kind, what: reports.append((kind, what)), lambda: False)
+    ((kind, what),) = reports
+    assert (kind, what[0]) == ("done" if done else "failed", "row")
+    assert ("no record succeeded: nan" in what) == (not done)
 
 
 def test_many_reasons_are_the_most_frequent_ones() -> None:

@@ -13,7 +13,16 @@ if TYPE_CHECKING:
     from unike.config import HyperParams, UniKEHyperParams
     from unike.editor import MultimodalEditor
 
+# EasyEdit's names, but for its MultimodalEditor, whose place here the project's own has.
+_EASYEDIT = (
+    *("CaptionDataset", "VQADataset", "MultimodalTrainer", "FTHyperParams", "FTMultimodalHyperParams"),
+    *("MENDMultimodalHparams", "MENDMultimodalTrainingHparams", "MENDHyperParams", "IKEHyperParams"),
+    *("SERACMultimodalHparams", "SERACMultimodalTrainingHparams", "IKEMultimodalHyperParams"),
+    *("BaseEditor", "ComprehendEditDataset", "WISEMultimodalHyperParams", "GraceHyperParams"),
+    *("LoRAMultimodalHyperParams", "encode_ike_facts_multimodal"),
+)
 _HOMES = {
+    **dict.fromkeys(_EASYEDIT, "unike.easyedit"),
     "HyperParams": "unike.config",
     "MultimodalEditor": "unike.editor",
     "UniKEHyperParams": "unike.config",

@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from unike.config.hparams import HyperParams
 from unike.datasets.images import open_image
-from unike.datasets.mmedit import VQA_TEMPLATE
+from unike.datasets.mmedit import VQA_TEMPLATE, wrap_prompt
 from unike.edits.store import EditStore
 from unike.runs.checks import require_backbone
 from unike.system.arguments import ArgumentParser
+from unike.system.console import Console
 from unike.system.findings import require
 from unike.system.text import one_line
 from unike.types import UserError
@@ -62,7 +62,7 @@ def run(argv: Sequence[str]) -> int:
     editor = MultimodalEditor.from_hparams(hparams, progress=not args.json)
     for folder in folders:
         editor.attach(editor.load(folder))
-    explanation = editor.ask(args.image, args.template.replace("{}", args.question.strip()), args.top)
+    explanation = editor.ask(args.image, wrap_prompt(args.template, args.question), args.top)
     if args.json:
         print(json.dumps(explanation.to_dict(), indent=1, ensure_ascii=False))
     else:
@@ -112,6 +112,8 @@ def print_explanation(explanation: Explanation, top: int, console: Console | Non
         out.print("no edit is attached")
         return
     active = sorted((e for e in explanation.edits if e.active), key=rate_strength, reverse=True)
+    for contradiction in explanation.contradictions[:top]:
+        out.print(Text(f"{contradiction}"))
     gates = "".join(f"; {name} scope gate: from {at:.3f} on" for name, at in explanation.gates.items())
     out.print(Text(f"\n{len(active)} of {len(explanation.edits)} edits could change the answer{gates}"))
     out.print(_tabulate_edits(active[:top] or explanation.edits[:top]))

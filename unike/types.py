@@ -27,6 +27,7 @@ BACKENDS = ("transformers", "lavis")
 METRIC_PRESETS = ("paper", "easyedit", "easyedit_icl", "release")
 BACKBONES = ("blip2", "minigpt4", "llava", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "instructblip")
 TRACKERS = ("tensorboard", "wandb")
+ANSWER_ENDS = ("none", "eos", "line_break")
 PROTOCOLS = ("one_step", "sequential", "cross_task")
 
 Expectation = Literal["target", "unchanged"]
@@ -55,11 +56,15 @@ class Query:
 
     White space around prompt and target is dropped: a prompt with a space at its end has other tokens, so
     that an edit made at the one is not found at the other. UserError where one of them is no text.
+
+    ``end`` says what an edit is trained to write after the target, one of ``ANSWER_ENDS``. Probes have none:
+    what is measured are the target's own tokens.
     """
 
     image: ImageLike | None
     prompt: str
     target: str | None = None
+    end: str = "none"
 
     def __post_init__(self) -> None:
         _require(isinstance(self.prompt, str), "prompt", "a text", self.prompt)

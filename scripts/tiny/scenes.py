@@ -17,9 +17,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from unike.system.files import replace_atomically
+from unike.types import UserError
 
 SIZE = 64
 TEXTURE_SIZES = (64, 32)
@@ -170,7 +172,12 @@ def load_textures(cache: Path | None = None) -> dict[int, torch.Tensor]:
     Raises ImportError, naming the extra, if the packages with the drawings are missing.
     """
     if cache is not None and cache.exists():
-        stored = load_file(cache)
+        try:
+            stored = load_file(cache)
+        except SafetensorError as error:
+            raise UserError(f"{cache}: holds no drawings; move it away, or name another file") from error
+        if str(SIZE) not in stored:
+            raise UserError(f"{cache}: holds no drawings; move it away, or name another file")
         if stored[str(SIZE)].shape[0] == len(OBJECTS):
             return {int(k): v.float() / 255 for k, v in stored.items()}
     drawn: dict[int, torch.Tensor] = {}

@@ -331,6 +331,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--textures", type=Path, default=Path("data/cache/openmoji.safetensors"))
     args = parser.parse_args()
+    if args.out.is_file() or (args.out.is_dir() and any(args.out.iterdir())):
+        parser.error(f"--out: {args.out} is not empty; name a new folder")
     torch.manual_seed(args.seed)
     rng = np.random.default_rng(args.seed)
     tokenizer = build()

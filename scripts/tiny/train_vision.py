@@ -170,6 +170,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--textures", type=Path, default=Path("data/cache/openmoji.safetensors"))
     args = parser.parse_args()
+    if args.out.exists() or args.out.is_symlink():
+        parser.error(f"--out: {args.out} is there already; name a new file")
     encoder = train(args.minutes, args.batch, args.lr, args.seed, args.textures)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     save_file({k: v.contiguous() for k, v in encoder.state_dict().items()}, args.out)

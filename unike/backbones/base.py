@@ -161,6 +161,8 @@ class Backbone(Protocol):
     model: nn.Module
     layout: DecoderLayout
     prompt: Prompt
+    # The most tokens of an answer, unless ``generate`` is given another number.
+    max_new_tokens: int
 
     @property
     def device(self) -> torch.device: ...
@@ -191,6 +193,7 @@ class Backbone(Protocol):
         prompts: Sequence[str],
         targets: Sequence[str | None] | None = None,
         padding_side: str = "right",
+        ends: Sequence[str] | None = None,
     ) -> Batch: ...
 
     def __call__(self, batch: Batch) -> Output: ...
@@ -238,6 +241,10 @@ class Backbone(Protocol):
         """Whether a generated answer ends at this token."""
         ...
 
+    def find_target_problem(self, prompt: str, target: str) -> str | None:
+        """Why a target could never be generated after a prompt, for a message; None where it could be."""
+        ...
+
     def tokens(self, text: str) -> list[int]: ...
 
     @property
@@ -246,9 +253,10 @@ class Backbone(Protocol):
 
 def encode_queries(backbone: Backbone, queries: Sequence[Query]) -> Batch:
     """The queries as one batch."""
-    return backbone.encode(
-        [q.image for q in queries], [q.prompt for q in queries], [q.target for q in queries]
-    )
+    columns = [q.image for q in queries], [q.prompt for q in queries], [q.target for q in queries]
+    if all(q.end == "none" for q in queries):
+        return backbone.encode(*columns)
+    return backbone.encode(*columns, ends=[q.end for q in queries])
 
 
 def narrow(backbone: Backbone, state: PrefixState, rows: torch.Tensor) -> PrefixState:

@@ -140,6 +140,8 @@ def _list_weight_files(folder: Path) -> list[Path]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+    if not os.path.isfile(path):
+        raise UserError(f"{path}: is missing or not JSON")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

@@ -15,6 +15,7 @@ from contextlib import AbstractContextManager, contextmanager
 from functools import wraps
 from types import TracebackType
 from typing import Any, ParamSpec, TypeVar
+from weakref import WeakValueDictionary
 
 from unike.backbones.weights import WeightWatch
 from unike.types import UserError
@@ -26,8 +27,8 @@ R = TypeVar("R")
 Start = Callable[[], AbstractContextManager[Any]]
 
 # How long a thread waits for another one's block while that one waits for something else itself.
-PATIENCE_SECONDS = 10.0
-_LOOK_SECONDS = 0.5
+PATIENCE_SECONDS = 5.0
+_LOOK_SECONDS = 0.25
 
 
 class Guard:
@@ -48,13 +49,13 @@ class Guard:
 
     @classmethod
     def of(cls, backbone: Any) -> Guard:
-        """The backbone's guard; all its editors and edits share it."""
+        """The backbone's guard; all its editors and edits share it, and other backbones of one model."""
         found = vars(backbone).get("_guard")
         if found is None:
             with _MAKING:
-                found = vars(backbone).get("_guard") or cls(backbone)
+                found = _BY_MODEL.get(id(backbone.model)) or cls(backbone)
                 # Kept on the backbone itself, so that both are freed together.
-                vars(backbone)["_guard"] = found
+                vars(backbone)["_guard"] = _BY_MODEL[id(backbone.model)] = found
         guard: Guard = found
         return guard
 
@@ -190,23 +191,39 @@ class Guard:
         self._owner, self._held = threading.get_ident(), self._held + 1
 
     def _wait(self) -> None:
-        stuck = 0.0
-        while not self._lock.acquire(timeout=_LOOK_SECONDS):
-            owner = self._owner
-            frame = None if owner is None else sys._current_frames().get(owner)
-            if owner is not None and frame is None:
-                raise UserError(
-                    "edit: the thread that applied it has ended inside the block; load the model anew"
-                )
-            waits = frame is not None and frame.f_code.co_filename == threading.__file__
-            # Calls come to an end by themselves; a block may wait for the very thread that waits for it.
-            in_block = not self._calls and any(a.holds for a in self._applied)
-            stuck = stuck + _LOOK_SECONDS if waits and in_block else 0.0
-            if stuck >= PATIENCE_SECONDS:
-                raise UserError(
-                    "edit: another thread waits inside `with edit.applied(...)`, maybe for this one, which "
-                    "would wait for ever; expected the block to end first"
-                )
+        me, stuck = threading.get_ident(), 0.0
+        _WAITING[me] = self
+        try:
+            while not self._lock.acquire(timeout=_LOOK_SECONDS):
+                stuck = stuck + _LOOK_SECONDS if self._owner_waits(me) else 0.0
+                if stuck >= PATIENCE_SECONDS:
+                    raise UserError(_FOR_EVER)
+        finally:
+            del _WAITING[me]
+
+    def _owner_waits(self, me: int) -> bool:
+        """Whether the thread that holds the backbone waits for something itself, in a block; UserError where
+        it is for this thread, or where it has ended."""
+        owner, seen = self._owner, set[int]()
+        # From thread to thread, each of which waits for another backbone.
+        while owner not in (None, me) and owner not in seen and (further := _WAITING.get(owner)) is not None:
+            seen.add(owner)
+            owner = further._owner
+        if owner == me:
+            raise UserError(_FOR_EVER)
+        frame = None if owner is None else sys._current_frames().get(owner)
+        if owner is not None and frame is None and owner == self._owner:
+            raise UserError(
+                "edit: the thread that applied it has ended inside the block; load the model anew"
+            )
+        waits = frame is not None and frame.f_code.co_filename == threading.__file__
+        while frame is not None and frame.f_code.co_filename == threading.__file__:
+            joined = frame.f_locals.get("self") if frame.f_code.co_name == "join" else None
+            if isinstance(joined, threading.Thread) and joined.ident == me:
+                raise UserError(_FOR_EVER)
+            frame = frame.f_back
+        # Calls come to an end by themselves; a block may wait for the very thread that waits for it.
+        return waits and not self._calls and any(a.holds for a in self._applied)
 
     def _release(self) -> None:
         self._held -= 1
@@ -215,7 +232,15 @@ class Guard:
         self._lock.release()
 
 
+_FOR_EVER = (
+    "edit: the model is held by a thread that waits, inside `with edit.applied(...)` or a call, for this "
+    "thread or for something else, which may last for ever; expected the block to end first"
+)
 _MAKING = threading.Lock()
+# By thread the guard that it waits for now.
+_WAITING: dict[int, Guard] = {}
+# A guard keeps its model: no other one gets the same number as long as the guard is here.
+_BY_MODEL: WeakValueDictionary[int, Guard] = WeakValueDictionary()
 
 
 class Application(AbstractContextManager[None]):
@@ -261,6 +286,9 @@ def guard_applied(kind: type) -> None:
 
     @wraps(apply)
     def applied(self: Any, backbone: Any, *rest: Any, **more: Any) -> Application:
+        if not hasattr(type(backbone), "fingerprint"):
+            name = getattr(self, "id", type(self).__name__)
+            raise UserError(f"edit {name}: expected a backbone, got {type(backbone).__name__}")
         return Application(Guard.of(backbone), lambda: apply(self, backbone, *rest, **more))
 
     kind.applied = applied  # type: ignore[attr-defined]

@@ -24,6 +24,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from unike.backbones.answer_texts import find_stops
 from unike.backbones.architecture import Architecture
 from unike.backbones.checking import list_decoders
 from unike.backbones.checkpoint_files import explain_read_errors, get_dtype
@@ -46,7 +47,9 @@ ARCHITECTURES = {
     # The same vision side with one projection; the image stands in a dialogue.
     "minigpt4": replace(
         BLIP2_OPT,
-        dialogue=Dialogue(before_image="###Human: <Img>", after_image="</Img> ", stops=("###", "\n")),
+        dialogue=Dialogue(
+            before_image="###Human: <Img>", after_image="</Img> ", stops=find_stops("minigpt4")
+        ),
     ),
     "llava": Architecture(LlavaForConditionalGeneration, ProjectorVision),
     "llava_onevision": Architecture(LlavaOnevisionForConditionalGeneration, SplitVision),

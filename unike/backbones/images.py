@@ -115,13 +115,15 @@ class FeatureCache:
         step = 1 if self.alone else batch
         for start in range(0, len(waiting), step):
             part = waiting[start : start + step]
-            states = self.compute([pixels(image) for _, image in part])
-            self.computed += len(part)
-            # Copies: a view would keep its whole batch in memory.
-            new: dict[str, Parts] = {
-                key: {name: tensor.clone().to(device) for name, tensor in state.items()}
-                for (key, _), state in zip(part, states, strict=True)
-            }
+            # Tensors of inference mode carry no gradients, and these are kept for later.
+            with torch.inference_mode(False):
+                states = self.compute([pixels(image) for _, image in part])
+                self.computed += len(part)
+                # Copies: a view would keep its whole batch in memory.
+                new: dict[str, Parts] = {
+                    key: {name: tensor.clone().to(device) for name, tensor in state.items()}
+                    for (key, _), state in zip(part, states, strict=True)
+                }
             found.update(new)
             if self.store is not None:
                 self.store.put({row_key(k): state for k, state in new.items()})

@@ -80,7 +80,7 @@ class LavisBackbone(VisionLanguageBackbone):
         # LAVIS's OPT counts positions by the mask, as ours are counted.
         return {"inputs_embeds": batch.inputs_embeds, "attention_mask": batch.attention_mask}
 
-    def _generation_arguments(self, batch: Batch) -> dict[str, torch.Tensor]:
+    def generation_arguments(self, batch: Batch) -> dict[str, torch.Tensor]:
         """All but each prompt's last token as ``query_embeds``: embeddings alone are not taken here."""
         last = [[self.tokens(prompt)[-1]] for prompt in batch.prompts]
         return {

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 
+import torch
+
 from unike.backbones.checking import require_files
 from unike.backbones.placement import check_placement, pick_device
 from unike.backbones.vlm import VisionLanguageBackbone
 from unike.config.combined import LoadingOptions
 from unike.config.hparams import HyperParams
-from unike.types import BackboneSpec
+from unike.types import BackboneSpec, UserError
 
 __all__ = ["load_backbone", "pick_device"]
 
@@ -22,6 +24,8 @@ def load_backbone(source: str | os.PathLike[str] | LoadingOptions | BackboneSpec
     """
     if isinstance(source, (str, os.PathLike)):
         source = HyperParams.from_hparams(source)
+    if not isinstance(source, (LoadingOptions, BackboneSpec)):
+        raise UserError(f"load_backbone: expected a YAML file, got {type(source).__name__}")
     limit = source.max_new_tokens if isinstance(source, LoadingOptions) else 16
     spec = source.backbone if isinstance(source, LoadingOptions) else source
     device = pick_device(spec.device)
@@ -31,9 +35,12 @@ def load_backbone(source: str | os.PathLike[str] | LoadingOptions | BackboneSpec
     if spec.backend == "lavis":
         from unike.backbones.lavis import load_lavis
 
-        return load_lavis(spec, device, limit)
+        with torch.inference_mode(False):
+            return load_lavis(spec, device, limit)
     from unike.backbones.huggingface import load_huggingface
 
     # With `device_map`, the edited layers lie together; four are edited unless a YAML says otherwise.
     layers = source.layers if isinstance(source, LoadingOptions) else 4
-    return load_huggingface(spec, device, layers, limit)
+    # Weights that are made in inference mode can never be trained through.
+    with torch.inference_mode(False):
+        return load_huggingface(spec, device, layers, limit)

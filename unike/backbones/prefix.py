@@ -16,8 +16,8 @@ from unike.system.cache import BoundedCache
 from unike.types import Query
 
 GB = 10**9
-# Image, prompt and target.
-QueryKey = tuple[str | None, str, str | None]
+# Image, prompt, target and, where it has one, the answer's end.
+QueryKey = tuple[str | None, ...]
 
 
 @dataclass(frozen=True)
@@ -188,4 +188,4 @@ def open_prefixes(
 
 def _make_key(query: Query) -> QueryKey:
     image = None if query.image is None else content_key(query.image)
-    return image, query.prompt, query.target
+    return image, query.prompt, query.target, *([] if query.end == "none" else [query.end])

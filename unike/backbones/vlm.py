@@ -16,17 +16,21 @@ import torch
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from unike.backbones.answer_texts import explain_unreachable
 from unike.backbones.architecture import Architecture
 from unike.backbones.base import IGNORED, Batch, Output, PrefixState, Prompt, narrow
 from unike.backbones.decoding import Decoding
 from unike.backbones.dialogue import Chat, Dialogue, prompt_and_answer
 from unike.backbones.guard import Guard, held
 from unike.backbones.hooks import first_tensor, hidden_states, inputs_of
-from unike.backbones.images import FeatureCache, Parts, content_key
+from unike.backbones.images import FeatureCache, Parts
 from unike.backbones.layout import DecoderLayout
+from unike.backbones.next_tokens import Said, recall_next
 from unike.backbones.routing import Router, Routers, select_rows
 from unike.backbones.store import RowStore
+from unike.datasets.answers import normalise_answer
 from unike.system.cache import BoundedCache
+from unike.system.text import one_line
 from unike.types import ImageLike, TooLongError, UserError
 
 # Number of masks whose layer inputs are kept: those of a training loop and of its probes.
@@ -65,8 +69,12 @@ class VisionLanguageBackbone:
         self._epoch = 0
         self._vision_modules: tuple[int, list[torch.nn.Module]] | None = None
         self._layer_inputs = BoundedCache[Hashable, dict[str, object]](MASKS)
-        self._said = BoundedCache[Hashable, tuple[torch.Tensor, torch.Tensor]](SAID)
+        self._said = BoundedCache[Hashable, Said](SAID)
         self.routers = Routers()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without its lock and what is attached: a copy has its own."""
+        return {name: value for name, value in vars(self).items() if name not in ("_guard", "_slot")}
 
     @property
     def device(self) -> torch.device:
@@ -172,8 +180,10 @@ class VisionLanguageBackbone:
         prompts: Sequence[str],
         targets: Sequence[str | None] | None = None,
         padding_side: str = "right",
+        ends: Sequence[str] | None = None,
     ) -> Batch:
-        """One batch of queries; without ``targets`` they have no answers.
+        """One batch of queries; without ``targets`` they have no answers. With ``ends``, one of
+        ``types.ANSWER_ENDS`` for each query, the token that ends an answer belongs to it.
 
         An image is encoded once, but projected each time: an edit of the projection has its effect, and a
         gradient reaches it.
@@ -181,7 +191,8 @@ class VisionLanguageBackbone:
         Raises UserError for an image that cannot be read, and ValueError where the lists differ in length.
         """
         targets = [None] * len(prompts) if targets is None else targets
-        queries = list(zip(images, prompts, targets, strict=True))
+        ends = ["none"] * len(prompts) if ends is None else ends
+        queries = list(zip(images, prompts, targets, ends, strict=True))
         rows = self.routers.spread(images, prompts, lambda own: self._encode_rows([queries[i] for i in own]))
         return replace(self._pad(rows, padding_side, tuple(prompts)), images=tuple(images))
 
@@ -202,15 +213,19 @@ class VisionLanguageBackbone:
             self._vision_modules = self._epoch, own
         return self._vision_modules[1]
 
-    def _encode_rows(self, queries: Sequence[tuple[ImageLike | None, str, str | None]]) -> list[_EncodedRow]:
-        seen = iter(self._see([image for image, _, _ in queries if image is not None]))
-        return [self._encode_row(None if i is None else next(seen), p, t) for i, p, t in queries]
+    def _encode_rows(
+        self, queries: Sequence[tuple[ImageLike | None, str, str | None, str]]
+    ) -> list[_EncodedRow]:
+        seen = iter(self._see([query[0] for query in queries if query[0] is not None]))
+        return [self._encode_row(None if i is None else next(seen), p, t, end) for i, p, t, end in queries]
 
-    def _encode_row(self, seen: Parts | None, prompt: str, target: str | None) -> _EncodedRow:
+    def _encode_row(self, seen: Parts | None, prompt: str, target: str | None, end: str) -> _EncodedRow:
         """One query, unpadded; ``seen`` is what the vision side computed of its image."""
         if not self.tokens(prompt):
             raise UserError("prompt: is empty; expected a question")
         words = self.dialogue.words(self.tokenizer, self.tokens, prompt, target, seen is not None)
+        if words.answer and (last := self.find_end(end)):
+            words = replace(words, after=[*words.after, *last], answer=[*words.answer, *last])
         embed = self.decoder.get_input_embeddings()
         before, after = (
             embed(torch.tensor(ids, device=self.device, dtype=torch.long))
@@ -259,7 +274,7 @@ class VisionLanguageBackbone:
             "position_ids": _position_ids(batch),
         }
 
-    def _generation_arguments(self, batch: Batch) -> dict[str, torch.Tensor]:
+    def generation_arguments(self, batch: Batch) -> dict[str, torch.Tensor]:
         """The input of the decoder's ``generate``; the batch is padded on the left."""
         return self._decoder_arguments(batch)
 
@@ -307,7 +322,9 @@ class VisionLanguageBackbone:
         key = (*how, *((array.dtype, array.shape, array.tobytes()) for array in raw))
         inputs = self._layer_inputs.get(key)
         if inputs is None:
-            inputs = self._read_layer_inputs(attention_mask, positions)
+            # Kept for later, when gradients may be wanted.
+            with torch.inference_mode(False):
+                inputs = self._read_layer_inputs(attention_mask, positions)
             self._layer_inputs.put(key, inputs)
         return dict(inputs)
 
@@ -377,7 +394,7 @@ class VisionLanguageBackbone:
         if room < 1:
             raise TooLongError(f"prompt: leaves no room for an answer in a context of {self.context} tokens")
         with self.prompt.announce(batch), how.draw():
-            start = self._generation_arguments(batch)
+            start = self.generation_arguments(batch)
             ids = self.decoder.generate(
                 **start,
                 **how.list_arguments(min(room, how.max_new_tokens or self.max_new_tokens)),
@@ -389,46 +406,29 @@ class VisionLanguageBackbone:
         return [self.cut(text) for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
     @held
-    @torch.no_grad()
     def predict_next(
         self, images: Sequence[ImageLike | None], prompts: Sequence[str], tokens: int, top: int
-    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    ) -> list[Said]:
         self._forget_former_weights()
-        out = []
-        for image, prompt in zip(images, prompts, strict=True):
-            key = (None if image is None else content_key(image), prompt, tokens, top)
-            said = self._said.get(key)
-            if said is None:
-                # One by one: the last bits of a prediction depend on what else is in a batch.
-                with Guard.of(self).bare():
-                    said = self._predict_next(image, prompt, tokens, top)
-                self._said.put(key, said)
-            out.append(said)
-        return out
-
-    def _predict_next(
-        self, image: ImageLike | None, prompt: str, tokens: int, top: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        batch = self.encode([image], [prompt], padding_side="left")
-        room = self.context - batch.attention_mask.shape[1]
-        if room < tokens:
-            raise TooLongError(f"prompt: leaves no room for an answer in a context of {self.context} tokens")
-        with self.prompt.announce(batch):
-            found = self.decoder.generate(
-                **self._generation_arguments(batch),
-                **Decoding().list_arguments(tokens),
-                min_new_tokens=tokens,
-                eos_token_id=list(self.eos_ids),
-                pad_token_id=self.tokenizer.pad_token_id or self.eos_ids[0],
-                output_logits=True,
-                return_dict_in_generate=True,
-            )
-        logits = torch.cat(found.logits).float()
-        best = torch.softmax(logits, -1).topk(min(top, logits.shape[-1]), -1)
-        return best.indices, best.values
+        return recall_next(self, self._said, images, prompts, tokens, top)
 
     def use_router(self, router: Router) -> AbstractContextManager[None]:
         return self.routers.use(router)
+
+    def find_end(self, end: str) -> list[int]:
+        """The token that ends an answer, of one of ``types.ANSWER_ENDS``; none for ``none``."""
+        if end == "none":
+            return []
+        own = self.tokenizer.eos_token_id
+        found = list(self.eos_ids[:1] if own is None else [int(own)])
+        if end == "line_break":
+            # Some tokenisers put a space before a text that begins with it.
+            found = self.tokens("\n")[-1:]
+        if not found or not self.ends_answer(found[0]):
+            raise UserError(
+                f"answer_end: {end}: the model's tokenizer has no such token; expected another end"
+            )
+        return found
 
     def ends_answer(self, token: int) -> bool:
         """Whether a generated answer ends at this token: EOS, or a stop."""
@@ -436,6 +436,23 @@ class VisionLanguageBackbone:
             return True
         text = str(self.tokenizer.decode([token]))
         return any(text.lstrip(" ").startswith(stop) for stop in self.dialogue.stops)
+
+    def find_target_problem(self, prompt: str, target: str) -> str | None:
+        """Why a target could never be generated after a prompt, for a message; None where it could be."""
+        # Some are left out when answers are read, and are none of the tokeniser's named ones.
+        added = getattr(self.tokenizer, "added_tokens_decoder", {}).values()
+        specials = [
+            *self.tokenizer.all_special_tokens,
+            *(str(t) for t in added if getattr(t, "special", False)),
+        ]
+        if problem := explain_unreachable(target, self.dialogue.stops, specials):
+            return problem
+        ids, shown = self.prompt_and_answer(prompt, target)[1], one_line(repr(target.strip()), 60)
+        if not {*self.eos_ids, *self.tokenizer.all_special_ids}.isdisjoint(ids):
+            return f"target {shown} holds text that the model's tokenizer does not know"
+        if normalise_answer(found := self.decode(ids)) != normalise_answer(target):
+            return f"target {shown} would be read as {one_line(repr(found), 60)} when it is generated"
+        return None
 
     def cut(self, text: str) -> str:
         """An answer up to its first stop, without surrounding whitespace."""

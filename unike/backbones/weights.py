@@ -16,8 +16,8 @@ from torch import nn
 
 from unike.backbones.hooks import list_foreign_hooks
 
-# Numbers that are compared before each use; of a model with no more of them, every one.
-SAMPLE = 1 << 19
+# Models of up to so many numbers are compared whole before each use, of larger ones so many numbers.
+SMALL, SAMPLE = 1 << 19, 1 << 16
 # Up to this size the checksum of all numbers is taken at once, so that restored weights are recognised.
 SMALL_BYTES = 1 << 28
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -112,7 +112,8 @@ class WeightWatch:
         self._parameters = {id(m): tuple(map(id, m._parameters.values())) for m in self._known}
         self._marks, self._modules = self._list_marks(), _list_modules(self.model)
         self._plain, self._hooked = _list_plain(self.model), _list_hooked(self.model)
-        step = max(1, -(-sum(t.numel() for t in self._tensors) // SAMPLE))
+        count = sum(t.numel() for t in self._tensors)
+        step = 1 if count <= SMALL else count // SAMPLE
         self._views: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
         for tensor in self._tensors:
             if tensor.numel() and tensor.device.type != "meta":
@@ -162,6 +163,7 @@ def _list_modules(model: nn.Module) -> list[tuple[object, ...]]:
             id(vars(module).get("forward")),
             list_foreign_hooks(module),
             _list_attributes(module),
+            _read_attention(module),
         )
         for module in model.modules()
     ]
@@ -174,9 +176,14 @@ def _list_plain(model: nn.Module) -> list[object]:
 
 
 def _list_hooked(model: nn.Module) -> list[object]:
-    """Hooks that are not this package's, by the modules' names."""
-    own = ((name, list_foreign_hooks(module)) for name, module in model.named_modules())
-    return [entry for entry in own if entry[1]]
+    """Hooks that are not this package's, and ways of attention, by the modules' names."""
+    own = ((n, list_foreign_hooks(m), _read_attention(m)) for n, m in model.named_modules())
+    return [entry for entry in own if entry[1] or entry[2]]
+
+
+def _read_attention(module: nn.Module) -> object:
+    """How a module computes attention: other ways give other last bits."""
+    return getattr(vars(module).get("config"), "_attn_implementation", None)
 
 
 def _list_attributes(module: nn.Module) -> str:

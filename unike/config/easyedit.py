@@ -95,10 +95,12 @@ _FAMILIES = {
 
 def find_algorithm(values: Mapping[object, object]) -> str | None:
     """The algorithm of a file of EasyEdit's, in capitals; None for every other file."""
-    if not MARKS & {key for key in values if isinstance(key, str)}:
-        return None
     named = [values.get(key) for key in ("alg_name", "alg")]
     found = [name.strip().upper() for name in named if isinstance(name, str)]
+    # Under this name IKE's `k` is its number of demonstrations; `method: ike` is ours.
+    is_short = found == ["IKE"] and "k" in values and "alg_name" in values
+    if not is_short and not MARKS & {key for key in values if isinstance(key, str)}:
+        return None
     return next((name for name in found if name in METHODS or name in OTHER_METHODS), None)
 
 
@@ -133,7 +135,8 @@ def translate(
             ignored.append(str(key))
         else:
             mapped.setdefault(key, value)
-    mapped.update(_make_others(given, method, mapped))
+    for name, made in _make_others(given, method).items():
+        mapped.setdefault(name, made)
     if problems:
         raise UserError(*problems)
     read = {
@@ -145,6 +148,7 @@ def translate(
         "half",
         "opt",
         "alg",
+        "eval_only",
     }
     return mapped, tuple(sorted(set(ignored) - (read if method in ("mend", "ke", "serac") else {"alg"})))
 
@@ -162,7 +166,9 @@ def _find_model(values: Mapping[object, object], source: str, problems: list[str
             f"expected one of {', '.join(sorted(set(_FAMILIES.values())))}"
         )
         return {}
-    return {"model_name": family, "name": values.get("name", given)}
+    # A folder is both; a family alone leaves the name missing.
+    name = values.get("name", None if given in _FAMILIES else given)
+    return {"model_name": family} | ({} if name is None else {"name": name})
 
 
 def _list_problems(values: Mapping[object, object], method: str) -> list[str]:
@@ -206,9 +212,7 @@ def read_layers(names: object) -> list[int]:
     return sorted({int(match.group(1)) for match in found if match})
 
 
-def _make_others(
-    values: Mapping[object, object], method: str, mapped: Mapping[object, object]
-) -> dict[object, object]:
+def _make_others(values: Mapping[object, object], method: str) -> dict[object, object]:
     """Options that follow from several keys."""
     out: dict[object, object] = {}
     if values.get("half") is True or values.get("fp16") is True:
@@ -228,8 +232,7 @@ def _make_others(
         _read_count(values, "accumulate_bs") or 1
     )
     archive, results = values.get("archive"), values.get("results_dir") or "./results"
-    if "editor_dir" not in mapped:
-        out["editor_dir"] = archive if archive is not None else os.path.join(str(results), "models")
+    out["editor_dir"] = archive if archive is not None else os.path.join(str(results), "models")
     return out
 
 

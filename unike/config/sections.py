@@ -28,7 +28,7 @@ from unike.config.kinds import (
     word_or,
 )
 from unike.config.schema import Option, Section, list_own_options, option, required
-from unike.types import BACKBONES, BACKENDS, METRIC_PRESETS, PROTOCOLS, TRACKERS, BackboneSpec
+from unike.types import ANSWER_ENDS, BACKBONES, BACKENDS, METRIC_PRESETS, PROTOCOLS, TRACKERS, BackboneSpec
 
 # Options of this group change how fast a run is, and how much memory it takes, not what it finds.
 SPEED = "speed"
@@ -63,11 +63,13 @@ class BatchOptions(Section):
 class PrefixOptions(BatchOptions):
     """Where activations of the layers below the edited ones are cached."""
 
-    prefix_memory_gb: float = option(number(low=0), "GB of cached lower-layer activations in memory", 2.0)
+    prefix_memory_gb: float = option(
+        number(low=0, high=1e6), "GB of cached lower-layer activations in memory", 2.0
+    )
     prefix_dir: str | None = option(
         nullable(text()), "folder of cached lower-layer activations, shared by runs; null: none", None
     )
-    prefix_disk_gb: float = option(number(low=0), "most GB that prefix_dir may take", 20.0)
+    prefix_disk_gb: float = option(number(low=0, high=1e6), "most GB that prefix_dir may take", 20.0)
 
 
 # ---------------------------------------------------------------- backbone
@@ -222,7 +224,18 @@ class ClipOptions(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EditTrainingOptions(ClipOptions):
+class AnswerOptions(Section):
+    """What an answer is made of in training; what is measured are the target's own tokens, whatever it is."""
+
+    answer_end: str = option(
+        choice(*ANSWER_ENDS),
+        "what edits and editors learn to write after a target: nothing, the end token, or a line break",
+        "none",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditTrainingOptions(ClipOptions, AnswerOptions):
     """How long, and how fast, an edit is trained."""
 
     lr: float = option(number(low=0, above=True), "learning rate of an edit", 2e-3)
@@ -337,7 +350,7 @@ class ScopeClassifierOptions(ScopeTrainingOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EditorTrainingOptions(MethodOptions, ClipOptions, SeedOptions):
+class EditorTrainingOptions(MethodOptions, ClipOptions, AnswerOptions, SeedOptions):
     """Training of a meta-learned editor (KE, MEND, SERAC)."""
 
     editor_rank: int = option(whole(low=1), "inner width of the editor networks", 96)
@@ -432,6 +445,8 @@ class EditBatchOptions(Section):
     )
 
 
+# Options that came later than some runs, whose manifests lack them: what these runs did.
+BEFORE_OPTIONS: dict[str, object] = {"answer_end": "none"}
 # In the order of the documentation, with the heading of each.
 SECTIONS: dict[type[Section], str] = {
     BackboneOptions: "backbone",
@@ -444,6 +459,7 @@ SECTIONS: dict[type[Section], str] = {
     ScopeTrainingOptions: "scope classifier training",
     PatchOptions: "intrinsic",
     EditTrainingOptions: "intrinsic",
+    AnswerOptions: "answers",
     ClipOptions: "intrinsic",
     PatchLossOptions: "intrinsic",
     FineTuningOptions: "fine-tuning",

@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, cast
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -28,6 +27,7 @@ from unike.datasets.mmedit import (
     load_records,
 )
 from unike.system.arguments import ArgumentParser
+from unike.system.console import Console
 from unike.system.launching import run_guarded
 from unike.system.text import one_line
 from unike.types import UserError
@@ -37,6 +37,8 @@ QUOTES = ('"', "'", "\u201c", "\u2018")
 EXAMPLES = 3
 SHOWN = 5
 
+# Of the tokens that end or fill texts, as common tokenisers write them.
+_SPECIAL_TEXT = re.compile(r"</?s>|<unk>|<pad>|<bos>|<eos>|<image>|<\|[a-z_]+\|>")
 _LEADING_ARTICLE = re.compile(r"^(a|an|the)\s+")
 
 Severity = Literal["error", "warning"]
@@ -126,11 +128,17 @@ def alt_with_edge_whitespace(record: Annotation) -> bool:
     return record["alt"] != record["alt"].strip() or "\n" in record["alt"]
 
 
+def alt_never_generated(record: Annotation) -> bool:
+    """Whether no model could generate the target: it has a line break inside, or the text of an end token."""
+    return "\n" in record["alt"].strip() or _SPECIAL_TEXT.search(record["alt"]) is not None
+
+
 def rephrase_with_newline(record: Annotation) -> bool:
     """Whether the rephrased prompt has a line break."""
     return "\n" in record["rephrase"]
 
 
+NEVER_GENERATED = "alt can never be generated: a line break in it, or an end token"
 DIRT: dict[str, tuple[str, Callable[[Annotation], bool]]] = {
     "stray_quote": ("rephrase starts with a quotation mark", starts_with_stray_quote),
     "rephrase_equals_src": ("rephrase is src", rephrase_equals_src),
@@ -146,7 +154,8 @@ def audit(path: PathLike, images: PathLike | None = None, model: PathLike | None
     """Examines one annotation file; with ``images``, also every image that it names under that folder; with
     ``model``, a Hugging Face folder, whether its context takes every question with its answer.
 
-    Errors are records that cannot become a case and images that cannot be opened; duplicates,
+    Errors are records that cannot become a case, targets that no model could generate and images that cannot
+    be opened; duplicates,
     unknown fields and the kinds in ``DIRT`` are warnings. Only sound records are searched for dirt.
 
     Raises:
@@ -167,7 +176,9 @@ def audit(path: PathLike, images: PathLike | None = None, model: PathLike | None
     ]
     if images is not None:
         findings += _find_bad_images(sound, images)
+    never = tuple(i for i, record in sound.items() if alt_never_generated(record))
     findings += [
+        AuditFinding("never_generated", NEVER_GENERATED, "error", never),
         _find_long_texts(sound, model),
         _find_duplicates(records),
         _find_unknown_fields(records),

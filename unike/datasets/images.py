@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image, ImageCms, ImageOps
 
 from unike.datasets.image_inputs import resolve_image
+from unike.system.paths import check_path
 from unike.system.text import one_line
 from unike.types import UserError
 
@@ -52,6 +53,8 @@ def open_image(source: object, root: PathLike | None = None) -> Image.Image:
             or of more than ``MOST_PIXELS``, or if ``source`` is something else.
     """
     found = resolve_image(source)
+    if root is not None:
+        check_path(root, "image_root", "a folder of images")
     if isinstance(found, Image.Image):
         return _decode(found, one_line(getattr(found, "filename", "") or "image in memory"))
     if not isinstance(found, (str, os.PathLike)):

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from unike.datasets.images import PathLike
 from unike.types import Case, Query, UserError
 
+logger = logging.getLogger("unike")
+T = TypeVar("T")
 # The fields of an annotation that a probe's prompt and answer come from.
 PROBE_FIELDS = {
     "reliability": ("src", "alt"),
@@ -83,6 +86,34 @@ def find_long_texts(case: Case, limit: TextLimit) -> list[str]:
 
 def _describe(field: str, count: int, limit: TextLimit) -> str:
     return f"{field}: {count} tokens with its question; the model takes {limit.context}"
+
+
+def list_queries(case: Case) -> list[Query]:
+    """All questions of a record."""
+    return [case.request.query, *(probe.query for probe in case.probes)]
+
+
+def leave_out_long(folder: str, given: Sequence[T], ask: Callable[[T], Sequence[Query]]) -> Sequence[T]:
+    """What is trained on, without what the model in ``folder`` does not take, which is counted in a
+    warning."""
+    few = [one for one in given if any(may_be_long(query) for query in ask(one))]
+    limit = read_limit(folder) if few else None
+    if limit is None:
+        return given
+    long = {id(one) for one in few if any(limit.measure(query) is not None for query in ask(one))}
+    if not long:
+        return given
+    logger.warning(
+        "%d train records are too long for the model, which takes %d tokens; they are left out",
+        len(long),
+        limit.context,
+    )
+    return [one for one in given if id(one) not in long]
+
+
+def may_be_long(query: Query) -> bool:
+    """Whether a question might not fit into a decoder's context, with an image; most are far shorter."""
+    return len(query.prompt) + len(query.target or "") > 100
 
 
 def name_longer_field(probe: str, query: Query) -> str:

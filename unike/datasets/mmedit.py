@@ -15,7 +15,8 @@ from typing import ClassVar, Literal, TypedDict, cast, overload
 from unike.datasets.answers import normalise_answer
 from unike.datasets.images import PathLike, image_path, lies_outside
 from unike.datasets.probe_files import NO_PROBES, FurtherProbe, RecordProbes, get_expectation, read_probes
-from unike.system.text import one_line
+from unike.system.paths import check_path
+from unike.system.text import describe_value, one_line
 from unike.types import Case, EditRequest, Probe, Query, UserError
 
 VQA_TEMPLATE = "Question: {} Short answer:"
@@ -87,6 +88,7 @@ def load_records(path: PathLike) -> list[object]:
         UserError: one line naming the file, if it is missing, not a regular file, not UTF-8, not JSON
             (with line and column) or not a list.
     """
+    path = check_path(path, "annotations", "a JSON file with a list of records")
     name = one_line(path)
     if os.path.isdir(path):
         raise UserError(f"{name}: is a directory; expected a JSON file with a list of records")
@@ -188,6 +190,14 @@ def _strip_or_none(value: str | None) -> str | None:
     return (value or "").strip() or None
 
 
+def wrap_prompt(template: str, text: str) -> str:
+    """The question in its template, whose ``{}`` it replaces; one that has the template already as it is."""
+    start, end = template.split("{}")
+    text = text.strip()
+    wrapped = bool(start or end) and text.startswith(start.lstrip()) and text.endswith(end.rstrip())
+    return text if wrapped and len(text) > len(template.strip()) - 2 else template.replace("{}", text)
+
+
 class _CaseSequence(Sequence[Case]):
     """What the datasets share: indexing over ``len`` and ``_make_case``, and which images are missing."""
 
@@ -227,7 +237,11 @@ class _MMEditDataset(_CaseSequence):
         probes: PathLike | None = None,
     ) -> None:
         _check_size(size)
-        if template.count("{}") != 1:
+        path = check_path(path, "annotations", "a JSON file with a list of records")
+        for name, root in (("image_root", image_root), ("rephrase_root", rephrase_root)):
+            if root is not None:
+                check_path(root, name, "a folder of images")
+        if not isinstance(template, str) or template.count("{}") != 1:
             raise UserError(
                 f"template {one_line(template)!r}: expected exactly one {{}} where the question goes"
             )
@@ -284,7 +298,7 @@ class _MMEditDataset(_CaseSequence):
         """The prompt of the edit itself, from ``src`` or ``rephrase``."""
 
     def _write_question(self, text: str) -> str:
-        return self.template.replace("{}", text.strip())
+        return wrap_prompt(self.template, text)
 
     def _locate_image(self, name: str) -> str:
         return str(image_path(self.image_root, name))
@@ -426,4 +440,6 @@ class CapVQADataset(_CaseSequence):
 
 def _check_size(size: int | None) -> None:
     if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
-        raise UserError(f"size: expected a whole number above 0 (or none, for all records), got {size!r}")
+        raise UserError(
+            f"size: expected a whole number above 0 (or none, for all records), got {describe_value(size)}"
+        )

@@ -11,6 +11,7 @@ import difflib
 import io
 import json
 import logging
+import math
 import os
 from collections.abc import Iterable, Mapping
 from itertools import chain, islice
@@ -49,7 +50,7 @@ MOST_ROWS = 10_000_000
 _KINDS = "a data set, cases, rows of fields, a table, or the path of a JSON, JSONL or CSV file"
 
 
-def read_rows(source: object) -> list[Any]:
+def read_rows(source: object, name: str = "ds") -> list[Any]:
     """The rows or cases of a list, a generator, a table or a file.
 
     Tables are known by their methods: of pandas (``to_dict``), of `datasets` (iteration gives mappings).
@@ -60,30 +61,32 @@ def read_rows(source: object) -> list[Any]:
     if isinstance(source, (str, os.PathLike)):
         return read_file(source)
     if isinstance(source, Mapping):
-        return _split_mapping(source)
+        return _split_mapping(source, name)
     if hasattr(source, "to_dict") and hasattr(source, "columns"):
         return list(source.to_dict("records"))
     # Data sets of PyTorch have rows by number, and no more.
     numbered = hasattr(source, "__getitem__") and hasattr(source, "__len__") and not isinstance(source, type)
     unordered = isinstance(source, (bytes, bytearray, memoryview, set, frozenset))
     if unordered or not (numbered or isinstance(source, Iterable)):
-        raise UserError(f"ds: expected {_KINDS}, got {type(source).__name__}")
+        raise UserError(f"{name}: expected {_KINDS}, got {type(source).__name__}")
     try:
         if not isinstance(source, Iterable):
             return [source[i] for i in range(len(source))]  # type: ignore[index, arg-type]
         return list(islice(source, MOST_ROWS))
-    except TypeError as error:
-        # Some classes have __iter__ and refuse it: a tensor of no dimensions, a type.
-        raise UserError(f"ds: expected {_KINDS}, got {type(source).__name__}: {one_line(error)}") from error
+    except Exception as error:
+        # A class of the user's raises anything; some have __iter__ and refuse it: a tensor of no dimensions.
+        raise UserError(
+            f"{name}: expected {_KINDS}, got {type(source).__name__}: {one_line(error)}"
+        ) from error
 
 
-def _split_mapping(source: Mapping[Any, Any]) -> list[Any]:
+def _split_mapping(source: Mapping[Any, Any], at: str) -> list[Any]:
     """One row, or the splits of a `datasets` dictionary, of which one must be chosen."""
     if set(source) & set(_HOMES):
         return [source]
     names = ", ".join(one_line(key, 20) for key in islice(source, 6)) or "nothing"
     raise UserError(
-        f"ds: expected {_KINDS}, got a mapping of {names}; choose one of its splits, if it has some"
+        f"{at}: expected {_KINDS}, got a mapping of {names}; choose one of its splits, if it has some"
     )
 
 
@@ -150,7 +153,8 @@ def name_fields(row: object, at: str) -> tuple[dict[str, Any], list[str]]:
     problems = []
     for key, value in row.items():
         field = _HOMES.get(key) if isinstance(key, str) else None
-        if field is None or value is None:
+        # A table has NaN where a cell is empty.
+        if field is None or value is None or (isinstance(value, float) and math.isnan(value)):
             continue
         if field in found:
             problems.append(f"{at}: {key} and {given[field]} hold the same; expected one of them")

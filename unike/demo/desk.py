@@ -8,7 +8,7 @@ from pathlib import Path
 from threading import Lock
 
 from unike.datasets.images import open_image
-from unike.datasets.mmedit import VQA_TEMPLATE
+from unike.datasets.mmedit import VQA_TEMPLATE, wrap_prompt
 from unike.editor import MultimodalEditor
 from unike.edits.explain import Explanation
 from unike.system.text import one_line
@@ -85,7 +85,7 @@ class Desk:
         with self._turn:
             # An edit that fails leaves the former ones attached.
             metrics, _, _ = self.editor.edit(
-                question.strip(), answer, image, template=VQA_TEMPLATE, keep_original_weight=False
+                question.strip(), answer, image, template=VQA_TEMPLATE, sequential_edit=True
             )
             if error := metrics[0].get("error"):
                 raise UserError(f"the edit failed: {error}")
@@ -106,7 +106,7 @@ class Desk:
 
     def _ask(self, image: str | None, question: str) -> Explanation:
         question = question.strip()
-        return self.editor.ask(image, question if image is None else VQA_TEMPLATE.replace("{}", question))
+        return self.editor.ask(image, question if image is None else wrap_prompt(VQA_TEMPLATE, question))
 
 
 def _make_example(case: Case) -> EditExample:

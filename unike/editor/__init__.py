@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from unike import runs
@@ -30,12 +32,16 @@ from unike.edits.attached import EditedModel, Slot
 from unike.edits.base import load_edit
 from unike.edits.explain import Explanation, ask
 from unike.edits.files import read_edit
+from unike.edits.pickled import PickledEdit
 from unike.edits.questions import answer_each, check_question
 from unike.edits.shares import Shared
 from unike.evaluation.protocols import Outcome, run_one_step
 from unike.evaluation.record import Record
 from unike.evaluation.summary import Summary, summarise
+from unike.methods.base import require_reachable
+from unike.methods.isolation import train_apart
 from unike.runs import checks, inputs
+from unike.runs.drawing import draw_train_data
 from unike.system.text import describe_value
 from unike.types import Case, ImageLike, TooLongError, UserError
 
@@ -49,14 +55,21 @@ class MultimodalEditor:
     """Edits a vision-language model with the method that the hyper-parameters name.
 
     Memory and encoders are read, or built, when the first edit needs them. Editors of one backbone
-    share what is attached to it.
+    share what is attached to it, and one thread at a time: others wait until a call is done, or until a
+    block ``with edit.applied(backbone)`` ends. What a block applies, no call of an editor sees.
     """
+
+    # Of EasyEdit's calls: whose definitions of locality the metrics have, and whether its meaning of
+    # ``keep_original_weight=False`` is taken into account.
+    metric_preset: str | None = None
+    easyedit = False
 
     def __init__(self, hparams: HyperParams, backbone: Backbone, progress: bool = True) -> None:
         self.hparams, self.backbone, self.progress = hparams, backbone, progress
         self._parts: runs.Parts | None = None
         self._slot = Slot.of(backbone)
         self._epoch = self._slot.guard.epoch
+        self._train_ds: Iterable[Case] | None = None
 
     @classmethod
     def from_hparams(
@@ -71,19 +84,28 @@ class MultimodalEditor:
     def prepare(self, train_ds: Iterable[Case] | None = None, skip_broken: bool = False) -> runs.Parts:
         """Backbone and method with memory and encoders, from ``train_ds`` or the YAML's train data."""
 
+        if train_ds is not None:
+            # Needed again where the weights are changed.
+            self._train_ds = list(train_ds) if isinstance(train_ds, Iterator) else train_ds
+        given = self._train_ds
+
         def triplets() -> list[Triplet]:
-            if train_ds is not None:
-                return make_triplets(train_ds, self.hparams.triplets)
+            if given is not None:
+                return make_triplets(given, self.hparams.triplets)
+            draw_train_data(self.hparams, self.backbone)
             return inputs.read_triplets(self.hparams, skip_broken)
 
         def cases() -> Sequence[Case]:
-            return inputs.read_method_cases(self.hparams, skip_broken, train_ds)
+            if given is None:
+                draw_train_data(self.hparams, self.backbone)
+            return inputs.read_method_cases(self.hparams, skip_broken, given)
 
-        with self._slot.only(()):
+        with self._slot.only(()), train_apart(self.backbone):
             epoch = self._slot.guard.epoch
             # Memory, encoders and networks belong to the weights that they were made with.
             if self._parts is None or train_ds is not None or self._epoch != epoch:
-                self._parts = runs.assemble(self.hparams, self.backbone, self.progress, triplets, cases)
+                with _explain_changed_weights(self._parts is not None and self._epoch != epoch):
+                    self._parts = runs.assemble(self.hparams, self.backbone, self.progress, triplets, cases)
                 self._epoch = epoch
             return self._parts
 
@@ -96,10 +118,16 @@ class MultimodalEditor:
         """Attaches an edit, of any method, on top of those that are attached; ``edit`` replaces them all by
         its own.
 
-        Where several edits set the same weight, the last one counts. UserError, with nothing changed, where
-        an edit of the same ``id`` is attached, or where this one was made on another model.
+        Where several edits set the same weight, or answer one question about one image, the last one counts;
+        edits that contradict each other are named in a warning. UserError, with nothing changed, where an
+        edit of the same ``id`` is attached, or where this one was made on another model.
         """
+        if not isinstance(edit, Edit):
+            raise UserError(f"attach: expected an edit, got {type(edit).__name__}")
         with self._slot.guard.hold():
+            if isinstance(edit, PickledEdit):
+                shared = self._get_shared() if edit.needs() else Shared()
+                edit = edit.restore(self.backbone, shared.knowledge, shared.network)
             mine = not self.edits or self._slot.editor is self
             self._slot.attach(edit)
             self._slot.editor = self if mine else None
@@ -110,6 +138,8 @@ class MultimodalEditor:
         An edit trained while this one was active (``keep_original_weight=False``) stays as trained.
         UserError where no edit of that ``id`` is attached.
         """
+        if not isinstance(id, str):
+            raise UserError(f"detach: expected the id of an edit, got {type(id).__name__}")
         return self._slot.detach(id)
 
     def generate(
@@ -126,8 +156,8 @@ class MultimodalEditor:
         comparison with the base model does not depend on what is attached; ``ask`` gives both answers.
         Greedy by default; ``decoding`` takes ``num_beams``, ``do_sample``, ``temperature``, ``top_p``,
         ``num_return_sequences`` and ``seed``, see ``unike.backbones.decoding.Decoding``. Each question has a
-        list of answers where ``num_return_sequences`` is above 1. ``max_new_tokens`` is the YAML's where it
-        is None. UserError for what is no image or no text, and for values that do not fit.
+        list of answers where ``num_return_sequences`` is above 1. Without ``max_new_tokens`` it is that of
+        the YAML which loaded the backbone. UserError for what is no image or no text, and for values that do not fit.
         """
         with self._slot.guard.hold():
             edits = self.edits if edited else ()
@@ -146,7 +176,8 @@ class MultimodalEditor:
         image, prompt = check_question(image, prompt, self._locate)
         if isinstance(top, bool) or not isinstance(top, int) or top < 0:
             raise UserError(f"top: expected a whole number from 0 on, got {describe_value(top)}")
-        return ask(self._slot, image, prompt, top)
+        with torch.inference_mode(False):
+            return ask(self._slot, image, prompt, top)
 
     def _locate(self, image: ImageLike | None) -> ImageLike | None:
         return locate_image(image, self.hparams.image_root)
@@ -156,16 +187,20 @@ class MultimodalEditor:
 
         UserError as ``Edit.load``.
         """
+        if not isinstance(folder, (str, os.PathLike)):
+            raise UserError(f"load: expected the folder of an edit, got {type(folder).__name__}")
         saved = read_edit(folder)
         with self._slot.guard.hold():
             saved.require(self.backbone)
-            shared = self.prepare().method.get_shared_parts() if saved.needs else Shared()
-            return load_edit(saved, self.backbone, shared)
+            return load_edit(saved, self.backbone, self._get_shared() if saved.needs else Shared())
+
+    def _get_shared(self) -> Shared:
+        return self.prepare().method.get_shared_parts()
 
     def edit(
         self,
-        prompts: Texts,
-        targets: Texts,
+        prompts: Texts | None = None,
+        targets: Texts | None = None,
         image: Images = None,
         *others: Any,
         file_type: Texts | None = None,
@@ -203,11 +238,12 @@ class MultimodalEditor:
         keep_original_weight, template``, or in EasyEdit's order ``file_type, rephrase_prompts, ...``.
 
         Raises UserError, with all problems at once and nothing changed, for lists of different
-        lengths, empty texts, missing images, arguments that contradict each other, and a fourth argument by
+        lengths, empty texts, missing images, targets that could never be generated (with a line break or a
+        special token in them), arguments that contradict each other, and a fourth argument by
         position of which it is not clear which one it is.
         """
         named = {name: value for name, value in locals().items() if name in NAMED}
-        given = read_arguments(others, named, unknown)
+        given = read_arguments(others, named, unknown, self.easyedit)
         columns = {"prompts": prompts, "targets": targets, "image": image, **given.values}
         with self._slot.guard.hold():
             return self._edit(given, columns)
@@ -228,7 +264,7 @@ class MultimodalEditor:
 
     def edit_dataset(
         self,
-        ds: Any,
+        ds: Any = None,
         train_ds: Any = None,
         template: str | bool | None = None,
         generated: bool = True,
@@ -275,9 +311,11 @@ class MultimodalEditor:
         verbose: bool | None = None,
     ) -> EditResult:
         parts = self.prepare()
+        require_reachable(self.backbone, [case.request for case in cases])
         reader = parts.make_reader(generated)
         edits, metrics, records = former, list[dict[str, Any]](), list[Record]()
-        with self._slot.only(()):
+        # Whatever the caller has switched off: what is kept for later must carry gradients then.
+        with self._slot.only(()), torch.inference_mode(False):
             for number, case in enumerate(
                 tqdm(cases, desc="edits", disable=not (self.progress if verbose is None else verbose))
             ):
@@ -292,7 +330,7 @@ class MultimodalEditor:
                     _require_one_kind(history, outcome.edit)
                     edits = (*edits, outcome.edit) if accumulate else (outcome.edit,)
                 records.append(merge_probes(outcome.record))
-                metrics.append(describe_metric(number, case, records[-1]))
+                metrics.append(describe_metric(number, case, records[-1], self.metric_preset))
                 if verbose:
                     logger.info("%s", metrics[-1])
         self._slot.put(edits)
@@ -301,6 +339,16 @@ class MultimodalEditor:
             logger.warning("%d of %d edits failed, the first: %s", len(failed), len(metrics), failed[0])
         summary = summarise(records, self.hparams.seed, self.hparams.metric_presets)
         return metrics, EditedModel(self._slot, edits, self._locate), summary
+
+
+@contextmanager
+def _explain_changed_weights(are_changed: bool) -> Iterator[None]:
+    """Says, before the problems, why something is learnt once more."""
+    try:
+        yield
+    except UserError as error:
+        reason = "the model's weights were changed, and what was learnt from the former ones does not fit:"
+        raise UserError(*((reason,) if are_changed else ()), *error.problems) from error
 
 
 def _require_one_kind(history: Edit | None, edit: Edit) -> None:

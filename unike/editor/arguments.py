@@ -91,7 +91,9 @@ def read_switch(value: object, name: str) -> bool | None:
     raise UserError(f"{name}: expected True or False, got {type(value).__name__}")
 
 
-def read_arguments(others: Sequence[Any], named: Mapping[str, Any], unknown: Mapping[str, Any]) -> Arguments:
+def read_arguments(
+    others: Sequence[Any], named: Mapping[str, Any], unknown: Mapping[str, Any], easyedit: bool = False
+) -> Arguments:
     """The arguments after ``image``: by position in either order, by name, and those of other names.
 
     UserError, in one line each, for an order that is not clear, for what is given twice, and for unknown
@@ -106,7 +108,9 @@ def read_arguments(others: Sequence[Any], named: Mapping[str, Any], unknown: Map
         values[name] = value
     if problems:
         raise UserError(*problems)
-    easyedit = "file_type" in placed or values["file_type"] is not None or values["verbose"] is not None
+    easyedit = (
+        easyedit or "file_type" in placed or values["file_type"] is not None or values["verbose"] is not None
+    )
     return Arguments(values, easyedit)
 
 

@@ -33,7 +33,7 @@ def read_cases(ds: object, hparams: DataOptions, template: str | None, name: str
     """
     if isinstance(ds, Sequence) and hasattr(ds, "list_missing_images"):
         return ds if template is None else apply_template(ds, template)
-    rows = read_rows(ds)
+    rows = read_rows(ds, name)
     if not rows:
         raise UserError(f"{name}: holds no case; expected one or more")
     if any(isinstance(row, Case) for row in rows):
@@ -42,6 +42,9 @@ def read_cases(ds: object, hparams: DataOptions, template: str | None, name: str
             raise UserError(
                 f"{name}: holds cases and others ({one_line(others[0], 40)}); expected cases alone"
             )
+        bare = [case.request.id for case in rows if not case.probes]
+        if bare:
+            raise UserError(f"{name}: case {one_line(bare[0], 60)} has no probe; expected one or more")
         return rows if template is None else apply_template(rows, template)
     return _read_requests(rows, hparams, template, isinstance(ds, (str, os.PathLike)))
 

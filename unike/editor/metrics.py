@@ -27,8 +27,8 @@ class Value(float):
         return float(self)
 
 
-def describe_metric(number: int, case: Case, record: Record) -> dict[str, Any]:
-    """A case's record in EasyEdit's shape."""
+def describe_metric(number: int, case: Case, record: Record, preset: str | None = None) -> dict[str, Any]:
+    """A case's record in EasyEdit's shape; ``post`` is by the definitions of ``preset``, if one is given."""
     query = case.request.query
     rewrite = {"prompt": query.prompt, "target": query.target, "image": query.image}
     metric: dict[str, Any] = {"case_id": number, "requested_rewrite": rewrite, "time": record.seconds}
@@ -38,6 +38,8 @@ def describe_metric(number: int, case: Case, record: Record) -> dict[str, Any]:
     metric["pre"] = {k: None if s.before is None else Value(s.before) for k, s in scores.items()}
     metric["post"] = {key: Value(value.after) for key, value in scores.items()}
     metric |= {"steps": record.steps, "loss": record.loss, "reached": record.reached}
+    known = {} if preset is None else record.presets.get(preset, {})
+    metric["post"] |= {METRIC_KEYS.get(m, f"{m}_acc"): Value(v) for m, v in known.items() if v is not None}
     if record.error is not None:
         metric["error"] = record.error
     return metric

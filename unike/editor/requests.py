@@ -159,7 +159,7 @@ def _is_unicode(value: str) -> bool:
 
 def list_texts(value: object) -> list[Any]:
     """A text as a list of it, or the texts of a list, a generator, an array or a column of a table."""
-    return list(value) if isinstance(value, Iterable) and not _is_single(value) else [value]
+    return _list_members(value) if isinstance(value, Iterable) and not _is_single(value) else [value]
 
 
 def list_images(value: object) -> list[Any]:
@@ -169,10 +169,18 @@ def list_images(value: object) -> list[Any]:
         batch = len(shape) == 4 or (
             len(shape) == 1 and getattr(getattr(value, "dtype", None), "kind", "") == "O"
         )
-        return list(value) if batch else [value]  # type: ignore[call-overload]
+        return _list_members(value) if batch else [value]
     if hasattr(value, "read") or hasattr(value, "tobytes"):
         return [value]
     return list_texts(value)
+
+
+def _list_members(value: Any) -> list[Any]:
+    try:
+        return list(value)
+    except Exception as error:  # a class of the user's raises anything
+        name = type(value).__name__
+        raise UserError(f"edit: a value of type {name} cannot be listed: {one_line(error, 80)}") from error
 
 
 def _is_single(value: object) -> bool:

@@ -5,23 +5,20 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
-from unike.datasets.mmedit import CapVQADataset
+from unike.datasets.mmedit import CapVQADataset, wrap_prompt
 from unike.types import Case, Query, UserError
 
 
 def make_wrapper(template: str | None) -> Callable[[str], str]:
     if template is None:
         return lambda text: text
+    if not isinstance(template, str):
+        raise UserError(f"template: expected a text with {{}} in it, got {type(template).__name__}")
     if template.count("{}") != 1:
         raise UserError(f"template {template!r}: expected exactly one {{}} where the question goes")
-    start, end = template.split("{}")
-
-    def wrap(text: str) -> str:
-        # Datasets and users wrap their prompts too: once is enough.
-        return text if text.startswith(start) and text.endswith(end) else start + text + end
-
-    return wrap
+    return partial(wrap_prompt, template)
 
 
 def apply_template(ds: Sequence[Case], template: str) -> Sequence[Case]:

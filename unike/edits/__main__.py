@@ -20,7 +20,6 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -31,6 +30,7 @@ from unike.edits.origin import Origin
 from unike.edits.store import EditStore
 from unike.system import launching
 from unike.system.arguments import ArgumentParser
+from unike.system.console import Console
 from unike.system.text import one_line
 from unike.types import Query, UserError
 
@@ -157,11 +157,15 @@ def apply_edits(store: EditStore, args: argparse.Namespace) -> tuple[Table, str]
         origins = [_make_origin(args.prompt, args.image, saved[0].origins[0])]
     from unike.editor import MultimodalEditor
     from unike.edits.base import compose
+    from unike.edits.conflicts import list_contradictions
 
     editor = MultimodalEditor.from_hparams(hparams)
     backbone = editor.backbone
-    whole = compose([editor.load(edit.folder) for edit in saved])
+    loaded = [editor.load(edit.folder) for edit in saved]
+    whole = compose(loaded)
     assert whole is not None
+    for contradiction in list_contradictions(loaded):
+        print(contradiction)
     table, passed, asked = start_table("id", "asked", "target", "before", "after"), 0, 0
     for origin in origins:
         if problem := _find_image_problem(origin):

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import difflib
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import reduce
+from operator import or_
 from typing import Any
 
 from unike.backbones.base import Backbone
 from unike.backbones.guard import Application, Guard
 from unike.backbones.images import take_image
 from unike.edits import Edit, compose
+from unike.edits.conflicts import find_contradicted, list_contradictions
 from unike.edits.questions import Locate, answer_each
+from unike.system.text import one_line
 from unike.types import ImageLike, Query, UserError
+
+logger = logging.getLogger("unike")
 
 Edits = tuple[Edit, ...]
 
@@ -35,6 +42,8 @@ class Slot:
         self.whole: Edit | None = None
         self.editor: object = None
         self._application: Application | None = None
+        # Of which epoch, and how many edits, those of other weights were named last.
+        self._flagged: tuple[int, int] | None = None
 
     @classmethod
     def of(cls, backbone: Backbone) -> Slot:
@@ -50,18 +59,24 @@ class Slot:
 
     def put(self, edits: Edits) -> None:
         """Attaches ``edits`` in place of those that are attached. Where they begin with these, only the
-        others are composed."""
+        others are composed, and edits that they contradict are named in a warning."""
         with self.guard.hold():
             known = len(self.edits)
-            if known and _are_same(edits[:known], self.edits):
-                whole = compose([e for e in (self.whole, *edits[known:]) if e is not None])
+            added = _are_same(edits[:known], self.edits)
+            later = [origin for edit in edits[known:] for origin in edit.origins]
+            whole = self.whole
+            if whole is not None and added and not find_contradicted(whole.origins, later):
+                whole = reduce(or_, edits[known:], whole)
             else:
                 whole = compose(edits)
             self._swap(edits, whole)
+            for place in range(known, len(edits)) if added else ():
+                for contradiction in list_contradictions(edits[:place], edits[place]):
+                    logger.warning("%s", contradiction)
 
     def attach(self, edit: Edit) -> None:
         """Attaches one more edit. UserError, with nothing changed, where its id is taken, and where it was
-        made on another model."""
+        made on another model. Edits that it contradicts are named in a warning."""
         with self.guard.hold():
             if any(edit.id == other.id for other in self.edits):
                 raise UserError(f"edit {edit.id}: is attached already; expected an edit with another id")
@@ -90,6 +105,7 @@ class Slot:
         """Inside the block the backbone carries just these edits; the block gets them as one. What else is
         applied, by ``with edit.applied(backbone)`` too, is applied again after it."""
         with self.guard.hold():
+            self._flag_former(edits)
             alone = self.guard.carries(self._application)
             if _are_same(self.edits, edits) and alone:
                 yield self.whole
@@ -101,6 +117,18 @@ class Slot:
                     return
                 with whole.applied(self.backbone):
                     yield whole
+
+    def _flag_former(self, edits: Edits) -> None:
+        """Names, once, the edits that were made before the weights were changed."""
+        if not self.guard.epoch or self._flagged == (self.guard.epoch, len(edits)):
+            return
+        own = self.fingerprint
+        lost = [edit.id for edit in edits if any(origin.backbone != own for origin in edit.origins)]
+        if lost:
+            self._flagged = self.guard.epoch, len(edits)
+            logger.warning(
+                "edit %s: was made with other weights than the model has now", ", ".join(map(one_line, lost))
+            )
 
     def generate(
         self,

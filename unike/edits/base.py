@@ -14,7 +14,7 @@ from functools import cached_property
 from importlib import import_module
 from itertools import count
 from types import MappingProxyType
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import nn
@@ -22,8 +22,16 @@ from torch import nn
 from unike.backbones.base import Backbone
 from unike.backbones.guard import guard_applied
 from unike.edits.activity import UNKNOWN, Activity, Decisions, LayerRetrieval, PromptStates
+from unike.edits.conflicts import (
+    drop_from_parts,
+    drop_units,
+    find_contradicted,
+    leave_out_contradicted,
+    require_yielding,
+    share_origins,
+)
 from unike.edits.content import Content, merge_contents
-from unike.edits.files import PLACES, SavedEdit, UnsavedEdit, read_edit, save
+from unike.edits.files import PLACES, SavedEdit, UnsavedEdit, read_edit, render_files, save
 from unike.edits.origin import Origin
 from unike.edits.shares import LayerKnowledge, Shared
 from unike.system.text import one_line
@@ -50,6 +58,30 @@ class Edit(ABC):
     def __init_subclass__(cls, **options: object) -> None:
         super().__init_subclass__(**options)
         guard_applied(cls)
+        # A dataclass would write out all tensors.
+        if "__repr__" not in vars(cls):
+            cls.__repr__ = Edit.__repr__  # type: ignore[method-assign]
+
+    def __repr__(self) -> str:
+        """One line: kind, id, and what was asked and answered."""
+        asked = [f"{one_line(o.prompt, 40)!r} -> {one_line(o.target, 30)!r}" for o in self.origins[:2]]
+        more = [f"{len(self.origins) - 2} more"] if len(self.origins) > 2 else []
+        return f"<{type(self).__name__} {one_line(self.id, 40) or 'without id'}: {', '.join(asked + more)}>"
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Pickled as it is saved, without what it shares with others. UserError for an edit that no
+        registered method has made."""
+        pickled = import_module(f"{__package__}.pickled").PickledEdit
+        return pickled, (render_files(self.as_unsaved())[0],)
+
+    def __copy__(self) -> Edit:
+        new = object.__new__(type(self))
+        vars(new).update(vars(self))
+        return new
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Edit:
+        # Its tensors do not change once it is made.
+        return self.__copy__()
 
     @abstractmethod
     def applied(self, backbone: Backbone) -> AbstractContextManager[None]:
@@ -121,7 +153,7 @@ class Edit(ABC):
         finds them. UserError, in one line and with nothing changed, for an edit of another backbone, for
         other knowledge than it was made with, and for a damaged folder.
         """
-        return load_edit(read_edit(folder), backbone, Shared(knowledge or {}, network))
+        return load_edit(read_edit(folder), backbone, make_shared(knowledge, network))
 
     @property
     def parts(self) -> tuple[Edit, ...]:
@@ -129,9 +161,18 @@ class Edit(ABC):
         return (self,)
 
     def __or__(self, other: Edit) -> Edit:
-        """Both edits, this one first: one edit where they are of a kind and need the same, else ``Mixed``."""
+        """Both edits, this one first: one edit where they are of a kind and need the same, else ``Mixed``.
+
+        What ``other`` contradicts is left out: of two edits of one question and image the later one answers.
+        UserError where that cannot be taken out of this edit.
+        """
         if not isinstance(other, Edit):
             return NotImplemented
+        if places := find_contradicted(self.origins, other.origins):
+            left = self.drop(places)
+            if left is not self:
+                return other if left is None else left | other
+            require_yielding(self, other, places)
         parts = list(self.parts)
         for new in other.parts:
             both = ((i, _join(part, new)) for i, part in enumerate(parts))
@@ -140,6 +181,20 @@ class Edit(ABC):
         out = parts[0] if len(parts) == 1 else Mixed(parts)
         out.origins = self.origins + other.origins
         return out
+
+    def drop(self, places: Sequence[int]) -> Edit | None:
+        """The edit without the requests at these places of ``origins``: None where none is left, itself
+        where they can't be taken out of it."""
+        left: Edit | None = drop_units(self, places)
+        return left
+
+    def keep_units(self, units: Sequence[Any]) -> Edit | None:
+        """The edit with these of its ``units`` only, one or more; None where it keeps none apart."""
+        return None
+
+    def yields_to(self, other: Edit) -> bool:
+        """Whether nothing of this edit is left where ``other`` is applied on top of it."""
+        return False
 
     def rewrite(self, query: Query) -> Query:
         """The query as the edited model gets it: the same, unless the edit is part of the prompt."""
@@ -257,6 +312,12 @@ class Mixed(Edit):
     def join(self, other: Edit) -> Edit | None:
         return self | other
 
+    def drop(self, places: Sequence[int]) -> Edit | None:
+        parts = drop_from_parts(self, places)
+        if parts is None:
+            return self
+        return compose(parts)
+
     @contextmanager
     def applied(self, backbone: Backbone) -> Iterator[None]:
         with ExitStack() as stack:
@@ -352,14 +413,24 @@ def _join(one: Edit, other: Edit) -> Edit | None:
     """Both as one; None for unlike ones, and for those made with other knowledge, another scope classifier
     or network: as one edit, both would answer by those of the last."""
     both = one.join(other)
-    return both if both is not None and one.shares_needs(other) else None
+    if both is None or not one.shares_needs(other):
+        return None
+    both.origins = one.origins + other.origins
+    return both
 
 
 def compose(edits: Sequence[Edit]) -> Edit | None:
-    """All edits in order, or None without any."""
-    whole: Edit | None = None
+    """All edits in order, without what a later one contradicts; None without any. UserError for what is no
+    edit."""
+    if not isinstance(edits, (list, tuple)):
+        raise UserError(f"edits: expected a list of edits, got {type(edits).__name__}")
     for edit in edits:
-        whole = edit if whole is None else whole | edit
+        if not isinstance(edit, Edit):
+            raise UserError(f"edits: expected edits, got {type(edit).__name__}")
+    whole: Edit | None = None
+    for left in leave_out_contradicted(edits):
+        if left is not None:
+            whole = left if whole is None else whole | left
     return whole
 
 
@@ -367,7 +438,7 @@ def find_kind(name: str | None) -> type[Edit]:
     """The class of a kind of edit; ValueError for an unknown one."""
     for module in _MODULES_OF_KINDS:
         import_module(f"{__package__}.{module}")
-    known = {kind.kind: kind for kind in Edit.__subclasses__()}
+    known = {kind.kind: kind for kind in Edit.__subclasses__() if kind.kind}
     if name not in known:
         raise ValueError(f"kind: {name!r} is unknown; expected one of {', '.join(sorted(known))}")
     return known[name]
@@ -379,6 +450,16 @@ def have_same_weights(one: nn.Module, other: nn.Module) -> bool:
         return True
     mine, theirs = one.state_dict(), other.state_dict()
     return mine.keys() == theirs.keys() and all(torch.equal(t, theirs[name]) for name, t in mine.items())
+
+
+def make_shared(knowledge: Mapping[int, LayerKnowledge] | None, network: nn.Module | None) -> Shared:
+    """What edits share, as it is passed to ``Edit.load``; UserError for something else."""
+    layers = {} if knowledge is None else knowledge
+    if not isinstance(layers, Mapping) or not all(isinstance(v, LayerKnowledge) for v in layers.values()):
+        raise UserError(f"knowledge: expected method.knowledge, got {type(knowledge).__name__}")
+    if network is not None and not isinstance(network, nn.Module):
+        raise UserError(f"network: expected a network, got {type(network).__name__}")
+    return Shared(layers, network)
 
 
 def load_edit(saved: SavedEdit, backbone: Backbone, shared: Shared) -> Edit:
@@ -404,4 +485,6 @@ def load_edit(saved: SavedEdit, backbone: Backbone, shared: Shared) -> Edit:
             wanted = (saved.needs.get(name) or "of its own")[:12]
             raise UserError(f"{at}: was made with {name} {wanted}{where}; {given} is given")
     edit.origins, edit.info, edit.id = saved.origins, dict(saved.info), saved.id
+    if len(edit.parts) > 1:
+        share_origins(edit)
     return edit

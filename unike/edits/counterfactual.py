@@ -17,6 +17,9 @@ from unike.edits.base import Edit, EditBatch, Inspection, have_same_weights
 from unike.edits.content import Content, digest
 from unike.edits.shares import Shared
 
+# Questions whose cosine is this near to 1 have the same scope.
+SAME_SCOPE = 1e-6
+
 
 class ScopeClassifier(nn.Module):
     """Maps questions to unit vectors: the more similar two are, the more probably they share a scope."""
@@ -100,7 +103,8 @@ class SeracEdit(Edit):
     """SERAC's edits in memory.
 
     ``probabilities (B, E)`` say how probably each of the last prompts is in each edit's scope. The most
-    probable edit, ``chosen (B)``, answers where its probability, ``scopes (B)``, is above one half.
+    probable edit, ``chosen (B)``, answers where its probability, ``scopes (B)``, is above one half; of edits
+    with the same scope, the newest.
     """
 
     kind = "memory"
@@ -172,6 +176,9 @@ class SeracEdit(Edit):
             return None
         return _SeracBatch(SeracEdit(tuple(e.records[0] for e in same), self.network, self.first))
 
+    def keep_units(self, units: Sequence[MemoryRecord]) -> Edit | None:
+        return SeracEdit(tuple(units), self.network, self.first, self.info)
+
     def join(self, other: Edit) -> Edit | None:
         if not isinstance(other, SeracEdit) or other.first != self.first:
             return None
@@ -229,7 +236,10 @@ class _Runtime:
             scope = self.edit.network.scope
             every = scope.logits(scope(words, ends), self.questions)
             if self.owners is None:
-                logits, self.chosen = every.max(1)
+                logits, nearest = every.max(1)
+                # Of edits with one scope the newest answers: it corrects the others.
+                alike = self.questions[nearest] @ self.questions.T >= 1 - SAME_SCOPE
+                self.chosen = alike.shape[1] - 1 - alike.int().flip(1).argmax(1)
             else:
                 logits, self.chosen = every.gather(1, self.owners[:, None])[:, 0], self.owners
             self.open = logits > 0

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import cast
 
@@ -13,10 +14,24 @@ from torch.func import functional_call
 from unike.backbones.base import Backbone
 from unike.backbones.hooks import After, transform, unhooked
 from unike.edits.activity import Activity, WeightChange
-from unike.edits.base import Edit, EditBatch, Inspection
+from unike.edits.base import Edit, EditBatch, Inspection, compose
 from unike.edits.content import Content
 from unike.edits.shares import Shared
 from unike.knowledge.batching import Owners
+
+logger = logging.getLogger("unike")
+
+
+@contextmanager
+def _warn_of_writes(parameters: Iterable[torch.Tensor | None]) -> Iterator[None]:
+    """Says so where somebody writes to an edit's values in the belief that they are the base model's."""
+    before = [(p, p._version) for p in parameters if p is not None and not p.is_inference()]
+    yield
+    if any(parameter._version != version for parameter, version in before):
+        logger.warning(
+            "weights were changed in place while an edit had set them: the change is in the edit, and the "
+            "base model's weights are as they were; detach the edit first"
+        )
 
 
 class WeightDelta(Edit):
@@ -40,7 +55,8 @@ class WeightDelta(Edit):
                 kept = isinstance(tensor, nn.Parameter) or tensor.requires_grad
                 new = tensor if kept else nn.Parameter(tensor, requires_grad=False)
                 owner._parameters[leaf] = cast(nn.Parameter, new)
-            yield
+            with _warn_of_writes(owner._parameters[leaf] for owner, leaf, _ in former):
+                yield
         finally:
             for owner, leaf, parameter in reversed(former):
                 owner._parameters[leaf] = parameter
@@ -81,6 +97,9 @@ class WeightDelta(Edit):
     def batch(self, edits: Sequence[Edit]) -> EditBatch | None:
         same = [e for e in edits if isinstance(e, WeightDelta) and e.weights.keys() == self.weights.keys()]
         return WeightBatch([e.weights for e in same]) if len(same) == len(edits) else None
+
+    def yields_to(self, other: Edit) -> bool:
+        return self.weights.keys() <= other.weights.keys()
 
     def join(self, other: Edit) -> Edit | None:
         if not isinstance(other, WeightDelta):
@@ -154,6 +173,8 @@ def _run_by_row(module: nn.Module, own: Mapping[str, torch.Tensor], owned: Owner
 
 
 Site = tuple[int, str]
+# One of several joined edits: how many requests it is of, and the number of its factors by site.
+_Member = tuple[int, Mapping[Site, int]]
 
 
 def ffn_sites(backbone: Backbone, layers: Sequence[int]) -> dict[Site, nn.Linear]:
@@ -184,6 +205,7 @@ class LowRankDelta(Edit):
         # Laid out as when they are loaded: the last bits of a product may depend on it.
         self.factors = {at: (left.contiguous(), right.contiguous()) for at, (left, right) in factors.items()}
         self.info = dict(info or {})
+        self._members: tuple[_Member, ...] = ()
 
     @contextmanager
     def applied(self, backbone: Backbone) -> Iterator[None]:
@@ -242,7 +264,36 @@ class LowRankDelta(Edit):
             if at in both:
                 pair = (torch.cat([both[at][0], pair[0]]), torch.cat([both[at][1], pair[1]]))
             both[at] = pair
-        return LowRankDelta(both, self.info | other.info)
+        out = LowRankDelta(both, self.info | other.info)
+        out._members = (*self._list_members(), *other._list_members())
+        return out
+
+    def _list_members(self) -> tuple[_Member, ...]:
+        """The edits that were joined into this one, in order."""
+        return self._members or (
+            (len(self.origins), {at: len(left) for at, (left, _) in self.factors.items()}),
+        )
+
+    def drop(self, places: Sequence[int]) -> Edit | None:
+        gone, kept, start = set(places), list[LowRankDelta](), 0
+        used = dict.fromkeys(self.factors, 0)
+        for count, ranks in self._list_members():
+            own = range(start, start + count)
+            if gone.isdisjoint(own):
+                factors = {
+                    at: (left[used[at] : used[at] + ranks[at]], right[used[at] : used[at] + ranks[at]])
+                    for at, (left, right) in self.factors.items()
+                    if at in ranks
+                }
+                kept.append(LowRankDelta(factors, self.info))
+                kept[-1].origins = self.origins[start : start + count]
+            elif not gone.issuperset(own):
+                return self
+            used = {at: n + ranks.get(at, 0) for at, n in used.items()}
+            start += count
+        if start != len(self.origins):
+            return self
+        return compose(kept)
 
 
 def _add_factors(left: torch.Tensor, right: torch.Tensor) -> After:

@@ -17,8 +17,11 @@ from unike.backbones.hooks import capture, tape
 from unike.edits.activity import LayerRetrieval, Neurons, PromptStates, RetrievedItem, WeightChange
 from unike.edits.attached import Slot
 from unike.edits.base import Edit, Inspection
+from unike.edits.conflicts import Contradiction, leave_out_contradicted, list_contradictions
 from unike.system.text import one_line
 from unike.types import ImageLike, Query
+
+CONTRADICTED = "left out: a later edit has another answer to the same question about the same image"
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,7 @@ class Explanation:
 
     ``asked`` is the prompt with what the edits put before it; ``image`` the image's path, None without a
     path. ``gates`` holds the similarity from which on a gate opens, by the name of its measure.
+    ``contradictions`` are pairs of attached edits with two answers to one question: the later one's holds.
     """
 
     image: str | None
@@ -53,6 +57,7 @@ class Explanation:
     edits: tuple[EditReport, ...] = ()
     layers: tuple[LayerRetrieval, ...] = ()
     gates: Mapping[str, float] = field(default_factory=dict)
+    contradictions: tuple[Contradiction, ...] = ()
 
     def to_dict(self) -> dict[str, object]:
         """As JSON values."""
@@ -71,11 +76,15 @@ def ask(slot: Slot, image: ImageLike | None, prompt: str, top: int = 5) -> Expla
                 return Explanation(path, prompt, prompt, before, after)
             query = whole.rewrite(Query(image, prompt))
             states = _read_states(slot.backbone, whole.inspected_layers, query)
-            inspection = Inspection(slot.backbone, slot.edits, whole, states, top)
+            kept = leave_out_contradicted(slot.edits)
+            applied = tuple(edit for edit in kept if edit is not None)
+            inspection = Inspection(slot.backbone, applied, whole, states, top)
             layers, gates = whole.list_retrieved(inspection), whole.gates
         with slot.only(()):
-            reports = tuple(report for edit in inspection.edits for report in _report(edit, inspection))
-    return Explanation(path, prompt, query.prompt, before, after, reports, layers, gates)
+            pairs = zip(slot.edits, kept, strict=True)
+            reports = tuple(report for pair in pairs for report in _report(*pair, inspection))
+        contradictions = list_contradictions(slot.edits)
+    return Explanation(path, prompt, query.prompt, before, after, reports, layers, gates, contradictions)
 
 
 def _read_states(backbone: Backbone, layers: Sequence[int], query: Query) -> PromptStates:
@@ -97,7 +106,20 @@ def _read_states(backbone: Backbone, layers: Sequence[int], query: Query) -> Pro
     return PromptStates(at_end(attention), at_end(ffn), at_end({i: p.outputs for i, p in left.items()}))
 
 
-def _report(edit: Edit, inspection: Inspection) -> Iterator[EditReport]:
+def _report(edit: Edit, kept: Edit | None, inspection: Inspection) -> Iterator[EditReport]:
+    """What is left of an edit, ``kept``, and after it the requests that a later edit contradicts."""
+    if kept is not None:
+        yield from _report_applied(kept, inspection)
+    if kept is not edit:
+        left = () if kept is None else {id(origin) for origin in kept.origins}
+        for origin in edit.origins:
+            if id(origin) not in left:
+                name = edit.id if len(edit.origins) == 1 else origin.id
+                about = (name, origin.method, origin.prompt, origin.target)
+                yield EditReport(*about, False, notes=(CONTRADICTED,))
+
+
+def _report_applied(edit: Edit, inspection: Inspection) -> Iterator[EditReport]:
     for unit, did in zip(edit.units, edit.describe_prompt(inspection), strict=True):
         origin = inspection.find_request(unit)
         yield EditReport(

@@ -21,6 +21,7 @@ from unike.edits.content import Content
 from unike.edits.origin import Origin
 from unike.system.faults import explain_write_errors
 from unike.system.files import replace_atomically
+from unike.system.paths import check_path
 from unike.system.text import one_line
 from unike.system.versions import collect_versions
 from unike.types import UserError
@@ -75,16 +76,22 @@ class SavedEdit:
 
     def require(self, backbone: Backbone) -> None:
         """UserError where the edit was made on another model."""
+        if not hasattr(type(backbone), "fingerprint"):
+            raise UserError(f"backbone: expected a backbone, got {type(backbone).__name__}")
         if self.backbone != backbone.fingerprint:
             raise UserError(
                 f"{one_line(self.folder)}: is an edit of another model: {one_line(self.model)}, "
                 f"fingerprint {one_line(self.backbone, 40)}; this one's is {backbone.fingerprint}"
             )
 
+    def read_tensors(self) -> Any:
+        """The file of the tensors."""
+        return _read_file(self.folder / TENSORS, self.bytes)
+
     def tensors(self) -> dict[str, torch.Tensor]:
         """All tensors, in memory of their own. UserError where they are not those that were saved."""
         path = self.folder / TENSORS
-        data = _read_file(path, self.bytes)
+        data = self.read_tensors()
         if len(data) != self.bytes or hashlib.sha256(data).hexdigest() != self.sha256:
             raise UserError(f"{one_line(path)}: is damaged: its checksum is another one than {INDEX} has")
         from safetensors import torch as safetensors
@@ -100,7 +107,7 @@ class SavedEdit:
 
 def save(edit: UnsavedEdit, folder: str | os.PathLike[str]) -> None:
     """Writes the folder of an edit; see ``Edit.save``."""
-    folder = Path(folder)
+    folder = Path(check_path(folder, "edit", "a folder"))
     with explain_write_errors(folder, resumable=False):
         if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
             raise UserError(f"{folder}: is not empty; expected a new folder for the edit")
@@ -210,12 +217,16 @@ def _escape_cell(text: str) -> str:
 
 def read_edit(folder: str | os.PathLike[str]) -> SavedEdit:
     """What a folder says of its edit, without a model. UserError where it holds no edit, or is damaged."""
-    folder = Path(folder)
+    folder = Path(check_path(folder, "edit", "the folder of a saved edit"))
     path = folder / INDEX
     at = one_line(path)
     if not os.path.isdir(folder):
         raise UserError(f"{one_line(folder)}: no such folder; expected a saved edit")
-    data = _read_file(path, _LARGEST_INDEX)
+    return SavedEdit(folder=folder, **read_index(_read_file(path, _LARGEST_INDEX), at))
+
+
+def read_index(data: bytes, at: str) -> dict[str, Any]:
+    """What ``edit.json`` holds, by the fields of ``SavedEdit``; UserError where it is damaged."""
     try:
         index = json.loads(data.decode("utf-8"), parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
@@ -226,12 +237,12 @@ def read_edit(folder: str | os.PathLike[str]) -> SavedEdit:
     try:
         if sign(index) != index:
             raise UserError(f"{at}: is damaged: its checksum is another one")
-        return _parse_index(folder, index)
+        return _parse_index(index)
     except (ValueError, TypeError, LookupError, RecursionError) as error:
         raise UserError(f"{at}: is no edit's: {one_line(error)}") from error
 
 
-def _parse_index(folder: Path, index: dict[str, Any]) -> SavedEdit:
+def _parse_index(index: dict[str, Any]) -> dict[str, Any]:
     kinds = {
         "id": str,
         "kind": str,
@@ -256,7 +267,7 @@ def _parse_index(folder: Path, index: dict[str, Any]) -> SavedEdit:
     given["origins"] = tuple(_parse_origin(values) for values in given["origins"])
     if {origin.backbone for origin in given["origins"]} != {given["backbone"]}:
         raise ValueError("origins: expected one or more, of the backbone")
-    return SavedEdit(folder=folder, **given)
+    return given
 
 
 def _parse_origin(values: Any) -> Origin:

@@ -17,12 +17,12 @@ import torch
 from unike.backbones.base import Backbone
 from unike.backbones.hooks import guard
 from unike.backbones.routing import RowGroup
-from unike.edits.activity import Activity, Decisions
-from unike.edits.base import Edit, Inspection, compose, find_kind
+from unike.edits.activity import UNKNOWN, Activity, Decisions
+from unike.edits.base import Edit, Inspection, Unit, compose, find_kind
 from unike.edits.content import Content, merge_contents
 from unike.edits.shares import Shared
 from unike.knowledge.overlap import NextTokens, measure_overlap
-from unike.types import ImageLike, Query
+from unike.types import EditRequest, ImageLike, Query
 
 # The name of what the gate measures.
 MEASURE = "overlap"
@@ -42,8 +42,10 @@ class OverlapGate:
 
 @dataclass(frozen=True)
 class GatedMember:
-    """One edit behind the gate, with the base model's next tokens at its own prompt."""
+    """One edit behind the gate, of the request ``id``, with the base model's next tokens at its own
+    prompt."""
 
+    id: str
     edit: Edit
     key: NextTokens
 
@@ -66,10 +68,11 @@ class GatedEdit(Edit):
         self._rewritten: dict[tuple[int, str], tuple[int, ...]] = {}
 
     @classmethod
-    def wrap(cls, edit: Edit, query: Query, gate: OverlapGate, backbone: Backbone) -> GatedEdit:
-        """One edit, made for a ``query`` of the backbone, behind a gate."""
+    def wrap(cls, edit: Edit, request: EditRequest, gate: OverlapGate, backbone: Backbone) -> GatedEdit:
+        """One edit, made for a ``request`` of the backbone, behind a gate."""
+        query = request.query
         (found,) = backbone.predict_next([query.image], [query.prompt], gate.tokens, TOP)
-        return cls((GatedMember(edit, NextTokens(*found)),), gate, backbone)
+        return cls((GatedMember(request.id, edit, NextTokens(*found)),), gate, backbone)
 
     # ------------------------------------------------------------ decisions
 
@@ -166,6 +169,7 @@ class GatedEdit(Edit):
         return Content(
             {
                 "gate": gate,
+                "ids": [member.id for member in self.members],
                 "kinds": [member.edit.kind for member in self.members],
                 "next": [member.key.ids.tolist() for member in self.members],
                 "parts": values,
@@ -176,7 +180,8 @@ class GatedEdit(Edit):
     @classmethod
     def unpack(cls, content: Content, backbone: Backbone, shared: Shared) -> GatedEdit:
         gate = _read_gate(content.take_value("gate", list))
-        kinds, ids = content.take_texts("kinds"), content.take_value("next", list)
+        kinds, names = content.take_texts("kinds"), content.take_texts("ids")
+        ids = content.take_value("next", list)
         members = []
         for i, name in enumerate(kinds):
             chosen = torch.tensor(ids[i], device=backbone.device)
@@ -186,8 +191,13 @@ class GatedEdit(Edit):
             own = content.take_part(i)
             edit = find_kind(name).unpack(own, backbone, shared)
             own.require_empty()
-            members.append(GatedMember(edit, NextTokens(chosen, probabilities)))
-        if not members or len(ids) != len(members) or len(content.take_value("parts", list)) != len(members):
+            members.append(GatedMember(str(names[i]), edit, NextTokens(chosen, probabilities)))
+        if (
+            not members
+            or len(names) != len(members)
+            or len(ids) != len(members)
+            or len(content.take_value("parts", list)) != len(members)
+        ):
             raise ValueError("parts: expected one or more, as many as kinds")
         return cls(members, gate, backbone)
 
@@ -195,15 +205,27 @@ class GatedEdit(Edit):
     def gates(self) -> Mapping[str, float]:
         return {MEASURE: self.gate.threshold}
 
+    @property
+    def units(self) -> tuple[Unit, ...]:
+        return self.members
+
+    def keep_units(self, units: Sequence[GatedMember]) -> Edit | None:
+        return GatedEdit(units, self.gate, self._get_backbone())
+
     def describe_prompt(self, inspection: Inspection) -> tuple[Activity, ...]:
-        if self.overlaps is None:
-            return super().describe_prompt(inspection)
-        best = self.overlaps[0]
-        active = any(bool(overlap >= self.gate.threshold) for overlap in best)
-        return (Activity(active, best.max().item()),)
+        return tuple(_describe_member(member, inspection) for member in self.members)
 
     def explain(self) -> Decisions:
         return {} if self.overlaps is None else {MEASURE: self.overlaps.amax(1).tolist()}
+
+
+def _describe_member(member: GatedMember, inspection: Inspection) -> Activity:
+    whole, place = inspection.locate(member)
+    assert isinstance(whole, GatedEdit)
+    if whole.overlaps is None:
+        return UNKNOWN
+    overlap = whole.overlaps[0, place].item()
+    return Activity(overlap >= whole.gate.threshold, overlap)
 
 
 def _read_gate(values: list[object]) -> OverlapGate:

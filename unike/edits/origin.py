@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from unike.types import EditRequest, UserError
@@ -33,6 +34,16 @@ class Origin:
     backbone: str
     model: str
     info: Mapping[str, object] = field(default_factory=dict)
+
+    @cached_property
+    def question(self) -> tuple[str, str | None]:
+        """What is asked about which image: the prompt, however it is spaced and capitalised, and the image's
+        checksum (its path, where it was not read)."""
+        return " ".join(self.prompt.split()).casefold(), self.image_key or self.image
+
+    def contradicts(self, other: Origin) -> bool:
+        """Whether the same is asked about the same image, and another answer is wanted."""
+        return self.question == other.question and self.target.split() != other.target.split()
 
     @classmethod
     def of(

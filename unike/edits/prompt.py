@@ -97,6 +97,9 @@ class PromptEdit(Edit):
     def batch(self, edits: Sequence[Edit]) -> EditBatch | None:
         return PromptBatch() if all(isinstance(e, PromptEdit) for e in edits) else None
 
+    def keep_units(self, units: Sequence[Fact]) -> Edit | None:
+        return PromptEdit(tuple(units), self.room, self.info)
+
     def join(self, other: Edit) -> Edit | None:
         if not isinstance(other, PromptEdit):
             return None

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from unike.backbones.images import take_image
 from unike.system.text import describe_value
 from unike.types import ImageLike, UserError
@@ -20,6 +22,10 @@ def check_question(
         raise UserError(f"prompt: expected a text, got {describe_value(prompt)}")
     if not prompt.strip():
         raise UserError("prompt: is empty; expected a question")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise UserError("prompt: half of a surrogate pair, which is no text") from None
     return locate(image), str(prompt).strip()
 
 
@@ -37,7 +43,8 @@ def answer_each(
     images = list(image) if isinstance(image, (list, tuple)) else None
     prompts = list(prompt) if isinstance(prompt, (list, tuple)) else None
     if images is None and prompts is None:
-        return answer(*check_question(image, prompt, locate))
+        with torch.inference_mode(False):
+            return answer(*check_question(image, prompt, locate))
     n = len(prompts if prompts is not None else images or ())
     images = [image] * n if images is None else images
     prompts = [prompt] * n if prompts is None else prompts
@@ -49,4 +56,6 @@ def answer_each(
             asked.append(check_question(shown, text, locate))
         except UserError as error:
             raise UserError(*(f"[{i}] {line}" for line in error.problems)) from error
-    return [answer(*question) for question in asked]
+    # What is kept for later edits must carry gradients then, whatever the caller has switched off.
+    with torch.inference_mode(False):
+        return [answer(*question) for question in asked]

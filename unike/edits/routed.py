@@ -255,6 +255,9 @@ class RoutedEdit(Edit):
             return None
         return RoutedBatch([e.records[0] for e in same], self.routing, self.knowledge)
 
+    def keep_units(self, units: Sequence[EditRecord]) -> Edit | None:
+        return RoutedEdit(tuple(units), self.routing, self.knowledge, self.info)
+
     def join(self, other: Edit) -> Edit | None:
         if not isinstance(other, RoutedEdit) or self._kind != other._kind:
             return None

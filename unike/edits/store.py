@@ -7,7 +7,9 @@ process that is killed leaves at most a folder that no line names. Several proce
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -16,12 +18,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from unike.edits.conflicts import Contradiction
 from unike.edits.files import SavedEdit, read_edit, render_files, write_folder
 from unike.edits.origin import Origin
 from unike.system.faults import explain_write_errors
 from unike.system.files import to_json_types
+from unike.system.paths import check_path
 from unike.system.places import lock, refuse_link
-from unike.system.text import one_line
+from unike.system.text import describe_value, one_line
 from unike.types import UserError
 
 if TYPE_CHECKING:
@@ -29,7 +33,10 @@ if TYPE_CHECKING:
 
     from unike.backbones.base import Backbone
     from unike.edits.base import Edit
+    from unike.edits.origin import Origin
     from unike.edits.shares import LayerKnowledge
+
+logger = logging.getLogger("unike")
 
 INDEX, FORMAT = "index.jsonl", 1
 # Of an edit's options, those that say where something is: they do not decide on the edit.
@@ -45,12 +52,14 @@ class EditStore:
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
-        self.folder = Path(folder)
+        self.folder = Path(check_path(folder, "store", "a folder"))
         self._index = self.folder / INDEX
         refuse_link(self._index)
         self._read = 0
         self._model: dict[str, str] = {}
         self._folders: dict[str, str] = {}
+        # By id what each request asks, and its target.
+        self._asks: dict[str, list[tuple[str, str]]] = {}
         # Not ``Path.exists``, which raises where a name is too long or a folder is locked.
         if os.path.exists(self.folder) and not os.path.isfile(self._index):
             # Folders whose names begin with a dot are being written by other processes.
@@ -77,11 +86,14 @@ class EditStore:
         return self._model.get("backbone")
 
     def add(self, edit: Edit, replace: bool = False) -> None:
-        """Stores an edit under its id. With ``replace`` it replaces one of the same id.
+        """Stores an edit under its id. With ``replace`` it replaces one of the same id. Those
+        that it contradicts are named in a warning.
 
         UserError where the id is taken, where the edit is of another model, or where nothing can be
         written; the store is then as before.
         """
+        if not callable(getattr(type(edit), "as_unsaved", None)):
+            raise UserError(f"{self.folder}: expected an edit, got {type(edit).__name__}")
         with explain_write_errors(self.folder, resumable=False):
             files, checksum = render_files(edit.as_unsaved())
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -109,7 +121,9 @@ class EditStore:
         # A folder that no line names was left by a process that was killed.
         shutil.rmtree(self.folder / name, ignore_errors=True)
         write_folder(self.folder / name, files)
-        self._append({"id": edit.id, "folder": name})
+        asks = [[_hash_question(o), o.target] for o in edit.origins]
+        self._warn(edit)
+        self._append({"id": edit.id, "folder": name, "asks": asks})
         if former not in (None, name):
             shutil.rmtree(self.folder / str(former), ignore_errors=True)
 
@@ -120,6 +134,26 @@ class EditStore:
             return False
         saved = self.read(edit.id)
         return [describe_origin(o) for o in saved.origins] == [describe_origin(o) for o in edit.origins]
+
+    def _warn(self, edit: Edit) -> None:
+        """Names the edits that this one contradicts, in the log."""
+        wanted = {_hash_question(origin): origin for origin in edit.origins}
+        for name in self._folders:
+            if not self._asks[name]:
+                self._asks[name] = self._read_asks(name)
+            for question, target in self._asks[name]:
+                new = wanted.get(question)
+                if name != edit.id and new is not None and new.target.split() != target.split():
+                    found = Contradiction(name, edit.id, new.prompt, target, new.target)
+                    logger.warning("%s: %s", self.folder, found)
+
+    def _read_asks(self, name: str) -> list[tuple[str, str]]:
+        """What an edit is asked, of which an older index says nothing, and its answers."""
+        try:
+            origins = read_edit(self.folder / self._folders[name]).origins
+        except UserError:
+            origins = ()
+        return [(_hash_question(origin), origin.target) for origin in origins]
 
     def remove(self, name: str) -> None:
         """Removes an edit; UserError where there is none of that id."""
@@ -169,6 +203,8 @@ class EditStore:
         return f"method {one_line(origin.method, 40)}"
 
     def _find_folder(self, name: str) -> Path:
+        if not isinstance(name, str):
+            raise UserError(f"{self.folder}: expected the id of an edit, got {describe_value(name)}")
         if name not in self._folders:
             self.require(name)
         return self.folder / self._folders[name]
@@ -210,6 +246,7 @@ class EditStore:
                 if not isinstance(name, str) or not _FOLDER.fullmatch(folder):
                     raise ValueError("expected an id and the name of a folder")
                 self._folders[name] = folder
+                self._asks[name] = [(str(q), str(t)) for q, t in entry.get("asks", ())]
         except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
             raise UserError(f"{one_line(self._index)}: is damaged: {one_line(error)}") from error
 
@@ -237,6 +274,10 @@ def describe_origin(origin: Origin) -> dict[str, object]:
     }
     values: dict[str, object] = to_json_types(about)
     return values
+
+
+def _hash_question(origin: Origin) -> str:
+    return hashlib.sha256(repr(origin.question).encode(errors="surrogatepass")).hexdigest()[:16]
 
 
 def _make_file_name(name: str) -> str:

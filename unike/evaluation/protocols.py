@@ -52,14 +52,19 @@ def run_one_step(
 ) -> Outcome:
     """Edits one case from the base model, or on top of ``history``, and evaluates its probes.
 
-    An edit whose loss stops being a number is recorded as failed; its probes are not evaluated.
+    An edit whose loss stops being a number, or for which memory does not suffice, is recorded as failed; its
+    probes are not evaluated.
     """
     before = reader.predict_base(case)
     started = time.perf_counter()
     try:
         edit = method.edit(backbone, case.request, reader.prefixes, history)
-    except FloatingPointError as error:
-        return Outcome(_describe_failure(case, str(error), time.perf_counter() - started))
+    except (FloatingPointError, RuntimeError, MemoryError) as error:
+        full = is_out_of_memory(error)
+        if not full and not isinstance(error, FloatingPointError):
+            raise
+        reason = "out of memory" if full else str(error)
+        return Outcome(_describe_failure(case, reason, time.perf_counter() - started))
     seconds = time.perf_counter() - started
     found = reader.predict_edited(case, edit if history is None else history | edit, before)
     return Outcome(_measure(_describe_edit(case, edit, seconds), backbone, case, found, reader), edit)

@@ -39,13 +39,13 @@ class CasePredictions:
 
 @dataclass(frozen=True)
 class _Forced:
-    """One query under teacher forcing: its target's ids, the argmax at each, and whether decoding
-    greedily from the prompt would have written exactly the target; ``best`` and ``ranked`` as in
-    ``Prediction``."""
+    """One query under teacher forcing: its target's ids, the argmax at each, and what decoding greedily from
+    the prompt would have ``written`` where that is the target, or the beginning of it that is as long as
+    answers may be; ``best`` and ``ranked`` as in ``Prediction``."""
 
     target_ids: tuple[int, ...]
     predicted_ids: tuple[int, ...]
-    written: bool
+    written: str | None
     best: np.ndarray | None = None
     ranked: np.ndarray | None = None
 
@@ -54,7 +54,8 @@ class Reader:
     """Evaluates a case's probes on a backbone, unedited or under an edit.
 
     Greedy decoding is verified rather than run where it can be: if every target token is predicted
-    and the answer ends after it, decoding would have written the target. Under an edit the base
+    and the answer ends after it, decoding would have written the target; if it is longer than answers may be,
+    its beginning. Under an edit the base
     model's own answers serve as further drafts. Only what no draft explains is decoded token by token.
 
     One forward pass serves all ``presets`` of the metrics: no logits are kept, only the tokens that
@@ -237,11 +238,11 @@ class Reader:
         explained = {} if edit is None else edit.explain()
         written: dict[int, str] = {}
         for i, f in enumerate(forced[: len(queries)]):
-            if f.written:
-                written[i] = self.backbone.decode(f.target_ids)
+            if f.written is not None:
+                written[i] = f.written
         for (_, i), f in zip(extra, forced[len(queries) :], strict=True):
-            if f.written:
-                written.setdefault(i, self.backbone.decode(f.target_ids))
+            if f.written is not None:
+                written.setdefault(i, f.written)
         if generated:
             left = [i for i in range(len(queries)) if i not in written]
             self.decoded += len(left)
@@ -313,10 +314,22 @@ def _judge(
     for i, tokens in enumerate(best):
         target = tuple(labels[i, labels[i] != IGNORED].tolist())
         predicted = tuple(tokens[: len(target)])
-        written = predicted == target and backbone.ends_answer(tokens[-1])
         best_here, ranked = leading[i] if i < len(leading) else (None, None)
+        written = _find_written(backbone, target, tokens)
         out.append(_Forced(target, predicted, written, best_here, ranked))
     return out
+
+
+def _find_written(backbone: Backbone, target: Sequence[int], tokens: Sequence[int]) -> str | None:
+    """What decoding greedily would write: the target, up to the most tokens of an answer. None where it would
+    leave the target, by the most probable ``tokens`` at the target's positions and after them."""
+    ended = next((i for i, token in enumerate(target) if token in backbone.eos_ids), len(target))
+    # Of as many tokens as an answer may have nothing follows; neither does after an end token.
+    last = min(ended + 1, backbone.max_new_tokens)
+    if last <= len(target):
+        return backbone.decode(target[:last]) if tuple(tokens[:last]) == tuple(target[:last]) else None
+    whole = tuple(tokens[:-1]) == tuple(target) and backbone.ends_answer(tokens[-1])
+    return backbone.decode(target) if whole else None
 
 
 def _find_answers(labels: torch.Tensor) -> torch.Tensor:

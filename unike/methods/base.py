@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from types import MappingProxyType
 from typing import ClassVar, Protocol, TypeVar, final, runtime_checkable
 
@@ -14,11 +15,13 @@ from unike.backbones.prefix import PrefixCache
 from unike.config.hparams import HyperParams
 from unike.config.sections import LayerOptions
 from unike.edits import Edit, LayerKnowledge, Origin
+from unike.edits.conflicts import find_contradicted
 from unike.edits.gated import GatedEdit, OverlapGate
 from unike.edits.shares import Shared
 from unike.methods.catalogue import CaseSource
+from unike.methods.isolation import train_apart
 from unike.methods.registry import find_entry, register
-from unike.types import EditRequest, UserError
+from unike.types import EditRequest, Query, UserError
 
 __all__ = [
     "CaseSource",
@@ -27,6 +30,7 @@ __all__ = [
     "build",
     "edited_layers",
     "register",
+    "require_reachable",
     "resolve_layers",
     "unwrap",
 ]
@@ -63,14 +67,21 @@ class EditMethod(ABC):
         self, backbone: Backbone, request: EditRequest, prefixes: PrefixCache, history: Edit | None = None
     ) -> Edit:
         """The edit for one request, made while ``history`` is applied; its ``origins`` say what it was
-        made from. What a block has applied to the backbone is off meanwhile.
+        made from. What it contradicts in ``history`` (another answer to the same question about the same
+        image) is left out of it. What a block has applied to the backbone is off meanwhile.
 
         The new edit stands alone; ``history | edit`` is both. ``prefixes`` starts at this method's
-        first layer. FloatingPointError where the loss stops being a number.
+        first layer. FloatingPointError where the loss stops being a number; UserError for a target that could
+        never be generated.
         """
-        with Guard.of(backbone).bare():
+        require_reachable(backbone, [request])
+        with Guard.of(backbone).bare(), train_apart(backbone):
+            if history is not None:
+                own = Origin.of(request, self.hparams.decisive(), backbone, {})
+                places = find_contradicted(history.origins, (own,))
+                history = history.drop(places) if places else history
             made = self._edit(backbone, request, prefixes, history)
-        return self._sign(self._gate(made, backbone, request), backbone, request)
+            return self._sign(self._gate(made, backbone, request), backbone, request)
 
     @final
     def edit_many(
@@ -78,9 +89,11 @@ class EditMethod(ABC):
     ) -> list[Edit | FloatingPointError]:
         """Independent edits, each from the base model: batched where the method can, else one by one.
 
-        An edit whose loss stops being a number has the error in its place.
+        An edit whose loss stops being a number has the error in its place. UserError, before any edit is
+        made, for targets that could never be generated.
         """
-        with Guard.of(backbone).bare():
+        require_reachable(backbone, requests)
+        with Guard.of(backbone).bare(), train_apart(backbone):
             outcomes = list(self._edit_many(backbone, requests, prefixes))
             return [
                 self._sign(self._gate(outcome, backbone, request), backbone, request)
@@ -95,7 +108,11 @@ class EditMethod(ABC):
         if least is None:
             return edit
         gate = OverlapGate(least, self.hparams.scope_overlap_tokens, self.hparams.scope_gate == "nearest")
-        return GatedEdit.wrap(edit, request.query, gate, backbone)
+        return GatedEdit.wrap(edit, request, gate, backbone)
+
+    def write_lesson(self, request: EditRequest) -> Query:
+        """What an edit is trained on: the request's query, with the answer's end as the YAML has it."""
+        return replace(request.query, end=self.hparams.answer_end)
 
     def get_shared_parts(self) -> Shared:
         """What the method's edits share and do not keep themselves."""
@@ -122,6 +139,14 @@ class EditMethod(ABC):
     def _sign(self, edit: Edit, backbone: Backbone, request: EditRequest) -> Edit:
         edit.origins = (Origin.of(request, self.hparams.decisive(), backbone, edit.info),)
         return edit
+
+
+def require_reachable(backbone: Backbone, requests: Iterable[EditRequest]) -> None:
+    """UserError with a line for each request whose target could never be generated: an edit to it would
+    count as successful, and never be read in an answer."""
+    found = ((r.id, backbone.find_target_problem(r.query.prompt, str(r.query.target))) for r in requests)
+    if problems := [f"edit {name}: {problem}" for name, problem in found if problem]:
+        raise UserError(*problems)
 
 
 def unwrap(outcome: MadeEdit | FloatingPointError) -> MadeEdit:

@@ -30,19 +30,20 @@ class FineTuning(EditMethod):
         former = {} if history is None else history.weights
         start = {name: former.get(name, p).detach() for name, p in self._find_trained(backbone).items()}
         if self.hparams.ft_target == "layers":
-            state = prefixes.state([request.query])
+            state = prefixes.state([self.write_lesson(request)])
             return unwrap(self._train(_LayerWeights(backbone, state, start, 1), state.labels)[0])
         if request.query.image is None:
             raise UserError(f"edit {request.id}: has no image; ft_target: projection needs one")
-        learner = _ProjectionWeights(backbone, request.query, start)
-        return unwrap(self._train(learner, encode_queries(backbone, [request.query]).labels)[0])
+        lesson = self.write_lesson(request)
+        learner = _ProjectionWeights(backbone, lesson, start)
+        return unwrap(self._train(learner, encode_queries(backbone, [lesson]).labels)[0])
 
     def _edit_many(
         self, backbone: Backbone, requests: Sequence[EditRequest], prefixes: PrefixCache
     ) -> Sequence[Edit | FloatingPointError]:
         """The layers' edits batched, the projection's one by one."""
         if self.hparams.ft_target == "layers":
-            state = prefixes.state([r.query for r in requests])
+            state = prefixes.state([self.write_lesson(r) for r in requests])
             start = {name: p.detach() for name, p in self._find_trained(backbone).items()}
             return self._train(_LayerWeights(backbone, state, start, len(requests)), state.labels)
         return super()._edit_many(backbone, requests, prefixes)

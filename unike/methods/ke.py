@@ -107,12 +107,13 @@ class KE(TrainableMethod):
         self, backbone: Backbone, case: Case, prefixes: PrefixCache
     ) -> tuple[torch.Tensor, torch.Tensor]:
         edit = self._make_delta(backbone, case.request, prefixes, None)
-        return compute_edit_losses(backbone, edit, case, prefixes, self.hparams.editor_probes)
+        hp = self.hparams
+        return compute_edit_losses(backbone, edit, case, prefixes, hp.editor_probes, hp.answer_end)
 
     def _make_delta(
         self, backbone: Backbone, request: EditRequest, prefixes: PrefixCache, history: Edit | None
     ) -> LowRankDelta:
-        network, state = self._network, prefixes.state([request.query])
+        network, state = self._network, prefixes.state([self.write_lesson(request)])
         gradients = compute_answer_gradients(
             backbone, state, ffn_sites(backbone, self.layers(backbone)), history
         )

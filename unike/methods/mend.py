@@ -118,7 +118,7 @@ class MEND(TrainableMethod):
     def loss(self, backbone: Backbone, case: Case, prefixes: PrefixCache) -> torch.Tensor:
         hp = self.hparams
         edit = self._make_delta(backbone, case.request, prefixes)
-        nll, change = compute_edit_losses(backbone, edit, case, prefixes, hp.editor_probes)
+        nll, change = compute_edit_losses(backbone, edit, case, prefixes, hp.editor_probes, hp.answer_end)
         return hp.c_edit * nll + hp.c_loc * change
 
     @property
@@ -134,7 +134,7 @@ class MEND(TrainableMethod):
         self, backbone: Backbone, request: EditRequest, prefixes: PrefixCache
     ) -> dict[Site, torch.Tensor]:
         """Each module's ``(T, in + out)``: input and output gradient of every token that has one."""
-        state = prefixes.state([request.query])
+        state = prefixes.state([self.write_lesson(request)])
         sites = ffn_sites(backbone, self.layers(backbone))
         gradients = compute_answer_gradients(backbone, state, sites, None)
         return {site: torch.cat([x, d], 1)[(d != 0).any(1)] for site, (x, d) in gradients.items()}

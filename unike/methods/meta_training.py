@@ -90,20 +90,26 @@ class TrainableMethod(EditMethod):
 # ---------------------------------------------------------------- losses
 
 
-def split_by_scope(case: Case, probes: str = "five") -> tuple[list[Query], list[Query]]:
-    """The case's queries in and out of the edit's scope."""
+def split_by_scope(case: Case, probes: str = "five", end: str = "none") -> tuple[list[Query], list[Query]]:
+    """The case's queries in and out of the edit's scope; those within it with the answer's ``end``."""
     used = [p for p in case.probes if probes == "all" or p.name in FIVE_METRICS]
     inside = [p.query for p in used if p.expect == "target"] or [case.request.query]
-    return inside, [p.query for p in used if p.expect == "unchanged"]
+    return [replace(q, end=end) for q in inside], [p.query for p in used if p.expect == "unchanged"]
 
 
 def compute_edit_losses(
-    backbone: Backbone, edit: Edit, case: Case, prefixes: PrefixCache, probes: str = "five"
+    backbone: Backbone,
+    edit: Edit,
+    case: Case,
+    prefixes: PrefixCache,
+    probes: str = "five",
+    end: str = "none",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean answer loss of the probes that expect the target, and mean KL from the base model over the
-    answers of those that expect no change. ``probes`` is the YAML's ``editor_probes``.
+    answers of those that expect no change. ``probes`` is the YAML's ``editor_probes``, ``end`` its
+    ``answer_end``.
     """
-    inside, outside = split_by_scope(case, probes)
+    inside, outside = split_by_scope(case, probes, end)
     state = prefixes.state([*inside, *outside])
     with torch.no_grad():
         base = backbone.suffix(prefixes.state(outside)) if outside else None

@@ -35,8 +35,11 @@ class OwnStates:
 
 
 @torch.no_grad()
-def read_own_states(backbone: Backbone, state: PrefixState, layers: list[int]) -> list[dict[int, OwnStates]]:
-    """Knowledge states of each row, a query with its target, by layer."""
+def read_own_states(
+    backbone: Backbone, state: PrefixState, layers: list[int], ended: bool = False
+) -> list[dict[int, OwnStates]]:
+    """Knowledge states of each row, a query with its target, by layer. ``ended``: after the target comes the
+    token that ends the answer, of which there is no knowledge."""
     attention = {i: backbone.layout.attention(i).module for i in layers}
     readers = {i: backbone.layout.ffn(i).keys[0] for i in layers}
     with capture(attention) as x, capture(readers) as y:
@@ -48,7 +51,7 @@ def read_own_states(backbone: Backbone, state: PrefixState, layers: list[int]) -
         for i in layers:
             ffn = y[i].reshape(*state.labels.shape, -1)[row, end:last]
             prompt = x[i][row, : end + 1].clone()
-            found[i] = OwnStates(prompt, prompt[-1], x[i][row, last].clone(), ffn.clone())
+            found[i] = OwnStates(prompt, prompt[-1], x[i][row, last - ended].clone(), ffn.clone())
         out.append(found)
     return out
 

@@ -47,7 +47,7 @@ class SERAC(TrainableMethod):
     def loss(self, backbone: Backbone, case: Case, prefixes: PrefixCache) -> torch.Tensor:
         """The counterfactual answers' loss within the scope, and the classifier's on both sides of it."""
         record = self._remember(backbone, case.request, prefixes)
-        inside, outside = split_by_scope(case, self.hparams.editor_probes)
+        inside, outside = split_by_scope(case, self.hparams.editor_probes, self.hparams.answer_end)
         scope = self._network.scope
         questions = self._embed_questions(backbone, prefixes.state([*inside, *outside]))
         logits = scope.logits(questions, record.question[None])[:, 0]
@@ -81,7 +81,7 @@ class SERAC(TrainableMethod):
             return backbone.suffix(state)
 
     def _remember(self, backbone: Backbone, request: EditRequest, prefixes: PrefixCache) -> MemoryRecord:
-        state = prefixes.state([request.query])
+        state = prefixes.state([self.write_lesson(request)])
         with torch.no_grad(), capture(_find_last(backbone)) as seen:
             backbone.suffix(state)
         end, stop = int(state.question_end[0]), int(state.attention_mask[0].sum())

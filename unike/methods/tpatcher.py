@@ -33,10 +33,11 @@ class TPatcher(PatchMethod):
         prefixes: PrefixCache,
         history: Edit | None,
     ) -> list[PatchOutcome]:
-        state = prefixes.state([r.query for r in requests])
+        state = prefixes.state([self.write_lesson(r) for r in requests])
         edits = []
+        ended = self.settings.answer_end != "none"
         for request, states in zip(
-            requests, read_own_states(backbone, state, self.layers(backbone)), strict=True
+            requests, read_own_states(backbone, state, self.layers(backbone), ended), strict=True
         ):
             patches = draw_patches(backbone, request, states, self.settings, self.knowledge)
             shares = {i: LayerShare(s.sem, s.pos, patches[i]) for i, s in states.items()}

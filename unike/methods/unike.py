@@ -52,11 +52,12 @@ class UniKE(PatchMethod):
         prefixes: PrefixCache,
         history: Edit | None,
     ) -> list[PatchOutcome]:
-        layers, queries = self.layers(backbone), [r.query for r in requests]
+        layers, queries = self.layers(backbone), [self.write_lesson(r) for r in requests]
         state = prefixes.state(queries)
+        own = read_own_states(backbone, state, layers, self.hparams.answer_end != "none")
         edits = [
             self._make_untrained(backbone, request, states)
-            for request, states in zip(requests, read_own_states(backbone, state, layers), strict=True)
+            for request, states in zip(requests, own, strict=True)
         ]
         if not self.hparams.intrinsic:
             for edit in edits:

@@ -8,14 +8,16 @@ from __future__ import annotations
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from unike.backbones.answer_texts import explain_unreachable, find_stops, read_special_texts
 from unike.backbones.checking import check_spec, estimate_memory
 from unike.backbones.placement import check_device, check_placement
 from unike.config.hparams import HyperParams
 from unike.config.sections import PrefixOptions
+from unike.datasets.triplets import Triplet
 from unike.evaluation.sequences import check_sequence_length, draw_run_sequences
 from unike.methods.preparation.folders import (
     find_editor,
@@ -40,6 +42,7 @@ from unike.runs.inspecting import (
     check_recorded,
     describe_broken_images,
     find_broken_images,
+    list_images,
     list_long_cases,
 )
 from unike.runs.packages import check_packages
@@ -50,6 +53,9 @@ from unike.system import launching, processes
 from unike.system.findings import Finding, collect_problems, find_problems
 from unike.system.places import check_name, require_folder
 from unike.types import Case, UserError
+
+# How many targets that can't be generated are named one by one.
+MOST_TARGETS = 10
 
 
 @dataclass(frozen=True)
@@ -172,6 +178,8 @@ def _inspect_edit_store(request: RunRequest) -> list[Finding]:
 
     def check() -> None:
         # Without them, the check of the eval data says what is wrong.
+        if os.path.realpath(store) == os.path.realpath(request.choose_directory()):
+            raise UserError(f"save_edits: {store}: is the run's own folder; name another one")
         cases = request.cases if request.are_cases_there else ()
         check_edit_store(request.hparams, store, cases, request.resume)
 
@@ -202,17 +210,42 @@ def _inspect_eval_data(request: RunRequest) -> list[Finding]:
 
 def _inspect_images(request: RunRequest) -> list[Finding]:
     """Whether the images can be decoded: one that can't ends the run, after hours."""
-    broken = find_broken_images(request.cases) if request.are_cases_there else []
+    broken = find_broken_images(list_images(request.cases)) if request.are_cases_there else []
     lines = describe_broken_images(broken)
     if request.skip_broken:
         return [Finding(True, line, "its record fails") for line in lines]
     return [Finding(False, line, "--skip_broken counts such records as failed") for line in lines]
 
 
+def _is_first() -> bool:
+    """Whether this process is the first of a run to look at its data; the others need not decode it again."""
+    return processes.is_main() and not launching.is_launched()
+
+
 def _inspect_texts(request: RunRequest) -> list[Finding]:
     """A note for each text that the model does not take: its record fails, the others are edited."""
     lines = list_long_cases(request.hparams, request.cases) if request.are_cases_there else []
     return [Finding(True, line, "this record will fail", True) for line in lines]
+
+
+def _inspect_targets(request: RunRequest) -> list[Finding]:
+    """Targets that could never be generated, as far as the model's files tell; the loaded model tells all."""
+    if request.is_eval_undrawn or collect_problems(lambda: request.cases):
+        # The check of the eval data has them.
+        return []
+    hparams = request.hparams
+    stops, specials = find_stops(hparams.model_name), read_special_texts(hparams.name)
+    found = [
+        f"{hparams.source}: data: record {case.request.id}: {problem}"
+        for case in request.cases
+        if (problem := explain_unreachable(str(case.request.query.target), stops, specials))
+    ]
+    if request.skip_broken:
+        return [Finding(True, line, "recorded as failed") for line in found]
+    shown = [Finding(False, f"{line}; --skip_broken records it as failed") for line in found[:MOST_TARGETS]]
+    left = len(found) - len(shown)
+    more = f"{hparams.source}: data: {left} more records have targets that can't be generated"
+    return [*shown, *([Finding(False, more)] if left else [])]
 
 
 def _inspect_undrawn(request: RunRequest, part: str) -> list[Finding]:
@@ -234,7 +267,7 @@ def _inspect_sequences(request: RunRequest) -> list[Finding]:
             check_sequence_length(hparams, count)
             if hparams.protocol == "cross_task" and len(parts) == 1:
                 raise UserError(
-                    f"{hparams.source}: task: {request.task}; cross_task needs both, expected cross"
+                    f"{hparams.source}: task: {request.task}; protocol cross_task needs both, expected cross"
                 )
 
         return find_problems(check, what)
@@ -277,8 +310,19 @@ def _inspect_shipped(request: RunRequest, folder: Path) -> list[Finding]:
 
 
 def _require_triplets(request: RunRequest) -> list[Finding]:
-    problems = collect_problems(lambda: read_triplets(request.hparams, request.skip_broken))
-    return [Finding(False, problem) for problem in problems]
+    triplets: list[Triplet] = []
+    problems = collect_problems(lambda: triplets.extend(read_triplets(request.hparams, request.skip_broken)))
+    return [Finding(False, problem) for problem in problems] or _inspect_train_images(
+        {os.fspath(t.query.image): "" for t in triplets if isinstance(t.query.image, (str, os.PathLike))}
+    )
+
+
+def _inspect_train_images(images: Mapping[str, str]) -> list[Finding]:
+    """Whether the images of what is trained first can be decoded: one that can't ends the training."""
+    if not _is_first():
+        return []
+    lines = describe_broken_images(find_broken_images(images))
+    return [Finding(False, line, "repair it, or take its train record out") for line in lines]
 
 
 def _inspect_scope(request: RunRequest) -> list[Finding]:
@@ -301,13 +345,14 @@ def _inspect_trained(
     if kept is not None:
         return [Finding(True, f"{key}: {kept}: the {what} is there")]
     folder = getattr(request.hparams, key)
-    note = Finding(
-        True, f"{key}: {folder}: no {what} of these options", _describe_training(request, key), True
-    )
+    lost, remedy = f"{key}: {folder}: no {what} of these options", _describe_training(request, key)
+    note = Finding(True, lost, remedy, is_announced=True)
     if request.is_train_undrawn:
         return [note]
-    problems = collect_problems(lambda: read_train_cases(request.hparams, request.skip_broken))
-    return [Finding(False, problem) for problem in problems] or [note]
+    cases: list[Case] = []
+    problems = collect_problems(lambda: cases.extend(read_train_cases(request.hparams, request.skip_broken)))
+    found = [Finding(False, problem) for problem in problems]
+    return found or _inspect_train_images(list_images(cases)) or [note]
 
 
 def _describe_training(request: RunRequest, key: str) -> str:
@@ -342,8 +387,9 @@ DATA_CHECKS = (
     Check("drawing", lambda r: r.is_drawn, _inspect_drawing),
     Check("eval data", _apply_always, _inspect_eval_data),
     # Of several processes the first looks: it alone has this to say.
-    Check("images", lambda r: processes.is_main() and not launching.is_launched(), _inspect_images),
+    Check("images", lambda r: _is_first(), _inspect_images),
     Check("texts", lambda r: processes.is_main(), _inspect_texts),
+    Check("targets", _apply_always, _inspect_targets),
     Check("sequences", lambda r: r.hparams.protocol != "one_step", _inspect_sequences),
     Check("knowledge", lambda r: r.needs.knowledge, _inspect_knowledge),
     Check("scope", lambda r: r.needs.scope, _inspect_scope),
@@ -374,6 +420,13 @@ def require(request: RunRequest, checks: Sequence[Check] = CHECKS) -> list[str]:
     if problems := [finding.line for finding in found if not finding.ok]:
         raise UserError(*problems)
     return [finding.line for finding in found if finding.is_announced]
+
+
+def require_aloud(request: RunRequest) -> None:
+    """Requires all checks in every process of a run; one of them says what is announced."""
+    notes = processes.run_in_turn(lambda: require(request))
+    if processes.is_main() and not launching.is_launched():
+        print(*(f"note: {note}" for note in notes), sep="\n", end="\n" * bool(notes), file=sys.stderr)
 
 
 def require_backbone(hparams: HyperParams) -> None:

@@ -13,7 +13,7 @@ from unike.config.hparams import HyperParams
 from unike.config.sections import DataOptions
 from unike.methods.preparation.folders import find_shipped_knowledge, list_changed_options, wants_cases
 from unike.methods.registry import resolve_needs
-from unike.system import launching
+from unike.system import launching, processes
 from unike.system.files import compute_sha256
 from unike.system.findings import collect_problems, require
 from unike.system.places import require_folder, require_own
@@ -130,3 +130,21 @@ def check_drawing(hparams: DataOptions, undrawn: Sequence[str]) -> None:
         problems.append(f"drawing the data needs {', '.join(lost)}; pip install '.[demo]'")
     if problems:
         raise UserError(*problems)
+
+
+def draw_train_data(hparams: HyperParams, backbone: object) -> None:
+    """Draws the train split of the bundled benchmark where ``wants_drawing`` and its own files are named and
+    missing; ``backbone`` answers its questions. UserError where drawing needs more."""
+    if not wants_drawing(hparams) or hparams.image_root is None:
+        return
+    folder = get_drawing_folder(hparams)
+    named = {task: files.get("train") for task, files in hparams.data.items()}
+    lost = {task: path for task, path in named.items() if path is not None and not os.path.isfile(path)}
+    are_own = all(
+        Path(path).resolve() == get_drawn_file(folder, t, "train").resolve() for t, path in lost.items()
+    )
+    if not lost or not are_own:
+        return
+    check_drawing(hparams, ("train",))
+    draw = launching.import_from_checkout(DRAWING_SCRIPT).ensure
+    processes.run_once(lambda: draw(hparams, ("train",), backbone))

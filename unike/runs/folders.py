@@ -49,7 +49,7 @@ def choose_directory(
 
 
 def _require_writable(directory: Path) -> Path:
-    there = next((p for p in (directory, *directory.parents) if os.path.exists(p)), directory)
+    there = next((p for p in (directory, *directory.parents) if os.path.lexists(p)), directory)
     if not (os.path.isdir(there) and os.access(there, os.W_OK | os.X_OK)):
         raise UserError(f"{directory}: cannot be made a run folder: {there} cannot be written")
     return directory

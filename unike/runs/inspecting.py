@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from unike.config.hparams import OPTIONS, HyperParams
 from unike.config.schema import list_own_options
 from unike.config.sections import FineTuningOptions, IKEOptions
 from unike.datasets.images import open_image
-from unike.datasets.lengths import find_long_texts, read_limit
+from unike.datasets.lengths import find_long_texts, list_queries, may_be_long, read_limit
 from unike.evaluation.sequences import draw_run_sequences
 from unike.methods.preparation.folders import find_shipped_model, require_place
 from unike.methods.registry import MethodNeeds
@@ -20,6 +20,12 @@ from unike.system.text import one_line
 from unike.types import Case, UserError
 
 _SHOWN = 3
+# What is found of each kind, from its folder on.
+_KEPT = {
+    "knowledge_dir": ("knowledge.json", "*/knowledge.json"),
+    "scope_dir": ("*/scope.json",),
+    "editor_dir": ("*/*/editor.json",),
+}
 # What a model's folder is told apart by.
 _MODEL_FILES = ("config.json", "model.safetensors")
 
@@ -70,7 +76,9 @@ def check_folders(hparams: HyperParams, needs: MethodNeeds) -> None:
     problems: list[str] = []
     for key, folder in list_folders(hparams, needs).items():
         try:
-            require_place(f"{hparams.source}: {key}: ", folder)
+            # Where something is kept, it may be all that is needed; only the model tells.
+            is_kept = os.path.isdir(folder) and any(any(Path(folder).glob(p)) for p in _KEPT[key])
+            require_place(f"{hparams.source}: {key}: ", folder, is_written=not is_kept)
             _require_same_model(hparams, key, folder)
         except UserError as error:
             problems += error.problems
@@ -131,15 +139,20 @@ def check_recorded(directory: Path, hparams: HyperParams, cases: Sequence[Case])
 # ---------------------------------------------------------------- images and texts
 
 
-def find_broken_images(cases: Sequence[Case]) -> list[tuple[str, str]]:
-    """The id of the first case with each image that cannot be read, and why; every image is decoded once."""
+def list_images(cases: Sequence[Case]) -> dict[str, str]:
+    """The files of the cases' images, each with the id of the first case that has it."""
     seen: dict[str, str] = {}
     for case in cases:
         for query in (case.request.query, *(probe.query for probe in case.probes)):
             if isinstance(query.image, (str, os.PathLike)):
                 seen.setdefault(os.fspath(query.image), case.request.id)
+    return seen
+
+
+def find_broken_images(images: Mapping[str, str]) -> list[tuple[str, str]]:
+    """The images that cannot be read, by the id that they come with, and why; each is decoded once."""
     broken = []
-    for image, name in seen.items():
+    for image, name in images.items():
         try:
             open_image(image)
         except UserError as error:
@@ -149,7 +162,10 @@ def find_broken_images(cases: Sequence[Case]) -> list[tuple[str, str]]:
 
 def describe_broken_images(broken: Sequence[tuple[str, str]]) -> list[str]:
     """A line for each of the first, and one for the others."""
-    lines = [f"record {one_line(name, 60)}: {reason}" for name, reason in broken[:_SHOWN]]
+    lines = [
+        f"record {one_line(name, 60)}: {reason}" if name else f"train record: {reason}"
+        for name, reason in broken[:_SHOWN]
+    ]
     if len(broken) > _SHOWN:
         lines.append(f"{len(broken) - _SHOWN} more images cannot be read; the data doctor lists them all")
     return lines
@@ -158,9 +174,7 @@ def describe_broken_images(broken: Sequence[tuple[str, str]]) -> list[str]:
 def list_long_cases(hparams: HyperParams, cases: Sequence[Case]) -> list[str]:
     """A line for each record with a text that the model's context does not take; none where the model's
     folder does not tell its limit."""
-    if not any(_may_be_long(case) for case in cases):
-        return []
-    limit = read_limit(hparams.name)
+    limit = read_limit(hparams.name) if any(may_be_long(q) for c in cases for q in list_queries(c)) else None
     if limit is None:
         return []
     lines = [
@@ -171,11 +185,6 @@ def list_long_cases(hparams: HyperParams, cases: Sequence[Case]) -> list[str]:
     if (more := len(lines) - _SHOWN) > 0:
         lines[_SHOWN:] = [f"{more} more texts are too long; the data doctor lists them all"]
     return lines
-
-
-def _may_be_long(case: Case) -> bool:
-    # Far below any decoder's context, with an image.
-    return any(len(p.query.prompt) + len(p.query.target or "") > 100 for p in case.probes)
 
 
 def list_option_names(texts: Sequence[str]) -> tuple[str, ...]:

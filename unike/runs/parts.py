@@ -6,8 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from unike.backbones.base import Backbone
+from unike.backbones.guard import Guard
 from unike.backbones.prefix import open_prefixes
 from unike.config.hparams import HyperParams
+from unike.datasets.lengths import leave_out_long, list_queries
 from unike.datasets.triplets import Triplet
 from unike.evaluation.reader import Reader
 from unike.methods import build, resolve_needs
@@ -19,6 +21,7 @@ from unike.methods.preparation.scope import SCOPE_READING, SCOPE_TRAINING, ensur
 from unike.runs.inputs import read_method_cases, read_train_cases, read_triplets
 from unike.system import processes
 from unike.system.progress import show_progress
+from unike.types import Case
 
 TripletSource = Callable[[], Sequence[Triplet]]
 
@@ -55,7 +58,11 @@ def prepare(
     needs = resolve_needs(hparams)
     if not needs.knowledge:
         return {}
-    source = triplets or (lambda: read_triplets(hparams))
+    read = triplets or (lambda: read_triplets(hparams))
+
+    def source() -> Sequence[Triplet]:
+        return leave_out_long(hparams.name, read(), lambda triplet: [triplet.query])
+
     steps = len(layers) * hparams.encoder_steps
     totals = {
         "extracting knowledge states": hparams.triplets,
@@ -66,7 +73,11 @@ def prepare(
     with show_progress(totals, progress and processes.is_main()) as tick:
         known = ensure_knowledge(backbone, hparams, layers, source, tick)
         if needs.scope:
-            teaching = cases or (lambda: read_train_cases(hparams))
+            taught = cases or (lambda: read_train_cases(hparams))
+
+            def teaching() -> Sequence[Case]:
+                return leave_out_long(hparams.name, taught(), list_queries)
+
             measure = ensure_scope(backbone, hparams, layers[0], teaching, tick)
             known = {**known, layers[0]: replace(known[layers[0]], scope=measure)}
     return known
@@ -83,11 +94,17 @@ def assemble(
 
     ``triplets`` and ``cases`` take the place of the train annotations that the YAML names.
     """
-    cases = cases or (lambda: read_method_cases(hparams))
+    given = cases or (lambda: read_method_cases(hparams))
+
+    def fitting() -> Sequence[Case]:
+        return leave_out_long(hparams.name, given(), list_queries)
+
     layers = build(hparams).layers(backbone)
-    method = build(hparams, prepare(hparams, backbone, layers, progress, triplets, cases), cases)
-    if isinstance(method, TrainableMethod):
-        totals = {TRAINING: hparams.editor_steps * hparams.editor_batch}
-        with show_progress(totals, progress and processes.is_main()) as tick:
-            ensure_editor(method, backbone, cases, tick)
-    return Parts(hparams, backbone, method)
+    # What is learnt, is learnt from the base model.
+    with Guard.of(backbone).bare():
+        method = build(hparams, prepare(hparams, backbone, layers, progress, triplets, fitting), fitting)
+        if isinstance(method, TrainableMethod):
+            totals = {TRAINING: hparams.editor_steps * hparams.editor_batch}
+            with show_progress(totals, progress and processes.is_main()) as tick:
+                ensure_editor(method, backbone, fitting, tick)
+        return Parts(hparams, backbone, method)

@@ -20,6 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from unike.config.sections import BEFORE_OPTIONS
 from unike.evaluation.record import Record, require_place
 from unike.system.faults import explain_write_errors
 from unike.system.files import to_json_types, write_json, write_text
@@ -184,6 +185,8 @@ def read_records(directory: str | os.PathLike[str]) -> list[Record]:
 def read_manifest(directory: str | os.PathLike[str]) -> dict[str, Any]:
     """What a run was made from."""
     path = Path(directory) / MANIFEST
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise UserError(f"{path}: cannot be read as a run's manifest: is not a regular file")
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as fault:
@@ -261,6 +264,8 @@ def _check_inputs(directory: Path, former: Mapping[str, Any], inputs: Mapping[st
     problems = []
     for part, now in inputs.items():
         old, new = _flatten(former.get(part) or {}), _flatten(now)
+        if part == "hparams":
+            old = {key: value for key, value in BEFORE_OPTIONS.items() if key in new} | old
         for key in sorted(old.keys() | new.keys()):
             was, given = old.get(key, _ABSENT), new.get(key, _ABSENT)
             if was != given or isinstance(was, bool) != isinstance(given, bool):

@@ -14,6 +14,7 @@ from unike.evaluation.protocols import Outcome
 from unike.evaluation.reader import Reader
 from unike.evaluation.summary import RunningMeans, Summary
 from unike.methods import resolve_needs
+from unike.methods.base import require_reachable
 from unike.methods.preparation.folders import find_editor, find_scope_classifier, wants_cases
 from unike.runs.batches import Batches, count_edits_at_once
 from unike.runs.folders import describe_run
@@ -104,12 +105,15 @@ def run_cases(
 
     An image that cannot be read ends the run after the summary of what there is, or counts as a failed case
     under ``skip_broken``. So does, always, an edit whose loss stops being a number, or for which memory does
-    not suffice even alone.
+    not suffice even alone. UserError, before any edit, for targets that could never be generated, unless
+    ``skip_broken`` counts these as failed.
     """
     reader, hp = reader or parts.make_reader(generated), parts.hparams
     if store is not None and store.backbone not in (None, parts.backbone.fingerprint):
         raise UserError(f"{store.folder}: holds edits of another model; name another --save_edits")
     done, shared = writer.list_done(), SharedRun(writer)
+    if not skip_broken:
+        require_reachable(parts.backbone, (case.request for case in cases if case.request.id not in done))
     kind = Batches if hp.protocol == "one_step" else Sequences
     work: _Work = kind(parts, cases, reader, done, skip_broken)
     recorded = read_records(writer.directory) if done else []

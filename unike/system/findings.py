@@ -10,7 +10,7 @@ from unike.types import UserError
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of a check: ``ok`` with a ``remedy`` is a note, not ``ok`` is a problem. A run logs a note
+    """One line of a check: ``ok`` with a ``remedy`` is a note, not ``ok`` is a problem. A run says a note
     that ``is_announced`` before it loads a model."""
 
     ok: bool

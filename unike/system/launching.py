@@ -40,10 +40,27 @@ def run_guarded(work: Callable[[], int]) -> int:
             return _run_reported(work)
         finally:
             # Here, since what fails at the interpreter's end is printed as a traceback.
-            sys.stdout.flush()
+            _flush_output()
     except BrokenPipeError:
         _close_output()
         return PIPE_CODE
+    except UserError as error:
+        _close_output()
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _flush_output() -> None:
+    """UserError where the output goes to a full disk."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise UserError(f"standard output: cannot be written: {error.strerror}") from error
+    except (ValueError, AttributeError):
+        # Closed, or none, as in a program without a terminal.
+        return
 
 
 def _close_output() -> None:

@@ -60,7 +60,7 @@ def require_own(path: PathLike, is_own: Callable[[Path], bool], remedy: str = "n
     place = Path(path)
     if not os.path.lexists(place):
         return
-    shown = one_line(os.fspath(path))
+    shown = one_line(place)
     if os.path.islink(place):
         raise UserError(f"{shown}: is a symbolic link; nothing is written through it; {remedy}")
     if os.path.isdir(place):

@@ -32,26 +32,27 @@ def show_progress(totals: Mapping[str, int], progress: bool = True) -> Iterator[
     A stage that will take minutes is announced with its time, as soon as its first steps tell.
     """
     drawn: dict[str, tqdm[Any]] = {}
-    started: dict[str, float] = {}
-    announced = set[str]()
+    # By stage, since its first tick: when it was, and how many steps were done. That tick comes after its
+    # steps: how long they took is not known.
+    clocks: dict[str, tuple[float, int]] = {}
 
     def tick(what: str, n: int) -> None:
         if what not in drawn:
             for bar in drawn.values():
                 bar.close()
             drawn[what] = tqdm(desc=what, total=totals.get(what), disable=not progress)
-            # The first tick is called after its steps: how long they took is not known.
-            started[what] = time.monotonic()
-            drawn[what].update(n)
-            return
-        bar = drawn[what]
-        bar.update(n)
-        done, passed = bar.n - bar.initial, time.monotonic() - started[what]
-        if progress and bar.total and what not in announced and passed > _MEASURED_SECONDS and done:
-            announced.add(what)
-            left = passed / done * (bar.total - bar.n)
-            if left > _LONG_SECONDS:
-                bar.write(f"{what}: about {_describe_time(left)} for {bar.total} steps", file=sys.stderr)
+            clocks[what] = (time.monotonic(), -n)
+        drawn[what].update(n)
+        if progress and what in clocks and totals.get(what):
+            start, done = clocks[what]
+            clocks[what] = (start, done + n)
+            passed = time.monotonic() - start
+            if passed > _MEASURED_SECONDS and done + n > 0:
+                del clocks[what]
+                left = passed / (done + n) * totals[what]
+                if left > _LONG_SECONDS:
+                    text = f"{what}: about {_describe_time(left)} for {totals[what]} steps"
+                    drawn[what].write(text, file=sys.stderr)
 
     try:
         yield tick

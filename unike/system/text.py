@@ -21,7 +21,10 @@ def shorten(value: object, limit: int = 60, written: Callable[[object], str] = s
     """A value on one line of at most ``limit`` characters."""
     try:
         text = " ".join(written(value).split())
-    except ValueError:
-        # Python writes no whole number of more than some thousand digits.
-        text = "too long to be written"
+    except Exception as error:
+        # Python writes no number of more than some thousand digits; a user's class may raise anything.
+        text = (
+            "too long to be written" if isinstance(error, ValueError) else "something that cannot be written"
+        )
+    text = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
     return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -22,7 +22,7 @@ from unike.config.sections import (
 )
 from unike.methods.registry import MethodNeeds
 from unike.system.files import read_index
-from unike.system.places import is_index, is_tensor_file, require_folder, require_own
+from unike.system.places import check_name, is_index, is_tensor_file, require_folder, require_own
 from unike.types import UserError
 
 if TYPE_CHECKING:
@@ -67,14 +67,16 @@ def choose_place(folder: str | os.PathLike[str]) -> Path:
     return shipped.with_name(shipped.name + _TRAINED) / Path(os.path.abspath(folder)).relative_to(shipped)
 
 
-def require_place(at: str, folder: str | os.PathLike[str]) -> None:
-    """UserError, beginning with ``at``, where nothing could be written for ``folder``."""
+def require_place(at: str, folder: str | os.PathLike[str], is_written: bool = True) -> None:
+    """UserError, beginning with ``at``, where ``folder`` is none, or nothing could be written for it."""
+    check_name(folder)
     if os.path.lexists(folder):
         if not os.path.isdir(folder):
             raise UserError(f"{at}{folder}: is a file; expected a folder")
         if not os.access(folder, os.R_OK | os.X_OK):
             raise UserError(f"{at}{folder}: cannot be read")
-    require_folder(choose_place(folder), at)
+    if is_written:
+        require_folder(choose_place(folder), at)
 
 
 def require_own_files(folder: Path, *names: str) -> None:
@@ -124,7 +126,10 @@ def list_changed_options(folder: Path, hparams: HyperParams) -> list[str]:
 
 def list_editor_options(hparams: EditorTrainingOptions) -> Facts:
     """The options that a trained editor depends on: of KE's and SERAC's own ones, those of its method."""
-    shared = {"method": hparams.method, "clip_norm": hparams.clip_norm, "seed": hparams.seed}
+    shared: Facts = {"method": hparams.method, "clip_norm": hparams.clip_norm, "seed": hparams.seed}
+    if hparams.answer_end != "none":
+        # Editors from before this option existed have none.
+        shared["answer_end"] = hparams.answer_end
     own = hparams.get_values(EditorTrainingOptions).items()
     return shared | {
         n: v for n, v in own if not n.startswith(("ke_", "serac_")) or n.startswith(f"{hparams.method}_")

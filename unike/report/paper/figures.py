@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar
 
 import numpy as np
 
+from unike.system.places import contains, require_own
 from unike.types import UserError
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ DASHES = ("-", "--", "-.", ":")
 BARS = ("#999999", "#E69F00", "#56B4E9", "#0072B2")
 RIGHT, WRONG = "#0072B2", "#D55E00"
 PASS_MARK, FAIL_MARK = "\N{CHECK MARK}", "\N{BALLOT X}"
-WIDTH = 10.0
+WIDTH, DPI = 10.0, 150
 # Of a worked example, in inches: an image's side and the height of a line of text.
 IMAGE, LINE = 1.4, 0.19
 STYLE = {
@@ -51,7 +52,7 @@ STYLE = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "figure.dpi": 150,
-    "savefig.dpi": 150,
+    "savefig.dpi": DPI,
     "svg.hashsalt": "unike",
     "text.parse_math": False,
 }
@@ -140,10 +141,23 @@ def _style(draw: Callable[P, T]) -> Callable[P, T]:
     return styled
 
 
+def check_place(path: Path) -> None:
+    """UserError where ``path``, as PNG or SVG, is a file that this program did not draw."""
+    require_own(path.with_suffix(".svg"), contains("Matplotlib"), "name another folder")
+    require_own(path.with_suffix(".png"), _is_figure, "name another folder")
+
+
+def _is_figure(path: Path) -> bool:
+    """Whether an image has the colours and the width of ours."""
+    with require("PIL.Image").open(path) as image:
+        return bool((image.format, image.mode, image.width) == ("PNG", "P", round(WIDTH * DPI)))
+
+
 @_style
 def save(figure: Figure, path: Path) -> list[Path]:
     """Writes ``path`` as PNG and, where that is small, as SVG; gives the files. The same data give the
-    same bytes."""
+    same bytes. UserError as ``check_place``."""
+    check_place(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     png, svg = path.with_suffix(".png"), path.with_suffix(".svg")
     pixels, drawn = io.BytesIO(), io.BytesIO()
