@@ -157,7 +157,8 @@ class MultimodalEditor:
         Greedy by default; ``decoding`` takes ``num_beams``, ``do_sample``, ``temperature``, ``top_p``,
         ``num_return_sequences`` and ``seed``, see ``unike.backbones.decoding.Decoding``. Each question has a
         list of answers where ``num_return_sequences`` is above 1. Without ``max_new_tokens`` it is that of
-        the YAML which loaded the backbone. UserError for what is no image or no text, and for values that do not fit.
+        the YAML which loaded the backbone. UserError for what is no image or no text, and for values that do
+        not fit.
         """
         with self._slot.guard.hold():
             edits = self.edits if edited else ()
