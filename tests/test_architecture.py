@@ -39,7 +39,8 @@ ROOMS = (
 )  # fmt: skip
 # Methods and edits see of a backbone its protocol, never a concrete one.
 SEES_PROTOCOL = ("edits", "methods")
-PROTOCOL = {f"unike.backbones.{name}" for name in ("base", "guard", "layout", "prefix", "images", "hooks")}
+_SEEN = ("base", "guard", "routing", "layout", "prefix", "images", "hooks")
+PROTOCOL = {f"unike.backbones.{name}" for name in _SEEN}
 # Methods do not know each other.
 ALONE = {f"unike.methods.{name}" for name in ("ft", "ike", "ke", "mend", "serac", "tpatcher", "unike")}
 THIRD_PARTY = (

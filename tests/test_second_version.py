@@ -20,7 +20,8 @@ from scripts.tiny.second_version import COUNTS, STYLES, UNSEEN, SecondArtist
 from unike.backbones import load_backbone
 from unike.datasets.mmedit import CaptionDataset, VQADataset
 from unike.datasets.probe_files import read_probes
-from unike.types import IMAGE_STYLES, STYLE_METRICS
+from unike.runs.drawing import check_target
+from unike.types import IMAGE_STYLES, STYLE_METRICS, UserError
 
 ROOT = Path(__file__).parents[1]
 RECORDS = 20
@@ -156,3 +157,13 @@ def test_the_first_version_is_drawn_by_its_own_artist():
     assert make_data._find_artist(1) is make_data.Artist
     assert make_data._find_artist(2) is SecondArtist
     assert make_data.Artist(None, Painter.__new__(Painter), 1, "eval").version == 1
+
+
+def test_probes_of_somebody_elses_are_not_drawn_over(tmp_path):
+    mine = tmp_path / "vqa_eval.probes.json"
+    mine.write_text("mine")
+    with pytest.raises(UserError, match=r"vqa_eval\.probes\.json"):
+        check_target(tmp_path, "eval")
+    assert mine.read_text() == "mine"
+    mine.unlink()
+    check_target(tmp_path, "eval")

@@ -52,6 +52,7 @@ from unike.runs.drawing import (
     get_about_file,
     get_drawing_folder,
     get_drawn_file,
+    get_probe_file,
     list_missing_splits,
 )
 from unike.system.arguments import ArgumentParser
@@ -274,7 +275,7 @@ def make(
         path = get_drawn_file(out, task, split)
         write_text(path, text)
         if (probes := artist.describe_probes(task, path)) is not None:
-            write_text(path.with_suffix(".probes.json"), probes)
+            write_text(get_probe_file(out, task, split), probes)
 
 
 def digest(content: bytes) -> str:

@@ -35,6 +35,11 @@ def get_drawn_file(folder: str | os.PathLike[str], task: str, split: str) -> Pat
     return Path(folder) / f"{task}_{split}.json"
 
 
+def get_probe_file(folder: str | os.PathLike[str], task: str, split: str) -> Path:
+    """Where the further probes of a drawn split are, in the benchmark's version 2."""
+    return get_drawn_file(folder, task, split).with_suffix(".probes.json")
+
+
 def get_drawing_folder(hparams: DataOptions) -> Path:
     """The folder that the benchmark is drawn into. UserError where ``image_root`` is missing."""
     if hparams.image_root is None:
@@ -81,6 +86,10 @@ def check_target(folder: str | os.PathLike[str], split: str) -> None:
         lambda: require_own(about, _is_about, remedy),
         *(
             lambda t=task: require_own(get_drawn_file(out, t, split), lambda p: _is_drawn(p, about), remedy)
+            for task in TASKS
+        ),
+        *(
+            lambda t=task: require_own(get_probe_file(out, t, split), lambda _: about.is_file(), remedy)
             for task in TASKS
         ),
         check_pictures,
