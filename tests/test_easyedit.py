@@ -29,7 +29,7 @@ from unike.easyedit import (
     SERACMultimodalTrainingHparams,
     VQADataset,
 )
-from unike.editor import METRIC_KEYS
+from unike.editor import METRIC_KEYS, arguments
 from unike.methods import ike
 from unike.types import UserError
 
@@ -286,6 +286,8 @@ def test_edits_add_up_where_that_is_said(
     editor: PlainEditor, world: World, caplog: pytest.LogCaptureFixture
 ) -> None:
     given = (PROMPTS, TARGETS, IMAGES)
+    # It is said once in a process.
+    arguments._say_that_edits_add_up.cache_clear()
     for named in ({}, {"keep_original_weight": True}, {"sequential_edit": False}):
         assert len(editor.edit(*given, **named)[1].edits) == 1
     assert not caplog.text

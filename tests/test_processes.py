@@ -65,7 +65,9 @@ def without_times(folder: Path) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("protocol", ["one_step", "sequential"])
 def test_two_processes_write_the_records_of_one(copied: Project, protocol: str) -> None:
     # Whole batches are shared: one large batch would leave nothing to the second process.
-    options = ["--protocol", protocol, "--sequence_length", "2", "--sequences", "3", "edit_batch_size=1"]
+    options = ["--protocol", protocol, "edit_batch_size=1"]
+    if protocol == "sequential":
+        options += ["--sequence_length", "2", "--sequences", "3"]
     out, err = ended(shell(copied, *options, "--output", "two", "--num_processes", "2"), 0)
     assert out.count("Reliability") == 1, "one table"
     assert "Rel " in err

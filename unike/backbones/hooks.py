@@ -176,17 +176,27 @@ def unhooked(module: nn.Module) -> Iterator[None]:
 
 
 # Hooks of these packages are part of how their models run.
-_KNOWN_PACKAGES = ("unike.", "transformers.", "accelerate.")
+_LIBRARIES = ("transformers.", "accelerate.")
+_KNOWN_PACKAGES = ("unike.", *_LIBRARIES)
 
 
 def list_foreign_hooks(module: nn.Module) -> tuple[int, ...]:
     """The hooks of a module that neither this package nor its libraries have set, each by a number of its
     own."""
+    return _list_hooks(module, _KNOWN_PACKAGES)
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether anybody but the libraries has set a hook on a module, this package included."""
+    return bool(_list_hooks(module, _LIBRARIES))
+
+
+def _list_hooks(module: nn.Module, known: tuple[str, ...]) -> tuple[int, ...]:
     both = (module._forward_pre_hooks, module._forward_hooks)
     return tuple(
         number
         for hooks in both
         if hooks
         for number, hook in hooks.items()
-        if not str(getattr(hook, "__module__", "")).startswith(_KNOWN_PACKAGES)
+        if not str(getattr(hook, "__module__", "")).startswith(known)
     )

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import nn
 
-from unike.backbones.hooks import list_foreign_hooks
+from unike.backbones.hooks import is_hooked, list_foreign_hooks
 
 # Models of up to so many numbers are compared whole before each use, of larger ones so many numbers.
 SMALL, SAMPLE = 1 << 19, 1 << 16
@@ -99,9 +99,7 @@ class WeightWatch:
         """Whether these modules compute what the base model does: none is hooked, whoever did it, and each
         has the parameters that were seen last."""
         return all(
-            not m._forward_hooks
-            and not m._forward_pre_hooks
-            and self._parameters.get(id(m)) == tuple(map(id, m._parameters.values()))
+            not is_hooked(m) and self._parameters.get(id(m)) == tuple(map(id, m._parameters.values()))
             for m in modules
         )
 

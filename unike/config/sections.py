@@ -446,7 +446,12 @@ class EditBatchOptions(Section):
 
 
 # Options that came later than some runs, whose manifests lack them: what these runs did.
-BEFORE_OPTIONS: dict[str, object] = {"answer_end": "none"}
+BEFORE_OPTIONS: dict[str, object] = {
+    "answer_end": "none",
+    "benchmark_version": 1,
+    "scope_overlap": None,
+    "scope_overlap_tokens": 1,
+}
 # In the order of the documentation, with the heading of each.
 SECTIONS: dict[type[Section], str] = {
     BackboneOptions: "backbone",

@@ -55,11 +55,14 @@ class PromptEdit(Edit):
         return replace(query, prompt=f"{self._write_before()}{query.prompt}")
 
     def _write_before(self) -> str:
+        """What stands before each prompt."""
         shown = "".join(piece.text for piece in reversed(self.select_texts()))
         return f"{shown}Prompt: "
 
     def select_texts(self) -> list[PromptText]:
         """The texts that fit before a question, nearest to it first: facts, then demonstrations."""
+        if not self.facts:
+            return []
         newest = self.facts[-1]
         pieces = [*(f.fact for f in reversed(self.facts)), *newest.demonstrations]
         room, used = self.room - newest.fact.tokens, 1

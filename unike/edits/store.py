@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from unike.config.sections import OPTIONS
 from unike.edits.conflicts import Contradiction
 from unike.edits.files import SavedEdit, read_edit, render_files, write_folder
 from unike.edits.origin import Origin
@@ -263,7 +264,12 @@ class EditStore:
 
 def describe_origin(origin: Origin) -> dict[str, object]:
     """What decides on an edit, in JSON's types: request, method, options; without paths and reports."""
-    hparams = {key: value for key, value in origin.hparams.items() if key not in _PLACES}
+    # An older edit does not know the options that are new since; they had their defaults.
+    hparams = {
+        key: value
+        for key, value in origin.hparams.items()
+        if key not in _PLACES and not _is_default(key, value)
+    }
     about = {
         "id": origin.id,
         "method": origin.method,
@@ -274,6 +280,11 @@ def describe_origin(origin: Origin) -> dict[str, object]:
     }
     values: dict[str, object] = to_json_types(about)
     return values
+
+
+def _is_default(key: str, value: object) -> bool:
+    known = OPTIONS.get(key)
+    return known is not None and to_json_types(value) == to_json_types(known.default)
 
 
 def _hash_question(origin: Origin) -> str:
