@@ -16,6 +16,13 @@ T_co = TypeVar("T_co", covariant=True)
 _NUMBER = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?")
 # What file systems take of a path, and of each name in it.
 _PATH, _NAME = 1 << 12, 255
+# What any number may be at most, where an option has no limit of its own: more fits no count of elements, and
+# overflows where numbers have 32 bits.
+MOST = 2**31 - 1
+
+
+class TooLargeError(ValueError):
+    """A number above ``MOST``."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +46,8 @@ class Range:
         """ValueError for a number outside."""
         _require(self.low is None or (value > self.low if self.above else value >= self.low))
         _require(self.high is None or value <= self.high)
+        if self.high is None and value > MOST:
+            raise TooLargeError
 
 
 @dataclass(frozen=True)
@@ -205,7 +214,7 @@ def nullable(kind: Kind[T]) -> Kind[T | None]:
 
 def _read_device(value: object) -> str:
     name = value.lower() if isinstance(value, str) else f"cuda:{read_whole(value)}"
-    if re.fullmatch(r"auto|cpu|mps|(cuda|xpu)(:[0-9]+)?", name) is None:
+    if re.fullmatch(r"auto|cpu|mps|(cuda|xpu)(:[0-9]{1,3})?", name) is None:
         raise ValueError
     return name
 
