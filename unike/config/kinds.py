@@ -16,13 +16,13 @@ T_co = TypeVar("T_co", covariant=True)
 _NUMBER = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?")
 # What file systems take of a path, and of each name in it.
 _PATH, _NAME = 1 << 12, 255
-# What any number may be at most, where an option has no limit of its own: more fits no count of elements, and
-# overflows where numbers have 32 bits.
-MOST = 2**31 - 1
+# What any number may be at most, where an option has no limit of its own: more counts no elements, and
+# overflows in 32 bits.
+MOST, MOST_REAL = 2**31 - 1, 1e30
 
 
 class TooLargeError(ValueError):
-    """A number above ``MOST``."""
+    """A number above ``MOST`` or ``MOST_REAL``, which it carries."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,9 @@ class Range:
         """ValueError for a number outside."""
         _require(self.low is None or (value > self.low if self.above else value >= self.low))
         _require(self.high is None or value <= self.high)
-        if self.high is None and value > MOST:
-            raise TooLargeError
+        most = MOST if isinstance(value, int) else MOST_REAL
+        if self.high is None and value > most:
+            raise TooLargeError(f"{most:.10g}")
 
 
 @dataclass(frozen=True)
