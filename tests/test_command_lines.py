@@ -13,10 +13,12 @@ from test_edit_store import made
 from test_run_edit import ROOT, errors, start
 from test_user_files import MINE, list_all
 
+import run_edit
 from scripts.tiny import make_data, scenes
 from unike.config.hparams import OPTIONS, HyperParams
 from unike.config.kinds import MOST
 from unike.edits import EditStore
+from unike.edits.__main__ import main as edits_main
 from unike.runs.drawing import check_drawing, get_drawing_folder, get_drawing_lock
 from unike.types import UserError
 
@@ -156,6 +158,44 @@ def test_a_store_keeps_an_edit_of_the_same_words_and_another_image(copied: Proje
     shutil.copy(copied.data / "5.png", other / "5.png")
     assert start(copied, *kept, f"image_root={other}", "--check") == 0
     assert list_all(copied.root / "store").keys() == before.keys()
+
+
+# ---------------------------------------------------------------- questions
+
+
+@pytest.mark.usefixtures("nothing_loads")
+def test_a_question_that_is_too_long_is_named_before_the_model_loads(copied: Project, capsys) -> None:
+    store, words = EditStore(copied.root / "store"), "fox " * 400
+    store.add(made("other"))
+    yaml = ["--hparams_dir", str(copied.yaml)]
+    asked = ["ask", *yaml, "--edits", str(store.folder)]
+    applied = ["apply", str(store.folder), *yaml, "--prompt"]
+    expected = "tokens; expected at most 256, the decoder's context"
+    assert run_edit.main([*asked, words]) == 2
+    assert expected in errors(capsys)[0]
+    assert edits_main([*applied, words]) == 2
+    assert expected in errors(capsys)[0]
+    # A shorter one gets as far as the model.
+    with pytest.raises(AssertionError, match="a backbone is loaded"):
+        run_edit.main([*asked, "fox"])
+    with pytest.raises(AssertionError, match="a backbone is loaded"):
+        edits_main([*applied, "fox"])
+
+
+def test_edits_of_which_no_question_can_be_asked(copied: Project, capsys) -> None:
+    folder = copied.root / "store"
+    kept = ["--save_edits", str(folder), "--size", "1", "--no_generated"]
+    assert start(copied, *kept, "--output", str(copied.root / "a")) == 0
+    command = ["apply", str(folder), "--hparams_dir", str(copied.yaml)]
+    assert edits_main(command) == 0
+    (copied.data / "5.png").unlink()
+    capsys.readouterr()
+    assert edits_main(command) == 1
+    shown = capsys.readouterr()
+    assert "0 of 0 questions get their target; 1 left out" in shown.out
+    assert shown.err.splitlines()[-1] == "error: no question could be asked"
+    # Another question needs none of theirs.
+    assert edits_main([*command, "--prompt", "fox"]) == 0
 
 
 # ---------------------------------------------------------------- drawing
