@@ -14,6 +14,7 @@ from test_run_edit import ROOT, errors, start
 from test_user_files import MINE, list_all
 
 import run_edit
+from scripts import figures, tables
 from scripts.tiny import make_data, scenes
 from unike.config.hparams import OPTIONS, HyperParams
 from unike.config.kinds import MOST
@@ -263,3 +264,43 @@ def test_the_demo_replaces_its_own_runs_alone(tmp_path: Path) -> None:
     command = ["make", "demo", "--assume-old=.venv/.ready-demo"]
     assert subprocess.run(command, cwd=tmp_path, capture_output=True).returncode == 0
     assert [path.exists() for path in (*mine, *former)] == [True, True, False, False]
+
+
+# ---------------------------------------------------------------- tables and figures
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--output", "{file}/below"], "--output: {file}: is a file; expected a folder"),
+        (["--output", ""], "--output: is empty; expected a folder"),
+        (["--output", "n" * 300], "is no valid path: a name in it is too long"),
+        (["--size", "1", "--size", "2"], "--size: given twice: 1 and 2"),
+    ],
+)
+def test_no_row_of_a_table_is_run_for_such_arguments(
+    tmp_path: Path, capsys, monkeypatch, arguments: list[str], expected: str
+) -> None:
+    file = tmp_path / "mine.txt"
+    file.write_text(MINE)
+    monkeypatch.setattr(tables, "ensure", None)
+    given = ["--table", "1", "--backbones", "tiny_blip2", "--plan", str(ROOT / "hparams" / "tables.yaml")]
+    monkeypatch.chdir(tmp_path)
+    assert tables.main([*given, *(a.format(file=file) for a in arguments)]) == 2
+    assert expected.format(file=file) in errors(capsys)[0]
+    assert list_all(tmp_path) == {file: MINE.encode()}
+    # With another folder the rows are run.
+    with pytest.raises(TypeError, match="not callable"):
+        tables.main([*given, "--output", "new"])
+
+
+def test_no_figure_is_drawn_of_runs_in_a_file(tmp_path: Path, capsys, monkeypatch) -> None:
+    pytest.importorskip("matplotlib")
+    (tmp_path / "file").write_text(MINE)
+    monkeypatch.setattr(figures, "ensure", None)
+    monkeypatch.chdir(ROOT)
+    given = ["--figures", "4a", "--backbones", "tiny_blip2", "--output", str(tmp_path / "new")]
+    assert figures.main([*given, "--results", str(tmp_path / "file" / "x")]) == 2
+    assert "--results: " in errors(capsys)[0]
+    with pytest.raises(TypeError, match="not callable"):
+        figures.main([*given, "--results", str(tmp_path / "results")])
