@@ -8,6 +8,8 @@ PYTEST_FLAGS ?=
 
 BIN := .venv/bin
 DEMO_READY := .venv/.ready-demo
+# What a former demo left of its runs: it is replaced, and nothing else is.
+RUN_FILES := manifest.json records.jsonl summary.json
 DEV_READY := .venv/.ready-dev
 INSTALL = $(BIN)/python -m pip install --disable-pip-version-check -q $(PIP_FLAGS) -c constraints.txt -e
 LAVIS := .venv-lavis/bin/python
@@ -36,11 +38,12 @@ help:  ## shows this list
 	@echo '  CI=true             make test runs the slow tests too'
 
 demo: $(DEMO_READY)  ## edits both toy models, on E-VQA and E-IC; results in results/demo
-	@rm -rf results/demo
 	@set -e; for backbone in tiny_blip2 tiny_minigpt4; do for task in vqa caption; do \
+		run=results/demo/$$backbone-$$task; \
+		rm -f $(RUN_FILES:%=$$run/%); \
 		set -x; \
 		$(BIN)/python run_edit.py --hparams_dir hparams/$$backbone.yaml --task $$task \
-			--size $(DEMO_SIZE) --output results/demo/$$backbone-$$task; \
+			--size $(DEMO_SIZE) --output $$run; \
 		{ set +x; } 2>/dev/null; \
 	done; done
 	@echo 'All of it is installed in .venv; to go on: source .venv/bin/activate'

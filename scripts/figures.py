@@ -26,7 +26,9 @@ from unike.config.hparams import HyperParams
 from unike.report.paper import figures
 from unike.report.paper.tables import rewrite_blocks
 from unike.system import findings
+from unike.system.arguments import ArgumentParser
 from unike.system.launching import count_most_processes, run_guarded
+from unike.system.places import require_folder
 from unike.types import UserError
 
 # The table of the plan with a figure's runs.
@@ -172,6 +174,7 @@ def check_inputs(args: argparse.Namespace) -> tuple[dict[str, list[Run]], list[H
         lambda: figures.require("matplotlib"),
         lambda: spaces and figures.require("sklearn"),
         lambda: args.write and insert_blocks(args.write, dict.fromkeys(args.figures, "")),
+        lambda: require_folder(args.results, "--results: "),
         lambda: planned.update(plan_runs(args)),
         *(
             lambda b=b: own.append(HyperParams.from_hparams(args.plan.parent / f"{b}.yaml"))
@@ -215,7 +218,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument(
         "--figures",
         nargs="+",

@@ -24,7 +24,11 @@ from scripts.workers import WorkOutcome, ensure
 from unike.report.measures import Row
 from unike.report.paper import published
 from unike.report.paper.tables import FORMATS, LEGEND, Block, csv_rows, latex, markdown, rewrite_blocks
+from unike.system.arguments import ArgumentParser
+from unike.system.findings import collect_problems
 from unike.system.launching import count_most_processes, run_guarded
+from unike.system.paths import check_path
+from unike.system.places import require_folder
 from unike.types import UserError
 
 TASK_TITLES = {"vqa": "E-VQA", "caption": "E-IC", "cross": "E-VQA and E-IC interleaved"}
@@ -104,7 +108,7 @@ def report_outcome(outcome: WorkOutcome) -> int:
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = ArgumentParser(description=(__doc__ or "").split("\n")[0])
     add = parser.add_argument
     add("--table", nargs="+", required=True, metavar="NAME", help="1, 2, 3, 4, 5, lifelong, or all")
     add("--backbones", nargs="+", default=list(BACKBONES), metavar="NAME", help="YAMLs, by name")
@@ -112,7 +116,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--sequences", type=int, metavar="N", help="at most N sequences of each run")
     add("--format", choices=FORMATS, default="md")
     add("--jobs", type=int, metavar="N", help="processes; default: one per core, one on a GPU")
-    add("--output", type=Path, default=OUTPUT, metavar="DIR", help="where the records are")
+    add("--output", default=str(OUTPUT), metavar="DIR", help="where the records are")
     add("--write", type=Path, metavar="FILE", help="put the tables between their markers in this file")
     add("--plan", type=Path, default=PLAN, metavar="FILE", help="the runs")
     add("overrides", nargs="*", metavar="key=value", help="changes to every row")
@@ -130,10 +134,13 @@ def run(args: argparse.Namespace) -> int:
     most = count_most_processes()
     if args.jobs is not None and args.jobs > most:
         wrong.append(f"--jobs: {args.jobs}; expected at most {most} on this machine")
+    wrong += collect_problems(
+        lambda: require_folder(check_path(args.output, "--output", "a folder"), "--output: ")
+    )
     if wrong:
         raise UserError(*wrong)
     planned = read_plan(
-        args.plan, args.table, args.backbones, args.size, args.output, args.overrides, args.sequences
+        args.plan, args.table, args.backbones, args.size, Path(args.output), args.overrides, args.sequences
     )
     if args.write is not None:
         _check_markers(args.write, planned)

@@ -68,15 +68,15 @@ def ship_knowledge(**options: Any) -> Change:
     return change
 
 
-def record_run(**changes: Any) -> Change:
-    """A folder ``run`` in which a run was recorded."""
+def record_run(folder: str = "run", **changes: Any) -> Change:
+    """A folder in which a run was recorded."""
 
     def change(project: Project, _: pytest.MonkeyPatch) -> None:
         from unike.config.hparams import HyperParams
         from unike.runs.folders import describe_run
 
         hparams = HyperParams.from_hparams(project.yaml, [f"{k}={v}" for k, v in changes.items()])
-        with RecordWriter(project.root / "run", False, describe_run(hparams, "vqa", True)) as writer:
+        with RecordWriter(project.root / folder, False, describe_run(hparams, "vqa", True)) as writer:
             writer.write({"id": "vqa-0", "task": "vqa", "status": "failed", "error": "it failed"})
 
     return change
@@ -154,7 +154,7 @@ GOOD = [
     Command("a sequence", f"{SEQUENCE} --sequence_length 3"),
     Command("sequences of both tasks", "--protocol cross_task --sequence_length 4 --sequences 2"),
     Command("a new output", "--output {root}/new/run"),
-    Command("resume of the last run", "--resume"),
+    Command("resume of the last run", "--resume", record_run("results/small-vqa")),
     Command("resume of a run", "--output {root}/run --resume", record_run()),
     Command("edits kept", "--save_edits {root}/edits"),
     Command("edits of one sequence kept", f"{SEQUENCE} --sequence_length 2 --save_edits {{root}}/edits"),

@@ -135,7 +135,7 @@ def test_all_problems_are_named_at_once(tmp_path):
         f"{at}:9: rank: unknown key; it belongs to the UniKE release's own file, "
         "which Python reads: HyperParams.from_hparams(file, legacy=True)",
         f"{at} (override): memory: expected one of edit, bank, both, got str 'foo'",
-        f"{at} (override): image_size: expected a whole number at least 1 or null, got str '1e3'",
+        f"{at} (override): image_size: expected a whole number between 1 and 8192 or null, got str '1e3'",
         f"{at}: name: missing; expected text (Hugging Face folder or hub name of the model or its "
         "language model)",
     )

@@ -153,7 +153,8 @@ def test_runs_are_numbered(copied: Project) -> None:
     hparams = HyperParams.from_hparams(copied.yaml)
     results = copied.root / "results"
     assert runs.choose_directory(hparams, "vqa") == results / "small-vqa"
-    assert runs.choose_directory(hparams, "vqa", resume=True) == results / "small-vqa"
+    with pytest.raises(UserError, match="small-vqa: no run to resume"):
+        runs.choose_directory(hparams, "vqa", resume=True)
     for name in ("small-vqa", "small-vqa-2"):
         (results / name).mkdir(parents=True)
         (results / name / "records.jsonl").write_text("")

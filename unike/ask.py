@@ -15,6 +15,7 @@ from rich.text import Text
 
 from unike.config.hparams import HyperParams
 from unike.datasets.images import open_image
+from unike.datasets.lengths import check_question
 from unike.datasets.mmedit import VQA_TEMPLATE, wrap_prompt
 from unike.edits.store import EditStore
 from unike.runs.checks import require_backbone
@@ -54,6 +55,7 @@ def run(argv: Sequence[str]) -> int:
     require(
         lambda: require_backbone(hparams),
         lambda: _check_question(args),
+        lambda: check_question(hparams.name, args.question, args.image is not None),
         lambda: args.image is None or open_image(args.image),
         lambda: folders.extend(_choose_edits(args.edits, args.only)),
     )

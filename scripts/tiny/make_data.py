@@ -51,6 +51,7 @@ from unike.runs.drawing import (
     choose_splits,
     get_about_file,
     get_drawing_folder,
+    get_drawing_lock,
     get_drawn_file,
     get_probe_file,
     list_missing_splits,
@@ -59,12 +60,14 @@ from unike.system.arguments import ArgumentParser
 from unike.system.files import write_text
 from unike.system.findings import require
 from unike.system.launching import run_guarded
+from unike.system.paths import check_path
 from unike.system.places import lock
 from unike.types import UserError
 
 VERSION = 1
 Style = Callable[[Image.Image], Image.Image]
-TEXTURES = Path("data/cache/openmoji.safetensors")
+# In the project, whatever the working folder is: there it would lie among files of the user's.
+TEXTURES = Path(__file__).resolve().parents[2] / "data/cache/openmoji.safetensors"
 SPLITS = ("train", "val", "eval")
 # What the backbone gets wrong by itself: rare objects, disturbed images.
 RARE_SHARE, DISTURBED_SHARE = 0.5, 0.35
@@ -82,6 +85,7 @@ DISTRACTOR_SAFE = {"what", "left", "right", "color", "caption"}
 CANDIDATES = 128
 MOST_ROUNDS = 60
 MOST_RECORDS = 100_000
+MOST_SEED = 2**32 - 1
 
 
 @dataclass(frozen=True)
@@ -302,7 +306,7 @@ def ensure(
         return
     out.parent.mkdir(parents=True, exist_ok=True)
     # Two runs started at once would each overwrite the files that the other one reads.
-    with lock(out.parent / ".drawing.lock"):
+    with lock(get_drawing_lock(out)):
         for split in list_missing_splits(out, wanted):
             backbone = backbone or load_backbone(hparams)
             print(f"drawing the bundled benchmark's {split} split into {out}", file=sys.stderr)
@@ -316,7 +320,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         default="hparams/tiny_blip2.yaml",
         help="YAML of the backbone whose errors are collected",
     )
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", required=True, metavar="DIR")
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--records", type=int, default=None, help="records a task; default: by split")
     parser.add_argument("--version", type=int, choices=(1, 2), default=VERSION, help="of the benchmark")
@@ -328,10 +332,14 @@ def run(args: argparse.Namespace) -> int:
     """Draws the splits that are named; nothing where one of them can't be."""
     if args.records is not None and not 1 <= args.records <= MOST_RECORDS:
         raise UserError(f"--records: {args.records}; expected 1 to {MOST_RECORDS}")
-    require(*(lambda s=split: check_target(args.out, s) for split in args.splits))
+    if not 0 <= args.seed <= MOST_SEED:
+        raise UserError(f"--seed: {args.seed}; expected 0 to {MOST_SEED}")
+    out = Path(check_path(args.out, "--out", "a folder"))
+    splits = tuple(dict.fromkeys(args.splits))
+    require(*(lambda s=split: check_target(out, s) for split in splits))
     backbone = load_backbone(args.hparams_dir)
-    for split in args.splits:
-        make(backbone, args.out, split, args.records or SIZES[split], args.seed, version=args.version)
+    for split in splits:
+        make(backbone, out, split, args.records or SIZES[split], args.seed, version=args.version)
     return 0
 
 

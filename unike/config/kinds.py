@@ -16,6 +16,13 @@ T_co = TypeVar("T_co", covariant=True)
 _NUMBER = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?")
 # What file systems take of a path, and of each name in it.
 _PATH, _NAME = 1 << 12, 255
+# What any number may be at most, where an option has no limit of its own: more counts no elements, and
+# overflows in 32 bits.
+MOST, MOST_REAL = 2**31 - 1, 1e30
+
+
+class TooLargeError(ValueError):
+    """A number above ``MOST`` or ``MOST_REAL``, which it carries."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +46,9 @@ class Range:
         """ValueError for a number outside."""
         _require(self.low is None or (value > self.low if self.above else value >= self.low))
         _require(self.high is None or value <= self.high)
+        most = MOST if isinstance(value, int) else MOST_REAL
+        if self.high is None and value > most:
+            raise TooLargeError(f"{most:.10g}")
 
 
 @dataclass(frozen=True)
@@ -205,7 +215,7 @@ def nullable(kind: Kind[T]) -> Kind[T | None]:
 
 def _read_device(value: object) -> str:
     name = value.lower() if isinstance(value, str) else f"cuda:{read_whole(value)}"
-    if re.fullmatch(r"auto|cpu|mps|(cuda|xpu)(:[0-9]+)?", name) is None:
+    if re.fullmatch(r"auto|cpu|mps|(cuda|xpu)(:[0-9]{1,3})?", name) is None:
         raise ValueError
     return name
 

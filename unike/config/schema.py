@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from typing import TypeVar
 
-from unike.config.kinds import Kind
+from unike.config.kinds import Kind, TooLargeError
 from unike.system.text import describe_value
 from unike.types import UserError
 
@@ -42,6 +42,9 @@ class Option:
         fit."""
         try:
             return self.kind.read(value)
+        except TooLargeError as error:
+            at_most = f"{self.kind.words}, and at most {error}"
+            raise UserError(f"{at}: expected {at_most}, got {describe_value(value)}") from None
         except (ValueError, TypeError, OverflowError):
             raise UserError(f"{at}: expected {self.kind.words}, got {describe_value(value)}") from None
 

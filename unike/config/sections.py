@@ -28,7 +28,16 @@ from unike.config.kinds import (
     word_or,
 )
 from unike.config.schema import Option, Section, list_own_options, option, required
-from unike.types import ANSWER_ENDS, BACKBONES, BACKENDS, METRIC_PRESETS, PROTOCOLS, TRACKERS, BackboneSpec
+from unike.types import (
+    ANSWER_ENDS,
+    BACKBONES,
+    BACKENDS,
+    METRIC_PRESETS,
+    PROTOCOLS,
+    TRACKERS,
+    BackboneSpec,
+    UserError,
+)
 
 # Options of this group change how fast a run is, and how much memory it takes, not what it finds.
 SPEED = "speed"
@@ -87,7 +96,9 @@ class BackboneOptions(Section):
     pretrained_ckpt: str | None = option(nullable(text()), "MiniGPT-4's projection weights", None)
     qformer_name_or_path: str | None = option(nullable(text()), "accepted in old files; not needed", None)
     image_size: int | None = option(
-        nullable(whole(low=1)), "pixels per side; null: the model's own, 364 with original files", None
+        nullable(whole(low=1, high=8192)),
+        "pixels per side; null: the model's own, 364 with original files",
+        None,
     )
     dtype: str = option(choice("float32", "bfloat16", "float16"), "precision of the weights", "float32")
     device: str = option(DEVICE, "where the model runs; auto: a GPU where there is one", "auto")
@@ -124,6 +135,19 @@ class LayerOptions(Section):
     """Which decoder layers are edited."""
 
     layers: int | tuple[int, ...] = option(LAYERS, "edited layers: the last n, or their numbers", 4)
+
+    def list_layers(self, count: int) -> list[int]:
+        """The edited layers of a decoder of ``count`` layers. UserError where it has fewer."""
+        wanted = self.layers
+        if isinstance(wanted, int):
+            if not 1 <= wanted <= count:
+                raise UserError(f"{self.source}: layers: {wanted}; the decoder has {count}")
+            return list(range(count - wanted, count))
+        bad = [i for i in wanted if not 0 <= i < count]
+        if bad or not wanted:
+            expected = f"expected numbers from 0 to {count - 1}"
+            raise UserError(f"{self.source}: layers: {bad or wanted}; {expected}")
+        return sorted(set(wanted))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -74,6 +74,14 @@ def read_limit(folder: str) -> TextLimit | None:
         return None
 
 
+def check_question(folder: str, prompt: str, has_image: bool) -> None:
+    """UserError for a question that the model in ``folder`` does not take, as far as its files tell."""
+    query = Query("image" if has_image else None, prompt)
+    limit = read_limit(folder) if may_be_long(query) else None
+    if limit is not None and (count := limit.measure(query)) is not None:
+        raise UserError(f"prompt: {count} tokens; expected at most {limit.context}, the decoder's context")
+
+
 def find_long_texts(case: Case, limit: TextLimit) -> list[str]:
     """A line for each field of a record that makes a question too long for the model."""
     found: dict[str, str] = {}

@@ -6,7 +6,8 @@
     python -m unike.edits remove edits/ vqa-0
     python -m unike.edits apply edits/ --hparams_dir hparams/tiny_blip2.yaml
 
-Exit code 0, or 2 for input that the user can fix, with one line per problem.
+Exit code 0, 1 where no question of ``apply`` could be asked, or 2 for input that the user can fix, with one
+line per problem.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from rich.text import Text
 
 from unike.config.hparams import HyperParams
 from unike.datasets.answers import normalise_answer
+from unike.datasets.lengths import check_question
 from unike.edits.files import SavedEdit
 from unike.edits.origin import Origin
 from unike.edits.store import EditStore
@@ -151,6 +153,8 @@ def apply_edits(store: EditStore, args: argparse.Namespace) -> tuple[Table, str]
         raise UserError("--image: expected --prompt with it")
     if args.prompt is not None and not args.prompt.strip():
         raise UserError("--prompt: is empty; expected a text")
+    if args.prompt is not None:
+        check_question(hparams.name, args.prompt, args.image is not None)
     if args.prompt is None:
         origins = [origin for edit in saved for origin in edit.origins]
     else:
@@ -229,7 +233,16 @@ def run(args: argparse.Namespace) -> int:
         table, result = apply_edits(store, args)
         console.print(table)
         print(result)
+        if args.prompt is None and not _are_questions_there(store, args.edits):
+            print("error: no question could be asked", file=sys.stderr)
+            return 1
     return 0
+
+
+def _are_questions_there(store: EditStore, names: Sequence[str] | None) -> bool:
+    """Whether any of the edits' own questions can be asked."""
+    read = [store.read(name) for name in store.ids() if names is None or name in names]
+    return any(_find_image_problem(origin) is None for edit in read for origin in edit.origins)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

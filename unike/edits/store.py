@@ -25,7 +25,7 @@ from unike.edits.origin import Origin
 from unike.system.faults import explain_write_errors
 from unike.system.files import to_json_types
 from unike.system.paths import check_path
-from unike.system.places import lock, refuse_link
+from unike.system.places import check_lock, lock, refuse_link
 from unike.system.text import describe_value, one_line
 from unike.types import UserError
 
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("unike")
 
-INDEX, FORMAT = "index.jsonl", 1
+INDEX, LOCK, FORMAT = "index.jsonl", ".lock", 1
 # Of an edit's options, those that say where something is: they do not decide on the edit.
 _PLACES = {"name", "knowledge_dir", "scope_dir", "editor_dir", "data", "image_root", "rephrase_root"}
 _FOLDER = re.compile(r"[\w-][\w.-]*", re.ASCII)
@@ -195,6 +195,10 @@ class EditStore:
             few = ", ".join(map(one_line, known[:5])) + (", ..." if len(known) > 5 else "")
             raise UserError(*(f"{self.folder}: no edit {name}; there are {few or 'none'}" for name in lost))
 
+    def check(self) -> None:
+        """UserError where the store's lock cannot be taken: adding an edit would end there."""
+        check_lock(self.folder / LOCK)
+
     def _describe(self, name: str) -> str:
         """Whose an edit is, for a message."""
         try:
@@ -213,7 +217,7 @@ class EditStore:
     @contextmanager
     def _lock(self) -> Iterator[None]:
         """Inside the block no other process writes, and what others wrote is known."""
-        with lock(self.folder / ".lock"):
+        with lock(self.folder / LOCK):
             refuse_link(self._index)
             self._look()
             yield

@@ -173,7 +173,7 @@ def build(
 def resolve_layers(hparams: LayerOptions, backbone: Backbone) -> list[int]:
     """The YAML's ``layers`` as indices: the last n, or a list. UserError where the decoder has fewer, or
     where ``device_map`` has put one of them elsewhere."""
-    found = _parse_layers(hparams, backbone)
+    found = hparams.list_layers(len(backbone.layout))
     home = backbone.device
     lost = [i for i in found if next(backbone.layout.layer(i).parameters()).device != home]
     if lost:
@@ -186,19 +186,6 @@ def resolve_layers(hparams: LayerOptions, backbone: Backbone) -> list[int]:
 
 # The former name, for one release.
 edited_layers = resolve_layers
-
-
-def _parse_layers(hparams: LayerOptions, backbone: Backbone) -> list[int]:
-    count = len(backbone.layout)
-    wanted = hparams.layers
-    if isinstance(wanted, int):
-        if not 1 <= wanted <= count:
-            raise UserError(f"{hparams.source}: layers: {wanted}; the decoder has {count}")
-        return backbone.layout.last(wanted)
-    bad = [i for i in wanted if not 0 <= i < count]
-    if bad or not wanted:
-        raise UserError(f"{hparams.source}: layers: {bad or wanted}; expected numbers from 0 to {count - 1}")
-    return sorted(set(wanted))
 
 
 # ---------------------------------------------------------------- the former shape, for one release

@@ -40,6 +40,7 @@ from unike.runs.inspecting import (
     check_effects,
     check_folders,
     check_recorded,
+    check_shapes,
     describe_broken_images,
     find_broken_images,
     list_images,
@@ -100,6 +101,11 @@ def _list_placement(request: RunRequest) -> dict[str, str]:
 def _inspect_weights(request: RunRequest) -> list[Finding]:
     spec = request.hparams.backbone
     return [f if f.ok else replace(f, what=f"{spec.source}: {f.what}") for f in check_spec(spec)]
+
+
+def _inspect_shapes(request: RunRequest) -> list[Finding]:
+    problems = collect_problems(lambda: check_shapes(request.hparams))
+    return [Finding(False, problem) for problem in problems]
 
 
 def _inspect_memory(request: RunRequest) -> list[Finding]:
@@ -377,6 +383,7 @@ MODEL_CHECKS = (
     Check("device", _apply_always, _inspect_device),
     Check("placement", lambda r: bool(_list_placement(r)), _inspect_placement),
     Check("weights", _apply_always, _inspect_weights),
+    Check("shapes", _apply_always, _inspect_shapes),
     Check("memory", _apply_always, _inspect_memory, only_notes=True),
     Check("prefix_dir", lambda r: r.hparams.prefix_dir is not None, _inspect_prefix_dir),
     Check("folders", _apply_always, _inspect_folders),

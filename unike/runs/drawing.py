@@ -16,7 +16,7 @@ from unike.methods.registry import resolve_needs
 from unike.system import launching, processes
 from unike.system.files import compute_sha256
 from unike.system.findings import collect_problems, require
-from unike.system.places import require_folder, require_own
+from unike.system.places import check_lock, require_folder, require_own
 from unike.types import UserError
 
 # Each split is drawn for both, so many records of each.
@@ -64,6 +64,11 @@ def wants_drawing(hparams: DataOptions) -> bool:
 def get_about_file(folder: str | os.PathLike[str], split: str) -> Path:
     """What a drawn split was drawn with, and the checksums of its annotations; written first."""
     return Path(folder) / f"{split}.about.json"
+
+
+def get_drawing_lock(folder: str | os.PathLike[str]) -> Path:
+    """The lock of those who draw into a folder: beside it, as it is no part of the data."""
+    return Path(folder).parent / ".drawing.lock"
 
 
 def check_target(folder: str | os.PathLike[str], split: str) -> None:
@@ -134,6 +139,8 @@ def check_drawing(hparams: DataOptions, undrawn: Sequence[str]) -> None:
     if hparams.image_root is not None:
         out = get_drawing_folder(hparams)
         problems += collect_problems(*(lambda s=split: check_target(out, s) for split in undrawn))
+        if is_missing:
+            problems += collect_problems(lambda: check_lock(get_drawing_lock(out)))
     lost = [package for module, package in _PACKAGES.items() if find_spec(module) is None]
     if is_missing and lost:
         problems.append(f"drawing the data needs {', '.join(lost)}; pip install '.[demo]'")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -15,7 +16,7 @@ from unike.config.sections import ProtocolOptions
 from unike.system.files import to_json_types
 from unike.system.places import check_name, require_folder
 from unike.system.text import one_line
-from unike.types import Case, UserError
+from unike.types import Case, ImageLike, UserError
 
 if TYPE_CHECKING:
     from unike.edits.store import EditStore
@@ -31,6 +32,8 @@ def choose_directory(
     there, or where the folder can't be written.
     """
     if output is not None:
+        if not output.strip():
+            raise UserError("output: is empty; expected a folder")
         check_name(output)
         if resume and not os.path.lexists(output):
             raise UserError(f"{output}: no such folder; expected a run to resume, or leave out --resume")
@@ -43,6 +46,8 @@ def choose_directory(
     for number in count(1):
         directory = stem if number == 1 else stem.with_name(f"{stem.name}-{number}")
         if not _is_taken(directory):
+            if resume and number == 1:
+                raise UserError(f"{directory}: no run to resume; name its --output, or leave out --resume")
             return _require_writable(former if resume else directory)
         former = directory
     raise AssertionError("unreachable: there is always a free number")
@@ -79,7 +84,10 @@ def check_edit_store(
 
     store = open_edit_store(hparams, folder)
     require_folder(folder)
-    if store is None or not len(store):
+    if store is None:
+        return
+    store.check()
+    if not len(store):
         return
     kept = set(store.ids())
     options = to_json_types(hparams.decisive())
@@ -90,6 +98,7 @@ def check_edit_store(
             query = case.request.query
             own = replace(origin, hparams=options, method=hparams.method, prompt=query.prompt)
             own = replace(own, id=case.request.id, target=str(query.target))
+            own = replace(own, image_key=_read_image_key(query.image))
             # An edit of a sequence depends on those before it, too.
             other = hparams.protocol != "one_step" and not resume
             if other or describe_origin(own) != describe_origin(origin):
@@ -100,6 +109,16 @@ def check_edit_store(
         raise UserError(
             f"{one_line(folder)}: holds {few} of another run (method {methods}); name another --save_edits"
         )
+
+
+def _read_image_key(image: ImageLike | None) -> str | None:
+    """The key that an edit's origin has of its image; None where it can't be read."""
+    # Imported late, as torch comes with it.
+    from unike.backbones.images import content_key
+
+    with suppress(UserError):
+        return None if image is None else content_key(image)
+    return None
 
 
 def open_edit_store(hparams: ProtocolOptions, folder: str | None) -> EditStore | None:

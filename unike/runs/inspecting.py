@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from unike.config.hparams import OPTIONS, HyperParams
 from unike.config.schema import list_own_options
-from unike.config.sections import FineTuningOptions, IKEOptions
+from unike.config.sections import (
+    EditorOptions,
+    EditorTrainingOptions,
+    EditTrainingOptions,
+    FineTuningOptions,
+    IKEOptions,
+    PatchLossOptions,
+    PatchOptions,
+    ScopeGateOptions,
+    UniKEOptions,
+)
 from unike.datasets.images import open_image
 from unike.datasets.lengths import find_long_texts, list_queries, may_be_long, read_limit
 from unike.evaluation.sequences import draw_run_sequences
@@ -16,8 +27,9 @@ from unike.methods.preparation.folders import find_shipped_model, require_place
 from unike.methods.registry import MethodNeeds
 from unike.runs.records import RECORDS, read_records
 from unike.system.files import compute_sha256
+from unike.system.findings import collect_problems
 from unike.system.text import one_line
-from unike.types import Case, UserError
+from unike.types import BackboneSpec, Case, UserError
 
 _SHOWN = 3
 # What is found of each kind, from its folder on.
@@ -40,22 +52,62 @@ def check_effects(hparams: HyperParams, given: Sequence[str]) -> None:
         if key in _PROTOCOL_KEYS and hparams.protocol == "one_step":
             remedy = "add --protocol sequential, or cross_task"
             problems.append(f"{hparams.source}: {key}: has no effect with protocol: one_step; {remedy}")
-        for method, own in _METHOD_KEYS.items():
-            if key in own and hparams.method in _METHODS - {method}:
+        for methods, own in _METHOD_KEYS.items():
+            if key in own and hparams.method in _METHODS - set(methods):
                 what = f"{key}: has no effect with method: {hparams.method}"
-                problems.append(f"{hparams.source}: {what}; it belongs to method: {method}")
+                problems.append(f"{hparams.source}: {what}; it belongs to method: {', '.join(methods)}")
+        if key == "own" and hparams.method in _METHODS:
+            what = f"own: has no effect with method: {hparams.method}"
+            problems.append(f"{hparams.source}: {what}; it holds options of a method of your own")
+        if key in _ORIGINAL_KEYS and not _has_original_files(hparams.backbone):
+            what = f"{key}: has no effect with the folder {one_line(hparams.name)}, which has its own"
+            problems.append(f"{hparams.source}: {what}; leave {key} out")
     if problems:
         raise UserError(*problems)
 
 
 _PROTOCOL_KEYS = {"sequence_length", "sequences", "curve_cases"}
 _METHODS = {"unike", "ft", "tpatcher", "ike", "ke", "mend", "serac"}
+_EDITOR_KEYS = {*list_own_options(EditorOptions), *list_own_options(EditorTrainingOptions)}
+# T-Patcher starts its keys in one way only.
+_UNIKE_KEYS = {*list_own_options(UniKEOptions), *list_own_options(ScopeGateOptions), "key_init"}
+_PATCH_KEYS = {*list_own_options(PatchOptions), *list_own_options(PatchLossOptions)}
 _METHOD_KEYS = {
-    "ft": set(list_own_options(FineTuningOptions)),
-    "ike": set(list_own_options(IKEOptions)),
-    "ke": {"ke_margin"},
-    "serac": {"serac_scope"},
+    ("ft",): set(list_own_options(FineTuningOptions)),
+    ("ike",): set(list_own_options(IKEOptions)),
+    ("ke",): {"ke_margin"},
+    ("serac",): {"serac_scope"},
+    ("ke", "mend", "serac"): _EDITOR_KEYS - {"ke_margin", "serac_scope"},
+    ("unike",): _UNIKE_KEYS,
+    ("unike", "tpatcher"): _PATCH_KEYS - _UNIKE_KEYS,
+    ("unike", "tpatcher", "ft"): set(list_own_options(EditTrainingOptions)),
 }
+_ORIGINAL_KEYS = {"vision_config", "qformer_config"}
+
+
+def _has_original_files(spec: BackboneSpec) -> bool:
+    return spec.original_files or spec.pretrained_ckpt is not None
+
+
+def check_shapes(hparams: HyperParams) -> None:
+    """UserError, a line for each, for layers that the decoder has not, and for images smaller than a patch,
+    as far as the model's folder tells."""
+    try:
+        config = json.loads((Path(hparams.name) / "config.json").read_text(encoding="utf-8"))
+        text = config.get("text_config") or config
+        count, patch = text.get("num_hidden_layers"), (config.get("vision_config") or {}).get("patch_size")
+    except (OSError, ValueError, AttributeError, RecursionError):
+        # The check of the weights says what is wrong with the folder.
+        return
+    problems = []
+    if isinstance(count, int):
+        problems += collect_problems(lambda: hparams.list_layers(count))
+    size = hparams.image_size
+    if isinstance(patch, int) and size is not None and size < patch:
+        expected = f"expected at least {patch}, the side of a patch"
+        problems.append(f"{hparams.source}: image_size: {size}; {expected}")
+    if problems:
+        raise UserError(*problems)
 
 
 # ---------------------------------------------------------------- folders

@@ -113,11 +113,15 @@ def contains(text: str, within: int = 1 << 12) -> Callable[[Path], bool]:
 
 @contextmanager
 def lock(path: Path) -> Iterator[None]:
-    """Inside the block no other process holds the lock file ``path``.
+    """Inside the block no other process holds the lock file ``path``. UserError as ``check_lock``."""
+    check_lock(path)
+    with FileLock(path):
+        yield
 
-    UserError where a link, or a file with something in it, is in its place: some versions of filelock empty
-    what they lock.
-    """
+
+def check_lock(path: Path) -> None:
+    """UserError where a link, or a file with something in it, is in a lock's place: some versions of filelock
+    empty what they lock."""
     refuse_link(path)
     try:
         about = os.lstat(path)
@@ -129,5 +133,3 @@ def lock(path: Path) -> Iterator[None]:
                 text = file.read(1024)
             if not _LOCK_TEXT.fullmatch(text):
                 raise UserError(f"{one_line(path)}: has something in it; expected an empty file, for a lock")
-    with FileLock(path):
-        yield
