@@ -42,7 +42,7 @@ from unike.methods.base import require_reachable
 from unike.methods.isolation import train_apart
 from unike.runs import checks, inputs
 from unike.runs.drawing import draw_train_data
-from unike.system.text import describe_value
+from unike.system.text import describe_value, unwrap_number
 from unike.types import Case, ImageLike, TooLongError, UserError
 
 logger = logging.getLogger("unike")
@@ -80,6 +80,10 @@ class MultimodalEditor:
             hparams = HyperParams.from_hparams(hparams)
         checks.require_backbone(hparams)
         return cls(hparams, load_backbone(hparams), progress)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without memory, encoders and networks: a copy reads its own."""
+        return {"_slot": self._slot, **vars(self), "_parts": None}
 
     def prepare(self, train_ds: Iterable[Case] | None = None, skip_broken: bool = False) -> runs.Parts:
         """Backbone and method with memory and encoders, from ``train_ds`` or the YAML's train data."""
@@ -157,8 +161,10 @@ class MultimodalEditor:
         Greedy by default; ``decoding`` takes ``num_beams``, ``do_sample``, ``temperature``, ``top_p``,
         ``num_return_sequences`` and ``seed``, see ``unike.backbones.decoding.Decoding``. Each question has a
         list of answers where ``num_return_sequences`` is above 1. Without ``max_new_tokens`` it is that of
-        the YAML which loaded the backbone. UserError for what is no image or no text, and for values that do not fit.
+        the YAML which loaded the backbone. UserError for what is no image or no text, and for values that do
+        not fit.
         """
+        edited = bool(read_switch(edited, "edited"))
         with self._slot.guard.hold():
             edits = self.edits if edited else ()
 
@@ -174,10 +180,11 @@ class MultimodalEditor:
         that cannot be read.
         """
         image, prompt = check_question(image, prompt, self._locate)
-        if isinstance(top, bool) or not isinstance(top, int) or top < 0:
+        number = unwrap_number(top)
+        if isinstance(number, bool) or not isinstance(number, int) or number < 0:
             raise UserError(f"top: expected a whole number from 0 on, got {describe_value(top)}")
         with torch.inference_mode(False):
-            return ask(self._slot, image, prompt, top)
+            return ask(self._slot, image, prompt, number)
 
     def _locate(self, image: ImageLike | None) -> ImageLike | None:
         return locate_image(image, self.hparams.image_root)
