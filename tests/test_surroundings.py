@@ -6,6 +6,7 @@ import asyncio
 import copy
 import os
 import pickle
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from PIL import Image
 from test_truth import PROMPT, QUICK, are_equal, load_fresh, make, picture, tensors
 
 from unike.backbones import guard
+from unike.easyedit import MultimodalEditor as EasyEditEditor
 from unike.editor import MultimodalEditor
 from unike.types import UserError
 
@@ -150,4 +152,85 @@ def test_a_pickled_editor_is_one_line(editor: MultimodalEditor, blip2_project: P
     for value in (editor, edited):
         with pytest.raises(UserError, match=r"cannot be pickled; save the edits"):
             pickle.dumps(value)
+    edited.remove()
+
+
+# ---------------------------------------------------------------- what is handed over, once more
+
+
+@pytest.mark.parametrize("kind", [MultimodalEditor, EasyEditEditor])
+def test_an_editor_of_something_else_is_one_line(editor: MultimodalEditor, kind: type) -> None:
+    for hparams, backbone, name in (
+        (None, editor.backbone, "hparams: expected hyper-parameters, got NoneType"),
+        ({}, editor.backbone, "hparams: expected hyper-parameters, got dict"),
+        (editor.hparams, None, "backbone: expected one of unike.load_backbone"),
+        (editor.hparams, editor.backbone.model, "backbone: expected one of unike.load_backbone"),
+    ):
+        with pytest.raises(UserError) as raised:
+            kind(hparams, backbone)
+        (line,) = raised.value.problems
+        assert line.startswith(name)
+    assert kind(editor.hparams, editor.backbone, progress=False).backbone is editor.backbone
+
+
+def test_whether_edits_count_is_true_or_false(editor: MultimodalEditor, blip2_project: Project) -> None:
+    image = picture(blip2_project)
+    for wrong in ("no", 0, "false"):
+        with pytest.raises(UserError, match="edited: expected True or False"):
+            editor.generate(image, PROMPT, edited=wrong)
+
+
+def train_rows(project: Project) -> list[dict[str, str]]:
+    same = {"target": "a red fox", "wrong": "a dog", "image": picture(project)}
+    return [{"prompt": prompt, **same} for prompt in ("what is it?", "what is shown?")]
+
+
+@pytest.mark.parametrize("wrong", [[1], 5, "nowhere.json", ["a"]])
+def test_what_is_no_train_data_is_one_line(blip2_project: Project, wrong: object) -> None:
+    editor = load_fresh(blip2_project)
+    with pytest.raises(UserError):
+        editor.prepare(wrong)
+    assert editor.prepare(train_rows(blip2_project)).method.knowledge
+
+
+def test_encoders_are_not_trained_on_one_question(blip2_project: Project, tmp_path: Path) -> None:
+    row, other = train_rows(blip2_project)
+    editor = load_fresh(blip2_project, knowledge_dir=str(tmp_path))
+    for few in ([row], [row] * 3):
+        with pytest.raises(UserError, match="train data: 1 distinct questions; expected two or more"):
+            editor.edit(PROMPT, "a red fox", picture(blip2_project), train_ds=few)
+    assert list(tmp_path.iterdir()) == []
+    assert editor.prepare([row, other]).method.knowledge
+
+
+def test_train_data_that_nothing_reads_are_named(
+    blip2_project: Project, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = train_rows(blip2_project)
+    load_fresh(blip2_project, **QUICK).prepare(rows)
+    assert "train_ds: is not read: tpatcher needs none with these options" in caplog.text
+    caplog.clear()
+    own = load_fresh(blip2_project, knowledge_dir=str(tmp_path / "own"))
+    own.prepare(rows)
+    assert "train_ds" not in caplog.text
+    (folder,) = (tmp_path / "own").iterdir()
+    load_fresh(blip2_project, knowledge_dir=str(folder)).prepare(rows[::-1])
+    assert "train_ds: is not read: what is learnt from train data is there already" in caplog.text
+
+
+def test_a_text_that_is_too_long_is_named(editor: MultimodalEditor, blip2_project: Project) -> None:
+    image, long = picture(blip2_project), "word " * 900
+    for changes, place in (
+        ({"targets": long}, "target"),
+        ({"prompts": long}, "prompt"),
+        ({"rephrase_prompts": long}, "prompt of t_generality"),
+        ({"locality_inputs": {"text": {"prompt": "who?", "ground_truth": long}}}, "target of t_locality"),
+    ):
+        request = {"prompts": PROMPT, "targets": "a red fox", "image": image, **changes}
+        with pytest.raises(UserError, match=rf"^edit edit-\w+: {place}: \d+ tokens; expected at most"):
+            editor.edit(**request)
+    rows = [{"prompt": PROMPT, "target": t, "image": image} for t in ("a red fox", long, "two dogs")]
+    metrics, edited, _ = editor.edit_dataset(rows)
+    assert [m.get("error", "").partition(" tokens")[2] != "" for m in metrics] == [False, True, False]
+    assert re.match(r"edit edit-\w+: target: ", metrics[1]["error"])
     edited.remove()

@@ -247,11 +247,11 @@ class MultimodalEditor(_Editor):
     easyedit = True
 
     def __init__(self, hparams: HyperParams, backbone: Backbone, progress: bool = True) -> None:
+        super().__init__(hparams, backbone, progress)
         self.metric_preset = "easyedit_icl" if hparams.method == "ike" else "easyedit"
         presets = hparams.metric_presets
         if self.metric_preset not in presets:
-            hparams = hparams.replace(metric_presets=(*presets, self.metric_preset))
-        super().__init__(hparams, backbone, progress)
+            self.hparams = hparams.replace(metric_presets=(*presets, self.metric_preset))
 
     def edit_dataset(self, *arguments: Any, **named: Any) -> EditResult:
         """As ``unike.MultimodalEditor.edit_dataset``."""
