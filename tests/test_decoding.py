@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from original_files import FAMILIES
@@ -186,7 +187,7 @@ WRONG = {
     "max_new_tokens": [0, 1.5, -1, True, "4", 2.0],
     "num_beams": [0, -3, 2.5, True, "3", 10**9, None],
     "do_sample": [1, "yes", None],
-    "temperature": [0, -1.0, float("nan"), float("inf"), "hot", None],
+    "temperature": [0, 1e-40, -1.0, float("nan"), float("inf"), "hot", None],
     "top_p": [0, 1.5, -0.1, True, None],
     "num_return_sequences": [0, 1.5, True, 10**6, None],
     "seed": [-1, 1.5, True, 2**40],
@@ -214,6 +215,10 @@ CONTRADICTIONS = [
     ({"top_p": 0.5, "num_beams": 2}, "top_p: 0.5 changes what is drawn"),
     ({"num_return_sequences": 2}, "num_return_sequences: 2 answers of 1 beams"),
     ({"num_return_sequences": 4, "num_beams": 3}, "num_return_sequences: 4 answers of 3 beams"),
+    (
+        {"num_return_sequences": 5, "num_beams": 3, "do_sample": True},
+        "num_return_sequences: 5 answers of 3 beams; expected num_beams=1",
+    ),
     ({"num_beam": 3}, "num_beam: unknown to generate; the nearest known name is num_beams"),
     ({"max_length": 3}, "max_length: unknown to generate; the nearest known name is "),
 ]
@@ -229,6 +234,11 @@ def test_what_contradicts_itself_is_one_line(world: World, options: dict, line: 
 
 def test_no_number_of_new_tokens_is_the_backbones_own() -> None:
     assert Decoding(max_new_tokens=None) == Decoding()
+
+
+def test_numbers_of_arrays_are_numbers() -> None:
+    given = Decoding(max_new_tokens=np.int64(4), do_sample=np.True_, temperature=torch.tensor(0.5))
+    assert given == Decoding(max_new_tokens=4, do_sample=True, temperature=0.5)
 
 
 # ---------------------------------------------------------------- the bundled models, as users edit them

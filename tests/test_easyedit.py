@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import copy
 import importlib
 import io
 import logging
+import pickle
 import re
 from pathlib import Path
 from statistics import mean
@@ -285,6 +287,8 @@ def test_a_call_that_may_mean_two_things_is_refused(editor: PlainEditor, kind: s
 def test_edits_add_up_where_that_is_said(
     editor: PlainEditor, world: World, caplog: pytest.LogCaptureFixture
 ) -> None:
+    # It is said once in a process.
+    arguments._say_that_edits_add_up.cache_clear()
     given = (PROMPTS, TARGETS, IMAGES)
     # It is said once in a process.
     arguments._say_that_edits_add_up.cache_clear()
@@ -362,6 +366,55 @@ def test_a_name_without_a_counterpart_says_so_when_it_is_used(name: str) -> None
         with pytest.raises(UserError, match=f"^{name}: has no counterpart here; "):
             use()
     assert repr(made)
+
+
+@pytest.mark.parametrize(
+    ("name", "instead"),
+    [
+        ("LoRAMultimodalTrainingHparams", "the methods here are"),
+        ("ZsreDataset", "VQADataset and CaptionDataset"),
+        ("KnowledgeEditor", "MultimodalEditor"),
+        ("MENDMultimodalHyperParams", "is MENDMultimodalHparams meant"),
+        ("compute_edit_quality", ".*the metrics of each probe"),
+        ("summary_metrics", ".*the metrics of each probe"),
+    ],
+)
+def test_further_names_are_known_by_their_shape(name: str, instead: str) -> None:
+    made = getattr(importlib.import_module("unike.easyedit"), name)
+    with pytest.raises(UserError, match=f"^{name}: has no counterpart here; {instead}"):
+        made()
+
+
+def test_a_class_of_theirs_cannot_be_built_upon() -> None:
+    with pytest.raises(UserError, match="BaseEditor: has no counterpart here"):
+
+        class Own(unike.easyedit.BaseEditor):  # type: ignore[name-defined, misc]
+            pass
+
+
+def test_hyper_parameters_have_easyedits_attributes_or_say_so(world: World) -> None:
+    hparams: Any = IKEMultimodalHyperParams.from_hparams(world.file("IKE"))
+    assert hparams.coco_image == hparams.rephrase_image == str(world.project.data)
+    assert hparams.archive is None
+    assert not hasattr(hparams, "batch_size")
+    with pytest.raises(UserError, match=r"^hparams\.batch_size: has no counterpart here"):
+        hparams.batch_size  # noqa: B018
+    assert copy.deepcopy(hparams) == pickle.loads(pickle.dumps(hparams)) == hparams
+
+
+@pytest.mark.parametrize("kind", [VQADataset, CaptionDataset])
+def test_other_arguments_of_a_data_set_are_named(world: World, kind: Any) -> None:
+    task = "vqa" if kind is VQADataset else "caption"
+    hparams = IKEMultimodalHyperParams.from_hparams(world.file("IKE"))
+    path = world.data(f"{task}_eval.json")
+    assert len(kind(path, 2, hparams, False, None)) == 2
+    for given, line in (
+        ({"no_image": True}, "no_image: has no counterpart here"),
+        ({"hop": 2}, "hop: has no counterpart here"),
+        ({"templates": "{}"}, "templates: unknown argument; the nearest known one is template"),
+    ):
+        with pytest.raises(UserError, match=f"^{line}"):
+            kind(path, config=hparams, **given)
 
 
 def test_the_names_stand_in_the_package_too() -> None:

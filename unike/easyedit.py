@@ -6,16 +6,19 @@ has the table of names, and what is otherwise here.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from unike.backbones.base import Backbone
 from unike.config import easyedit
 from unike.config.hparams import HyperParams
+from unike.config.hparams import UniKEHyperParams as UniKEHyperParams
 from unike.config.yaml_reader import read_yaml
 from unike.datasets import mmedit
 from unike.editor import EditResult
@@ -66,6 +69,19 @@ REFUSED = {
 }
 
 
+_EDITS = "MultimodalEditor.edit and edit_dataset give edits, and the metrics of each probe"
+_DATA = "VQADataset and CaptionDataset read MMEdit's layout; edit_dataset takes other rows as mappings"
+# Further names of EasyEdit's, by their ends and beginnings.
+_ENDS = {
+    ("HyperParams", "Hparams"): _METHODS,
+    ("Dataset", "Dataset_Simple", "Dataset_X"): _DATA,
+    ("Editor",): "MultimodalEditor edits one answer at a time",
+    ("Trainer",): "MultimodalTrainer trains MEND, SERAC and KE",
+    ("RewriteExecutor",): _EDITS,
+}
+_BEGINNINGS = ("compute_", "apply_", "execute_", "encode_", "summary_", "test_")
+
+
 class Refused:
     """A name of EasyEdit's without a counterpart: it can be imported, and says so when it is used."""
 
@@ -81,14 +97,33 @@ class Refused:
             raise AttributeError(name)
         raise UserError(self._line)
 
+    def __mro_entries__(self, bases: object) -> NoReturn:
+        raise UserError(self._line)
+
+
+def _find_instead(name: str) -> str | None:
+    """What serves instead of a name of EasyEdit's; None for what is none of its names."""
+    if name in REFUSED:
+        return REFUSED[name]
+    found = next((instead for ends, instead in _ENDS.items() if name.endswith(ends)), None)
+    if found is None and name.startswith(_BEGINNINGS):
+        found = _EDITS
+    # Names of two methods may be nearer to each other than two of one method.
+    near = difflib.get_close_matches(name, [own for own in __all__ if own[:3] == name[:3]], 1, 0.8)
+    return found if found is None or not near else f"is {near[0]} meant?"
+
 
 def __getattr__(name: str) -> Any:
-    if name in REFUSED:
-        return Refused(name, REFUSED[name])
+    if (instead := _find_instead(name)) is not None:
+        return Refused(name, instead)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}; docs/easyedit.md lists its names")
 
 
 # ---------------------------------------------------------------- hyper-parameters
+
+
+class NoCounterpartError(UserError, AttributeError):
+    """An attribute of EasyEdit's hyper-parameters that these do not have."""
 
 
 class EasyEditHyperParams(HyperParams):
@@ -105,6 +140,28 @@ class EasyEditHyperParams(HyperParams):
             name = one_line(name, 60)
             raise UserError(f"hparams.{name}: cannot be set; hparams = hparams.replace({name}=...)")
         object.__setattr__(self, name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        raise NoCounterpartError(
+            f"hparams.{one_line(name, 60)}: has no counterpart here; docs/easyedit.md has the table of YAMLs"
+        )
+
+    @property
+    def coco_image(self) -> str | None:
+        """The folder of the images."""
+        return self.image_root
+
+    @property
+    def rephrase_image(self) -> str | None:
+        """The folder of the rephrased images."""
+        return self.image_root if self.rephrase_root is None else self.rephrase_root
+
+    @property
+    def archive(self) -> str | None:
+        """The folder of trained editors."""
+        return self.editor_dir
 
     @property
     def alg_name(self) -> str:
@@ -196,13 +253,26 @@ MENDHyperParams, IKEHyperParams, FTHyperParams = (
 # ---------------------------------------------------------------- data sets
 
 
-def _find_roots(config: object) -> dict[str, Any]:
-    if config is None:
-        return {}
-    if not isinstance(config, HyperParams):
+def _read_arguments(
+    size: int | None, config: object, no_image: object, hop: object, others: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Those of our data sets; UserError, one line each, for others."""
+    if config is not None and not isinstance(config, HyperParams):
         raise UserError(f"config: expected hyper-parameters, got {type(config).__name__}")
-    names = ("image_root", "rephrase_root", "allow_outside")
-    return {name: getattr(config, name) for name in names}
+    problems = []
+    if no_image is not False:
+        problems.append("no_image: has no counterpart here; edit_dataset takes rows without an image")
+    if hop is not None:
+        problems.append("hop: has no counterpart here; edit_dataset takes other rows as mappings")
+    known = [name for name in signature(mmedit.VQADataset).parameters if name != "path"]
+    for name in others:
+        if name not in known:
+            near = difflib.get_close_matches(name, ("data_dir", *known, "config"), 1, 0.0)
+            problems.append(f"{one_line(name, 60)}: unknown argument; the nearest known one is {near[0]}")
+    if problems:
+        raise UserError(*problems)
+    roots = ("image_root", "rephrase_root", "allow_outside") if config is not None else ()
+    return {**{name: getattr(config, name) for name in roots}, "size": size, **others}
 
 
 class VQADataset(mmedit.VQADataset):
@@ -216,9 +286,11 @@ class VQADataset(mmedit.VQADataset):
         data_dir: str | os.PathLike[str],
         size: int | None = None,
         config: HyperParams | None = None,
+        no_image: bool = False,
+        hop: int | None = None,
         **others: Any,
     ) -> None:
-        super().__init__(data_dir, **{**_find_roots(config), "size": size, **others})
+        super().__init__(data_dir, **_read_arguments(size, config, no_image, hop, others))
 
 
 class CaptionDataset(mmedit.CaptionDataset):
@@ -229,9 +301,11 @@ class CaptionDataset(mmedit.CaptionDataset):
         data_dir: str | os.PathLike[str],
         size: int | None = None,
         config: HyperParams | None = None,
+        no_image: bool = False,
+        hop: int | None = None,
         **others: Any,
     ) -> None:
-        super().__init__(data_dir, **{**_find_roots(config), "size": size, **others})
+        super().__init__(data_dir, **_read_arguments(size, config, no_image, hop, others))
 
 
 # ---------------------------------------------------------------- editor, trainer
@@ -247,11 +321,11 @@ class MultimodalEditor(_Editor):
     easyedit = True
 
     def __init__(self, hparams: HyperParams, backbone: Backbone, progress: bool = True) -> None:
+        super().__init__(hparams, backbone, progress)
         self.metric_preset = "easyedit_icl" if hparams.method == "ike" else "easyedit"
         presets = hparams.metric_presets
         if self.metric_preset not in presets:
-            hparams = hparams.replace(metric_presets=(*presets, self.metric_preset))
-        super().__init__(hparams, backbone, progress)
+            self.hparams = hparams.replace(metric_presets=(*presets, self.metric_preset))
 
     def edit_dataset(self, *arguments: Any, **named: Any) -> EditResult:
         """As ``unike.MultimodalEditor.edit_dataset``."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 import torch
 
 from unike.config.kinds import Kind, nullable, number, switch, whole
-from unike.system.text import describe_value
+from unike.system.text import describe_value, unwrap_number
 from unike.types import UserError
 
 # More beams or answers than that are a mistake: each of them costs a row of the batch.
@@ -19,7 +19,8 @@ _KINDS: Mapping[str, Kind[object]] = {
     "max_new_tokens": nullable(whole(low=1)),
     "num_beams": whole(low=1, high=MOST_ROWS),
     "do_sample": switch(),
-    "temperature": number(low=0, above=True),
+    # At lower ones the scores divided by it leave the numbers of float32.
+    "temperature": number(low=1e-6),
     "top_p": number(low=0, high=1, above=True),
     "num_return_sequences": whole(low=1, high=MOST_ROWS),
     "seed": nullable(whole(low=0, high=2**32 - 1)),
@@ -31,9 +32,9 @@ class Decoding:
     """How answers are decoded; greedily by default, whatever a checkpoint's own generation settings are.
 
     ``max_new_tokens``: most tokens of an answer, None: the backbone's own number. ``num_beams``: beams of a
-    beam search. ``do_sample`` draws tokens, at a ``temperature`` above 0, from the most probable ones whose
-    probabilities add up to ``top_p`` in (0, 1]; a ``seed`` makes what is drawn repeatable, and leaves torch's
-    own random numbers as they are. ``num_return_sequences``: answers to each prompt.
+    beam search. ``do_sample`` draws tokens, at a ``temperature`` of 1e-6 or more, from the most probable ones
+    whose probabilities add up to ``top_p`` in (0, 1]; a ``seed`` makes what is drawn repeatable, and leaves
+    torch's own random numbers as they are. ``num_return_sequences``: answers to each prompt.
 
     UserError with a line for each value that does not fit, and where values contradict each other.
     """
@@ -49,7 +50,7 @@ class Decoding:
     def __post_init__(self) -> None:
         problems = []
         for name, kind in _KINDS.items():
-            value = getattr(self, name)
+            value = unwrap_number(getattr(self, name))
             try:
                 object.__setattr__(self, name, kind.read(value))
             except (ValueError, TypeError, OverflowError):
@@ -61,11 +62,12 @@ class Decoding:
         for name in ("temperature", "top_p"):
             if getattr(self, name) != 1 and not self.do_sample:
                 yield f"{name}: {getattr(self, name):g} changes what is drawn; expected do_sample=True too"
-        answers = self.num_return_sequences
-        if answers > max(1, self.num_beams) and not self.do_sample:
+        answers, beams = self.num_return_sequences, self.num_beams
+        if answers > beams and (beams > 1 or not self.do_sample):
+            other = "num_beams=1" if self.do_sample else "do_sample=True"
             yield (
-                f"num_return_sequences: {answers} answers of {self.num_beams} beams; "
-                "expected do_sample=True, or as many num_beams"
+                f"num_return_sequences: {answers} answers of {beams} beams; "
+                f"expected {other}, or as many num_beams"
             )
 
     @classmethod

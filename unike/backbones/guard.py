@@ -7,16 +7,19 @@ UserError that says why.
 
 from __future__ import annotations
 
+import copy
 import logging
+import selectors
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import wraps
 from types import TracebackType
 from typing import Any, ParamSpec, TypeVar
 from weakref import WeakValueDictionary
 
+from unike.backbones.modes import plain_modes
 from unike.backbones.weights import WeightWatch
 from unike.types import UserError
 
@@ -28,7 +31,11 @@ Start = Callable[[], AbstractContextManager[Any]]
 
 # How long a thread waits for another one's block while that one waits for something else itself.
 PATIENCE_SECONDS = 5.0
+# How long where it is in one call all the time, as a sleep in a loop is, which may also end by itself.
+LONG_PATIENCE_SECONDS = 60.0
 _LOOK_SECONDS = 0.25
+# Where a thread is that waits for others: on a lock, or for its event loop.
+_WAITING_ROOMS = (threading.__file__, selectors.__file__)
 
 
 class Guard:
@@ -77,19 +84,20 @@ class Guard:
     @contextmanager
     def hold(self) -> Iterator[None]:
         """Inside the block no other thread uses the backbone. Before the outermost call the weights are
-        looked at.
+        looked at; what the caller has switched on for all of torch is off until it ends.
 
         UserError where the thread that holds the backbone would never give it back.
         """
         self._acquire()
         try:
-            if not self._calls:
-                self._look()
-            self._calls += 1
-            try:
-                yield
-            finally:
-                self._calls -= 1
+            with nullcontext() if self._calls else plain_modes(self.watch.device):
+                if not self._calls:
+                    self._look()
+                self._calls += 1
+                try:
+                    yield
+                finally:
+                    self._calls -= 1
         finally:
             self._release()
 
@@ -151,8 +159,9 @@ class Guard:
         """Enters what ``start`` gives; what is applied by it is a part of it."""
         former, self._is_starting = self._is_starting, True
         try:
-            running = start()
-            running.__enter__()
+            with plain_modes(self.watch.device):
+                running = start()
+                running.__enter__()
         finally:
             self._is_starting = former
         return running
@@ -191,12 +200,15 @@ class Guard:
         self._owner, self._held = threading.get_ident(), self._held + 1
 
     def _wait(self) -> None:
-        me, stuck = threading.get_ident(), 0.0
+        me, stuck, still = threading.get_ident(), 0.0, 0.0
+        place: object = None
         _WAITING[me] = self
         try:
             while not self._lock.acquire(timeout=_LOOK_SECONDS):
                 stuck = stuck + _LOOK_SECONDS if self._owner_waits(me) else 0.0
-                if stuck >= PATIENCE_SECONDS:
+                former, place = place, self._find_block()
+                still = still + _LOOK_SECONDS if place is not None and place == former else 0.0
+                if stuck >= PATIENCE_SECONDS or still >= LONG_PATIENCE_SECONDS:
                     raise UserError(_FOR_EVER)
         finally:
             del _WAITING[me]
@@ -216,7 +228,7 @@ class Guard:
             raise UserError(
                 "edit: the thread that applied it has ended inside the block; load the model anew"
             )
-        waits = frame is not None and frame.f_code.co_filename == threading.__file__
+        waits = frame is not None and frame.f_code.co_filename in _WAITING_ROOMS
         while frame is not None and frame.f_code.co_filename == threading.__file__:
             joined = frame.f_locals.get("self") if frame.f_code.co_name == "join" else None
             if isinstance(joined, threading.Thread) and joined.ident == me:
@@ -224,6 +236,11 @@ class Guard:
             frame = frame.f_back
         # Calls come to an end by themselves; a block may wait for the very thread that waits for it.
         return waits and not self._calls and any(a.holds for a in self._applied)
+
+    def _find_block(self) -> object:
+        """Where the thread is that holds the backbone by a block alone; None where a call holds it."""
+        frame = sys._current_frames().get(self._owner or 0)
+        return None if self._calls or frame is None else (id(frame), frame.f_lasti)
 
     def _release(self) -> None:
         self._held -= 1
@@ -303,3 +320,12 @@ def held(call: Callable[P, R]) -> Callable[P, R]:
             return call(*args, **kwargs)
 
     return holding
+
+
+def copy_bare(backbone: Any, memo: dict[int, Any]) -> Any:
+    """What ``copy.deepcopy`` of a user's gives: the base model with a lock of its own; what is applied stays
+    with the original."""
+    new = memo[id(backbone)] = object.__new__(type(backbone))
+    with Guard.of(backbone).bare():
+        vars(new).update(copy.deepcopy(backbone.__getstate__(), memo))
+    return new

@@ -155,7 +155,7 @@ def _count_bytes(parts: Parts) -> int:
 def content_key(image: ImageLike) -> str:
     """A key of an image's content: the same for a file, its copy under another name, and its PIL image.
 
-    A file is decoded once as long as its time and size stay the same. A float tensor's key is that of its
+    A file is decoded once as long as its times and size stay the same. A float tensor's key is that of its
     numbers. Raises UserError for an image that cannot be read.
     """
     if is_pixels(image):
@@ -171,7 +171,9 @@ def content_key(image: ImageLike) -> str:
         reason = getattr(error, "strerror", None) or error
         resolve_image(image)
         raise UserError(f"{one_line(path)}: no such image ({one_line(reason)})") from error
-    return _hash_file(path, stat.st_dev, stat.st_ino, stat.st_mtime_ns, stat.st_size)
+    # A copying program may set back the time of the last change, but not that of the entry itself.
+    times = stat.st_mtime_ns, stat.st_ctime_ns
+    return _hash_file(path, stat.st_dev, stat.st_ino, *times, stat.st_size)
 
 
 @lru_cache(maxsize=1 << 16)

@@ -21,7 +21,7 @@ from unike.backbones.architecture import Architecture
 from unike.backbones.base import IGNORED, Batch, Output, PrefixState, Prompt, narrow
 from unike.backbones.decoding import Decoding
 from unike.backbones.dialogue import Chat, Dialogue, prompt_and_answer
-from unike.backbones.guard import Guard, held
+from unike.backbones.guard import Guard, copy_bare, held
 from unike.backbones.hooks import first_tensor, hidden_states, inputs_of
 from unike.backbones.images import FeatureCache, Parts
 from unike.backbones.layout import DecoderLayout
@@ -75,6 +75,11 @@ class VisionLanguageBackbone:
     def __getstate__(self) -> dict[str, Any]:
         """Without its lock and what is attached: a copy has its own."""
         return {name: value for name, value in vars(self).items() if name not in ("_guard", "_slot")}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> VisionLanguageBackbone:
+        """The base model: what is applied stays with the original."""
+        copied: VisionLanguageBackbone = copy_bare(self, memo)
+        return copied
 
     @property
     def device(self) -> torch.device:

@@ -46,6 +46,11 @@ class WeightWatch:
             self._checksum = self._compute_checksum()
 
     @property
+    def device(self) -> str:
+        """The type of the model's device."""
+        return self._tensors[0].device.type if self._tensors else "cpu"
+
+    @property
     def is_training(self) -> bool:
         """Whether a module is in training mode."""
         return any(module.training for module in self._known)

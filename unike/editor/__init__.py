@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -40,9 +40,10 @@ from unike.evaluation.record import Record
 from unike.evaluation.summary import Summary, summarise
 from unike.methods.base import require_reachable
 from unike.methods.isolation import train_apart
+from unike.methods.registry import resolve_needs
 from unike.runs import checks, inputs
 from unike.runs.drawing import draw_train_data
-from unike.system.text import describe_value
+from unike.system.text import describe_value, one_line, unwrap_number
 from unike.types import Case, ImageLike, TooLongError, UserError
 
 logger = logging.getLogger("unike")
@@ -65,11 +66,17 @@ class MultimodalEditor:
     easyedit = False
 
     def __init__(self, hparams: HyperParams, backbone: Backbone, progress: bool = True) -> None:
+        if not isinstance(hparams, HyperParams):
+            raise UserError(f"hparams: expected hyper-parameters, got {type(hparams).__name__}")
+        if not hasattr(type(backbone), "fingerprint"):
+            raise UserError(
+                f"backbone: expected one of unike.load_backbone(hparams), got {type(backbone).__name__}"
+            )
         self.hparams, self.backbone, self.progress = hparams, backbone, progress
         self._parts: runs.Parts | None = None
         self._slot = Slot.of(backbone)
         self._epoch = self._slot.guard.epoch
-        self._train_ds: Iterable[Case] | None = None
+        self._train_ds: Sequence[Case] | None = None
 
     @classmethod
     def from_hparams(
@@ -81,21 +88,30 @@ class MultimodalEditor:
         checks.require_backbone(hparams)
         return cls(hparams, load_backbone(hparams), progress)
 
-    def prepare(self, train_ds: Iterable[Case] | None = None, skip_broken: bool = False) -> runs.Parts:
-        """Backbone and method with memory and encoders, from ``train_ds`` or the YAML's train data."""
+    def __getstate__(self) -> dict[str, Any]:
+        """Without memory, encoders and networks: a copy reads its own."""
+        return {"_slot": self._slot, **vars(self), "_parts": None}
 
+    def prepare(self, train_ds: Any = None, skip_broken: bool = False) -> runs.Parts:
+        """Backbone and method with memory and encoders, from ``train_ds`` or the YAML's train data. What is
+        learnt already is read; a ``train_ds`` that nothing is learnt from is named in a warning.
+
+        UserError for what is no data set, see ``edit_dataset``.
+        """
         if train_ds is not None:
             # Needed again where the weights are changed.
-            self._train_ds = list(train_ds) if isinstance(train_ds, Iterator) else train_ds
-        given = self._train_ds
+            self._train_ds = _keep_cases(train_ds) or self._read_train_cases(train_ds)
+        given, asked = self._train_ds, list[str]()
 
         def triplets() -> list[Triplet]:
+            asked.append("triplets")
             if given is not None:
                 return make_triplets(given, self.hparams.triplets)
             draw_train_data(self.hparams, self.backbone)
             return inputs.read_triplets(self.hparams, skip_broken)
 
         def cases() -> Sequence[Case]:
+            asked.append("cases")
             if given is None:
                 draw_train_data(self.hparams, self.backbone)
             return inputs.read_method_cases(self.hparams, skip_broken, given)
@@ -107,6 +123,8 @@ class MultimodalEditor:
                 with _explain_changed_weights(self._parts is not None and self._epoch != epoch):
                     self._parts = runs.assemble(self.hparams, self.backbone, self.progress, triplets, cases)
                 self._epoch = epoch
+                if train_ds is not None and not asked:
+                    _report_unread(self.hparams)
             return self._parts
 
     @property
@@ -160,6 +178,7 @@ class MultimodalEditor:
         the YAML which loaded the backbone. UserError for what is no image or no text, and for values that do
         not fit.
         """
+        edited = bool(read_switch(edited, "edited"))
         with self._slot.guard.hold():
             edits = self.edits if edited else ()
 
@@ -175,10 +194,11 @@ class MultimodalEditor:
         that cannot be read.
         """
         image, prompt = check_question(image, prompt, self._locate)
-        if isinstance(top, bool) or not isinstance(top, int) or top < 0:
+        number = unwrap_number(top)
+        if isinstance(number, bool) or not isinstance(number, int) or number < 0:
             raise UserError(f"top: expected a whole number from 0 on, got {describe_value(top)}")
         with torch.inference_mode(False):
-            return ask(self._slot, image, prompt, top)
+            return ask(self._slot, image, prompt, number)
 
     def _locate(self, image: ImageLike | None) -> ImageLike | None:
         return locate_image(image, self.hparams.image_root)
@@ -324,9 +344,10 @@ class MultimodalEditor:
                 try:
                     outcome = run_one_step(self.backbone, parts.method, case, reader, history)
                 except TooLongError as error:
+                    reason = f"{_name_long_text(case)}: {str(error).removeprefix('prompt: ')}"
                     if len(cases) == 1:
-                        raise
-                    outcome = Outcome(Record(case.request.id, case.task, "failed", error=str(error)))
+                        raise TooLongError(reason) from error
+                    outcome = Outcome(Record(case.request.id, case.task, "failed", error=reason))
                 if outcome.edit is not None:
                     _require_one_kind(history, outcome.edit)
                     edits = (*edits, outcome.edit) if accumulate else (outcome.edit,)
@@ -340,6 +361,32 @@ class MultimodalEditor:
             logger.warning("%d of %d edits failed, the first: %s", len(failed), len(metrics), failed[0])
         summary = summarise(records, self.hparams.seed, self.hparams.metric_presets)
         return metrics, EditedModel(self._slot, edits, self._locate), summary
+
+
+def _name_long_text(case: Case) -> str:
+    """The longest text of a case, by its edit and by what it is: a target, or the question of a probe."""
+    asked = [("prompt", case.request.query), *((probe.name, probe.query) for probe in case.probes)]
+    name, query = max(asked, key=lambda entry: len(entry[1].prompt) + len(entry[1].target or ""))
+    longer = "prompt" if len(query.prompt) >= len(query.target or "") else "target"
+    about = "" if name in ("prompt", "reliability") else f" of {name}"
+    return f"edit {one_line(case.request.id, 60)}: {longer}{about}"
+
+
+def _keep_cases(train_ds: Any) -> Sequence[Case] | None:
+    """Train cases that are cases already, as they are; None for everything else."""
+    known = isinstance(train_ds, (list, tuple)) and all(isinstance(case, Case) for case in train_ds)
+    return train_ds if known else None
+
+
+def _report_unread(hparams: HyperParams) -> None:
+    """Says that train data were handed over for nothing; methods that read them at an edit will do so."""
+    needs = resolve_needs(hparams)
+    if needs.cases:
+        return
+    reason = f"{hparams.method} needs none with these options"
+    if needs.knowledge or needs.training:
+        reason = "what is learnt from train data is there already (knowledge_dir, scope_dir, editor_dir)"
+    logger.warning("train_ds: is not read: %s", reason)
 
 
 @contextmanager

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import reduce
 from operator import or_
-from typing import Any
+from typing import Any, NoReturn
 
 from unike.backbones.base import Backbone
 from unike.backbones.guard import Application, Guard
@@ -51,6 +52,20 @@ class Slot:
         # Kept on the backbone itself, so that both are freed together.
         slot: Slot = vars(backbone).get("_slot") or vars(backbone).setdefault("_slot", cls(backbone))
         return slot
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise UserError(
+            "an editor, and what it has edited, cannot be pickled; save the edits (edit.save) and load a new "
+            "editor, or copy this one (copy.deepcopy)"
+        )
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Slot:
+        """The slot of a copied backbone, with the same edits attached."""
+        with self.guard.hold():
+            new = memo[id(self)] = Slot.of(copy.deepcopy(self.backbone, memo))
+            new.put(copy.deepcopy(self.edits, memo))
+            new.editor = copy.deepcopy(self.editor, memo)
+        return new
 
     @property
     def fingerprint(self) -> str:

@@ -28,3 +28,11 @@ def shorten(value: object, limit: int = 60, written: Callable[[object], str] = s
         )
     text = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
     return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def unwrap_number(value: object) -> object:
+    """A number of NumPy's, or of a tensor, as Python's; everything else as it is."""
+    if isinstance(value, (bool, int, float, str)) or getattr(value, "shape", None) != ():
+        return value
+    item = getattr(value, "item", None)
+    return item() if callable(item) else value

@@ -188,6 +188,10 @@ def ensure_knowledge(
     facts = _describe_knowledge(backbone, layers, hparams)
     if not processes.run_once(lambda: _fits(folder, facts, layers)):
         collected = triplets()
+        if len(collected) < 2:
+            raise UserError(
+                f"train data: {len(collected)} distinct questions; expected two or more to train encoders on"
+            )
         key = compute_knowledge_key(backbone, collected, hparams)
         places = dict.fromkeys((folder / key, choose_place(folder) / key))
         keyed = folder = next((p for p in places if (p / "knowledge.json").is_file()), list(places)[-1])
