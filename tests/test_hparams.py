@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 from unike.config import combined
 from unike.config.hparams import OPTIONS, HyperParams, UniKEHyperParams
+from unike.config.options import SECTIONS
 from unike.config.release import read_edited_layers
 from unike.config.schema import Section, list_own_options
-from unike.config.sections import SECTIONS, EncoderOptions
+from unike.config.sections import EncoderOptions
 from unike.types import BACKBONES, METRIC_PRESETS, TRACKERS, BackboneSpec, UserError
 
 RELEASE = Path(__file__).parent / "fixtures" / "release_minigpt4.yaml"

@@ -12,7 +12,8 @@ from typing import Any
 
 from unike.config import combined, easyedit, release, sections
 from unike.config.locating import locate_paths
-from unike.config.sections import OPTIONS, SPEED
+from unike.config.options import OPTIONS
+from unike.config.sections import SPEED
 from unike.config.yaml_reader import parse_yaml, read_yaml
 from unike.system.text import shorten
 from unike.types import UserError

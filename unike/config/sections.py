@@ -2,13 +2,12 @@
 
 ``HyperParams`` is each of these sections at once. A function takes the narrowest one that it reads, and
 callers hand their hyper-parameters on as they are: a type checker proves that the function reads nothing
-else. ``combined.py`` has sections made of several. ``SECTIONS`` at the end lists them in the order of the
-documentation.
+else. ``combined.py`` has sections made of several; ``options.py`` lists all of them in order.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any
 
 from unike.config.kinds import (
@@ -27,7 +26,7 @@ from unike.config.kinds import (
     whole,
     word_or,
 )
-from unike.config.schema import Option, Section, list_own_options, option, required
+from unike.config.schema import Section, option, required
 from unike.types import (
     ANSWER_ENDS,
     BACKBONES,
@@ -467,48 +466,3 @@ class EditBatchOptions(Section):
         "independent edits trained in one batch: a number, or auto, as memory allows",
         "auto",
     )
-
-
-# Options that came later than some runs, whose manifests lack them: what these runs did.
-BEFORE_OPTIONS: dict[str, object] = {
-    "answer_end": "none",
-    "benchmark_version": 1,
-    "scope_overlap": None,
-    "scope_overlap_tokens": 1,
-}
-# In the order of the documentation, with the heading of each.
-SECTIONS: dict[type[Section], str] = {
-    BackboneOptions: "backbone",
-    MethodOptions: "method",
-    LayerOptions: "method",
-    UniKEOptions: "method",
-    ScopeGateOptions: "method",
-    OverlapGateOptions: "method",
-    ScopeClassifierOptions: "method",
-    ScopeTrainingOptions: "scope classifier training",
-    PatchOptions: "intrinsic",
-    EditTrainingOptions: "intrinsic",
-    AnswerOptions: "answers",
-    ClipOptions: "intrinsic",
-    PatchLossOptions: "intrinsic",
-    FineTuningOptions: "fine-tuning",
-    IKEOptions: "IKE",
-    EncoderOptions: "encoders",
-    KnowledgeOptions: "knowledge",
-    RetrievalOptions: "knowledge",
-    EditorOptions: "meta-learned editors",
-    EditorTrainingOptions: "meta-learned editors",
-    DataOptions: "data",
-    ProtocolOptions: "protocol",
-    EvaluationOptions: "protocol",
-    SeedOptions: "run",
-    OutputOptions: "run",
-    BatchOptions: "run",
-    EditBatchOptions: SPEED,
-    PrefixOptions: SPEED,
-}
-OPTIONS: dict[str, Option] = {
-    name: replace(known, group=group)
-    for section, group in SECTIONS.items()
-    for name, known in list_own_options(section).items()
-}

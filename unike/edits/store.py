@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from unike.config.sections import OPTIONS
+from unike.config.options import OPTIONS
 from unike.edits.conflicts import Contradiction
 from unike.edits.files import SavedEdit, read_edit, render_files, write_folder
 from unike.edits.origin import Origin

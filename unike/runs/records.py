@@ -20,7 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from unike.config.sections import BEFORE_OPTIONS
+from unike.config.options import BEFORE_OPTIONS
 from unike.evaluation.record import Record, require_place
 from unike.system.faults import explain_write_errors
 from unike.system.files import to_json_types, write_json, write_text
