@@ -24,7 +24,6 @@ from scripts.workers import WorkOutcome, ensure
 from unike.report.measures import Row
 from unike.report.paper import published
 from unike.report.paper.tables import FORMATS, LEGEND, Block, csv_rows, latex, markdown, rewrite_blocks
-from unike.system.arguments import ArgumentParser
 from unike.system.findings import collect_problems
 from unike.system.launching import count_most_processes, run_guarded
 from unike.system.paths import check_path
@@ -108,7 +107,7 @@ def report_outcome(outcome: WorkOutcome) -> int:
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     add = parser.add_argument
     add("--table", nargs="+", required=True, metavar="NAME", help="1, 2, 3, 4, 5, lifelong, or all")
     add("--backbones", nargs="+", default=list(BACKBONES), metavar="NAME", help="YAMLs, by name")

@@ -275,7 +275,6 @@ def test_the_demo_replaces_its_own_runs_alone(tmp_path: Path) -> None:
         (["--output", "{file}/below"], "--output: {file}: is a file; expected a folder"),
         (["--output", ""], "--output: is empty; expected a folder"),
         (["--output", "n" * 300], "is no valid path: a name in it is too long"),
-        (["--size", "1", "--size", "2"], "--size: given twice: 1 and 2"),
     ],
 )
 def test_no_row_of_a_table_is_run_for_such_arguments(
