@@ -108,6 +108,24 @@ def test_a_block_is_left_by_its_own_thread(editor: MultimodalEditor, blip2_proje
     assert guard.Guard.of(editor.backbone).is_bare
 
 
+def test_a_block_that_is_entered_twice_is_refused_and_can_be_used_again(
+    editor: MultimodalEditor, blip2_project: Project
+) -> None:
+    image = picture(blip2_project)
+    block, base = make(editor, image).applied(editor.backbone), editor.generate(image, PROMPT)
+    with block:
+        inside = editor.backbone.generate([image], [PROMPT])
+        with pytest.raises(UserError, match="entered already"), block:
+            pass
+        assert editor.backbone.generate([image], [PROMPT]) == inside != [base]
+    block.__exit__(None, None, None)
+    assert editor.backbone.generate([image], [PROMPT]) == [base]
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(editor.generate, image, PROMPT).result() == base
+        with block:
+            assert editor.backbone.generate([image], [PROMPT]) == inside
+
+
 def test_joining_a_thread_that_waits_is_refused_at_once(
     editor: MultimodalEditor, blip2_project: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:

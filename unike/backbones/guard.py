@@ -119,13 +119,16 @@ class Guard:
                 self._applied.remove(former)
 
     def enter(self, application: Application) -> None:
-        """Applies one more; the thread holds the backbone until ``leave``."""
+        """Applies one more; the thread holds the backbone until ``leave``. UserError where it is applied."""
         if self._is_starting and self._owner == threading.get_ident():
             # A part of another one, which takes it off and puts it back.
             application.start()
             return
         self._acquire()
         try:
+            if application.running or application in self._applied:
+                # Left once, it would leave the lock behind for the other time.
+                raise UserError("edit: this block is entered already; expected edit.applied(backbone) anew")
             if not self._calls and self.is_bare:
                 self._look()
             application.start()
