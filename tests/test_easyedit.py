@@ -287,8 +287,6 @@ def test_a_call_that_may_mean_two_things_is_refused(editor: PlainEditor, kind: s
 def test_edits_add_up_where_that_is_said(
     editor: PlainEditor, world: World, caplog: pytest.LogCaptureFixture
 ) -> None:
-    # It is said once in a process.
-    arguments._say_that_edits_add_up.cache_clear()
     given = (PROMPTS, TARGETS, IMAGES)
     # It is said once in a process.
     arguments._say_that_edits_add_up.cache_clear()
