@@ -149,7 +149,7 @@ def test_drawing_is_deterministic_by_seed(world: World, tmp_path: Path, textures
 def test_two_runs_started_at_once_draw_once(world: World, tmp_path: Path, monkeypatch) -> None:
     drawn: list[str] = []
 
-    def draw(_backbone: object, out: Path, split: str, *_: object) -> None:
+    def draw(_backbone: object, out: Path, split: str, *_: object, **__: object) -> None:
         drawn.append(split)
         time.sleep(0.2)
         for task in make_data.TASKS:
