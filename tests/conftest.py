@@ -13,6 +13,8 @@ from helpers import Project, make_project
 from original_files import FAMILIES
 from worlds import World, world_of
 
+from unike.editor import MultimodalEditor
+
 # A shell's background jobs ignore Ctrl-C, and so would every program that a test starts.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -34,6 +36,19 @@ def minigpt4_project(tmp_path_factory: pytest.TempPathFactory) -> Project:
 def project(request: pytest.FixtureRequest) -> Project:
     """Each of the two projects in turn."""
     return request.getfixturevalue(f"{request.param}_project")
+
+
+@pytest.fixture(scope="module")
+def loaded(project: Project) -> MultimodalEditor:
+    return MultimodalEditor.from_hparams(project.yaml, progress=False)
+
+
+@pytest.fixture
+def editor(loaded: MultimodalEditor) -> Iterator[MultimodalEditor]:
+    """The loaded editor; each test begins and ends without anything attached."""
+    loaded._slot.put(())
+    yield loaded
+    loaded._slot.put(())
 
 
 @pytest.fixture

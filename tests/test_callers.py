@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -32,18 +32,6 @@ Around = Callable[[], AbstractContextManager[Any]]
 @pytest.fixture(scope="module")
 def project(blip2_project: Project) -> Project:
     return blip2_project
-
-
-@pytest.fixture(scope="module")
-def loaded(project: Project) -> MultimodalEditor:
-    return MultimodalEditor.from_hparams(project.yaml, progress=False)
-
-
-@pytest.fixture
-def editor(loaded: MultimodalEditor) -> Iterator[MultimodalEditor]:
-    loaded._slot.put(())
-    yield loaded
-    loaded._slot.put(())
 
 
 def picture(project: Project, i: int = 0) -> str:

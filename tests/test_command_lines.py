@@ -90,6 +90,9 @@ def test_what_the_models_folder_tells_is_said_before_it_loads(
         (["method=tpatcher", "activation_loss=1", "beta=1"], "beta: has no effect with method: tpatcher"),
         (["method=mend", "editor_dir={root}/e", "lr=1"], "lr: has no effect with method: mend"),
         (["editor_lr=1"], "editor_lr: has no effect with method: unike; it belongs to method: ke, mend, ser"),
+        (["scope_overlap_tokens=3"], "scope_overlap_tokens: has no effect with scope_overlap: null"),
+        (["method=ft", "scope_gate=nearest"], "scope_gate: has no effect with method: ft"),
+        (["benchmark_version=2"], "benchmark_version: has no effect with generate_data: false"),
         (["own.a=1"], "own: has no effect with method: unike"),
         (["vision_config.depth=1"], "vision_config: has no effect with the folder "),
         (["qformer_config.num_hidden_layers=1"], "qformer_config: has no effect with the folder "),
@@ -105,6 +108,7 @@ def test_an_option_that_nothing_reads(copied: Project, capsys, arguments: list[s
     [
         ["k=3", "alpha=0.5", "n_keys=3", "beta=1", "lr=1", "scope_gate=none", "key_init=query"],
         ["method=ft", "lr=1", "max_steps=3", "seed=3", "layers=1"],
+        ["method=ft", "scope_overlap=0.5", "scope_overlap_tokens=3", "scope_gate=nearest"],
         ["method=tpatcher", "activation_loss=1", "n_keys=3", "lr=1"],
         ["method=mend", "editor_dir={root}/e", "editor_lr=1", "clip_norm=1", "answer_end=eos"],
     ],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -22,19 +21,6 @@ from unike.types import Query, UserError
 pytestmark = pytest.mark.usefixtures("one_thread")
 TEMPLATE = "Question: {} Short answer:"
 PROMPT, TARGET = "Question: what is it? Short answer:", "a red fox"
-
-
-@pytest.fixture(scope="module")
-def loaded(project: Project) -> MultimodalEditor:
-    return MultimodalEditor.from_hparams(project.yaml, progress=False)
-
-
-@pytest.fixture
-def editor(loaded: MultimodalEditor) -> Iterator[MultimodalEditor]:
-    """The loaded editor; each test begins and ends without anything attached."""
-    loaded._slot.put(())
-    yield loaded
-    loaded._slot.put(())
 
 
 def other(editor: MultimodalEditor, **changes: Any) -> MultimodalEditor:

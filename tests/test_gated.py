@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
 import torch
+from helpers import Project
 from original_files import FAMILIES
 from test_methods import IDS, ROWS
 from worlds import World, case, query, snapshot, world_of
 
+import run_edit
 from unike.backbones.base import encode_queries
-from unike.edits import Edit
+from unike.edits import Edit, explain
+from unike.edits.attached import Slot
 from unike.edits.gated import TOP, GatedEdit, GatedMember, OverlapGate
 from unike.edits.shares import Shared
 from unike.evaluation.protocols import run_sequence
 from unike.evaluation.reader import Reader
 from unike.knowledge.overlap import NextTokens, measure_overlap
+from unike.runs.records import read_records
 from unike.types import Query, UserError
 
 each_row = pytest.mark.parametrize("row", ROWS, ids=IDS)
@@ -191,6 +196,63 @@ def test_a_sequence_of_gated_edits_keeps_each_of_them(world: World):
     ends = [o.record for o in outcomes if not o.record.is_step]
     assert [r.get_scores("teacher_forced")["reliability"].after for r in ends] == [1.0] * 3
     assert all(isinstance(o.edit, GatedEdit) for o in outcomes if o.edit is not None)
+
+
+def test_a_gate_says_what_it_decided(world: World):
+    slot = Slot(world.backbone)
+    backbone, row = world.backbone, ("ft", {"layers": 1})
+    gated = [
+        GatedEdit.wrap(world.edit(row, i), case(i).request, OverlapGate(0.9999), backbone) for i in range(2)
+    ]
+    for i, edit in enumerate(gated):
+        edit.origins = world.edit(("ft", {"layers": 1}), i).origins
+        slot.attach(edit)
+    try:
+        found = explain.ask(slot, query(0).image, query(0).prompt)
+    finally:
+        slot.put(())
+    assert [report.active for report in found.edits] == [True, False]
+    assert found.edits[0].scope == pytest.approx(1.0)
+    assert found.edits[1].scope < 0.9999
+    assert found.gates == {"overlap": 0.9999}
+
+
+def test_a_rewritten_prompt_is_known_by_the_images_content(world: World):
+    row = ROWS[[name for name, _ in ROWS].index("ike")]
+    gated = GatedEdit.wrap(world.edit(row), case(0).request, OverlapGate(0.9999), world.backbone)
+    shown = gated.rewrite(query(0))
+    assert shown.prompt != query(0).prompt
+    # Another object with the same content, as a caller's next image would be.
+    assert gated.choose([query(0).image], [shown.prompt]) == [(0,)]
+    assert gated.choose([query(1).image], [shown.prompt]) != [(0,)]
+
+
+def test_a_copied_model_has_its_own_gate(world: World):
+    asked = [query(0)]
+    edit = world.edit(("ft", {"layers": 1}))
+    gated = GatedEdit.wrap(edit, case(0).request, ALWAYS, world.backbone)
+    copied = copy.deepcopy(world.backbone)
+    with edit.applied(world.backbone):
+        expected = world.logits(asked)
+    base = world.logits(asked)
+    with gated.applied(copied), torch.no_grad():
+        found = copied(encode_queries(copied, asked)).logits
+        assert torch.equal(world.logits(asked), base), "the original is as it was"
+    assert torch.equal(found, expected)
+    assert not torch.equal(found, base)
+
+
+@pytest.mark.parametrize(("least", "changed"), [("0", True), ("1", False)])
+def test_a_run_with_a_gate(blip2_project: Project, tmp_path, least: str, changed: bool):
+    options = ["method=ft", "layers=1", "lr=0.05", f"scope_overlap={least}"]
+    arguments = ["--hparams_dir", str(blip2_project.yaml), "--size", "2", "--output", str(tmp_path / "run")]
+    assert run_edit.main([*arguments, *options]) == 0
+    records = read_records(tmp_path / "run")
+    assert all(record.decisions["overlap"]["reliability"] == pytest.approx(1) for record in records)
+    assert all(record.get_scores("teacher_forced")["reliability"].after == 1 for record in records)
+    # Another wording has another overlap than the edit's own.
+    elsewhere = [record.get_scores("teacher_forced")["t_generality"] for record in records]
+    assert any(score.after != score.before for score in elsewhere) == changed
 
 
 def test_a_model_called_by_itself_is_refused(world: World):

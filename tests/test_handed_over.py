@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +28,6 @@ PROMPT, TARGET = "Question: what is it? Short answer:", "a red fox"
 @pytest.fixture(scope="module")
 def project(blip2_project: Project) -> Project:
     return blip2_project
-
-
-@pytest.fixture(scope="module")
-def loaded(project: Project) -> MultimodalEditor:
-    return MultimodalEditor.from_hparams(project.yaml, progress=False)
-
-
-@pytest.fixture
-def editor(loaded: MultimodalEditor) -> Iterator[MultimodalEditor]:
-    loaded._slot.put(())
-    yield loaded
-    loaded._slot.put(())
 
 
 def picture(project: Project, i: int = 0) -> Path:

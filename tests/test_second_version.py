@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,10 @@ from scripts.tiny.questions import HELD_OUT, SceneFact, list_facts
 from scripts.tiny.scenes import CATEGORY, OBJECTS, Painter, sample_scene
 from scripts.tiny.second_version import COUNTS, STYLES, UNSEEN, SecondArtist
 from unike.backbones import load_backbone
+from unike.config.sections import DataOptions
 from unike.datasets.mmedit import CaptionDataset, VQADataset
 from unike.datasets.probe_files import read_probes
-from unike.runs.drawing import check_target
+from unike.runs.drawing import check_target, check_version
 from unike.types import IMAGE_STYLES, STYLE_METRICS, UserError
 
 ROOT = Path(__file__).parents[1]
@@ -167,3 +170,22 @@ def test_probes_of_somebody_elses_are_not_drawn_over(tmp_path):
     assert mine.read_text() == "mine"
     mine.unlink()
     check_target(tmp_path, "eval")
+
+
+def test_changed_probes_are_not_drawn_over(drawn, tmp_path):
+    shutil.copytree(drawn, tmp_path / "data")
+    check_target(tmp_path / "data", "eval")
+    with open(tmp_path / "data/vqa_eval.probes.json", "a") as file:
+        file.write(" ")
+    with pytest.raises(UserError, match=r"vqa_eval\.probes\.json"):
+        check_target(tmp_path / "data", "eval")
+
+
+def test_another_version_in_the_folder_is_named(drawn):
+    options = DataOptions(image_root=str(drawn), benchmark_version=2)
+    check_version(options, drawn)
+    with pytest.raises(
+        UserError, match=r"benchmark_version: 1; .*eval\.about\.json is of version 2"
+    ) as caught:
+        check_version(replace(options, benchmark_version=1), drawn)
+    assert len(caught.value.problems) == 2

@@ -48,6 +48,7 @@ from unike.runs.drawing import (
     SIZES,
     TASKS,
     check_target,
+    check_version,
     choose_splits,
     get_about_file,
     get_drawing_folder,
@@ -234,8 +235,8 @@ class Artist:
             for (path, (_, style)), image in zip(part, drawn, strict=True):
                 (image if style is None else style(image)).save(out / path)
 
-    def describe_probes(self, task: str, annotations: Path) -> str | None:
-        """The text of the file of further probes; None without any."""
+    def describe_probes(self, task: str, sha256: str) -> str | None:
+        """The text of the file of further probes, of annotations with this checksum; None without any."""
         return None
 
 
@@ -265,21 +266,24 @@ def make(
     for task in TASKS:
         found = artist.collect(task, records)
         written[task] = [artist.make_record(task, i, c) for i, c in enumerate(found)]
-    texts = {task: json.dumps(rows, indent=1) + "\n" for task, rows in written.items()}
+    files: dict[Path, str] = {}
+    for task, rows in written.items():
+        text = json.dumps(rows, indent=1) + "\n"
+        # Before the annotations, whose absence alone is what has a split drawn again.
+        if (probes := artist.describe_probes(task, digest(text.encode()))) is not None:
+            files[get_probe_file(out, task, split)] = probes
+        files[get_drawn_file(out, task, split)] = text
     about: dict[str, Any] = {"version": version, "seed": seed, "records": records}
     about |= {"backbone": backbone.fingerprint}
-    sums = {get_drawn_file(out, task, split).name: digest(text.encode()) for task, text in texts.items()}
+    sums = {path.name: digest(text.encode()) for path, text in files.items()}
     out.mkdir(parents=True, exist_ok=True)
-    for task in TASKS:
-        get_drawn_file(out, task, split).unlink(missing_ok=True)
+    for path in files:
+        path.unlink(missing_ok=True)
     # First, so that what a killed process leaves is known as drawn.
     write_text(get_about_file(out, split), json.dumps({**about, "sha256": sums}, indent=1) + "\n")
     artist.paint(out)
-    for task, text in texts.items():
-        path = get_drawn_file(out, task, split)
+    for path, text in files.items():
         write_text(path, text)
-        if (probes := artist.describe_probes(task, path)) is not None:
-            write_text(get_probe_file(out, task, split), probes)
 
 
 def digest(content: bytes) -> str:
@@ -302,6 +306,7 @@ def ensure(
     """Draws the missing splits: eval, and train if memory, encoders or editor are still to be prepared."""
     out = get_drawing_folder(hparams)
     wanted = splits or choose_splits(hparams)
+    check_version(hparams, out)
     if not list_missing_splits(out, wanted):
         return
     out.parent.mkdir(parents=True, exist_ok=True)

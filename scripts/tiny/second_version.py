@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -212,8 +211,8 @@ class SecondArtist(Artist):
             "wording": "unseen" if record["rephrase"] == last else "seen",
         }
 
-    def describe_probes(self, task: str, annotations: Path) -> str | None:
-        return describe_probes(annotations, self.further[task], version=self.version)
+    def describe_probes(self, task: str, sha256: str) -> str | None:
+        return describe_probes(sha256, self.further[task], version=self.version)
 
 
 def _replace_object(scene: Scene, place: int, new: int) -> Scene:

@@ -54,5 +54,6 @@ def _predict_next(backbone: Any, image: ImageLike | None, prompt: str, tokens: i
             output_logits=True,
             return_dict_in_generate=True,
         )
-    best = torch.softmax(torch.cat(found.logits).float(), -1).topk(top, -1)
+    probabilities = torch.softmax(torch.cat(found.logits).float(), -1)
+    best = probabilities.topk(min(top, probabilities.shape[-1]), -1)
     return best.indices, best.values

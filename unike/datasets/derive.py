@@ -280,7 +280,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             **dict(zip(("task", "seed", "most_alike"), how, strict=True)),
         }
         try:
-            write_text(output, describe_probes(arguments.file, records, **facts))
+            write_text(output, describe_probes(sign_file(arguments.file), records, **facts))
         except OSError as error:
             raise UserError(f"{one_line(output)}: cannot be written: {one_line(error.strerror)}") from error
     except UserError as error:

@@ -16,7 +16,7 @@ from unike.datasets.answers import normalise_answer
 from unike.datasets.images import PathLike, image_path, lies_outside
 from unike.datasets.probe_files import NO_PROBES, FurtherProbe, RecordProbes, get_expectation, read_probes
 from unike.system.paths import check_path
-from unike.system.text import describe_value, one_line
+from unike.system.text import describe_value, is_unicode, one_line
 from unike.types import Case, EditRequest, Probe, Query, UserError
 
 VQA_TEMPLATE = "Question: {} Short answer:"
@@ -163,17 +163,9 @@ def _diagnose_text(record: dict[str, object], field: str) -> str | None:
         return f"field {field!r}: expected a string, got {_describe(value)}"
     if len(value) > TEXT_LENGTH:
         return f"field {field!r}: {len(value)} characters; expected at most {TEXT_LENGTH}"
-    if not _is_unicode(value):
+    if not is_unicode(value):
         return f"field {field!r}: half of a surrogate pair, which is no text; expected a string"
     return None if value.strip() else f"field {field!r} is empty; expected some text"
-
-
-def _is_unicode(value: str) -> bool:
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _describe(value: object) -> str:

@@ -61,9 +61,9 @@ def sign_file(path: PathLike) -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
-def describe_probes(annotations: PathLike, records: Sequence[RecordProbes], **facts: object) -> str:
-    """The text of a file with the probes of each record of ``annotations``, in order; ``facts`` say how they
-    were made."""
+def describe_probes(sha256: str, records: Sequence[RecordProbes], **facts: object) -> str:
+    """The text of a file with the probes of each record of the annotations with this checksum, in order;
+    ``facts`` say how they were made."""
     rows = [
         {
             "probes": {name: None if p is None else asdict(p) for name, p in record.probes.items()},
@@ -71,7 +71,7 @@ def describe_probes(annotations: PathLike, records: Sequence[RecordProbes], **fa
         }
         for record in records
     ]
-    whole = {"layout": LAYOUT, "sha256": sign_file(annotations), **facts, "records": rows}
+    whole = {"layout": LAYOUT, "sha256": sha256, **facts, "records": rows}
     return json.dumps(whole, ensure_ascii=False, indent=0) + "\n"
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from unike.backbones.images import content_key, take_image
 from unike.backbones.store import row_key
 from unike.editor.templates import make_wrapper
-from unike.system.text import one_line
+from unike.system.text import is_unicode, one_line
 from unike.types import Case, EditRequest, Expectation, ImageLike, Probe, Query, UserError
 
 Texts = str | Sequence[str]
@@ -106,7 +106,7 @@ class Values:
             self.problems.append(f"{at}: expected a text, got {type(value).__name__}")
         elif not value.strip():
             self.problems.append(f"{at}: is empty; expected a text")
-        elif not _is_unicode(value):
+        elif not is_unicode(value):
             self.problems.append(f"{at}: half of a surrogate pair, which is no text")
         else:
             return str(value).strip()
@@ -144,14 +144,6 @@ def locate_image(image: ImageLike | None, root: str | None = None) -> ImageLike 
         where = "" if below is None else f", here or in image_root ({one_line(root)})"
         raise UserError(f"image: {one_line(name)}: no such image{where}")
     return taken if here or below is None else below
-
-
-def _is_unicode(value: str) -> bool:
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 # ---------------------------------------------------------------- columns

@@ -1,4 +1,4 @@
-"""A scope gate around edits of any kind: where it is closed, the base model answers, bit for bit.
+"""A scope gate around edits of any kind: where it is closed, the base model answers.
 
 The gate decides by the prompt and its image, before anything is edited. Rows of a batch to which the same
 edits apply are computed together under these edits alone, the others by the base model.
@@ -16,18 +16,24 @@ import torch
 
 from unike.backbones.base import Backbone
 from unike.backbones.hooks import guard
+from unike.backbones.images import content_key
 from unike.backbones.routing import RowGroup
 from unike.edits.activity import UNKNOWN, Activity, Decisions
 from unike.edits.base import Edit, Inspection, Unit, compose, find_kind
 from unike.edits.content import Content, merge_contents
 from unike.edits.shares import Shared
 from unike.knowledge.overlap import NextTokens, measure_overlap
+from unike.system.cache import BoundedCache
 from unike.types import EditRequest, ImageLike, Query
 
 # The name of what the gate measures.
 MEASURE = "overlap"
 # How many of the most probable next tokens are compared.
 TOP = 64
+# Of how many rewritten prompts the decision is kept.
+REWRITTEN = 20_000
+# A prompt's overlap with itself may come out a little below 1.
+_ROUNDING = 1e-5
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,10 @@ class GatedMember:
     key: NextTokens
 
 
+def _key_image(image: ImageLike | None) -> str | None:
+    return None if image is None else content_key(image)
+
+
 class GatedEdit(Edit):
     """Edits of any kind, each of which applies where the gate lets it.
 
@@ -65,7 +75,7 @@ class GatedEdit(Edit):
         self._backbone = ref(backbone)
         self._wholes: dict[tuple[int, ...], Edit] = {}
         # A rewritten prompt is no longer the one that was decided on.
-        self._rewritten: dict[tuple[int, str], tuple[int, ...]] = {}
+        self._rewritten = BoundedCache[tuple[str | None, str], tuple[int, ...]](REWRITTEN)
 
     @classmethod
     def wrap(cls, edit: Edit, request: EditRequest, gate: OverlapGate, backbone: Backbone) -> GatedEdit:
@@ -76,34 +86,29 @@ class GatedEdit(Edit):
 
     # ------------------------------------------------------------ decisions
 
-    def choose(self, images: Sequence[ImageLike | None], prompts: Sequence[str]) -> list[tuple[int, ...]]:
-        """The members that apply to each prompt; keeps ``overlaps (B, E)``."""
-        backbone = self._get_backbone()
+    def choose(
+        self,
+        images: Sequence[ImageLike | None],
+        prompts: Sequence[str],
+        backbone: Backbone | None = None,
+    ) -> list[tuple[int, ...]]:
+        """The members that apply to each prompt of a backbone, by default the one that the edit was made on;
+        keeps ``overlaps (B, E)``."""
+        backbone = backbone or self._get_backbone()
         said = [NextTokens(*found) for found in backbone.predict_next(images, prompts, self.gate.tokens, TOP)]
         keys = [member.key for member in self.members]
         overlaps = torch.stack([measure_overlap(tokens, keys) for tokens in said])
         self.overlaps = overlaps
-        open_ = overlaps >= self.gate.threshold
+        open_ = overlaps >= self.gate.threshold - _ROUNDING
         if self.gate.nearest:
             # Of equal ones the last made: it corrects the others.
             last = overlaps.shape[1] - 1 - overlaps.flip(1).argmax(1)
             open_ &= torch.arange(overlaps.shape[1], device=open_.device) == last[:, None]
-        chosen = [tuple(row.nonzero()[:, 0].tolist()) for row in open_]
-        return [
-            self._rewritten.get((id(image), prompt), members)
-            for image, prompt, members in zip(images, prompts, chosen, strict=True)
-        ]
-
-    def group(self, images: Sequence[ImageLike | None], prompts: Sequence[str]) -> list[RowGroup]:
-        """Rows by the members that apply to them."""
-        groups: dict[tuple[int, ...], list[int]] = {}
-        for row, members in enumerate(self.choose(images, prompts)):
-            groups.setdefault(members, []).append(row)
-        return [RowGroup(rows, partial(self._apply_members, members)) for members, rows in groups.items()]
-
-    def _apply_members(self, members: tuple[int, ...]) -> AbstractContextManager[None]:
-        whole = self.join_members(members)
-        return nullcontext() if whole is None else whole.applied(self._get_backbone())
+        out = []
+        for image, prompt, row in zip(images, prompts, open_, strict=True):
+            known = self._rewritten.get((_key_image(image), prompt))
+            out.append(tuple(row.nonzero()[:, 0].tolist()) if known is None else known)
+        return out
 
     def join_members(self, members: tuple[int, ...]) -> Edit | None:
         """Those members as one edit; None for none of them."""
@@ -124,7 +129,10 @@ class GatedEdit(Edit):
     @contextmanager
     def applied(self, backbone: Backbone) -> Iterator[None]:
         last = backbone.layout.layer(len(backbone.layout) - 1)
-        with backbone.use_router(self), guard(last, backbone.prompt.require_announced):
+        with (
+            backbone.use_router(_AppliedGate(self, backbone)),
+            guard(last, backbone.prompt.require_announced),
+        ):
             yield
 
     def rewrite(self, query: Query) -> Query:
@@ -132,7 +140,7 @@ class GatedEdit(Edit):
         whole = self.join_members(members)
         changed = query if whole is None else whole.rewrite(query)
         if changed.prompt != query.prompt:
-            self._rewritten[id(changed.image), changed.prompt] = members
+            self._rewritten.put((_key_image(changed.image), changed.prompt), members)
         return changed
 
     def changes_prefix(self, backbone: Backbone, first: int) -> bool:
@@ -219,13 +227,32 @@ class GatedEdit(Edit):
         return {} if self.overlaps is None else {MEASURE: self.overlaps.amax(1).tolist()}
 
 
+@dataclass(frozen=True, eq=False)
+class _AppliedGate:
+    """A gated edit on the backbone that it is applied to, which may be a copy of the one it was made on."""
+
+    edit: GatedEdit
+    backbone: Backbone
+
+    def group(self, images: Sequence[ImageLike | None], prompts: Sequence[str]) -> list[RowGroup]:
+        """Rows by the members that apply to them."""
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for row, members in enumerate(self.edit.choose(images, prompts, self.backbone)):
+            groups.setdefault(members, []).append(row)
+        return [RowGroup(rows, partial(self._apply, members)) for members, rows in groups.items()]
+
+    def _apply(self, members: tuple[int, ...]) -> AbstractContextManager[None]:
+        whole = self.edit.join_members(members)
+        return nullcontext() if whole is None else whole.applied(self.backbone)
+
+
 def _describe_member(member: GatedMember, inspection: Inspection) -> Activity:
     whole, place = inspection.locate(member)
     assert isinstance(whole, GatedEdit)
     if whole.overlaps is None:
         return UNKNOWN
     overlap = whole.overlaps[0, place].item()
-    return Activity(overlap >= whole.gate.threshold, overlap)
+    return Activity(overlap >= whole.gate.threshold - _ROUNDING, overlap)
 
 
 def _read_gate(values: list[object]) -> OverlapGate:

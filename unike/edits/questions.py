@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from unike.backbones.images import take_image
-from unike.system.text import describe_value
+from unike.system.text import describe_value, is_unicode
 from unike.types import ImageLike, UserError
 
 Locate = Callable[[ImageLike | None], ImageLike | None]
@@ -22,10 +22,8 @@ def check_question(
         raise UserError(f"prompt: expected a text, got {describe_value(prompt)}")
     if not prompt.strip():
         raise UserError("prompt: is empty; expected a question")
-    try:
-        prompt.encode()
-    except UnicodeEncodeError:
-        raise UserError("prompt: half of a surrogate pair, which is no text") from None
+    if not is_unicode(prompt):
+        raise UserError("prompt: half of a surrogate pair, which is no text")
     return locate(image), str(prompt).strip()
 
 

@@ -90,15 +90,35 @@ def check_target(folder: str | os.PathLike[str], split: str) -> None:
         lambda: require_folder(out),
         lambda: require_own(about, _is_about, remedy),
         *(
-            lambda t=task: require_own(get_drawn_file(out, t, split), lambda p: _is_drawn(p, about), remedy)
+            lambda p=path: require_own(p, lambda p: _is_drawn(p, about), remedy)
             for task in TASKS
-        ),
-        *(
-            lambda t=task: require_own(get_probe_file(out, t, split), lambda _: about.is_file(), remedy)
-            for task in TASKS
+            for path in (get_drawn_file(out, task, split), get_probe_file(out, task, split))
         ),
         check_pictures,
     )
+
+
+def check_version(hparams: DataOptions, folder: Path) -> None:
+    """UserError, a line for each split, where another version of the benchmark lies in the folder: it would
+    be read in place of the wanted one."""
+    wanted = hparams.benchmark_version
+    drawn = {about: _read_version(about) for about in (get_about_file(folder, split) for split in SIZES)}
+    problems = [
+        f"{hparams.source}: benchmark_version: {wanted}; {about} is of version {version}; expected another "
+        "image_root, with the files of data in it"
+        for about, version in drawn.items()
+        if version not in (None, wanted)
+    ]
+    if problems:
+        raise UserError(*problems)
+
+
+def _read_version(about: Path) -> object:
+    try:
+        values = json.loads(about.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return values.get("version") if isinstance(values, dict) else None
 
 
 def _is_about(path: Path) -> bool:
@@ -138,7 +158,9 @@ def check_drawing(hparams: DataOptions, undrawn: Sequence[str]) -> None:
     )
     if hparams.image_root is not None:
         out = get_drawing_folder(hparams)
-        problems += collect_problems(*(lambda s=split: check_target(out, s) for split in undrawn))
+        problems += collect_problems(
+            lambda: check_version(hparams, out), *(lambda s=split: check_target(out, s) for split in undrawn)
+        )
         if is_missing:
             problems += collect_problems(lambda: check_lock(get_drawing_lock(out)))
     lost = [package for module, package in _PACKAGES.items() if find_spec(module) is None]

@@ -52,7 +52,16 @@ def check_effects(hparams: HyperParams, given: Sequence[str]) -> None:
         if key in _PROTOCOL_KEYS and hparams.protocol == "one_step":
             remedy = "add --protocol sequential, or cross_task"
             problems.append(f"{hparams.source}: {key}: has no effect with protocol: one_step; {remedy}")
+        if key == "scope_overlap_tokens" and hparams.scope_overlap is None:
+            problems.append(f"{hparams.source}: {key}: has no effect with scope_overlap: null; give both")
+        if key == "benchmark_version" and not hparams.generate_data:
+            problems.append(
+                f"{hparams.source}: {key}: has no effect with generate_data: false; nothing is drawn"
+            )
         for methods, own in _METHOD_KEYS.items():
+            if key == "scope_gate" and hparams.scope_overlap is not None:
+                # The overlap gate of any method reads it.
+                continue
             if key in own and hparams.method in _METHODS - set(methods):
                 what = f"{key}: has no effect with method: {hparams.method}"
                 problems.append(f"{hparams.source}: {what}; it belongs to method: {', '.join(methods)}")

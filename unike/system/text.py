@@ -36,3 +36,12 @@ def unwrap_number(value: object) -> object:
         return value
     item = getattr(value, "item", None)
     return item() if callable(item) else value
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written; half of a surrogate pair cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
