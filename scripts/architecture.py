@@ -320,7 +320,7 @@ def run(argv: Sequence[str] | None) -> int:
         old = [p.name for p, t in wanted.items() if not p.is_file() or p.read_text(encoding="utf-8") != t]
         print(f"out of date: {', '.join(old)}" if old else "up to date")
         return int(bool(old))
-    # The page has our markers; a figure beside a page elsewhere may be somebody's own.
+    # The page has our markers; a figure next to a page elsewhere may be somebody's own.
     require_own(page.parent / FIGURE, contains("<svg"))
     for path, content in wanted.items():
         path.parent.mkdir(parents=True, exist_ok=True)

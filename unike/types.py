@@ -34,7 +34,7 @@ Expectation = Literal["target", "unchanged"]
 
 
 class UserError(Exception):
-    """Something that the user can mend: shown as one line per problem, exit code 2."""
+    """Something that the user can fix: shown as one line per problem, exit code 2."""
 
     def __init__(self, *problems: str) -> None:
         super().__init__("\n".join(problems))
@@ -93,7 +93,7 @@ class EditRequest:
 
 @dataclass(frozen=True)
 class KnowledgeItem:
-    """What an item of a knowledge memory is of: a question with its right and a wrong answer, on a picture
+    """What an item of a knowledge memory is of: a question with its right and a wrong answer, on an image
     of which the file's name is kept, if it has one."""
 
     prompt: str

@@ -1,6 +1,6 @@
-"""The bundled benchmark's version 2: probes that no training imitates, and records told apart by group.
+"""The bundled benchmark's version 2: probes that no training imitates, and records by group.
 
-To version 1's fields it adds a file of further probes beside the annotations (``vqa_eval.probes.json``):
+To version 1's fields it adds a file of further probes next to the annotations (``vqa_eval.probes.json``):
 
 - ``minimal_pair``: the edit's question on an image with the same background, places and other object, where
   only the object asked about (for ``color`` the background, for ``count`` the number) is another one;
@@ -8,7 +8,7 @@ To version 1's fields it adds a file of further probes beside the annotations (`
 - ``m_generality_STYLE``: the rephrased image, made warm, blurred, low in contrast, half gray or dark.
 
 The toy models count objects and name backgrounds right nearly always. So a tenth of the eval records each are
-``count`` and ``color`` edits towards an answer that is not true, told apart as ``counterfactual``.
+``count`` and ``color`` edits towards an answer that is not true; their group is ``counterfactual``.
 
 Train and val show none of the ``UNSEEN`` objects, a fifth of all, and never use the last rephrased wording of
 a question; each eval record says in its groups whether it has one of them, and its kind of question.
@@ -40,7 +40,7 @@ from unike.types import IMAGE_STYLES
 COUNTERFACTUAL_SHARE = 0.1
 # Other numbers than scenes have.
 COUNTS = ("three", "four", "five")
-# Told by name, so that the split does not change with the order of the drawings.
+# Chosen by name, so that the split does not change with the order of the drawings.
 UNSEEN = frozenset(i for i, name in enumerate(NAMES) if zlib.crc32(name.encode()) % 5 == 0)
 
 

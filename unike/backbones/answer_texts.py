@@ -14,7 +14,7 @@ LINE_BREAK = ("\n",)
 
 
 def find_stops(model_name: str) -> tuple[str, ...]:
-    """Where generated answers of a family end, beside its end token."""
+    """Where generated answers of a family end, other than at its end token."""
     return STOPS.get(model_name, LINE_BREAK)
 
 

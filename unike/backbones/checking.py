@@ -34,7 +34,7 @@ Parts = dict[str, tuple[str, ...]]
 @dataclass(frozen=True)
 class Folder:
     """A Hugging Face folder of a whole model: the ``model_type`` and decoders that its config.json may name,
-    where it comes from, and what must lie in it beside weights and tokenizer.
+    where it comes from, and what must lie in it with weights and tokenizer.
 
     ``parts`` are file names, of which one is enough; ``name:key`` is a key in a JSON file.
     """
@@ -229,7 +229,7 @@ def _check_folder(spec: BackboneSpec, whole: bool) -> list[Finding]:
 
 
 def _list_missing_parts(spec: BackboneSpec, whole: bool) -> list[Finding]:
-    """What a folder lacks beside its weights."""
+    """What a folder lacks, its weights aside."""
     tokenizer = _LAVIS_TOKENIZER if spec.backend == "lavis" else _TOKENIZER
     parts = tokenizer | (_WHOLE[spec.model_name].parts if whole else {})
     return [

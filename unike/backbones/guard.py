@@ -127,7 +127,7 @@ class Guard:
         self._acquire()
         try:
             if application.running or application in self._applied:
-                # Left once, it would leave the lock behind for the other time.
+                # Left once, it would keep the lock of the other time for ever.
                 raise UserError("edit: this block is entered already; expected edit.applied(backbone) anew")
             if not self._calls and self.is_bare:
                 self._look()

@@ -21,7 +21,7 @@ DeviceMap = dict[str, int | str]
 VISION = ("vision_model", "qformer", "language_projection", "vision_tower", "multi_modal_projector", "visual")
 # What stays in its own type under `quantization`: bitsandbytes is for language models.
 UNQUANTIZED = (*VISION, "lm_head")
-# What activations and the edits themselves need beside the weights.
+# What activations and the edits themselves need in addition to the weights.
 _FREE_SHARE = 0.9
 
 

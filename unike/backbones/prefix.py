@@ -95,8 +95,8 @@ class PrefixCache:
         """All modules that a state may depend on: none of the edited layers."""
         layout = self.backbone.layout
         edited = (layout.layer(i).modules() for i in range(self.first, len(layout)))
-        behind = {id(module) for modules in edited for module in modules}
-        return [m for m in self.backbone.model.modules() if id(m) not in behind]
+        edited_ids = {id(module) for modules in edited for module in modules}
+        return [m for m in self.backbone.model.modules() if id(m) not in edited_ids]
 
     def _gather(self, queries: Sequence[Query], guard: Guard) -> PrefixState:
         keys = [_make_key(q) for q in queries]
@@ -168,7 +168,7 @@ class PrefixCache:
 def open_prefixes(
     hparams: PrefixOptions, backbone: Backbone, first: int, batch: int | None = None, memory: bool = True
 ) -> PrefixCache:
-    """The cache that the YAML describes, for layer ``first``; vision features are kept beside it.
+    """The cache that the YAML describes, for layer ``first``; vision features are kept with it.
 
     Runs, methods and sweeps of one backbone share the folder ``prefix_dir``. Without ``memory`` the
     states are kept on disk alone: for many queries that are asked once.

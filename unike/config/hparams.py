@@ -73,7 +73,7 @@ class HyperParams(
         """Read a YAML file; ``overrides`` are ``key=value``, ``legacy`` takes the release's own file.
 
         EasyEdit's YAMLs of MEND, SERAC, IKE and FT are known by their keys, with ``legacy`` or without.
-        Relative paths of the file are looked for in the working folder, beside the file, and in its
+        Relative paths of the file are looked for in the working folder, in the file's, and in its
         project; those of ``overrides`` in the working folder alone. All problems of the file and the
         overrides are raised together, as one ``UserError``.
         """

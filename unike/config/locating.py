@@ -14,7 +14,7 @@ _PROJECT_HAS = "run_edit.py"
 
 def locate_paths(values: Mapping[object, object], yaml: str) -> dict[object, object]:
     """The values of a YAML file, each relative path that is not in the working folder replaced by the one
-    beside the YAML or in its project, where it is there.
+    in the YAML's folder or its project, where it is there.
 
     Folders and annotations that are nowhere yet, such as a benchmark that is drawn on first use, belong to
     the project in which another path was found.

@@ -23,7 +23,7 @@ _ADDRESS = re.compile(r"(?:[a-z][a-z0-9+.-]+://|data:[a-z]+/)", re.IGNORECASE)
 # An encoded image of this size would hold hundreds of millions of pixels.
 _FILE_BYTES = 1 << 30
 _MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
-# PyTorch's order, channels first, is told from NumPy's by this.
+# This distinguishes PyTorch's order, channels first, from NumPy's.
 _CHANNELS = (1, 2, 3, 4)
 
 

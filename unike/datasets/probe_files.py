@@ -1,4 +1,4 @@
-"""Further probes of annotations in MMEdit's layout, which lie in a file of their own beside them.
+"""Further probes of annotations in MMEdit's layout, which lie in a file of their own.
 
 ``unike.datasets.derive`` makes such a file from any annotations, and the bundled benchmark's version 2 has
 some; the datasets of ``unike.datasets.mmedit`` ask them.

@@ -151,7 +151,7 @@ def _is_easyedits_order(others: Sequence[Any]) -> bool:
 
 
 def _is_easyedits_without_type(others: Sequence[Any]) -> bool:
-    """Whether ``None, ...`` is EasyEdit's: told by whether images or texts come next."""
+    """Whether ``None, ...`` is EasyEdit's: images or texts that come next show it."""
     fifth = others[1]
     if _are_images(fifth):
         return False

@@ -59,7 +59,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     command("remove", "Remove edits from the store, for good.").add_argument("id", metavar="ID", nargs="+")
     text = (
         "Attach edits, all together and in the store's order, to the model of a YAML, and ask before and\n"
-        "after: each edit's own question, to see which still work beside the others, or only --prompt.\n"
+        "after: each edit's own question, to see which still work with the others, or only --prompt.\n"
         "Nothing is written. A question whose image is gone or has changed is left out, and counted."
     )
     apply = command("apply", text)

@@ -98,7 +98,7 @@ def leave_out_contradicted(edits: Sequence[AnyEdit]) -> list[AnyEdit | None]:
 
 
 def require_yielding(edit: Requested, other: Requested, places: Sequence[int]) -> None:
-    """UserError where an edit keeps the requests at these places beside ``other``, which contradicts them."""
+    """UserError where an edit keeps the requests at these places with ``other``, which contradicts them."""
     if edit.yields_to(other):
         return
     names = ", ".join(one_line(edit.origins[i].id) for i in places)

@@ -48,7 +48,7 @@ class OverlapGate:
 
 @dataclass(frozen=True)
 class GatedMember:
-    """One edit behind the gate, of the request ``id``, with the base model's next tokens at its own
+    """One edit of the gate, made for the request ``id``, with the base model's next tokens at its own
     prompt."""
 
     id: str
@@ -79,7 +79,7 @@ class GatedEdit(Edit):
 
     @classmethod
     def wrap(cls, edit: Edit, request: EditRequest, gate: OverlapGate, backbone: Backbone) -> GatedEdit:
-        """One edit, made for a ``request`` of the backbone, behind a gate."""
+        """One edit, made for a ``request`` of the backbone, with a gate around it."""
         query = request.query
         (found,) = backbone.predict_next([query.image], [query.prompt], gate.tokens, TOP)
         return cls((GatedMember(request.id, edit, NextTokens(*found)),), gate, backbone)

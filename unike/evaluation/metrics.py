@@ -23,7 +23,7 @@ FLUENCY = (
     "(kmeng01/rome, experiments/py/eval_utils_counterfact.py) have it for texts of 100 tokens; answers of "
     "one or two words have none"
 )
-# Under this name records keep, beside the presets, how De-VQA scores its own cells.
+# Under this name records keep, in addition to the presets, how De-VQA scores its own cells.
 DE_VQA = "de_vqa"
 # How many of the most probable tokens the widest of the presets compares.
 RANKS = 10

@@ -103,7 +103,7 @@ class EditMethod(ABC):
             ]
 
     def _gate(self, edit: Edit, backbone: Backbone, request: EditRequest) -> Edit:
-        """The edit, behind the gate that the YAML has for edits of any method, if it has one."""
+        """The edit, with the gate around it that the YAML has for edits of any method, if it has one."""
         least = self.hparams.scope_overlap
         if least is None:
             return edit

@@ -235,7 +235,7 @@ def _inspect_texts(request: RunRequest) -> list[Finding]:
 
 
 def _inspect_targets(request: RunRequest) -> list[Finding]:
-    """Targets that could never be generated, as far as the model's files tell; the loaded model tells all."""
+    """Targets that could never be generated, as far as the model's files show them; the loaded model shows all."""
     if request.is_eval_undrawn or collect_problems(lambda: request.cases):
         # The check of the eval data has them.
         return []
@@ -303,7 +303,7 @@ def _inspect_knowledge(request: RunRequest) -> list[Finding]:
 
 
 def _inspect_shipped(request: RunRequest, folder: Path) -> list[Finding]:
-    """Whether knowledge was made with the YAML's options; whether with its weights, only loading tells."""
+    """Whether knowledge was made with the YAML's options; whether with its weights, only loading shows."""
     try:
         changed = list_changed_options(folder, request.hparams)
     except UserError as error:
@@ -343,7 +343,7 @@ def _inspect_trained(
     request: RunRequest, key: str, what: str, find: Callable[[HyperParams], Path | None]
 ) -> list[Finding]:
     """What is trained on the train records: saved, or to be trained first; whether it fits the weights, only
-    loading tells."""
+    loading shows."""
     try:
         kept = find(request.hparams)
     except UserError as error:

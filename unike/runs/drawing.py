@@ -67,7 +67,7 @@ def get_about_file(folder: str | os.PathLike[str], split: str) -> Path:
 
 
 def get_drawing_lock(folder: str | os.PathLike[str]) -> Path:
-    """The lock of those who draw into a folder: beside it, as it is no part of the data."""
+    """The lock of those who draw into a folder: next to it, as it is no part of the data."""
     return Path(folder).parent / ".drawing.lock"
 
 

@@ -71,7 +71,7 @@ def _is_taken(directory: str | os.PathLike[str]) -> bool:
 
 
 def describe_run(hparams: HyperParams, task: str, generated: bool) -> dict[str, object]:
-    """What a run's records depend on beside weights and data: another run can't be resumed with it."""
+    """What a run's records depend on, weights and data aside: another run can't be resumed with it."""
     return hparams.decisive() | {"task": task, "generated": generated}
 
 

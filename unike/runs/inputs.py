@@ -163,7 +163,7 @@ def _open(
 
 def _require_images(where: str, missing: Sequence[str]) -> None:
     if missing:
-        # The end of a path tells more than its beginning.
+        # The end of a path says more than its beginning.
         shown = [path if len(path) <= 300 else f"...{path[-300:]}" for path in missing[:3]]
         few = ", ".join(shown) + (", ..." if len(missing) > 3 else "")
         found = f"{len(missing)} missing image{'s' if len(missing) > 1 else ''}"

@@ -38,7 +38,7 @@ _KEPT = {
     "scope_dir": ("*/scope.json",),
     "editor_dir": ("*/*/editor.json",),
 }
-# What a model's folder is told apart by.
+# What distinguishes a model's folder.
 _MODEL_FILES = ("config.json", "model.safetensors")
 
 
@@ -100,7 +100,7 @@ def _has_original_files(spec: BackboneSpec) -> bool:
 
 def check_shapes(hparams: HyperParams) -> None:
     """UserError, a line for each, for layers that the decoder has not, and for images smaller than a patch,
-    as far as the model's folder tells."""
+    as far as the model's folder shows."""
     try:
         config = json.loads((Path(hparams.name) / "config.json").read_text(encoding="utf-8"))
         text = config.get("text_config") or config
@@ -137,7 +137,7 @@ def check_folders(hparams: HyperParams, needs: MethodNeeds) -> None:
     problems: list[str] = []
     for key, folder in list_folders(hparams, needs).items():
         try:
-            # Where something is kept, it may be all that is needed; only the model tells.
+            # Where something is kept, it may be all that is needed; only the model shows it.
             is_kept = os.path.isdir(folder) and any(any(Path(folder).glob(p)) for p in _KEPT[key])
             require_place(f"{hparams.source}: {key}: ", folder, is_written=not is_kept)
             _require_same_model(hparams, key, folder)

@@ -28,7 +28,7 @@ from unike.types import Case, UserError
 
 @dataclass(frozen=True)
 class RunRequest:
-    """A YAML with its overrides, and the arguments of ``run_edit.py`` beside it."""
+    """A YAML with its overrides, and the arguments of ``run_edit.py`` with it."""
 
     hparams: HyperParams
     task: str = "vqa"

@@ -21,7 +21,7 @@ _REFUSED = {
     for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "EIO")
     if hasattr(errno, name)
 }
-# A name that no file system takes: whoever gave it is told so.
+# A name that no file system takes: the user gets an error.
 _BAD_NAMES = {errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR}
 _FULL_MEMORY = ("out of memory", "DefaultCPUAllocator", "can't allocate memory", "not enough memory")
 # Both write by themselves and raise errors of their own.

@@ -10,7 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-# A stage's time is told after so long, where more than so much is left.
+# A stage's time is reported after so long, where more than so much is left.
 _MEASURED_SECONDS, _LONG_SECONDS = 3.0, 60.0
 # Called with a stage of a job and how many of its steps are done since the last call.
 Tick = Callable[[str, int], None]

@@ -60,7 +60,7 @@ def find_shipped_model(folder: str | os.PathLike[str]) -> Path | None:
 
 def choose_place(folder: str | os.PathLike[str]) -> Path:
     """Where what belongs into ``folder`` is written. Nothing is added to what is shipped: that goes to the
-    same place in ``<model>.trained``, beside the shipped model's folder."""
+    same place in ``<model>.trained``, next to the shipped model's folder."""
     shipped = find_shipped_model(folder)
     if shipped is None:
         return Path(folder)
