@@ -235,7 +235,7 @@ def _inspect_texts(request: RunRequest) -> list[Finding]:
 
 
 def _inspect_targets(request: RunRequest) -> list[Finding]:
-    """Targets that could never be generated, as far as the model's files show them; the loaded model shows all."""
+    """Targets that could never be generated, as far as the model's files show; the loaded model shows all."""
     if request.is_eval_undrawn or collect_problems(lambda: request.cases):
         # The check of the eval data has them.
         return []
