@@ -242,8 +242,9 @@ def test_a_record_is_asked_inside_and_outside_its_scope() -> None:
 def test_samples_are_the_prompts_states_without_the_answer(world: World) -> None:
     cases = [case(0), case(1)]
     first = len(world.backbone.layout) - 2
-    samples = collect_scope_samples(world.backbone, cases, first, batch=3)
-    again = collect_scope_samples(world.backbone, [case(0, "quite another answer"), case(1)], first, batch=64)
+    others = [case(0, "quite another answer"), case(1)]
+    samples = collect_scope_samples(world.backbone, cases, first, batch=3).load_all()
+    again = collect_scope_samples(world.backbone, others, first, batch=64).load_all()
     assert samples.inside == len(INSIDE)
     assert samples.mask.shape[:2] == (2, len(INSIDE + OUTSIDE))
     assert torch.equal(samples.mask, again.mask)

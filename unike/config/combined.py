@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from unike.config.scope_sections import ScopeClassifierOptions, ScopeStorageOptions
 from unike.config.sections import (
     BackboneOptions,
     DataOptions,
@@ -18,7 +19,6 @@ from unike.config.sections import (
     PrefixOptions,
     ProtocolOptions,
     RetrievalOptions,
-    ScopeClassifierOptions,
     ScopeGateOptions,
     SeedOptions,
     UniKEOptions,
@@ -71,7 +71,7 @@ class KnowledgePreparationOptions(KnowledgeLoadingOptions, KnowledgeKeyOptions, 
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScopePreparationOptions(ScopeClassifierOptions, PrefixOptions):
+class ScopePreparationOptions(ScopeClassifierOptions, ScopeStorageOptions, PrefixOptions):
     """A scope classifier read where it is kept, and trained where it is not."""
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from unike.config import sections
+from unike.config import scope_sections, sections
 from unike.config.schema import Option, Section, list_own_options
 
 # Options that came later than some runs, whose manifests lack them: what these runs did.
@@ -13,6 +13,10 @@ BEFORE_OPTIONS: dict[str, object] = {
     "benchmark_version": 1,
     "scope_overlap": None,
     "scope_overlap_tokens": 1,
+    "scope_patience": None,
+    "scope_tokens": None,
+    "scope_val_every": 50,
+    "scope_width": None,
 }
 # In the order of the documentation, with the heading of each.
 SECTIONS: dict[type[Section], str] = {
@@ -22,8 +26,8 @@ SECTIONS: dict[type[Section], str] = {
     sections.UniKEOptions: "method",
     sections.ScopeGateOptions: "method",
     sections.OverlapGateOptions: "method",
-    sections.ScopeClassifierOptions: "method",
-    sections.ScopeTrainingOptions: "scope classifier training",
+    scope_sections.ScopeClassifierOptions: "method",
+    scope_sections.ScopeTrainingOptions: "scope classifier training",
     sections.PatchOptions: "intrinsic",
     sections.EditTrainingOptions: "intrinsic",
     sections.AnswerOptions: "answers",
@@ -43,6 +47,7 @@ SECTIONS: dict[type[Section], str] = {
     sections.OutputOptions: "run",
     sections.BatchOptions: "run",
     sections.EditBatchOptions: sections.SPEED,
+    scope_sections.ScopeStorageOptions: sections.SPEED,
     sections.PrefixOptions: sections.SPEED,
 }
 OPTIONS: dict[str, Option] = {

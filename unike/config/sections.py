@@ -2,7 +2,8 @@
 
 ``HyperParams`` is each of these sections at once. A function takes the narrowest one that it reads, and
 callers hand their hyper-parameters on as they are: a type checker proves that the function reads nothing
-else. ``combined.py`` has sections made of several; ``options.py`` lists all of them in order.
+else. ``scope_sections.py`` has those of the trained scope classifier, ``combined.py`` sections made of
+several; ``options.py`` lists all of them in order.
 """
 
 from __future__ import annotations
@@ -61,11 +62,6 @@ class BatchOptions(Section):
         switch(), "a result depends on its record alone, not on what else is in a forward pass", True
     )
 
-    @property
-    def states_batch(self) -> int:
-        """Queries in one forward pass where knowledge and scope classifiers are trained."""
-        return 1 if self.batch_invariant else self.eval_batch
-
 
 @dataclass(frozen=True, kw_only=True)
 class PrefixOptions(BatchOptions):
@@ -78,6 +74,17 @@ class PrefixOptions(BatchOptions):
         nullable(text()), "folder of cached lower-layer activations, shared by runs; null: none", None
     )
     prefix_disk_gb: float = option(number(low=0, high=1e6), "most GB that prefix_dir may take", 20.0)
+    prepare_batch: int | None = option(
+        nullable(whole(low=1)),
+        "queries in one forward pass where knowledge and scope classifiers are prepared, which may change "
+        "their last digits; 1: each query alone; null: eval_batch",
+        None,
+    )
+
+    @property
+    def states_batch(self) -> int:
+        """Queries in one forward pass where knowledge and scope classifiers are prepared."""
+        return self.prepare_batch or self.eval_batch
 
 
 # ---------------------------------------------------------------- backbone
@@ -304,7 +311,7 @@ class IKEOptions(Section):
     )
 
 
-# ---------------------------------------------------------------- knowledge and scope classifier
+# ---------------------------------------------------------------- knowledge
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -346,27 +353,6 @@ class RetrievalOptions(Section):
     retrieval_exact_up_to: int = option(
         whole(low=0), "retrieval: auto searches up to so many items exactly", 50_000
     )
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScopeTrainingOptions(SeedOptions):
-    """Training of a scope classifier; with the seed, all options that its weights depend on."""
-
-    scope_hidden: int | None = option(nullable(whole(low=1)), "hidden width; null: twice the decoder's", None)
-    scope_dim: int = option(whole(low=1), "output width, in which similarity is computed", 128)
-    scope_heads: int = option(whole(low=1), "attention heads over the prompt's tokens", 4)
-    scope_records: int = option(whole(low=20), "most train records used", 2000)
-    scope_steps: int = option(whole(low=0), "training steps", 1000)
-    scope_batch: int = option(whole(low=2), "records per batch", 64)
-    scope_lr: float = option(number(low=0, above=True), "learning rate", 1e-3)
-    scope_tau: float = option(number(low=0, above=True), "contrastive temperature", 0.1)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScopeClassifierOptions(ScopeTrainingOptions):
-    """A scope classifier: its training, and where it is kept."""
-
-    scope_dir: str | None = option(nullable(text()), "folder of trained scope classifiers", None)
 
 
 # ---------------------------------------------------------------- meta-learned editors

@@ -54,6 +54,8 @@ def check_effects(hparams: HyperParams, given: Sequence[str]) -> None:
             problems.append(f"{hparams.source}: {key}: has no effect with protocol: one_step; {remedy}")
         if key == "scope_overlap_tokens" and hparams.scope_overlap is None:
             problems.append(f"{hparams.source}: {key}: has no effect with scope_overlap: null; give both")
+        if key == "scope_val_every" and hparams.scope_patience is None:
+            problems.append(f"{hparams.source}: {key}: has no effect with scope_patience: null; give both")
         if key == "benchmark_version" and not hparams.generate_data:
             problems.append(
                 f"{hparams.source}: {key}: has no effect with generate_data: false; nothing is drawn"

@@ -13,12 +13,11 @@ from typing import TYPE_CHECKING
 
 from unike.config.combined import TrainedPartsOptions
 from unike.config.hparams import HyperParams
+from unike.config.scope_sections import ScopeClassifierOptions, ScopeTrainingOptions
 from unike.config.sections import (
     EditorOptions,
     EditorTrainingOptions,
     KnowledgeOptions,
-    ScopeClassifierOptions,
-    ScopeTrainingOptions,
 )
 from unike.methods.registry import MethodNeeds
 from unike.system.files import read_index
@@ -31,6 +30,9 @@ if TYPE_CHECKING:
 Facts = dict[str, object]
 # Marks the folder of a model that is shipped with what was trained for it.
 SHIPPED = ".shipped"
+# The width of a scope classifier's attention, unless the YAML names one: for a decoder of width 4,096 it has
+# 4 M parameters then, and 118 M with attention as wide as the decoder.
+WIDEST = 512
 _TRAINED = ".trained"
 
 
@@ -153,10 +155,25 @@ def find_editor(hparams: EditorOptions, facts: Facts | None = None) -> Path | No
 def describe_scope(hparams: ScopeTrainingOptions, backbone: Backbone | None = None, first: int = 0) -> Facts:
     """What a trained classifier belongs to: options, and with ``backbone`` its weights and the layer."""
     options = hparams.get_values(ScopeTrainingOptions) | {"seed": hparams.seed}
+    if hparams.scope_patience is None:
+        del options["scope_val_every"]
+    # Classifiers from before these options existed have none.
+    for name in ("scope_width", "scope_tokens", "scope_patience"):
+        if options[name] is None:
+            del options[name]
     facts: Facts = {"options": options}
     if backbone is not None:
         facts |= {"backbone": backbone.fingerprint, "layer": first}
+        if (inner := choose_inner_width(hparams, backbone.layout.width)) is not None:
+            facts["width"] = inner
     return facts
+
+
+def choose_inner_width(hparams: ScopeTrainingOptions, width: int) -> int | None:
+    """The width that a decoder's states are projected to, before the classifier attends to them; None where
+    it attends to them as they are."""
+    wanted = min(width, WIDEST) if hparams.scope_width is None else hparams.scope_width
+    return None if wanted == width else wanted
 
 
 def find_scope_classifier(hparams: ScopeClassifierOptions, facts: Facts | None = None) -> Path | None:

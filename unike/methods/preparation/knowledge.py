@@ -9,9 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from safetensors import safe_open
@@ -19,19 +18,20 @@ from safetensors.torch import save_file
 
 from unike.backbones.base import Backbone
 from unike.backbones.hooks import capture
-from unike.backbones.prefix import PrefixCache, open_prefixes
+from unike.backbones.prefix import PrefixCache
 from unike.config.combined import (
     KnowledgeKeyOptions,
     KnowledgeLoadingOptions,
     KnowledgePreparationOptions,
     KnowledgeTrainingOptions,
 )
-from unike.config.sections import EncoderOptions
+from unike.config.sections import EncoderOptions, PrefixOptions
 from unike.datasets.answers import normalise_answer
 from unike.datasets.triplets import Triplet
 from unike.edits import LayerKnowledge
 from unike.knowledge.encoders import Disentangler, FitReport, KnowledgeStates, fit
 from unike.knowledge.index import open_memory
+from unike.methods.preparation.batches import group_by_length, open_preparation
 from unike.methods.preparation.folders import Facts, choose_place, require_own_files
 from unike.system import processes
 from unike.system.faults import release_memory
@@ -44,8 +44,6 @@ from unike.system.files import (
 )
 from unike.system.progress import Tick, ignore_progress
 from unike.types import KnowledgeItem, Query, UserError
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -72,17 +70,16 @@ def collect_wrong_answers(
     unknown = [i for i, t in enumerate(triplets) if t.wrong is None]
 
     def ask(part: list[int]) -> list[str]:
-        queries = [triplets[i].query for i in part]
+        queries = [triplets[unknown[i]].query for i in part]
         return backbone.generate([q.image for q in queries], [q.prompt for q in queries])
 
-    parts = processes.spread(_split(unknown, batch), ask, lambda p: tick("asking for wrong answers", len(p)))
-    for i, text in zip(unknown, (text for part in parts for text in part), strict=True):
-        answers[i] = _keep_if_wrong(text, triplets[i])
+    questions = [replace(triplets[i].query, target=None) for i in unknown]
+    batches = group_by_length(backbone, questions, batch)
+    parts = processes.spread(batches, ask, lambda p: tick("asking for wrong answers", len(p)))
+    for part, texts in zip(batches, parts, strict=True):
+        for i, text in zip(part, texts, strict=True):
+            answers[unknown[i]] = _keep_if_wrong(text, triplets[unknown[i]])
     return answers
-
-
-def _split(items: Sequence[T], size: int) -> list[list[T]]:
-    return [list(items[start : start + size]) for start in range(0, len(items), size)]
 
 
 def _keep_if_wrong(answer: str, triplet: Triplet) -> str | None:
@@ -111,22 +108,27 @@ def extract_states(
         raise UserError("knowledge triplets: none has a wrong answer (field `pred`); expected at least one")
     prefixes = prefixes or PrefixCache(backbone, min(layers), max_bytes=0)
 
-    def read(part: list[tuple[Query, Query]]) -> dict[int, list[torch.Tensor]]:
-        positive = _read_ends(backbone, prefixes, [p for p, _ in part], layers)
-        negative = _read_ends(backbone, prefixes, [n for _, n in part], layers)
-        found = {i: [positive[i][0], positive[i][1], negative[i][1], positive[i][2]] for i in layers}
-        # What is sent to other processes would come back on this one's device.
-        return {i: [t.cpu() for t in own] for i, own in found.items()} if processes.has_joined() else found
+    # The right answers' queries first, then the wrong ones'.
+    queries = [query for kind in zip(*pairs, strict=True) for query in kind]
+    batches = group_by_length(backbone, queries, batch)
 
-    parts = processes.spread(
-        _split(pairs, batch), read, lambda part: tick("extracting knowledge states", len(part))
-    )
+    def read(part: list[int]) -> dict[int, list[torch.Tensor]]:
+        found = _read_ends(backbone, prefixes, [queries[i] for i in part], layers)
+        # What is sent to other processes would come back on this one's device.
+        return {i: [t.cpu() if processes.has_joined() else t for t in own] for i, own in found.items()}
+
+    def notify(part: list[int]) -> None:
+        tick("extracting knowledge states", sum(i < len(pairs) for i in part))
+
+    parts = processes.spread(batches, read, notify)
+    order = torch.tensor([i for part in batches for i in part]).argsort()
     out, items = {}, tuple(_make_item(t, w) for t, w in usable)
     for i in layers:
-        sem, pos, neg, ffn = (
-            torch.cat([p[i][j] for p in parts]).to(backbone.device).float() for j in range(4)
+        prompts, ends, ffn = (
+            torch.cat([p[i][j] for p in parts])[order].to(backbone.device).float() for j in range(3)
         )
-        out[i] = LayerStates(KnowledgeStates(sem, pos, neg), ffn, items)
+        pos, neg = ends.chunk(2)
+        out[i] = LayerStates(KnowledgeStates(prompts[: len(pairs)], pos, neg), ffn[: len(pairs)], items)
     return out
 
 
@@ -197,8 +199,7 @@ def ensure_knowledge(
         keyed = folder = next((p for p in places if (p / "knowledge.json").is_file()), list(places)[-1])
         if not processes.run_once(lambda: _fits(keyed, facts, layers)):
             require_own_files(keyed, "knowledge.safetensors", "knowledge.json", "items.jsonl")
-            prefixes = open_prefixes(hparams, backbone, min(layers), memory=False)
-            states = extract_states(backbone, collected, layers, hparams.states_batch, tick, prefixes)
+            states = _extract(backbone, collected, layers, hparams, tick)
             processes.run_once(
                 lambda: save_knowledge(keyed, states, *fit_encoders(states, hparams, tick), facts)
             )
@@ -249,9 +250,19 @@ def build_knowledge(
     tick: Tick = ignore_progress,
 ) -> tuple[dict[int, LayerStates], dict[int, Disentangler], dict[int, FitReport]]:
     """States and trained encoders by layer, with a report of each training."""
-    prefixes = open_prefixes(hparams, backbone, min(layers), memory=False)
-    states = extract_states(backbone, triplets, layers, hparams.states_batch, tick, prefixes)
+    states = _extract(backbone, triplets, layers, hparams, tick)
     return states, *fit_encoders(states, hparams, tick)
+
+
+def _extract(
+    backbone: Backbone,
+    triplets: Sequence[Triplet],
+    layers: Sequence[int],
+    hparams: PrefixOptions,
+    tick: Tick,
+) -> dict[int, LayerStates]:
+    with open_preparation(hparams, backbone, min(layers)) as prefixes:
+        return extract_states(backbone, triplets, layers, hparams.states_batch, tick, prefixes)
 
 
 def fit_encoders(
