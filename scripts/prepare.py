@@ -3,6 +3,7 @@ scope classifier for UniKE, the meta-learned editor for KE, MEND and SERAC. A ki
 continues.
 
 python -m scripts.prepare --hparams_dir hparams/blip2.yaml
+python -m scripts.prepare --hparams_dir hparams/scoped/llava.yaml --check    # what it will take
 """
 
 from __future__ import annotations
@@ -28,10 +29,12 @@ from unike.methods.preparation.knowledge import find_knowledge
 from unike.methods.registry import resolve_needs_if_valid
 from unike.report.terminal import as_text
 from unike.runs import checks, inputs
+from unike.runs.check import format_findings
+from unike.runs.costs import describe_costs
 from unike.runs.drawing import check_drawing, get_drawing_folder, list_missing_splits, wants_drawing
 from unike.system import launching, processes
 from unike.system.arguments import ArgumentParser
-from unike.system.findings import require
+from unike.system.findings import Finding, collect_problems, require
 from unike.types import UserError
 
 
@@ -57,6 +60,18 @@ def require_inputs(hparams: HyperParams) -> None:
     elif needs.knowledge or (needs.training and wants_cases(hparams, needs)):
         found.append(lambda: inputs.find_train_annotations(hparams))
     require(*found)
+
+
+def report_check(hparams: HyperParams) -> int:
+    """Prints whether all that preparation needs is there, and what it will take: bytes of states, parameters,
+    forward passes, seconds. The exit code: 0, or 2 where it would end before it starts."""
+    found = checks.find_all(checks.RunRequest(hparams), checks.MODEL_CHECKS)
+    known = {line for finding in found if not finding.ok for line in (finding.what, finding.line)}
+    problems = collect_problems(lambda: require_inputs(hparams))
+    found += [Finding(False, problem) for problem in problems if problem not in known]
+    found += describe_costs(hparams, resolve_needs_if_valid(hparams))
+    print(*format_findings(found), sep="\n")
+    return 2 if any(not finding.ok for finding in found) else 0
 
 
 def load(hparams: HyperParams) -> Backbone:
@@ -89,6 +104,8 @@ def train_editor(hparams: HyperParams, needs: MethodNeeds, skip_broken: bool) ->
 
 def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
     hparams = HyperParams.from_hparams(args.hparams_dir, args.overrides)
+    if args.check:
+        return report_check(hparams)
     if launching.wants_launch(args.num_processes):
         return launching.launch(args.num_processes, main, argv)
     processes.join(hparams.device)
@@ -116,6 +133,9 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
             print(
                 f"scope among {size} edits, threshold {learnt['thresholds'][size]:.2f}, accuracy: {right}, %"
             )
+        if course := learnt.get("training"):
+            spent = f"{course['steps']} steps, {course['record_visits']} record visits, {course['seconds']} s"
+            print(f"stopped by {course['stopped']} after {spent}; kept: step {course['best_step']}")
         print(f"scope: {kept}")
     return 0
 
@@ -124,6 +144,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--hparams_dir", required=True, metavar="FILE")
     parser.add_argument("--skip_broken", action="store_true")
+    parser.add_argument("--check", action="store_true", help="check the inputs and estimate what it takes")
     parser.add_argument("--num_processes", type=int, metavar="N", help="processes that share the work")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     argv = sys.argv[1:] if argv is None else argv

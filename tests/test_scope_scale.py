@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from test_scope import case, encoder, hparams, learnable, randn
 from torch import nn
 from worlds import World
 
+from scripts import prepare
 from unike.config.hparams import HyperParams
 from unike.datasets.triplets import make_triplets
 from unike.knowledge.scope import (
@@ -36,11 +38,16 @@ from unike.methods.preparation.batches import group_by_length, open_preparation
 from unike.methods.preparation.folders import choose_inner_width, describe_scope, find_scope_classifier
 from unike.methods.preparation.knowledge import extract_states
 from unike.methods.preparation.scope import (
+    INSIDE,
+    OUTSIDE,
     build_scope_queries,
     collect_scope_samples,
     ensure_scope,
     make_scope_encoder,
 )
+from unike.methods.registry import MethodNeeds
+from unike.runs import costs
+from unike.runs.costs import TEXT_TOKENS, estimate_scope, read_model_size
 from unike.runs.inspecting import check_effects
 from unike.types import UserError
 
@@ -479,3 +486,81 @@ def test_what_does_not_fit_is_said(world: World, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="scope_val_every: has no effect with scope_patience: null"):
         check_effects(hparams(tmp_path, scope_val_every=7), ["scope_val_every"])
     check_effects(hparams(tmp_path, scope_val_every=7, scope_patience=2), ["scope_val_every"])
+
+
+# ---------------------------------------------------------------- what it takes, beforehand
+
+
+def write_config(folder: Path) -> HyperParams:
+    """LLaVA-1.5-7B's sizes."""
+    text = {
+        "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "vocab_size": 32064,
+        "intermediate_size": 11008,
+    }  # fmt: skip
+    vision = {"hidden_size": 1024, "num_hidden_layers": 24, "image_size": 336, "patch_size": 14}
+    config = {"text_config": text, "vision_config": vision}
+    (folder / "config.json").write_text(json.dumps(config))
+    changes = [f"name={folder}", f"scope_dir={folder / 'scope'}", "device=cpu", "dtype=float32"]
+    return HyperParams.from_hparams(ROOT / "hparams/scoped/llava.yaml", changes)
+
+
+def test_costs_against_arithmetic(tmp_path: Path) -> None:
+    options = write_config(tmp_path)
+    size = read_model_size(options)
+    assert size is not None
+    assert size.image_tokens + TEXT_TOKENS == 636
+    # The published size, without the vision encoder.
+    assert size.decoder == pytest.approx(6.74e9 - 4096 * 32000, rel=2e-3)
+    cost = estimate_scope(options, size)
+    queries = len(INSIDE + OUTSIDE)
+    assert cost.states == 2000 * queries * 32 * 4096 * 2
+    assert cost.memory == min(2 * 10**9, cost.states) == cost.states - cost.disk
+    assert cost.parameters == count_parameters(4096, options)
+    whole = estimate_scope(replace(options, scope_tokens=None, scope_width=4096), size)
+    # What the classifier took before.
+    assert whole.states == 2000 * queries * 636 * 4096 * 2 > 80e9
+    assert whole.parameters > 118_000_000
+    assert whole.training_flops > 100 * cost.training_flops
+    half = estimate_scope(replace(options, scope_records=1000, scope_memory_gb=0.5), size)
+    assert (half.states * 2, half.memory) == (cost.states, 5 * 10**8)
+
+
+@pytest.mark.parametrize("changes", [{}, {"scope_width": 96, "scope_hidden": 33}, {"scope_width": 192}])
+def test_parameters_are_counted_without_the_classifier(changes: dict[str, int]) -> None:
+    options = HyperParams.from_dict({"model_name": "blip2", "name": "unused", **changes})
+    for width in (192, *WIDTHS):
+        assert costs.count_parameters(options, width) == count_parameters(width, options)
+
+
+def test_the_notes_say_what_does_not_fit(tmp_path: Path) -> None:
+    options, needs = write_config(tmp_path), MethodNeeds(knowledge=True, scope=True)
+    notes = [f.line for f in costs.describe_costs(options, needs)]
+    assert any("scope states: at most 2000 records" in n and "in memory" in n for n in notes)
+    assert any("4.1 M parameters" in n and "forward passes, about" in n and "GFLOP/s" in n for n in notes)
+    assert any("memory and encoders: at most 30000 forward passes" in n for n in notes)
+    assert not any("scope_disk_gb" in n for n in notes)
+    whole = replace(options, scope_tokens=None)
+    assert any(
+        "more than scope_disk_gb: 20; set scope_tokens" in f.line for f in costs.describe_costs(whole, needs)
+    )
+    assert costs.describe_costs(options, MethodNeeds()) == []
+    (tmp_path / "config.json").write_text("{}")
+    assert costs.describe_costs(options, needs) == []
+
+
+def test_prepare_checks_without_a_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(prepare, "load", lambda _: pytest.fail("loads a model"))
+    yaml = ["--hparams_dir", "hparams/scoped/tiny_blip2.yaml", "--check"]
+    assert prepare.main([*yaml, f"scope_dir={tmp_path}", "scope_tokens=16"]) == 0
+    shown = capsys.readouterr().out
+    assert "x 16 states x 192 in half precision" in shown
+    assert shown.rstrip().endswith("ready to run")
+    # What is there takes nothing.
+    assert prepare.main(yaml) == 0
+    assert "scope states" not in capsys.readouterr().out
+    assert prepare.main([*yaml, "name=/nowhere"]) == 2
+    assert "✗" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
