@@ -82,9 +82,15 @@ def train_editor(hparams: HyperParams, needs: MethodNeeds, skip_broken: bool) ->
         return 0
     folder = find_editor(hparams)
     report = json.loads((Path(str(folder)) / "editor.json").read_text(encoding="utf-8"))["training"]
-    print(f"{len(cases)} records, {report['step']} steps; best validation {report['best']:.4f}", end="")
-    print(f" after {report['best_step']}\neditor: {folder}")
+    print(f"{len(cases)} records, {describe_training(report)}\neditor: {folder}")
     return 0
+
+
+def describe_training(report: Mapping[str, Any]) -> str:
+    """The ``training`` of an ``editor.json`` in one line: how long, how good, and what ended it."""
+    cost = f"{report['step']} steps, {report['visits']} record visits, {report['seconds']:.0f} s"
+    best = f"best validation {report['best']:.4f} after {report['best_step']} steps"
+    return f"{cost}; {best}; stopped: {report['stopped']}"
 
 
 def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
