@@ -95,11 +95,19 @@ def train_editor(hparams: HyperParams, needs: MethodNeeds, skip_broken: bool) ->
     runs.assemble(hparams, backbone, cases=lambda: cases)
     if not processes.is_main():
         return 0
+    if needs.scope:
+        report_scope(hparams)
     folder = find_editor(hparams)
     report = json.loads((Path(str(folder)) / "editor.json").read_text(encoding="utf-8"))["training"]
-    print(f"{len(cases)} records, {report['step']} steps; best validation {report['best']:.4f}", end="")
-    print(f" after {report['best_step']}\neditor: {folder}")
+    print(f"{len(cases)} records, {describe_training(report)}\neditor: {folder}")
     return 0
+
+
+def describe_training(report: Mapping[str, Any]) -> str:
+    """The ``training`` of an ``editor.json`` in one line: how long, how good, and what ended it."""
+    cost = f"{report['step']} steps, {report['visits']} record visits, {report['seconds']:.0f} s"
+    best = f"best validation {report['best']:.4f} after {report['best_step']} steps"
+    return f"{cost}; {best}; stopped: {report['stopped']}"
 
 
 def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
@@ -113,9 +121,15 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
     needs = resolve_needs(hparams)
     if needs.training:
         return train_editor(hparams, needs, args.skip_broken)
-    if not needs.knowledge:
+    if not needs.knowledge and not needs.scope:
         raise UserError(f"{hparams.source}: method: {hparams.method} with these options needs no knowledge")
     backbone = load(hparams)
+    if needs.gate_scope:
+        cases = processes.run_in_turn(lambda: inputs.read_train_cases(hparams, args.skip_broken))
+        runs.assemble(hparams, backbone, cases=lambda: cases)
+        if processes.is_main():
+            report_scope(hparams)
+        return 0
     triplets = processes.run_in_turn(lambda: inputs.read_triplets(hparams, skip_broken=args.skip_broken))
     layers = build(hparams).layers(backbone)
     runs.prepare(hparams, backbone, layers, triplets=lambda: triplets)
@@ -126,18 +140,21 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
     print(as_text(make_fit_table(index["fit"], f"{len(triplets)} triplets")))
     print(f"memory and encoders: {folder}")
     if needs.scope:
-        kept = Path(str(find_scope_classifier(hparams)))
-        learnt = json.loads((kept / "scope.json").read_text(encoding="utf-8"))
-        for size, shares in learnt["held_out"].items():
-            right = ", ".join(f"{name} {100 * share:.1f}" for name, share in shares.items())
-            print(
-                f"scope among {size} edits, threshold {learnt['thresholds'][size]:.2f}, accuracy: {right}, %"
-            )
-        if course := learnt.get("training"):
-            spent = f"{course['steps']} steps, {course['record_visits']} record visits, {course['seconds']} s"
-            print(f"stopped by {course['stopped']} after {spent}; kept: step {course['best_step']}")
-        print(f"scope: {kept}")
+        report_scope(hparams)
     return 0
+
+
+def report_scope(hparams: HyperParams) -> None:
+    """Prints the scope classifier's thresholds, and how well it was trained."""
+    kept = Path(str(find_scope_classifier(hparams)))
+    learnt = json.loads((kept / "scope.json").read_text(encoding="utf-8"))
+    for size, shares in learnt["held_out"].items():
+        right = ", ".join(f"{name} {100 * share:.1f}" for name, share in shares.items())
+        print(f"scope among {size} edits, threshold {learnt['thresholds'][size]:.2f}, accuracy: {right}, %")
+    if course := learnt.get("training"):
+        spent = f"{course['steps']} steps, {course['record_visits']} record visits, {course['seconds']} s"
+        print(f"stopped by {course['stopped']} after {spent}; kept: step {course['best_step']}")
+    print(f"scope: {kept}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

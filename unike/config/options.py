@@ -11,6 +11,8 @@ from unike.config.schema import Option, Section, list_own_options
 BEFORE_OPTIONS: dict[str, object] = {
     "answer_end": "none",
     "benchmark_version": 1,
+    "mend_scale_lr": None,
+    "scope_layer": None,
     "scope_overlap": None,
     "scope_overlap_tokens": 1,
     "scope_patience": None,

@@ -207,8 +207,9 @@ class ScopeGateOptions(Section):
         0.5,
     )
     scope_measure: str = option(
-        choice("cosine", "trained"),
-        "similarity to the edit's prompt: cosine of hidden states, or a trained scope classifier",
+        choice("cosine", "trained", "overlap", "both"),
+        "similarity to the edit's prompt: cosine of hidden states (UniKE alone), a trained scope "
+        "classifier's, the overlap of the unedited model's next tokens, or both of these",
         "cosine",
     )
     scope_halves: str = option(
@@ -230,6 +231,12 @@ class OverlapGateOptions(Section):
     )
     scope_overlap_tokens: int = option(
         whole(low=1, high=64), "tokens along the unedited model's answer that are compared", 1
+    )
+    scope_layer: int | None = option(
+        nullable(whole(low=0)),
+        "decoder layer whose input the scope classifier of a gate around edits reads; null: the first edited "
+        "one",
+        None,
     )
 
 
@@ -364,13 +371,16 @@ class EditorTrainingOptions(MethodOptions, ClipOptions, AnswerOptions, SeedOptio
 
     editor_rank: int = option(whole(low=1), "inner width of the editor networks", 96)
     editor_probes: str = option(
-        choice("five", "all"),
-        "probes of a train record that are trained on: the five metrics', or all",
+        choice("five", "all", "recombined", "easyedit"),
+        "probes of a train record that are trained on: the five metrics', all, the scope classifier's "
+        "recombinations of them, or the five without M-Locality, as EasyEdit trains SERAC",
         "five",
     )
     edit_scale: float = option(number(low=0, above=True), "step size of an untrained editor", 1e-2)
     editor_lr: float = option(number(low=0, above=True), "learning rate of the editor", 1e-3)
-    editor_steps: int = option(whole(low=0), "most training steps", 2000)
+    editor_steps: int = option(
+        whole(low=0), "most training steps, a cap: training should end by editor_patience", 2000
+    )
     editor_batch: int = option(whole(low=1), "records per training step, gradients summed", 4)
     editor_val_every: int = option(whole(low=1), "training steps between validations", 100)
     editor_val_cases: int = option(whole(low=1), "held-out train records in a validation", 60)
@@ -380,6 +390,11 @@ class EditorTrainingOptions(MethodOptions, ClipOptions, AnswerOptions, SeedOptio
     c_edit: float = option(number(low=0), "weight of the loss on the edit and its neighbours", 0.1)
     c_loc: float = option(number(low=0), "weight of the loss on unrelated probes", 1.0)
     ke_margin: float = option(number(low=0), "KE: change on unrelated probes that costs nothing", 1e-3)
+    mend_scale_lr: float | None = option(
+        nullable(number(low=0, above=True)),
+        "MEND: learning rate of its step sizes, of which it learns the logarithms; null: editor_lr",
+        None,
+    )
     serac_scope: str = option(
         choice("text", "multimodal"),
         "what SERAC's scope classifier reads: the text, or the image too",

@@ -101,18 +101,22 @@ class ScopeEncoder(nn.Module):
 @dataclass(frozen=True)
 class TrainedScope:
     """A trained scope classifier: its encoder, and by the number of edits in memory the similarity from which
-    on a prompt is in an edit's scope. Among more edits an unrelated prompt more easily finds one."""
+    on a prompt is in an edit's scope. Among more edits an unrelated prompt more easily finds one.
+
+    ``strict`` are the thresholds of edits to questions with few possible answers, if they have others."""
 
     encoder: ScopeEncoder
     thresholds: Mapping[int, float]
+    strict: Mapping[int, float] = field(default_factory=dict)
 
-    def find_threshold(self, edits: int) -> float:
+    def find_threshold(self, edits: int, are_few: bool = False) -> float:
         """The threshold for ``edits`` edits: interpolated by the logarithm between the sizes that were
-        measured, the last one's beyond them."""
-        sizes = sorted(self.thresholds)
+        measured, the last one's beyond them. ``are_few``: whether few answers are possible."""
+        measured = self.strict if are_few and self.strict else self.thresholds
+        sizes = sorted(measured)
         below = max((size for size in sizes if size <= edits), default=sizes[0])
         above = min((size for size in sizes if size >= edits), default=sizes[-1])
-        low, high = self.thresholds[below], self.thresholds[above]
+        low, high = measured[below], measured[above]
         if below >= above:
             return low if edits >= below else high
         return low + (high - low) * math.log(edits / below) / math.log(above / below)

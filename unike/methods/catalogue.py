@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from unike.config.combined import KnowledgeUseOptions
 from unike.config.hparams import HyperParams
 from unike.config.schema import Section
-from unike.config.sections import IKEOptions, PatchLossOptions, ScopeGateOptions
+from unike.config.sections import IKEOptions, OverlapGateOptions, PatchLossOptions, ScopeGateOptions
 from unike.types import Case, UserError
 
 # Reads the training split's cases when they are first needed.
@@ -44,6 +44,8 @@ class Entry:
     check: Callable[[HyperParams], None] = accept
     needs_scope: Predicate = needs_none
     trainable: bool | None = False
+    # Whether the method decides by the YAML's gate itself; all others get that gate around their edits.
+    uses_own_gate: Predicate = needs_none
 
     def make(self, hparams: HyperParams, knowledge: object, cases: CaseSource) -> object:
         """An instance of the method; ``cases`` is handed to a factory that takes it."""
@@ -66,13 +68,27 @@ def uses_knowledge(hparams: KnowledgeUseOptions) -> bool:
 
 
 def uses_scope(hparams: ScopeGateOptions) -> bool:
-    """Whether UniKE's gate uses the trained scope classifier."""
+    """Whether UniKE's own gate uses the trained scope classifier."""
     return hparams.scope_gate != "none" and hparams.scope_measure == "trained"
 
 
+def uses_own_gate(hparams: ScopeGateOptions) -> bool:
+    """Whether UniKE decides on a prompt itself, in the first edited layer; it knows these measures."""
+    return hparams.scope_gate != "none" and hparams.scope_measure in ("cosine", "trained")
+
+
+def check_gate(hparams: OverlapGateOptions, measure: str) -> None:
+    """UserError for a gate around edits that has nothing to open at, or that no such gate can measure."""
+    at = f"{hparams.source}: scope_measure: {measure}"
+    if measure == "cosine":
+        raise UserError(f"{at}: is UniKE's own; expected trained, overlap or both")
+    if measure != "trained" and hparams.scope_overlap is None:
+        raise UserError(f"{at}: expected a number as scope_overlap")
+
+
 def check_scope(hparams: ScopeGateOptions) -> None:
-    """UserError for a gate without a threshold to open at."""
-    gated = hparams.scope_gate != "none" and not uses_scope(hparams)
+    """UserError for a gate of UniKE's own without a threshold to open at."""
+    gated = uses_own_gate(hparams) and not uses_scope(hparams)
     if gated and hparams.scope_threshold is None:
         at = f"{hparams.source}: scope_threshold: null"
         raise UserError(f"{at}; expected a number with scope_measure: {hparams.scope_measure}")
@@ -119,7 +135,13 @@ def check_sentence_model(hparams: IKEOptions) -> None:
 # ---------------------------------------------------------------- the methods
 
 BUILT_IN = {
-    "unike": Entry("unike.methods.unike:UniKE", uses_knowledge, check=check_scope, needs_scope=uses_scope),
+    "unike": Entry(
+        "unike.methods.unike:UniKE",
+        uses_knowledge,
+        check=check_scope,
+        needs_scope=uses_scope,
+        uses_own_gate=uses_own_gate,
+    ),
     "ft": Entry("unike.methods.ft:FineTuning", check=check_plain_weights),
     "ike": Entry(
         "unike.methods.ike:InContextEditing", needs_cases=uses_demonstrations, check=check_sentence_model

@@ -99,8 +99,8 @@ def _is_items(path: Path) -> bool:
 def wants_cases(hparams: TrainedPartsOptions, needs: MethodNeeds) -> bool:
     """Whether train annotations are needed for an editor or a scope classifier that is still to be
     trained."""
-    if needs.training:
-        return find_editor(hparams) is None
+    if needs.training and find_editor(hparams) is None:
+        return True
     return needs.scope and find_scope_classifier(hparams) is None
 
 
@@ -127,14 +127,19 @@ def list_changed_options(folder: Path, hparams: HyperParams) -> list[str]:
 
 
 def list_editor_options(hparams: EditorTrainingOptions) -> Facts:
-    """The options that a trained editor depends on: of KE's and SERAC's own ones, those of its method."""
+    """The options that a trained editor depends on: of those that one method alone has, its own."""
     shared: Facts = {"method": hparams.method, "clip_norm": hparams.clip_norm, "seed": hparams.seed}
     if hparams.answer_end != "none":
         # Editors from before this option existed have none.
         shared["answer_end"] = hparams.answer_end
-    own = hparams.get_values(EditorTrainingOptions).items()
+    own = hparams.get_values(EditorTrainingOptions)
+    if hparams.mend_scale_lr is None:
+        # Likewise.
+        del own["mend_scale_lr"]
     return shared | {
-        n: v for n, v in own if not n.startswith(("ke_", "serac_")) or n.startswith(f"{hparams.method}_")
+        n: v
+        for n, v in own.items()
+        if not n.startswith(("ke_", "mend_", "serac_")) or n.startswith(f"{hparams.method}_")
     }
 
 

@@ -1,13 +1,12 @@
 """The scope classifier: trained once per backbone on the train records, saved as files.
 
-``<scope_dir>/<key>/`` holds ``scope.safetensors`` and ``scope.json``. It is trained on the records' own
-probes and on three queries made of them, so that any data in MMEdit's layout will do.
+``<scope_dir>/<key>/`` holds ``scope.safetensors`` and ``scope.json``. It is trained on the queries of
+``training_cases``, as the meta-learned editors are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -31,14 +30,13 @@ from unike.methods.preparation.folders import (
     hash_facts,
     require_own_files,
 )
+from unike.methods.preparation.training_cases import INSIDE, OUTSIDE, make_training_cases
 from unike.system import processes
 from unike.system.files import check_tensors, read_index, replace_atomically, write_index
 from unike.system.progress import Tick, ignore_progress
 from unike.types import Case, Query, UserError
 
 SCOPE_READING, SCOPE_TRAINING = "encoding prompts for the scope classifier", "training the scope classifier"
-INSIDE = ("edit", "rephrased", "re-drawn", "rephrased and re-drawn")
-OUTSIDE = ("text only", "unrelated", "same question elsewhere", "other question here")
 # Records whose queries are sorted by length at once: the more, the fuller are the batches.
 PART = 32
 
@@ -48,16 +46,8 @@ def build_scope_queries(case: Case) -> list[Query]:
 
     UserError where the record lacks a probe.
     """
-    queries = {probe.name: probe.query for probe in case.probes}
-    names = ("t_generality", "m_generality", "t_locality", "m_locality")
-    if missing := [name for name in names if name not in queries]:
-        at = f"record {case.request.id}: {', '.join(missing)}"
-        raise UserError(f"{at}: missing; the scope classifier is trained on it")
-    edit = case.request.query
-    rephrased, other_image, text, unrelated = (queries[name] for name in names)
-    joint = replace(rephrased, image=other_image.image)
-    elsewhere, here = replace(edit, image=unrelated.image), replace(unrelated, image=edit.image)
-    return [edit, rephrased, other_image, joint, text, unrelated, elsewhere, here]
+    (taught,) = make_training_cases([case])
+    return [probe.query for probe in taught.probes]
 
 
 @torch.no_grad()
