@@ -12,6 +12,7 @@ from unike.config.sections import (
     EncoderOptions,
     KnowledgeOptions,
     LayerOptions,
+    NeuronOptions,
     OutputOptions,
     PatchLossOptions,
     PatchOptions,
@@ -48,6 +49,11 @@ class FreshPatchOptions(UniKEOptions, PatchOptions, SeedOptions):
 @dataclass(frozen=True, kw_only=True)
 class PatchTrainingOptions(EditTrainingOptions, PatchLossOptions):
     """Training of extra pairs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NeuronTrainingOptions(PatchTrainingOptions, NeuronOptions):
+    """Training of T-Patcher's neurons as published."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,15 @@ BEFORE_OPTIONS: dict[str, object] = {
     "benchmark_version": 1,
     "scope_overlap": None,
     "scope_overlap_tokens": 1,
+    "patcher_neurons": 5,
+    "patcher_amplify": 10.0,
+    "patcher_margin": 3.0,
+    "patcher_top": 1000,
+    "patcher_smoothing": 0.1,
+    "patcher_weight_decay": 0.01,
+    "patcher_min_steps": 100,
+    "patcher_check_every": 25,
+    "patcher_patience": 1,
 }
 # In the order of the documentation, with the heading of each.
 SECTIONS: dict[type[Section], str] = {
@@ -29,6 +38,7 @@ SECTIONS: dict[type[Section], str] = {
     sections.AnswerOptions: "answers",
     sections.ClipOptions: "intrinsic",
     sections.PatchLossOptions: "intrinsic",
+    sections.NeuronOptions: "T-Patcher as published",
     sections.FineTuningOptions: "fine-tuning",
     sections.IKEOptions: "IKE",
     sections.EncoderOptions: "encoders",
