@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from unike.config.patcher import NeuronOptions
 from unike.config.sections import (
     BackboneOptions,
     DataOptions,
@@ -12,7 +13,6 @@ from unike.config.sections import (
     EncoderOptions,
     KnowledgeOptions,
     LayerOptions,
-    NeuronOptions,
     OutputOptions,
     PatchLossOptions,
     PatchOptions,
@@ -22,6 +22,7 @@ from unike.config.sections import (
     ScopeClassifierOptions,
     ScopeGateOptions,
     SeedOptions,
+    TripletOptions,
     UniKEOptions,
 )
 
@@ -62,7 +63,7 @@ class KnowledgeKeyOptions(LayerOptions, EncoderOptions, KnowledgeOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class KnowledgeTrainingOptions(EncoderOptions, PrefixOptions):
+class KnowledgeTrainingOptions(EncoderOptions, TripletOptions, PrefixOptions):
     """Reading of knowledge states, and training of encoders on them."""
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from unike.config import sections
+from unike.config.patcher import NeuronOptions
 from unike.config.schema import Option, Section, list_own_options
 
 # Options that came later than some runs, whose manifests lack them: what these runs did.
@@ -13,6 +14,7 @@ BEFORE_OPTIONS: dict[str, object] = {
     "benchmark_version": 1,
     "scope_overlap": None,
     "scope_overlap_tokens": 1,
+    "a_neg": "file",
     "patcher_neurons": 5,
     "patcher_amplify": 10.0,
     "patcher_margin": 3.0,
@@ -38,10 +40,11 @@ SECTIONS: dict[type[Section], str] = {
     sections.AnswerOptions: "answers",
     sections.ClipOptions: "intrinsic",
     sections.PatchLossOptions: "intrinsic",
-    sections.NeuronOptions: "T-Patcher as published",
+    NeuronOptions: "T-Patcher as published",
     sections.FineTuningOptions: "fine-tuning",
     sections.IKEOptions: "IKE",
     sections.EncoderOptions: "encoders",
+    sections.TripletOptions: "knowledge",
     sections.KnowledgeOptions: "knowledge",
     sections.RetrievalOptions: "knowledge",
     sections.EditorOptions: "meta-learned editors",

@@ -279,27 +279,6 @@ class PatchLossOptions(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
-class NeuronOptions(Section):
-    """T-Patcher as published: its neurons, and what its training has of its own."""
-
-    patcher_neurons: int = option(whole(low=1), "most neurons of an edit, one for each wrong token", 5)
-    patcher_amplify: float = option(
-        number(low=0, above=True), "factor of a neuron's random first values, trained with them", 10.0
-    )
-    patcher_margin: float = option(
-        number(low=0, high=50), "by how much a neuron's score on remembered queries must be lower", 3.0
-    )
-    patcher_top: int = option(whole(low=1), "largest terms of the memory loss that are averaged", 1000)
-    patcher_smoothing: float = option(number(low=0, high=0.9), "label smoothing of the answer's loss", 0.1)
-    patcher_weight_decay: float = option(number(low=0), "weight decay of the neurons", 0.01)
-    patcher_min_steps: int = option(whole(low=0), "steps before training may stop", 100)
-    patcher_check_every: int = option(whole(low=1), "training steps between validations of an edit", 25)
-    patcher_patience: int = option(
-        whole(low=1), "validations of an edit without improvement after which it stops", 1
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
 class FineTuningOptions(Section):
     """Fine-tuning."""
 
@@ -343,12 +322,27 @@ class EncoderOptions(SeedOptions):
     encoder_batch: int = option(whole(low=2), "triplets per batch", 256)
     encoder_tau: float = option(number(low=0, above=True), "contrastive temperature", 0.1)
     include_anchor: bool = option(
-        switch(), "the anchor is one of its own positives, as Eq. 4 is printed", False
+        switch(),
+        "the sums of Eq. 4 have the anchor's similarity to itself, as printed; its second term stays "
+        "anchored at h_neg",
+        False,
     )
 
 
 @dataclass(frozen=True, kw_only=True)
-class KnowledgeOptions(Section):
+class TripletOptions(Section):
+    """What a knowledge triplet is made of."""
+
+    a_neg: str = option(
+        choice("file", "own"),
+        "wrong answer of a knowledge triplet: the annotations' pred, or the backbone's own wrong answer; "
+        "each in place of the other where that is missing",
+        "file",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class KnowledgeOptions(TripletOptions):
     """What the knowledge memory is made of, and where it is kept."""
 
     triplets: int = option(whole(low=0), "most knowledge triplets taken from the train split", 2000)

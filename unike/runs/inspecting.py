@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from unike.config.hparams import OPTIONS, HyperParams
+from unike.config.patcher import NeuronOptions
 from unike.config.schema import list_own_options
 from unike.config.sections import (
     EditorOptions,
@@ -15,7 +16,6 @@ from unike.config.sections import (
     EditTrainingOptions,
     FineTuningOptions,
     IKEOptions,
-    NeuronOptions,
     PatchLossOptions,
     PatchOptions,
     ScopeGateOptions,
