@@ -47,6 +47,9 @@ class Speaker:
     def __init__(self) -> None:
         self.asked: list[str] = []
 
+    def tokens(self, text: str) -> list[str]:
+        return text.split()
+
     def generate(self, images, prompts):
         self.asked += prompts
         return [SAID[prompt] for prompt in prompts]
