@@ -26,6 +26,7 @@ from unike.config.hparams import HyperParams
 from unike.methods import MethodNeeds, build, resolve_needs
 from unike.methods.preparation.folders import find_editor, find_scope_classifier, wants_cases
 from unike.methods.preparation.knowledge import find_knowledge
+from unike.methods.preparation.wrong_answers import describe_sources
 from unike.methods.registry import resolve_needs_if_valid
 from unike.report.terminal import as_text
 from unike.runs import checks, inputs
@@ -138,6 +139,7 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
     folder = find_knowledge(hparams, backbone, triplets)
     index: dict[str, Any] = json.loads((folder / "knowledge.json").read_text(encoding="utf-8"))
     print(as_text(make_fit_table(index["fit"], f"{len(triplets)} triplets")))
+    print(describe_sources(index.get("a_neg"), hparams.a_neg))
     print(f"memory and encoders: {folder}")
     if needs.scope:
         report_scope(hparams)

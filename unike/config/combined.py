@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from unike.config.patcher import NeuronOptions
 from unike.config.scope_sections import ScopeClassifierOptions, ScopeStorageOptions
 from unike.config.sections import (
     BackboneOptions,
@@ -21,6 +22,7 @@ from unike.config.sections import (
     RetrievalOptions,
     ScopeGateOptions,
     SeedOptions,
+    TripletOptions,
     UniKEOptions,
 )
 
@@ -51,12 +53,17 @@ class PatchTrainingOptions(EditTrainingOptions, PatchLossOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class NeuronTrainingOptions(PatchTrainingOptions, NeuronOptions):
+    """Training of T-Patcher's neurons as published."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class KnowledgeKeyOptions(LayerOptions, EncoderOptions, KnowledgeOptions):
     """All options that a folder of knowledge depends on, and where it is."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class KnowledgeTrainingOptions(EncoderOptions, PrefixOptions):
+class KnowledgeTrainingOptions(EncoderOptions, TripletOptions, PrefixOptions):
     """Reading of knowledge states, and training of encoders on them."""
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from unike.config import scope_sections, sections
+from unike.config.patcher import NeuronOptions
 from unike.config.schema import Option, Section, list_own_options
 
 # Options that came later than some runs, whose manifests lack them: what these runs did.
@@ -19,6 +20,16 @@ BEFORE_OPTIONS: dict[str, object] = {
     "scope_tokens": None,
     "scope_val_every": 50,
     "scope_width": None,
+    "a_neg": "file",
+    "patcher_neurons": 5,
+    "patcher_amplify": 10.0,
+    "patcher_margin": 3.0,
+    "patcher_top": 1000,
+    "patcher_smoothing": 0.1,
+    "patcher_weight_decay": 0.01,
+    "patcher_min_steps": 100,
+    "patcher_check_every": 25,
+    "patcher_patience": 1,
 }
 # In the order of the documentation, with the heading of each.
 SECTIONS: dict[type[Section], str] = {
@@ -35,9 +46,11 @@ SECTIONS: dict[type[Section], str] = {
     sections.AnswerOptions: "answers",
     sections.ClipOptions: "intrinsic",
     sections.PatchLossOptions: "intrinsic",
+    NeuronOptions: "T-Patcher as published",
     sections.FineTuningOptions: "fine-tuning",
     sections.IKEOptions: "IKE",
     sections.EncoderOptions: "encoders",
+    sections.TripletOptions: "knowledge",
     sections.KnowledgeOptions: "knowledge",
     sections.RetrievalOptions: "knowledge",
     sections.EditorOptions: "meta-learned editors",

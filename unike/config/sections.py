@@ -336,12 +336,27 @@ class EncoderOptions(SeedOptions):
     encoder_batch: int = option(whole(low=2), "triplets per batch", 256)
     encoder_tau: float = option(number(low=0, above=True), "contrastive temperature", 0.1)
     include_anchor: bool = option(
-        switch(), "the anchor is one of its own positives, as Eq. 4 is printed", False
+        switch(),
+        "the sums of Eq. 4 have the anchor's similarity to itself, as printed; its second term stays "
+        "anchored at h_neg",
+        False,
     )
 
 
 @dataclass(frozen=True, kw_only=True)
-class KnowledgeOptions(Section):
+class TripletOptions(Section):
+    """What a knowledge triplet is made of."""
+
+    a_neg: str = option(
+        choice("file", "own"),
+        "wrong answer of a knowledge triplet: the annotations' pred, or the backbone's own wrong answer; "
+        "each in place of the other where that is missing",
+        "file",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class KnowledgeOptions(TripletOptions):
     """What the knowledge memory is made of, and where it is kept."""
 
     triplets: int = option(whole(low=0), "most knowledge triplets taken from the train split", 2000)

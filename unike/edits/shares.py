@@ -70,11 +70,13 @@ class Shared:
 @dataclass(frozen=True)
 class LayerShare:
     """One edit's own part in one layer: its pair ``key = h_sem``, ``value = h_pos`` ``(d)``, and its patch if
-    the intrinsic half is on."""
+    the intrinsic half is on. ``inputs (T, d)`` are its own feed-forward inputs, where later edits must be
+    silent on them."""
 
     key: torch.Tensor
     value: torch.Tensor
     patch: KeyValuePatch | None = None
+    inputs: torch.Tensor | None = None
 
     @property
     def kind(self) -> tuple[bool, int] | None:

@@ -13,7 +13,13 @@ from importlib.util import find_spec
 from unike.config.combined import KnowledgeUseOptions
 from unike.config.hparams import HyperParams
 from unike.config.schema import Section
-from unike.config.sections import IKEOptions, OverlapGateOptions, PatchLossOptions, ScopeGateOptions
+from unike.config.sections import (
+    IKEOptions,
+    LayerOptions,
+    OverlapGateOptions,
+    PatchLossOptions,
+    ScopeGateOptions,
+)
 from unike.types import Case, UserError
 
 # Reads the training split's cases when they are first needed.
@@ -116,6 +122,16 @@ def check_losses(hparams: PatchLossOptions) -> None:
         )
 
 
+def check_one_layer(hparams: LayerOptions) -> None:
+    """UserError where T-Patcher as published would edit several layers."""
+    count = hparams.layers if isinstance(hparams.layers, int) else len(set(hparams.layers))
+    if count != 1:
+        raise UserError(
+            f"{hparams.source}: layers: {hparams.layers}; method: tpatcher_published edits one layer: "
+            "expected 1, or a list of one number"
+        )
+
+
 def uses_demonstrations(hparams: IKEOptions) -> bool:
     """Whether IKE shows training cases before the edit's own fact."""
     return hparams.ike_demonstrations > 0
@@ -150,4 +166,7 @@ BUILT_IN = {
     "mend": Entry("unike.methods.mend:MEND", trainable=True),
     "serac": Entry("unike.methods.serac:SERAC", trainable=True),
     "tpatcher": Entry("unike.methods.tpatcher:TPatcher", uses_memory_loss, check=check_losses),
+    "tpatcher_published": Entry(
+        "unike.methods.tpatcher_published:PublishedTPatcher", uses_memory_loss, check=check_one_layer
+    ),
 }

@@ -52,7 +52,11 @@ class _Lookalikes:
 
 
 def make_hard_cases(
-    cases: Sequence[Case], backbone: Backbone, seed: int, batch: int, tick: Callable[[int], None] = lambda _: None
+    cases: Sequence[Case],
+    backbone: Backbone,
+    seed: int,
+    batch: int,
+    tick: Callable[[int], None] = lambda _: None,
 ) -> list[Case]:
     """The records with the probes of ``make_training_cases``, and harder ones of both kinds.
 
@@ -112,7 +116,11 @@ def _leave_out_same_answers(
     for start in range(0, len(cases), batch):
         part = cases[start : start + batch]
         mixed = [[p for p in case.probes if p.name.startswith("mixed")] for case in part]
-        queries = [q for c, probes in zip(part, mixed, strict=True) for q in (c.request.query, *(p.query for p in probes))]
+        queries = [
+            q
+            for c, probes in zip(part, mixed, strict=True)
+            for q in (c.request.query, *(p.query for p in probes))
+        ]
         answers = iter(_answer(backbone, queries, batch))
         for case, probes in zip(part, mixed, strict=True):
             own = next(answers)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -25,14 +25,14 @@ from unike.config.combined import (
     KnowledgePreparationOptions,
     KnowledgeTrainingOptions,
 )
-from unike.config.sections import EncoderOptions, PrefixOptions
-from unike.datasets.answers import normalise_answer
+from unike.config.sections import EncoderOptions
 from unike.datasets.triplets import Triplet
 from unike.edits import LayerKnowledge
 from unike.knowledge.encoders import Disentangler, FitReport, KnowledgeStates, fit
 from unike.knowledge.index import open_memory
 from unike.methods.preparation.batches import group_by_length, open_preparation
 from unike.methods.preparation.folders import Facts, choose_place, require_own_files
+from unike.methods.preparation.wrong_answers import FILE, collect_wrong_answers, count_sources
 from unike.system import processes
 from unike.system.faults import release_memory
 from unike.system.files import (
@@ -51,40 +51,14 @@ class LayerStates:
     """What is kept of ``n`` triplets in one layer.
 
     ``states`` are their knowledge states, ``ffn (n, d)`` the feed-forward inputs at the questions' ends.
-    ``items`` are their texts, empty where a folder was written without them.
+    ``items`` are their texts, empty where a folder was written without them. ``sources`` counts where their
+    wrong answers are from, once the states are read.
     """
 
     states: KnowledgeStates
     ffn: torch.Tensor
     items: tuple[KnowledgeItem, ...] = ()
-
-
-def collect_wrong_answers(
-    backbone: Backbone, triplets: Sequence[Triplet], batch: int, tick: Tick = ignore_progress
-) -> list[str | None]:
-    """``A_neg`` of each triplet: its own, or the backbone's greedy answer; None where that is right.
-
-    Several processes share the batches; each gets all answers.
-    """
-    answers = [None if t.wrong is None else _keep_if_wrong(t.wrong, t) for t in triplets]
-    unknown = [i for i, t in enumerate(triplets) if t.wrong is None]
-
-    def ask(part: list[int]) -> list[str]:
-        queries = [triplets[unknown[i]].query for i in part]
-        return backbone.generate([q.image for q in queries], [q.prompt for q in queries])
-
-    questions = [replace(triplets[i].query, target=None) for i in unknown]
-    batches = group_by_length(backbone, questions, batch)
-    parts = processes.spread(batches, ask, lambda p: tick("asking for wrong answers", len(p)))
-    for part, texts in zip(batches, parts, strict=True):
-        for i, text in zip(part, texts, strict=True):
-            answers[unknown[i]] = _keep_if_wrong(text, triplets[unknown[i]])
-    return answers
-
-
-def _keep_if_wrong(answer: str, triplet: Triplet) -> str | None:
-    right = normalise_answer(answer) == normalise_answer(str(triplet.query.target))
-    return None if right or not answer.strip() else answer
+    sources: Mapping[str, int] = field(default_factory=dict)
 
 
 @torch.no_grad()
@@ -95,14 +69,15 @@ def extract_states(
     batch: int = 32,
     tick: Tick = ignore_progress,
     prefixes: PrefixCache | None = None,
+    a_neg: str = FILE,
 ) -> dict[int, LayerStates]:
     """Knowledge states of all triplets that have a wrong answer, by layer.
 
-    ``prefixes`` cache what enters the lowest layer. Several processes share the batches; each gets all
-    states. UserError where no triplet has a wrong answer.
+    ``prefixes`` cache what enters the lowest layer; ``a_neg`` as in the YAML. Several processes share the
+    batches; each gets all states. UserError where no triplet has a wrong answer.
     """
-    wrongs = collect_wrong_answers(backbone, triplets, batch, tick)
-    usable = [(t, w) for t, w in zip(triplets, wrongs, strict=True) if w]
+    wrongs = collect_wrong_answers(backbone, triplets, batch, tick, a_neg)
+    usable = [(t, w.text) for t, w in zip(triplets, wrongs, strict=True) if w is not None]
     pairs = [(t.query, t.negative(w)) for t, w in usable]
     if not pairs:
         raise UserError("knowledge triplets: none has a wrong answer (field `pred`); expected at least one")
@@ -123,12 +98,14 @@ def extract_states(
     parts = processes.spread(batches, read, notify)
     order = torch.tensor([i for part in batches for i in part]).argsort()
     out, items = {}, tuple(_make_item(t, w) for t, w in usable)
+    sources = count_sources(wrongs)
     for i in layers:
         prompts, ends, ffn = (
             torch.cat([p[i][j] for p in parts])[order].to(backbone.device).float() for j in range(3)
         )
         pos, neg = ends.chunk(2)
-        out[i] = LayerStates(KnowledgeStates(prompts[: len(pairs)], pos, neg), ffn[: len(pairs)], items)
+        kept = KnowledgeStates(prompts[: len(pairs)], pos, neg)
+        out[i] = LayerStates(kept, ffn[: len(pairs)], items, sources)
     return out
 
 
@@ -219,7 +196,9 @@ def read_knowledge(
 def _list_options(hparams: KnowledgeKeyOptions) -> Facts:
     """The options that knowledge depends on, without ``layers``. Their order is part of the checksum."""
     encoders = hparams.get_values(EncoderOptions)
-    return {"triplets": hparams.triplets, **encoders, "seed": hparams.seed}
+    # Where it says what always was done, it is no part of the key: what is shipped stays valid.
+    chosen = {} if hparams.a_neg == FILE else {"a_neg": hparams.a_neg}
+    return {"triplets": hparams.triplets, **encoders, "seed": hparams.seed, **chosen}
 
 
 def _describe_knowledge(backbone: Backbone, layers: Sequence[int], hparams: KnowledgeKeyOptions) -> Facts:
@@ -258,11 +237,11 @@ def _extract(
     backbone: Backbone,
     triplets: Sequence[Triplet],
     layers: Sequence[int],
-    hparams: PrefixOptions,
+    hparams: KnowledgeTrainingOptions,
     tick: Tick,
 ) -> dict[int, LayerStates]:
     with open_preparation(hparams, backbone, min(layers)) as prefixes:
-        return extract_states(backbone, triplets, layers, hparams.states_batch, tick, prefixes)
+        return extract_states(backbone, triplets, layers, hparams.states_batch, tick, prefixes, hparams.a_neg)
 
 
 def fit_encoders(
@@ -305,11 +284,13 @@ def save_knowledge(
     folder.mkdir(parents=True, exist_ok=True)
     save_items(folder, next(iter(states.values())).items)
     fits = {str(i): {k: v for k, v in asdict(r).items() if k != "losses"} for i, r in reports.items()}
+    sources = next(iter(states.values())).sources
     # The index is written last: without it the folder counts as missing.
     path = folder / "knowledge.safetensors"
     with replace_atomically(path) as temporary:
         save_file(tensors, temporary)
-    write_index(folder / "knowledge.json", {**meta, "fit": fits}, path)
+    counted = {"a_neg": sources} if sources else {}
+    write_index(folder / "knowledge.json", {**meta, **counted, "fit": fits}, path)
 
 
 def save_items(folder: Path, items: Sequence[KnowledgeItem]) -> None:
