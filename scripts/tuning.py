@@ -273,6 +273,9 @@ def make_trials(
     learnt = output / backbone / f"learnt-{digest}"
     needs, task = resolve_needs(base), "cross" if len(files) == len(TASKS) else next(iter(files))
     places: dict[str, object] = {"data": files, "generate_data": False, "protocol": "one_step"}
+    if base.prefix_dir is None:
+        # Every trial reads the same lower-layer activations.
+        places["prefix_dir"] = str(output / backbone / "prefixes")
     if needs.training:
         places["editor_dir"] = str(learnt / "editors")
     if needs.knowledge:
