@@ -25,7 +25,7 @@ from scripts import tuning
 from scripts.plan import BACKBONES
 from scripts.tables import report_outcome
 from scripts.tuning import Entry, Trial, TuningPlan
-from scripts.workers import WorkOutcome, ensure
+from scripts.workers import WorkOutcome, count_jobs, ensure
 from unike.config.hparams import HyperParams
 from unike.methods.meta_training import CAP
 from unike.methods.registry import resolve_needs
@@ -99,7 +99,7 @@ def run_trials(work: Work, plan: TuningPlan, jobs: int | None, locks: Path) -> W
     for part in parts:
         if not part or outcome.interrupted:
             continue
-        count = min(jobs or len(part), len(part))
+        count = min(jobs or count_jobs(), len(part))
         places = {trial.run.folder: str(n % count) for n, trial in enumerate(part)}
         found = ensure(
             [trial.run for trial in part], jobs, apart=lambda run, p=places: p[run.folder], done=write

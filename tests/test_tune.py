@@ -326,6 +326,14 @@ def test_processes_share_the_trials(project: Project, monkeypatch) -> None:
     assert len(shared) == 2
 
 
+def test_what_trials_share_is_prepared_once_and_from_the_same_train_records(project: Project) -> None:
+    grid = {"yaml": "{backbone}.yaml", "options": {"lr": [0.01, 0.02]}}
+    assert tune.main(command(project, write(project, methods={"unike": grid}), "unike")) == 0
+    assert [entry["train_seconds"] for entry in log(project, "unike")] == [None, None]
+    assert len(list((project.root / "out").rglob("knowledge.json"))) == 1
+    assert list((project.root / "out/small/prefixes").iterdir()), "lower-layer activations are shared, too"
+
+
 def test_a_manifest_says_that_validation_was_read(project: Project) -> None:
     assert tune.main(command(project, write(project))) == 0
     for folder in (project.root / "out/small/ft").iterdir():
