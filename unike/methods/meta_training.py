@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from unike.backbones.base import Backbone, answer_loss
+from unike.backbones.base import Backbone
 from unike.backbones.prefix import GB, PrefixCache, open_prefixes
 from unike.config.combined import EditorPreparationOptions
 from unike.config.sections import EditorTrainingOptions
@@ -140,20 +140,28 @@ def compute_edit_losses(
     @torch.no_grad()
     def predict() -> torch.Tensor:
         """The base model's ``(n, v)`` at the answers out of scope, as logarithms."""
-        own = prefixes.state(outside)
-        return backbone.suffix(own)[:, :-1][own.answer_mask].float().log_softmax(-1)
+        return backbone.answer_logits(prefixes.state(outside)).float().log_softmax(-1)
 
     before = None
     if outside:
         before = constants.get(("base", name_case(case)), predict) if constants else predict()
     with edit.applied(backbone):
-        logits = backbone.suffix(state)
-    count = len(inside)
-    nll = answer_loss(logits[:count], state.labels[:count]).mean()
+        logits = backbone.answer_logits(state).float()
+    at = state.answer_mask
+    count = int(at[: len(inside)].sum())
+    tokens, rows = state.labels[:, 1:][at][:count], at.nonzero()[:count, 0]
+    nll = average_answers(nn.functional.cross_entropy(logits[:count], tokens, reduction="none"), rows)
     if before is None:
         return nll, nll.new_zeros(())
-    after = logits[count:, :-1][state.answer_mask[count:]].float().log_softmax(-1)
+    after = logits[count:].log_softmax(-1)
     return nll, (before.exp() * (before - after)).sum(-1).mean()
+
+
+def average_answers(losses: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """The mean over queries of the mean over their answer tokens: ``losses (n)`` of tokens, which belong to
+    the queries ``rows (n)``, each of which has one or more."""
+    counts = rows.bincount()
+    return (losses / counts[rows]).sum() / len(counts)
 
 
 class Lessons:

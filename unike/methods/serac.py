@@ -27,7 +27,7 @@ from unike.edits.counterfactual import (
     _embed_words,
 )
 from unike.methods.constants import name_case, name_request
-from unike.methods.meta_training import TrainableMethod, split_by_scope
+from unike.methods.meta_training import TrainableMethod, average_answers, split_by_scope
 from unike.types import Case, EditRequest
 
 
@@ -81,9 +81,9 @@ class SERAC(TrainableMethod):
         """The mean over queries of their answer tokens' mean loss, every query treated as in scope."""
         moved = self._network.counterfactual(answers.states[None].float(), keys[None], values[None])[0]
         logits = backbone.layout.head(answers.outputs + moved.to(answers.outputs.dtype))
-        nll = F.cross_entropy(logits.float(), answers.tokens, reduction="none")
-        counts = answers.rows.bincount()
-        return (nll / counts[answers.rows]).sum() / len(counts)
+        return average_answers(
+            F.cross_entropy(logits.float(), answers.tokens, reduction="none"), answers.rows
+        )
 
     def _remember(self, backbone: Backbone, request: EditRequest, prefixes: PrefixCache) -> MemoryRecord:
         state = prefixes.state([self.write_lesson(request)])
