@@ -20,12 +20,11 @@ from unike.methods.preparation.batches import group_by_length, open_preparation
 from unike.methods.preparation.folders import find_scope_classifier
 from unike.methods.preparation.knowledge import extract_states
 from unike.methods.preparation.scope import (
-    INSIDE,
-    OUTSIDE,
     build_scope_queries,
     collect_scope_samples,
     ensure_scope,
 )
+from unike.methods.preparation.training_cases import INSIDE, OUTSIDE, make_training_cases
 from unike.methods.registry import MethodNeeds
 from unike.runs import costs
 from unike.runs.costs import TEXT_TOKENS, estimate_scope, read_model_size
@@ -50,7 +49,9 @@ def test_batches_hold_queries_of_one_length(world: World) -> None:
 def test_batched_preparation_finds_what_single_queries_find(world: World) -> None:
     cases = [case(i % 4, "a fox" if i else "two foxes") for i in range(5)]
     first = len(world.backbone.layout) - 2
-    one, many = (collect_scope_samples(world.backbone, cases, first, size) for size in (1, 32))
+    one, many = (
+        collect_scope_samples(world.backbone, make_training_cases(cases), first, size) for size in (1, 32)
+    )
     assert one.wrong is not None
     assert many.wrong is not None
     assert torch.equal(one.wrong, many.wrong)

@@ -17,6 +17,8 @@ BEFORE_OPTIONS: dict[str, object] = {
     "scope_overlap": None,
     "scope_overlap_tokens": 1,
     "scope_patience": None,
+    "scope_probes": "recombined",
+    "scope_recall": None,
     "scope_tokens": None,
     "scope_val_every": 50,
     "scope_width": None,

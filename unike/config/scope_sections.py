@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from unike.config.kinds import nullable, number, text, whole
+from unike.config.kinds import choice, nullable, number, text, whole
 from unike.config.schema import Section, option
 from unike.config.sections import SeedOptions
 
@@ -28,6 +28,18 @@ class ScopeTrainingOptions(SeedOptions):
     scope_dim: int = option(whole(low=1), "output width, in which similarity is computed", 128)
     scope_heads: int = option(whole(low=1), "attention heads over the prompt's tokens", 4)
     scope_records: int = option(whole(low=20), "most train records used", 2000)
+    scope_probes: str = option(
+        choice("recombined", "hard"),
+        "queries of a train record that are compared: recombinations of its own, or also restyled images, "
+        "look-alikes and images with half of another one",
+        "recombined",
+    )
+    scope_recall: float | None = option(
+        nullable(number(low=0, high=1)),
+        "share of held-out prompts in an edit's scope that pass, where many answers are possible; null, and "
+        "where few are: the threshold that decides best",
+        None,
+    )
     scope_steps: int = option(whole(low=0), "training steps, with scope_patience at most so many", 1000)
     scope_patience: int | None = option(
         nullable(whole(low=1)),

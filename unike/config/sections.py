@@ -386,7 +386,7 @@ class EditorTrainingOptions(MethodOptions, ClipOptions, AnswerOptions, SeedOptio
 
     editor_rank: int = option(whole(low=1), "inner width of the editor networks", 96)
     editor_probes: str = option(
-        choice("five", "all", "recombined", "easyedit"),
+        choice("five", "all", "recombined", "easyedit", "hard"),
         "probes of a train record that are trained on: the five metrics', all, the scope classifier's "
         "recombinations of them, or the five without M-Locality, as EasyEdit trains SERAC",
         "five",

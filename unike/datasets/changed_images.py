@@ -10,6 +10,7 @@ import io
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
@@ -51,10 +52,9 @@ class ChangedImage:
         return out
 
     @property
-    def recipe(self) -> str:
-        """What is done to the image, in words."""
-        changes = [f"{s.name} {s.strength:g} {s.seed}" for s in self.steps]
-        return ", ".join(([f"{self.half} half of another"] if self.half else []) + changes)
+    def key(self) -> tuple[Any, ...]:
+        """The images that it is made of, and what is done to them."""
+        return self.image, self.other, self.half, *((s.name, s.strength, s.seed) for s in self.steps)
 
 
 def restyle(image: ImageLike, rng: random.Random) -> ChangedImage:

@@ -86,16 +86,27 @@ class ScopeEncoder(nn.Module):
         states = self.norm(states.float())
         if self.squeeze is not None:
             states = self.squeeze(states)
-        b, t, width = states.shape
+        b, t, _ = states.shape
         last = t - 1 - mask.long().flip(1).argmax(1)
         end = states[torch.arange(b, device=states.device), last]
-        shape = (b, -1, self.heads, width // self.heads)
-        q, k, v = (
-            f(x).view(shape).transpose(1, 2)
-            for f, x in ((self.query, end), (self.key, states), (self.value, states))
-        )
-        seen = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None, :])
-        return F.normalize(self.out(torch.cat([end, seen.transpose(1, 2).reshape(b, width)], -1)), dim=-1)
+        seen = self._attend(end, states, mask)
+        return F.normalize(self.out(torch.cat([end, seen], -1)), dim=-1)
+
+    def _attend(self, end: torch.Tensor, states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Multi-head attention of one query ``end (b, w)`` over ``states (b, t, w)``.
+
+        No state is projected: the query is taken through the keys' weights instead, and the mixture of the
+        states through the values'. The keys' bias adds the same to all scores, so it does nothing.
+        """
+        width = end.shape[-1]
+        shape = (self.heads, width // self.heads, width)
+        query = self.query(end).unflatten(-1, shape[:2])
+        asked = torch.einsum("bhe,hew->bhw", query, self.key.weight.view(shape))
+        scores = torch.einsum("bhw,btw->bht", asked, states) / shape[1] ** 0.5
+        shares = scores.masked_fill(~mask[:, None], -torch.inf).softmax(-1)
+        mixture = torch.einsum("bht,btw->bhw", shares, states)
+        mixed = torch.einsum("bhw,hew->bhe", mixture, self.value.weight.view(shape)).flatten(1)
+        return mixed + self.value.bias
 
 
 @dataclass(frozen=True)
@@ -132,6 +143,9 @@ class ScopeSource(Protocol):
     @property
     def wrong(self) -> torch.Tensor | None: ...
 
+    @property
+    def few(self) -> torch.Tensor | None: ...
+
     def __len__(self) -> int: ...
 
     def select(self, index: torch.Tensor) -> ScopeSource:
@@ -149,20 +163,21 @@ class ScopeSamples:
 
     ``states (n, v, t, d)``, ``mask (n, v, t)``. Of the ``v`` queries the first is the edit itself; the first
     ``inside`` are in its scope, the others are not. ``wrong (n)``: whether the base model answers the edit
-    wrong; None where that is not known.
+    wrong; ``few (n)``: whether it finds few answers possible; None where that is not known.
     """
 
     states: torch.Tensor
     mask: torch.Tensor
     inside: int
     wrong: torch.Tensor | None = None
+    few: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.states)
 
     def __getitem__(self, index: torch.Tensor) -> ScopeSamples:
-        wrong = None if self.wrong is None else self.wrong[index]
-        return ScopeSamples(self.states[index], self.mask[index], self.inside, wrong)
+        wrong, few = (None if known is None else known[index] for known in (self.wrong, self.few))
+        return ScopeSamples(self.states[index], self.mask[index], self.inside, wrong, few)
 
     def select(self, index: torch.Tensor) -> ScopeSamples:
         return self[index]
@@ -184,10 +199,13 @@ class ScopeReport:
     the ``v`` queries the share of held-out edits for which it is classified right. A query in scope is right
     if its own edit is the nearest, and applies; one out of scope if no edit applies. ``losses`` by step,
     ``held_losses`` by the step after which they were measured. ``stopped`` by ``patience`` or ``cap``;
-    ``best_step`` is the step whose weights are kept, ``visits`` counts the records of all batches."""
+    ``best_step`` is the step whose weights are kept, ``visits`` counts the records of all batches. ``strict``
+    are the thresholds of edits with few possible answers, ``queries`` the names of the ``v`` queries."""
 
     thresholds: dict[int, float]
     shares: dict[int, list[float]]
+    strict: dict[int, float] = field(default_factory=dict)
+    queries: list[str] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     held_losses: dict[int, float] = field(default_factory=dict)
     stopped: str = "cap"
@@ -213,20 +231,24 @@ def scope_loss(encoded: torch.Tensor, inside: int, tau: float) -> torch.Tensor:
     return loss / max(1, inside - 1)
 
 
-def score_scope(similarity: torch.Tensor, inside: int, threshold: float) -> torch.Tensor:
-    """``similarity (n, v, n)`` of every query with every edit: the share that is classified right,
-    ``(v)``."""
+def score_scope(similarity: torch.Tensor, inside: int, threshold: float | torch.Tensor) -> torch.Tensor:
+    """``similarity (n, v, n)`` of every query with every edit: 1 where it is classified right, else 0,
+    ``(n, v)``. ``threshold`` is one for all edits, or ``(n)``."""
     best, nearest = similarity.max(-1)
     own = nearest == torch.arange(len(similarity), device=similarity.device)[:, None]
-    open_ = best >= threshold
-    right = torch.cat([(open_ & own)[:, :inside], ~open_[:, inside:]], 1)
-    return right.float().mean(0)
+    open_ = best >= (threshold[nearest] if isinstance(threshold, torch.Tensor) else threshold)
+    return torch.cat([(open_ & own)[:, :inside], ~open_[:, inside:]], 1).float()
 
 
-def choose_threshold(similarity: torch.Tensor, inside: int) -> float:
-    """The threshold with the highest harmonic mean of ``score_scope``; the middle one of the best."""
+def choose_threshold(similarity: torch.Tensor, inside: int, rows: torch.Tensor | None = None) -> float:
+    """The threshold with the highest harmonic mean of the queries' shares that are classified right, of all
+    edits or of some ``rows (n)``; the middle one of the best."""
+    chosen = torch.ones(len(similarity), dtype=torch.bool) if rows is None else rows
     means = torch.stack(
-        [1 / (1 / score_scope(similarity, inside, float(t)).clamp(min=1e-6)).mean() for t in _THRESHOLDS]
+        [
+            1 / (1 / score_scope(similarity, inside, float(t))[chosen].mean(0).clamp(min=1e-6)).mean()
+            for t in _THRESHOLDS
+        ]
     )
     good = _THRESHOLDS[means >= means.max() - 1e-9]
     return float(good[len(good) // 2])
@@ -277,12 +299,13 @@ def fit_scope(
     seed: int,
     tick: Callable[[], None] = lambda: None,
     stop: EarlyStop | None = None,
+    recall: float | None = None,
 ) -> ScopeReport:
     """Trains the encoder in place, and chooses the thresholds on every tenth edit, which is held out.
 
     It takes ``steps`` steps; with ``stop`` at most so many, and the weights with the least held-out loss are
-    kept. Only a batch of the states is on the encoder's device. ``tick`` is called after each step.
-    ValueError for fewer than ``2 * HELD_OUT`` edits.
+    kept. ``recall`` is as ``calibrate`` takes it. Only a batch of the states is on the encoder's device.
+    ``tick`` is called after each step. ValueError for fewer than ``2 * HELD_OUT`` edits.
     """
     if len(samples) < 2 * HELD_OUT:
         raise ValueError(f"{len(samples)} edits; expected {2 * HELD_OUT} or more")
@@ -319,7 +342,7 @@ def fit_scope(
     encoder.eval().requires_grad_(False)
     report.stopped = "patience" if stop is not None and stop.is_over else "cap"
     report.best_step = len(report.losses) if stop is None else stop.best_step
-    report.thresholds, report.shares = calibrate(held, encoder, seed)
+    report.thresholds, report.strict, report.shares = calibrate(held, encoder, seed, recall)
     report.seconds = time.perf_counter() - started
     return report
 
@@ -337,29 +360,45 @@ def measure_loss(samples: ScopeSource, encoder: ScopeEncoder, tau: float) -> flo
     return float(scope_loss(encode_all(samples, encoder.eval()), samples.inside, tau))
 
 
+Levels = dict[int, float]
+
+
 def calibrate(
-    samples: ScopeSource, encoder: ScopeEncoder, seed: int
-) -> tuple[dict[int, float], dict[int, list[float]]]:
-    """Thresholds, and ``score_scope`` at them, by the number of edits in memory; the largest is that of all.
+    samples: ScopeSource, encoder: ScopeEncoder, seed: int, recall: float | None = None
+) -> tuple[Levels, Levels, dict[int, list[float]]]:
+    """By the number of edits in memory, the largest being that of all: thresholds, those of edits with few
+    possible answers where they are others, and ``score_scope`` at them.
+
+    Without ``recall`` a threshold is the one that decides best. With it, that is so for edits with few
+    possible answers; those with many let this share of the queries in their scope pass: such an edit is
+    silent by itself where another answer is due.
 
     Edits that the base model answers right are left out if enough others remain: nobody makes such edits,
     and they are easier to tell apart.
     """
     if samples.wrong is not None and int(samples.wrong.sum()) >= 2 * HELD_OUT:
         samples = samples.select(samples.wrong.nonzero().flatten())
-    similarity = compare_all(samples, encoder)
+    similarity, count, inside = compare_all(samples, encoder).cpu(), len(samples), samples.inside
+    few = torch.zeros(count, dtype=torch.bool) if samples.few is None else samples.few
+    splits = recall is not None and bool(few.any()) and not bool(few.all())
+    own = similarity[torch.arange(count), :inside, torch.arange(count)]
     generator = torch.Generator().manual_seed(seed)
-    sizes = [size for size in POOLS if size < len(samples)] + [len(samples)]
-    thresholds, shares, least = {}, {}, -1.0
+    sizes = [size for size in POOLS if size < count] + [count]
+    thresholds, strict, shares, least = Levels(), Levels(), dict[int, list[float]](), -1.0
     for size in sizes:
         # Every query is compared with its own edit and size - 1 others, the same for all queries of an edit.
-        rank = torch.rand(len(samples), len(samples), generator=generator).fill_diagonal_(-1)
+        rank = torch.rand(count, count, generator=generator).fill_diagonal_(-1)
         absent = rank > rank.sort(1).values[:, size - 1 : size]
-        met = similarity.cpu().masked_fill(absent[:, None], -torch.inf)
-        least = max(least, choose_threshold(met, samples.inside))
+        met = similarity.masked_fill(absent[:, None], -torch.inf)
+        least = max(least, choose_threshold(met, inside, few if splits else None))
         thresholds[size] = least
-        shares[size] = score_scope(met, samples.inside, least).tolist()
-    return thresholds, shares
+        levels = torch.full((count,), least)
+        if splits and recall is not None:
+            strict[size] = least
+            thresholds[size] = float(own[~few].quantile(1 - recall))
+            levels[~few] = thresholds[size]
+        shares[size] = score_scope(met, inside, levels).mean(0).tolist()
+    return thresholds, strict, shares
 
 
 @torch.no_grad()

@@ -90,6 +90,7 @@ class ScopeStates:
     queries: int
     inside: int
     wrong: torch.Tensor | None = None
+    few: torch.Tensor | None = None
     numbers: torch.Tensor | None = None
 
     def __len__(self) -> int:
@@ -98,7 +99,8 @@ class ScopeStates:
     def select(self, index: torch.Tensor) -> ScopeStates:
         """The edits of these numbers; nothing is loaded."""
         numbers = index if self.numbers is None else self.numbers[index]
-        return replace(self, numbers=numbers, wrong=None if self.wrong is None else self.wrong[index])
+        wrong, few = (None if known is None else known[index] for known in (self.wrong, self.few))
+        return replace(self, numbers=numbers, wrong=wrong, few=few)
 
     def load(self, index: torch.Tensor) -> ScopeSamples:
         """The states of the edits of these numbers, padded to the longest of them."""
@@ -109,7 +111,7 @@ class ScopeStates:
         states = pad_sequence(rows, batch_first=True)
         mask = torch.arange(states.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]
         shape = (len(some), self.queries, states.shape[1])
-        return ScopeSamples(states.view(*shape, -1), mask.view(shape), self.inside, some.wrong)
+        return ScopeSamples(states.view(*shape, -1), mask.view(shape), self.inside, some.wrong, some.few)
 
     def load_all(self) -> ScopeSamples:
         """All edits at once."""

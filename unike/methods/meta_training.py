@@ -116,7 +116,7 @@ def split_by_scope(case: Case, probes: str = "five", end: str = "none") -> tuple
 
 
 def _is_used(name: str, probes: str) -> bool:
-    if probes in ("all", "recombined"):
+    if probes in ("all", "recombined", "hard"):
         return True
     return name in FIVE_METRICS and not (probes == "easyedit" and name == "m_locality")
 

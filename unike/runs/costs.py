@@ -127,12 +127,13 @@ class ScopeCost:
 def estimate_scope(hparams: HyperParams, size: ModelSize) -> ScopeCost:
     """What the YAML's scope classifier takes at most, for a model of this size."""
     # Imported late, as torch comes with it.
-    from unike.methods.preparation.scope import INSIDE, OUTSIDE
+    from unike.methods.preparation.hard_cases import HARDER
+    from unike.methods.preparation.training_cases import INSIDE, OUTSIDE
 
     tokens = size.image_tokens + TEXT_TOKENS
     return ScopeCost(
         hparams.scope_records,
-        len(INSIDE) + len(OUTSIDE),
+        len(INSIDE) + len(OUTSIDE) + (HARDER if hparams.scope_probes == "hard" else 0),
         min(tokens, hparams.scope_tokens or tokens),
         size.width,
         count_parameters(hparams, size.width),

@@ -23,6 +23,7 @@ from unike.methods.preparation.folders import (
     list_editor_options,
     require_own_files,
 )
+from unike.methods.preparation.hard_cases import harden_cases
 from unike.methods.preparation.training_cases import make_training_cases
 from unike.system import processes
 from unike.system.files import check_tensors, replace_atomically, write_index
@@ -85,8 +86,10 @@ def ensure_editor(
         trained = folder = parent / hash_facts(facts)
         require_own_files(folder, "editor.safetensors", "editor.json", "checkpoint.json")
         records = cases()
-        if hparams.editor_probes == "recombined":
+        if hparams.editor_probes in ("recombined", "hard"):
             records = make_training_cases(records)
+        if hparams.editor_probes == "hard":
+            records = processes.run_once(lambda: harden_cases(records, backbone, hparams.seed))
         held_out = [case for i, case in enumerate(records) if i % HELD_OUT == HELD_OUT - 1]
         train = [case for i, case in enumerate(records) if i % HELD_OUT != HELD_OUT - 1]
         if not held_out:

@@ -163,9 +163,11 @@ def describe_scope(hparams: ScopeTrainingOptions, backbone: Backbone | None = No
     if hparams.scope_patience is None:
         del options["scope_val_every"]
     # Classifiers from before these options existed have none.
-    for name in ("scope_width", "scope_tokens", "scope_patience"):
+    for name in ("scope_width", "scope_tokens", "scope_patience", "scope_recall"):
         if options[name] is None:
             del options[name]
+    if hparams.scope_probes == "recombined":
+        del options["scope_probes"]
     facts: Facts = {"options": options}
     if backbone is not None:
         facts |= {"backbone": backbone.fingerprint, "layer": first}

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import random
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -23,10 +23,11 @@ import numpy as np
 from unike.backbones.base import Backbone
 from unike.datasets.answers import normalise_answer
 from unike.datasets.changed_images import HALVES, make_thumbnail, replace_half, restyle
-from unike.methods.preparation.training_cases import make_training_cases
-from unike.types import Case, ImageLike, Probe, Query
+from unike.types import Case, Expectation, ImageLike, Probe, Query
 
 RESTYLED, ALIKE, MIXED = 3, 2, 2
+# Probes that a record gets beyond those of ``training_cases``.
+HARDER = RESTYLED + ALIKE + MIXED
 # Of so many images that look most alike one is drawn.
 NEIGHBOURS = 8
 # More alike than this, two files show the same.
@@ -50,46 +51,39 @@ class _Lookalikes:
             near[start : start + 512] = np.argsort(-likeness, 1)[:, : near.shape[1]]
         return cls(images, near)
 
+    def draw(self, place: int, count: int, rng: random.Random) -> list[ImageLike]:
+        """``count`` of the images that look most like the one at ``place``, some twice where there are too
+        few."""
+        found = list(self.near[place])
+        while len(found) < count:
+            found += found
+        return [self.images[i] for i in rng.sample(found, count)]
 
-def make_hard_cases(
-    cases: Sequence[Case],
-    backbone: Backbone,
-    seed: int,
-    batch: int,
-    tick: Callable[[int], None] = lambda _: None,
-) -> list[Case]:
-    """The records with the probes of ``make_training_cases``, and harder ones of both kinds.
 
-    ``batch`` prompts share a forward pass; ``tick`` is called with the number of records done. UserError
-    where a record lacks a probe, or an image cannot be read.
+def harden_cases(cases: Sequence[Case], backbone: Backbone, seed: int, batch: int = 32) -> list[Case]:
+    """``make_training_cases``'s records, with harder probes of both kinds; the same number in each.
+
+    ``batch`` prompts share a forward pass. UserError where an image cannot be read.
     """
-    taught = make_training_cases(cases)
-    known = list({str(c.request.query.image): c.request.query.image for c in taught}.values())
+    known = list({str(c.request.query.image): c.request.query.image for c in cases}.values())
     places = {str(image): place for place, image in enumerate(known)}
     alike = _Lookalikes.find(known)
     hard = []
-    for case in taught:
+    for case in cases:
         rng = random.Random(zlib.crc32(f"{seed} {case.task} {case.request.id}".encode()))
         hard.append(_harden(case, rng, alike, places[str(case.request.query.image)]))
-    return _leave_out_same_answers(hard, backbone, batch, tick)
+    return _keep_other_answers(hard, backbone, batch)
 
 
 def _harden(case: Case, rng: random.Random, alike: _Lookalikes, place: int) -> Case:
     queries = {probe.name: probe.query for probe in case.probes}
-    edit, joint = queries["edit"], queries["rephrased and re-drawn"]
-    redrawn = queries["re-drawn"]
-    styled = [
-        replace(redrawn, image=restyle(redrawn.image, rng)),
-        replace(joint, image=restyle(edit.image, rng)),
-        replace(redrawn, image=restyle(redrawn.image, rng)),
-    ][:RESTYLED]
-    near = [alike.images[i] for i in rng.sample(list(alike.near[place]), min(ALIKE, len(alike.near[place])))]
-    similar = [replace(edit, image=image) for image in near]
-    halves = rng.sample(HALVES, MIXED)
-    others = [rng.choice(alike.images) for _ in halves]
+    edit, redrawn, joint = (queries[name] for name in ("edit", "re-drawn", "rephrased and re-drawn"))
+    rephrased = queries["rephrased"]
+    styled = [replace(q, image=restyle(q.image, rng)) for q in (redrawn, rephrased, redrawn)[:RESTYLED]]
+    near = alike.draw(place, ALIKE + MIXED, rng)
     mixed = [
-        replace(query, image=replace_half(query.image, other, half))
-        for query, other, half in zip((edit, joint), others, halves, strict=True)
+        replace(query, image=replace_half(query.image, rng.choice(alike.images), half))
+        for query, half in zip((edit, joint), rng.sample(HALVES, MIXED), strict=True)
     ]
     inside = [p for p in case.probes if p.expect == "target"]
     outside = [p for p in case.probes if p.expect == "unchanged"]
@@ -97,8 +91,9 @@ def _harden(case: Case, rng: random.Random, alike: _Lookalikes, place: int) -> C
         *inside,
         *_name("restyled", styled, "target"),
         *outside,
-        *_name("alike", similar, "unchanged"),
+        *_name("alike", [replace(edit, image=image) for image in near[:ALIKE]], "unchanged"),
         *_name("mixed", mixed, "unchanged"),
+        *_name("spare", [replace(edit, image=image) for image in near[ALIKE:]], "unchanged"),
     )
     return replace(case, probes=probes)
 
@@ -107,26 +102,21 @@ def _name(name: str, queries: Sequence[Query], expect: Expectation) -> list[Prob
     return [Probe(f"{name} {number}", query, expect) for number, query in enumerate(queries, 1)]
 
 
-def _leave_out_same_answers(
-    cases: Sequence[Case], backbone: Backbone, batch: int, tick: Callable[[int], None]
-) -> list[Case]:
-    """The cases without those mixed images at which the base model says what it says about the edit: the half
-    that was asked about may be the one that stayed."""
+def _keep_other_answers(cases: Sequence[Case], backbone: Backbone, batch: int) -> list[Case]:
+    """The cases with a spare look-alike in place of each mixed image at which the base model says what it
+    says about the edit: the half that was asked about may be the one that stayed."""
+    mixed = [[p for p in case.probes if p.name.startswith("mixed")] for case in cases]
+    asked = [
+        q for c, own in zip(cases, mixed, strict=True) for q in (c.request.query, *(p.query for p in own))
+    ]
+    answers = iter(_answer(backbone, asked, batch))
     out = []
-    for start in range(0, len(cases), batch):
-        part = cases[start : start + batch]
-        mixed = [[p for p in case.probes if p.name.startswith("mixed")] for case in part]
-        queries = [
-            q
-            for c, probes in zip(part, mixed, strict=True)
-            for q in (c.request.query, *(p.query for p in probes))
-        ]
-        answers = iter(_answer(backbone, queries, batch))
-        for case, probes in zip(part, mixed, strict=True):
-            own = next(answers)
-            same = {probe.name for probe in probes if next(answers) == own}
-            out.append(replace(case, probes=tuple(p for p in case.probes if p.name not in same)))
-        tick(len(part))
+    for case, own in zip(cases, mixed, strict=True):
+        said = next(answers)
+        same = [probe.name for probe in own if next(answers) == said]
+        spares = {f"spare {name.split()[1]}" for name in same}
+        kept = [p for p in case.probes if p.name not in same and (p.name in spares or "spare" not in p.name)]
+        out.append(replace(case, probes=tuple(kept)))
     return out
 
 

@@ -6,7 +6,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from unike.backbones.hooks import capture
 from unike.backbones.prefix import PrefixCache
 from unike.config.combined import ScopePreparationOptions
 from unike.config.scope_sections import ScopeTrainingOptions
+from unike.knowledge.overlap import NextTokens
 from unike.knowledge.scope import HELD_OUT, EarlyStop, ScopeEncoder, ScopeReport, TrainedScope, fit_scope
 from unike.knowledge.scope_states import GB, ScopeStates, StateRows, pool_prompt
 from unike.methods.meta_training import copy_tensors
@@ -30,6 +32,7 @@ from unike.methods.preparation.folders import (
     hash_facts,
     require_own_files,
 )
+from unike.methods.preparation.hard_cases import harden_cases
 from unike.methods.preparation.training_cases import INSIDE, OUTSIDE, make_training_cases
 from unike.system import processes
 from unike.system.files import check_tensors, read_index, replace_atomically, write_index
@@ -50,6 +53,15 @@ def build_scope_queries(case: Case) -> list[Query]:
     return [probe.query for probe in taught.probes]
 
 
+def make_scope_cases(cases: Sequence[Case], backbone: Backbone, hparams: ScopeTrainingOptions) -> list[Case]:
+    """The records as the classifier is trained on them, with as many probes each: those in scope first, the
+    edit itself at their head. UserError where a record lacks a probe."""
+    taught = make_training_cases(cases)
+    if hparams.scope_probes == "hard":
+        return processes.run_once(lambda: harden_cases(taught, backbone, hparams.seed))
+    return taught
+
+
 @torch.no_grad()
 def collect_scope_samples(
     backbone: Backbone,
@@ -62,28 +74,39 @@ def collect_scope_samples(
     tokens: int | None = None,
 ) -> ScopeStates:
     """What enters layer ``first``'s attention at the tokens of each prompt, without its answer, in half
-    precision; and which edits the base model answers wrong.
+    precision; and which edits the base model answers wrong. ``cases`` are as ``make_scope_cases`` makes them.
 
     With ``tokens`` each prompt is pooled to so many states. They are added to ``rows``, empty and in memory
     unless given. UserError where those cannot hold them, once the first records show how long prompts are.
     """
     prefixes = prefixes or PrefixCache(backbone, first, max_bytes=0)
     rows = StateRows() if rows is None else rows
-    wrong: list[bool] = []
-    count = len(INSIDE) + len(OUTSIDE)
+    wrong, few = list[bool](), list[bool]()
+    count, inside = len(cases[0].probes), sum(probe.expect == "target" for probe in cases[0].probes)
     for start in range(0, len(cases), PART):
         part = cases[start : start + PART]
-        queries = [query for case in part for query in build_scope_queries(case)]
+        queries = [probe.query for case in part for probe in case.probes]
         found = _read_prompts(backbone, prefixes, queries, first, batch, tokens)
         try:
-            for states, _ in found:
-                rows.append(states)
+            for read in found:
+                rows.append(read.states)
             rows.require_room(len(cases) * count)
         except OverflowError as error:
             raise UserError(f"scope states: {error}; set scope_tokens, or raise scope_disk_gb") from error
-        wrong += [failed for _, failed in found[::count]]
+        wrong += [read.is_wrong for read in found[::count]]
+        few += [read.are_few for read in found[::count]]
         tick(SCOPE_READING, len(part))
-    return ScopeStates(rows, count, len(INSIDE), torch.tensor(wrong))
+    return ScopeStates(rows, count, inside, torch.tensor(wrong), torch.tensor(few))
+
+
+@dataclass(frozen=True)
+class _Read:
+    """A query's states ``(t, d)`` at its prompt, in half precision, whether the base model answers it wrong,
+    and whether it finds few answers possible."""
+
+    states: torch.Tensor
+    is_wrong: bool
+    are_few: bool
 
 
 def _read_prompts(
@@ -93,18 +116,20 @@ def _read_prompts(
     first: int,
     batch: int,
     tokens: int | None,
-) -> list[tuple[torch.Tensor, bool]]:
-    """Each query's states ``(t, d)`` at its prompt, in half precision, and whether the base model answers it
-    wrong."""
+) -> list[_Read]:
     attention = {"x": backbone.layout.attention(first).module}
-    found: dict[int, tuple[torch.Tensor, bool]] = {}
+    found: dict[int, _Read] = {}
     for numbers in group_by_length(backbone, queries, batch):
         state = prefixes.state([queries[i] for i in numbers])
         with capture(attention) as seen:
-            predicted = backbone.suffix(state)[:, :-1].argmax(-1)
-        failed = ((predicted != state.labels[:, 1:]) & state.answer_mask).any(1).tolist()
-        for i, x, end, wrong in zip(numbers, seen["x"], state.question_end.tolist(), failed, strict=True):
-            found[i] = pool_prompt(x[: end + 1], tokens).half().cpu(), wrong
+            logits = backbone.suffix(state)
+        failed = ((logits[:, :-1].argmax(-1) != state.labels[:, 1:]) & state.answer_mask).any(1)
+        next_ = logits[torch.arange(len(numbers), device=logits.device), state.question_end].float()
+        best = next_.softmax(-1).topk(2, -1)
+        for row, i in enumerate(numbers):
+            states = pool_prompt(seen["x"][row, : int(state.question_end[row]) + 1], tokens).half().cpu()
+            few = NextTokens(best.indices[row][None], best.values[row][None]).are_few
+            found[i] = _Read(states, bool(failed[row]), few)
     return [found[i] for i in range(len(queries))]
 
 
@@ -177,7 +202,8 @@ def train_scope(
     )
     with open_preparation(hparams, backbone, first) as prefixes:
         size, tokens = hparams.states_batch, hparams.scope_tokens
-        samples = collect_scope_samples(backbone, records, first, size, tick, prefixes, rows, tokens)
+        taught = make_scope_cases(records, backbone, hparams)
+        samples = collect_scope_samples(backbone, taught, first, size, tick, prefixes, rows, tokens)
     stop = None
     if hparams.scope_patience is not None:
         stop = EarlyStop(hparams.scope_val_every, hparams.scope_patience)
@@ -191,7 +217,9 @@ def train_scope(
         hparams.seed,
         tick=lambda: tick(SCOPE_TRAINING, 1),
         stop=stop,
+        recall=hparams.scope_recall,
     )
+    report.queries = [probe.name for probe in taught[0].probes]
     return encoder, report
 
 
@@ -202,12 +230,14 @@ def save_scope(folder: Path, encoder: ScopeEncoder, report: ScopeReport, facts: 
     path = folder / "scope.safetensors"
     with replace_atomically(path) as temporary:
         save_file(tensors, temporary)
-    names = INSIDE + OUTSIDE
+    names = report.queries or [*INSIDE, *OUTSIDE]
     held_out = {
         size: dict(zip(names, (round(s, 4) for s in shares), strict=True))
         for size, shares in report.shares.items()
     }
     training = {"thresholds": report.thresholds, "held_out": held_out, "loss": report.losses[-1:]}
+    if report.strict:
+        training["strict"] = report.strict
     course = {
         "stopped": report.stopped,
         "steps": len(report.losses),
@@ -225,10 +255,15 @@ def load_scope(folder: Path, encoder: ScopeEncoder) -> TrainedScope:
     check_tensors(folder / "scope.json", path)
     try:
         encoder.load_state_dict(load_file(path))
-        kept = read_index(folder / "scope.json")["thresholds"]
-        thresholds = {int(size): float(threshold) for size, threshold in kept.items()}
+        kept = read_index(folder / "scope.json")
+        thresholds = _read_thresholds(kept["thresholds"])
+        strict = _read_thresholds(kept.get("strict", {}))
     except Exception as error:
         raise UserError(
             f"{path}: expected a scope classifier as scripts/prepare.py writes it: {error}"
         ) from error
-    return TrainedScope(encoder.eval().requires_grad_(False), thresholds)
+    return TrainedScope(encoder.eval().requires_grad_(False), thresholds, strict)
+
+
+def _read_thresholds(values: Mapping[str, float]) -> dict[int, float]:
+    return {int(size): float(threshold) for size, threshold in values.items()}
