@@ -177,6 +177,8 @@ def test_the_notes_say_what_does_not_fit(tmp_path: Path) -> None:
         "more than scope_disk_gb: 20; set scope_tokens" in f.line for f in costs.describe_costs(whole, needs)
     )
     assert costs.describe_costs(options, MethodNeeds()) == []
+    absent = [f.line for f in costs.describe_costs(replace(options, device="cuda:77"), needs)]
+    assert any("floating-point operations" in n and "speed is not known" in n for n in absent)
     (tmp_path / "config.json").write_text("{}")
     assert costs.describe_costs(options, needs) == []
 
