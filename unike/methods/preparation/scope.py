@@ -110,9 +110,12 @@ def _read_prompts(
     found: dict[int, tuple[torch.Tensor, bool]] = {}
     for numbers in group_by_length(backbone, queries, batch):
         state = prefixes.state([queries[i] for i in numbers])
+        # Logits of the answer alone: those of a long prompt, for all words, take more than its states.
         with capture(attention) as seen:
-            predicted = backbone.suffix(state)[:, :-1].argmax(-1)
-        failed = ((predicted != state.labels[:, 1:]) & state.answer_mask).any(1).tolist()
+            predicted = backbone.answer_logits(state).argmax(-1)
+        missed = torch.zeros_like(state.answer_mask)
+        missed[state.answer_mask] = predicted != state.labels[:, 1:][state.answer_mask]
+        failed = missed.any(1).tolist()
         for i, x, end, wrong in zip(numbers, seen["x"], state.question_end.tolist(), failed, strict=True):
             found[i] = pool_prompt(x[: end + 1], tokens).half().cpu(), wrong
     return [found[i] for i in range(len(queries))]
