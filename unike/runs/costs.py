@@ -151,18 +151,21 @@ def count_parameters(hparams: HyperParams, width: int) -> int:
     return own + 3 * (wide + 1) * wide + (2 * wide + 1) * hidden + (hidden + 1) * out
 
 
-def measure_speed(hparams: HyperParams, side: int = 1024) -> float | None:
-    """Floating-point operations a second of a product of two ``side x side`` matrices, in the model's
-    precision and on its device: the best of three. None where the device is not there."""
+def measure_speed(hparams: HyperParams) -> float | None:
+    """Floating-point operations a second of a product of two square matrices, in the model's precision and
+    on its device: the best of some, as if nothing else used the machine. None where the device is not
+    there."""
     import torch
 
     from unike.backbones.placement import pick_device
 
     try:
         device = pick_device(hparams.device)
+        # On a CPU short enough to be seldom interrupted, elsewhere long enough to fill the device.
+        side = 512 if device.type == "cpu" else 4096
         one = torch.ones(side, side, dtype=getattr(torch, hparams.dtype), device=device)
         spent = []
-        for _ in range(4):
+        for _ in range(10):
             started = time.perf_counter()
             # Reading a number waits for the device.
             (one @ one)[0, 0].item()
