@@ -13,6 +13,8 @@ from test_scope import case, hparams
 from test_scope_scale import ROOT, WIDTHS, count_parameters
 from worlds import World
 
+from benchmarks import scope_scale
+from benchmarks.measuring import Measurements
 from scripts import prepare
 from unike.config.hparams import HyperParams
 from unike.datasets.triplets import make_triplets
@@ -178,6 +180,8 @@ def test_the_notes_say_what_does_not_fit(tmp_path: Path) -> None:
         "more than scope_disk_gb: 20; set scope_tokens" in f.line for f in costs.describe_costs(whole, needs)
     )
     assert costs.describe_costs(options, MethodNeeds()) == []
+    absent = [f.line for f in costs.describe_costs(replace(options, device="cuda:77"), needs)]
+    assert any("floating-point operations" in n and "speed is not known" in n for n in absent)
     (tmp_path / "config.json").write_text("{}")
     assert costs.describe_costs(options, needs) == []
 
@@ -198,3 +202,22 @@ def test_prepare_checks_without_a_model(
     assert prepare.main([*yaml, "name=/nowhere"]) == 2
     assert "✗" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_benchmark_measures_and_extrapolates(capsys: pytest.CaptureFixture[str]) -> None:
+    changes = ["scope_records=40", "scope_batch=4", "scope_width=32", "scope_memory_gb=0.0005"]
+    options = HyperParams.from_hparams(ROOT / "hparams/scoped/llava.yaml", changes)
+    rows = Measurements("scope_scale")
+    scope_scale.measure_training(options, 64, 2, rows)
+    scope_scale.measure_reading(options, 64, 1, rows)
+    found = {row.metric: row.median for row in rows.rows if "before" not in row.case}
+    states = 40 * len(INSIDE + OUTSIDE) * 32 * 64 * 2 / 1e9
+    kept = found["states in memory"], found["states on disk"]
+    assert sum(kept) == pytest.approx(states)
+    assert 0 < kept[0] <= 0.0005 < kept[1]
+    assert found["parameters"] == pytest.approx(count_parameters(64, options) / 1e6)
+    former = {row.metric: row.median for row in rows.rows if "before" in row.case}
+    assert former["states, padded, in memory"] == pytest.approx(states * 636 / 32)
+    assert found["largest difference of a state, batched from alone"] < 1e-2
+    assert all(found[name] > 0 for name in found if "extrapolated" in name or "a forward pass" in name)
+    assert "extrapolated" in capsys.readouterr().out

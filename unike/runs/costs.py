@@ -152,21 +152,27 @@ def count_parameters(hparams: HyperParams, width: int) -> int:
     return own + 3 * (wide + 1) * wide + (2 * wide + 1) * hidden + (hidden + 1) * out
 
 
-def measure_speed(hparams: HyperParams, side: int = 1024) -> float:
-    """Floating-point operations a second of a product of two ``side x side`` matrices, in the model's
-    precision and on its device: the best of three."""
+def measure_speed(hparams: HyperParams) -> float | None:
+    """Floating-point operations a second of a product of two square matrices, in the model's precision and
+    on its device: the best of some, as if nothing else used the machine. None where the device is not
+    there."""
     import torch
 
     from unike.backbones.placement import pick_device
 
-    device = pick_device(hparams.device)
-    one = torch.ones(side, side, dtype=getattr(torch, hparams.dtype), device=device)
-    spent = []
-    for _ in range(4):
-        started = time.perf_counter()
-        # Reading a number waits for the device.
-        (one @ one)[0, 0].item()
-        spent.append(time.perf_counter() - started)
+    try:
+        device = pick_device(hparams.device)
+        # On a CPU short enough to be seldom interrupted, elsewhere long enough to fill the device.
+        side = 512 if device.type == "cpu" else 4096
+        one = torch.ones(side, side, dtype=getattr(torch, hparams.dtype), device=device)
+        spent = []
+        for _ in range(10):
+            started = time.perf_counter()
+            # Reading a number waits for the device.
+            (one @ one)[0, 0].item()
+            spent.append(time.perf_counter() - started)
+    except Exception:  # the libraries' errors have no common type; the check of the device has them
+        return None
     return 2 * side**3 / min(spent[1:])
 
 
@@ -183,28 +189,31 @@ def describe_costs(hparams: HyperParams, needs: MethodNeeds) -> list[Finding]:
         # The checks of the knowledge and of the scope classifier have it.
         return []
     speed = measure_speed(hparams)
-    pace = (
-        f"estimated from the config, at {speed / 1e9:.3g} GFLOP/s, a matrix product's here in {hparams.dtype}"
-    )
+    pace = "the device's speed is not known"
+    if speed is not None:
+        pace = f"at {speed / 1e9:.3g} GFLOP/s, a matrix product's here in {hparams.dtype}"
+    pace = f"estimated from the config for {TEXT_TOKENS} tokens of text a prompt, {pace}"
     lines = _describe_knowledge(hparams, size, speed, pace) if knowledge else []
     return lines + (_describe_scope(hparams, size, speed, pace) if scope else [])
 
 
-def _describe_knowledge(hparams: HyperParams, size: ModelSize, speed: float, pace: str) -> list[Finding]:
+def _describe_knowledge(
+    hparams: HyperParams, size: ModelSize, speed: float | None, pace: str
+) -> list[Finding]:
     flops = 2 * hparams.triplets * size.prompt_flops + hparams.triplets * size.image_flops
-    needed = f"at most {2 * hparams.triplets} forward passes, {_format_seconds(flops / speed)}"
+    needed = f"at most {2 * hparams.triplets} forward passes, {_format_seconds(flops, speed)}"
     return [Finding(True, f"memory and encoders: {needed}, where they are not kept yet", pace)]
 
 
-def _describe_scope(hparams: HyperParams, size: ModelSize, speed: float, pace: str) -> list[Finding]:
+def _describe_scope(hparams: HyperParams, size: ModelSize, speed: float | None, pace: str) -> list[Finding]:
     cost, place = estimate_scope(hparams, size), choose_place(str(hparams.scope_dir))
     shape = f"{cost.records} records x {cost.queries} queries x {cost.tokens} states x {cost.width}"
     kept = f"{cost.memory / GB:.2f} GB in memory, {cost.disk / GB:.2f} GB in a file in {place}"
     states = f"scope states: at most {shape} in half precision: {kept}"
     count = cost.records * cost.queries
     reading = count * size.prompt_flops + cost.records * RECORD_IMAGES * size.image_flops
-    passes = f"{count} forward passes, {_format_seconds(reading / speed)}"
-    steps = f"at most {cost.steps} steps, {_format_seconds(cost.training_flops / speed)}"
+    passes = f"{count} forward passes, {_format_seconds(reading, speed)}"
+    steps = f"at most {cost.steps} steps, {_format_seconds(cost.training_flops, speed)}"
     what = f"scope classifier: {cost.parameters / 1e6:.1f} M parameters; {passes}; {steps}"
     return [Finding(True, states, _judge(cost, hparams, place)), Finding(True, what, pace)]
 
@@ -218,7 +227,10 @@ def _judge(cost: ScopeCost, hparams: HyperParams, place: Path) -> str | None:
     return f"only {free / GB:.2f} GB are free there; set scope_tokens" if cost.disk > free else None
 
 
-def _format_seconds(seconds: float) -> str:
+def _format_seconds(flops: float, speed: float | None) -> str:
+    if speed is None:
+        return f"{flops:.2g} floating-point operations"
+    seconds = flops / speed
     if seconds < 120:
         return f"about {seconds:.2g} s" if seconds < 10 else f"about {seconds:.0f} s"
     return f"about {seconds / 60:.0f} minutes" if seconds < 7200 else f"about {seconds / 3600:.0f} hours"

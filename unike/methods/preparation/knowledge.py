@@ -126,7 +126,7 @@ def _read_ends(
     attention = {i: backbone.layout.attention(i).module for i in layers}
     readers = {i: backbone.layout.ffn(i).keys[0] for i in layers}
     with capture(attention) as x, capture(readers) as y:
-        backbone.suffix(state)
+        backbone.suffix_hidden(state)
     shaped = {i: y[i].reshape(*state.labels.shape, -1) for i in layers}
     return {
         i: (x[i][rows, state.question_end], x[i][rows, last], shaped[i][rows, state.question_end])

@@ -121,15 +121,19 @@ def _read_prompts(
     found: dict[int, _Read] = {}
     for numbers in group_by_length(backbone, queries, batch):
         state = prefixes.state([queries[i] for i in numbers])
+        # Logits of the answer alone: those of a long prompt, for all words, take more than its states.
         with capture(attention) as seen:
-            logits = backbone.suffix(state)
-        failed = ((logits[:, :-1].argmax(-1) != state.labels[:, 1:]) & state.answer_mask).any(1)
-        next_ = logits[torch.arange(len(numbers), device=logits.device), state.question_end].float()
-        best = next_.softmax(-1).topk(2, -1)
-        for row, i in enumerate(numbers):
-            states = pool_prompt(seen["x"][row, : int(state.question_end[row]) + 1], tokens).half().cpu()
-            few = NextTokens(best.indices[row][None], best.values[row][None]).are_few
-            found[i] = _Read(states, bool(failed[row]), few)
+            logits = backbone.answer_logits(state)
+        missed = torch.zeros_like(state.answer_mask)
+        missed[state.answer_mask] = logits.argmax(-1) != state.labels[:, 1:][state.answer_mask]
+        failed, counts = missed.any(1).tolist(), state.answer_mask.sum(1)
+        # The first answer token of each row is predicted at the prompt's end.
+        starts = (counts.cumsum(0) - counts).tolist()
+        for row, (i, end) in enumerate(zip(numbers, state.question_end.tolist(), strict=True)):
+            states = pool_prompt(seen["x"][row, : end + 1], tokens).half().cpu()
+            best = logits[starts[row]].float().softmax(-1).topk(2)
+            few = NextTokens(best.indices[None], best.values[None]).are_few
+            found[i] = _Read(states, failed[row], few)
     return [found[i] for i in range(len(queries))]
 
 
