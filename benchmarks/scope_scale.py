@@ -29,12 +29,8 @@ from unike.datasets.triplets import make_triplets
 from unike.knowledge.scope import fit_scope
 from unike.knowledge.scope_states import GB, ScopeStates, StateRows
 from unike.methods.preparation.knowledge import extract_states
-from unike.methods.preparation.scope import (
-    INSIDE,
-    OUTSIDE,
-    collect_scope_samples,
-    make_scope_encoder,
-)
+from unike.methods.preparation.scope import collect_scope_samples, make_scope_encoder
+from unike.methods.preparation.training_cases import INSIDE, OUTSIDE, make_training_cases
 from unike.runs.costs import ModelSize, ScopeCost, count_parameters, estimate_scope, measure_speed
 from unike.types import Case
 
@@ -132,14 +128,14 @@ def measure_reading(hparams: HyperParams, width: int, records: int, rows: Measur
     cases = lengthen(draw_cases(records, backbone.vision.image_size), backbone)
     case = f"reading, width {width}, {LAYERS} layers, float32"
     queries = records * len(INSIDE + OUTSIDE)
-    found = {}
+    found, taught = {}, make_training_cases(cases)
     for name, size in (("alone", 1), ("batched", hparams.states_batch)):
         backbone.keep_features(None, size == 1)
         prefixes = PrefixCache(backbone, FIRST, 0, size, alone=size == 1)
 
         def read(size: int = size, prefixes: PrefixCache = prefixes) -> ScopeStates:
             return collect_scope_samples(
-                backbone, cases, FIRST, size, prefixes=prefixes, tokens=hparams.scope_tokens
+                backbone, taught, FIRST, size, prefixes=prefixes, tokens=hparams.scope_tokens
             )
 
         found[name], spent = spend(read)
@@ -170,6 +166,7 @@ def measure_toy(records: int, rows: Measurements) -> None:
     hparams = HyperParams.from_hparams(ROOT / "hparams/scoped/tiny_blip2.yaml", ["device=cpu"])
     backbone = load_backbone(hparams)
     cases = draw_cases(records, backbone.vision.image_size)
+    taught = make_training_cases(cases)
     triplets = [replace(t, wrong=t.wrong or "an owl") for t in make_triplets(cases)]
     layers = hparams.list_layers(len(backbone.layout))
     spent: dict[str, dict[str, float]] = {"scope": {}, "knowledge": {}}
@@ -180,7 +177,7 @@ def measure_toy(records: int, rows: Measurements) -> None:
             return PrefixCache(backbone, layers[0], 0, size, alone=size == 1)
 
         def read_scope(size: int = size, cache: Callable[[], PrefixCache] = open_cache) -> object:
-            return collect_scope_samples(backbone, cases, layers[0], size, prefixes=cache())
+            return collect_scope_samples(backbone, taught, layers[0], size, prefixes=cache())
 
         def read_knowledge(size: int = size, cache: Callable[[], PrefixCache] = open_cache) -> object:
             return extract_states(backbone, triplets, layers, size, prefixes=cache())

@@ -169,7 +169,8 @@ def test_shipped_classifiers_are_read_as_they_were(folder: Path) -> None:
     former.load_state_dict(weights)
     states = randn(3, 20, width)
     mask = torch.arange(20) < torch.tensor([20, 11, 4])[:, None]
-    assert torch.equal(now(states, mask), former(states, mask))
+    # Attention is computed in another order since.
+    torch.testing.assert_close(now(states, mask), former(states, mask), atol=1e-6, rtol=1e-5)
     assert now.squeeze is None
     pooled = ScopeEncoder(width, 2 * width, 128, 4, tokens=10).eval()
     pooled.load_state_dict(weights)

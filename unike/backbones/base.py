@@ -7,11 +7,11 @@ constant of the query: ``prefix`` computes it, ``suffix`` runs the rest.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import count
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -154,6 +154,32 @@ class Prompt:
             self.number, self.question_end, self.attention_mask, self.texts = former
 
 
+class Sight(NamedTuple):
+    """One prompt as the unedited model sees it: the most probable next tokens along its greedy answer, up to
+    its end, ``ids (m, t)`` with their ``probabilities (m, t)``, best first, and what the reader makes of the
+    prompt's states, ``(r)``; None without a reader."""
+
+    ids: torch.Tensor
+    probabilities: torch.Tensor
+    vector: torch.Tensor | None = None
+
+
+class StateReader(Protocol):
+    """Reads a prompt's states ``(t, d)``, as they enter the attention of decoder layer ``layer``."""
+
+    @property
+    def layer(self) -> int: ...
+
+    @property
+    def key(self) -> Hashable:
+        """The same for readers that read alike."""
+        ...
+
+    def read(self, states: torch.Tensor) -> torch.Tensor:
+        """The states as a vector, ``(r)``."""
+        ...
+
+
 @runtime_checkable
 class Backbone(Protocol):
     """A frozen vision-language model."""
@@ -228,11 +254,10 @@ class Backbone(Protocol):
         prompts: Sequence[str],
         tokens: int,
         top: int,
-        reader: Any = None,
-    ) -> list[Any]:
-        """Each prompt as the unedited model sees it, whatever is applied, a ``next_tokens.Sight``: the
-        ``top`` most probable tokens at each of the first ``tokens`` of its greedy answer, and what a
-        ``next_tokens.StateReader`` makes of the states."""
+        reader: StateReader | None = None,
+    ) -> list[Sight]:
+        """Each prompt as the unedited model sees it, whatever is applied: the ``top`` most probable tokens at
+        each of the first ``tokens`` of its greedy answer, and what the ``reader`` makes of its states."""
         ...
 
     def use_router(self, router: Any) -> AbstractContextManager[None]:

@@ -4,42 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import torch
 
+from unike.backbones.base import Sight, StateReader
 from unike.backbones.decoding import Decoding
 from unike.backbones.guard import Guard
 from unike.backbones.hooks import watch
 from unike.backbones.images import content_key
 from unike.system.cache import BoundedCache
 from unike.types import ImageLike, TooLongError
-
-
-class Sight(NamedTuple):
-    """One prompt as the unedited model sees it: the most probable next tokens along its greedy answer, up to
-    its end, ``ids (m, t)`` with their ``probabilities (m, t)``, best first, and what the reader makes of the
-    prompt's states, ``(r)``; None without a reader."""
-
-    ids: torch.Tensor
-    probabilities: torch.Tensor
-    vector: torch.Tensor | None = None
-
-
-class StateReader(Protocol):
-    """Reads a prompt's states ``(t, d)``, as they enter the attention of decoder layer ``layer``."""
-
-    @property
-    def layer(self) -> int: ...
-
-    @property
-    def key(self) -> Hashable:
-        """The same for readers that read alike."""
-        ...
-
-    def read(self, states: torch.Tensor) -> torch.Tensor:
-        """The states as a vector, ``(r)``."""
-        ...
 
 
 def recall_sights(

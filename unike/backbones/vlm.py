@@ -18,14 +18,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from unike.backbones.answer_texts import explain_unreachable
 from unike.backbones.architecture import Architecture
-from unike.backbones.base import IGNORED, Batch, Output, PrefixState, Prompt, narrow
+from unike.backbones.base import IGNORED, Batch, Output, PrefixState, Prompt, Sight, StateReader, narrow
 from unike.backbones.decoding import Decoding
 from unike.backbones.dialogue import Chat, Dialogue, prompt_and_answer
 from unike.backbones.guard import Guard, copy_bare, held
 from unike.backbones.hooks import first_tensor, hidden_states, inputs_of
 from unike.backbones.images import FeatureCache, Parts
 from unike.backbones.layout import DecoderLayout
-from unike.backbones.next_tokens import Sight, StateReader, recall_sights
+from unike.backbones.next_tokens import recall_sights
 from unike.backbones.routing import Router, Routers, select_rows
 from unike.backbones.store import RowStore
 from unike.datasets.answers import normalise_answer
@@ -33,12 +33,13 @@ from unike.system.cache import BoundedCache
 from unike.system.text import one_line
 from unike.types import ImageLike, TooLongError, UserError
 
+Images = Sequence[ImageLike | None]
 # Number of masks whose layer inputs are kept: those of a training loop and of its probes.
 MASKS = 32
 # Number of texts whose token ids are kept.
 TEXTS = 100_000
-# Number of prompts of which the unedited model's next tokens are kept.
-SAID = 20_000
+# Number of prompts of which the unedited model's sight is kept.
+SIGHTS = 20_000
 
 
 class VisionLanguageBackbone:
@@ -69,7 +70,7 @@ class VisionLanguageBackbone:
         self._epoch = 0
         self._vision_modules: tuple[int, list[torch.nn.Module]] | None = None
         self._layer_inputs = BoundedCache[Hashable, dict[str, object]](MASKS)
-        self._sights = BoundedCache[Hashable, Sight](SAID)
+        self._sights = BoundedCache[Hashable, Sight](SIGHTS)
         self.routers = Routers()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -412,12 +413,7 @@ class VisionLanguageBackbone:
 
     @held
     def observe(
-        self,
-        images: Sequence[ImageLike | None],
-        prompts: Sequence[str],
-        tokens: int,
-        top: int,
-        reader: StateReader | None = None,
+        self, images: Images, prompts: Sequence[str], tokens: int, top: int, reader: StateReader | None = None
     ) -> list[Sight]:
         self._forget_former_weights()
         return recall_sights(self, self._sights, images, prompts, tokens, top, reader)

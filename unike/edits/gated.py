@@ -14,10 +14,9 @@ from weakref import ref
 
 import torch
 
-from unike.backbones.base import Backbone
+from unike.backbones.base import Backbone, Sight
 from unike.backbones.hooks import guard
 from unike.backbones.images import content_key
-from unike.backbones.next_tokens import Sight
 from unike.backbones.routing import RowGroup
 from unike.edits.activity import UNKNOWN, Activity, Decisions
 from unike.edits.base import Edit, Inspection, Unit, compose, find_kind
@@ -368,8 +367,7 @@ def observe_prompts(
 ) -> list[Sight]:
     """Each prompt as the unedited model sees it, with what the gate looks at."""
     reader = None if scope is None or gate.layer is None else _ScopeReader(scope, gate.layer)
-    found: list[Sight] = backbone.observe(images, prompts, gate.tokens, TOP, reader)
-    return found
+    return backbone.observe(images, prompts, gate.tokens, TOP, reader)
 
 
 def _require_vector(vector: torch.Tensor | None) -> torch.Tensor:

@@ -163,7 +163,7 @@ def measure_speed(hparams: HyperParams) -> float | None:
     try:
         device = pick_device(hparams.device)
         # On a CPU short enough to be seldom interrupted, elsewhere long enough to fill the device.
-        side = 512 if device.type == "cpu" else 4096
+        side = 512 if device.type == "cpu" else 8 * 512
         one = torch.ones(side, side, dtype=getattr(torch, hparams.dtype), device=device)
         spent = []
         for _ in range(10):
