@@ -102,23 +102,24 @@ def read_plan(
     bases: dict[Path, HyperParams | UserError] = {}
     checked = partial(_read_base, bases, overrides)
     wanted = [
-        (n, b, t, k, r)
+        (n, plan, b, t, k, r)
         for n in names
         if n in plans
+        for plan in ([plans[other] for other in plans[n].averages] or [plans[n]])
         for b in backbones
-        for t in plans[n].tasks
-        for k in plans[n].lengths
-        for r in plans[n].rows
+        for t in plan.tasks
+        for k in plan.lengths
+        for r in plan.rows
     ]
     out: list[Run] = []
     folders: dict[str, Path] = {}
-    for name, backbone, task, length, row in wanted:
+    for name, plan, backbone, task, length, row in wanted:
         read: list[HyperParams] = []
         file = path.parent / row.yaml.format(backbone=backbone)
         problems += collect_problems(lambda: read.append(checked(file)))  # noqa: B023
-        drawn = [seed for base in read for seed in whole.list_seeds(plans[name], base)]
+        drawn = [seed for base in read for seed in whole.list_seeds(plan, base)]
         for seed in [seed for seed in drawn if seed is None or not seeds or seed in seeds]:
-            changes = whole.list_changes(plans[name], row, length, seed, backbone, read[0].model_name)
+            changes = whole.list_changes(plan, row, length, seed, backbone, read[0].model_name)
             if sequences is not None and length > 1:
                 changes["sequences"] = min(sequences, changes.get("sequences", sequences))
             changed: list[HyperParams] = []

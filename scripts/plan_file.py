@@ -23,6 +23,7 @@ from unike.types import PROTOCOLS, UserError
 PLAN = Path("hparams/tables.yaml")
 _PARTS = ("tables", "figures")
 _MORE = ("benchmark", "tuned")
+_LISTS = ("tasks", "lengths", "extras", "seeds", "averages")
 _KINDS: dict[str, tuple[Any, str]] = {
     "tuple": (list, "a list"),
     "Mapping": (dict, "lines of `key: value`"),
@@ -59,7 +60,7 @@ class TablePlan:
     ``paper`` names the published figures, ``reference`` the row whose order they state, ``subject`` the row
     of ours that each other row is compared with, ``extras`` further columns and statements, see
     ``unike.report.paper.tables.Block``. ``seeds`` are those of the benchmark's that it is run with, all
-    where it names none.
+    where it names none. ``averages`` names tables whose means it shows, in place of rows of its own.
     """
 
     title: str
@@ -72,6 +73,7 @@ class TablePlan:
     subject: str = "UniKE + scope gate"
     extras: tuple[str, ...] = ()
     seeds: tuple[int, ...] = ()
+    averages: tuple[str, ...] = ()
     set: Mapping[str, Any] = field(default_factory=dict)
     set_by_length: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
 
@@ -179,6 +181,12 @@ def read_plan_file(path: Path = PLAN) -> PlanFile:
         for seed in plan.seeds
         if seed not in b.seeds
     ]
+    problems += [
+        f"{path}: {name}: averages: {other}; expected a table with rows of its own"
+        for name, plan in found.items()
+        for other in plan.averages
+        if other not in found or not found[other].rows
+    ]
     if problems:
         raise UserError(*dict.fromkeys(problems))
     return PlanFile(found, benchmark[0] if benchmark else None, tuned)
@@ -187,10 +195,13 @@ def read_plan_file(path: Path = PLAN) -> PlanFile:
 def list_tables(path: Path = PLAN) -> list[str]:
     """The names that ``--table all`` means: the tables, without the figures' sweeps."""
     values, _, _ = read_yaml(str(path))
-    return [str(name) for name in values.get("tables") or {}]
+    found = values.get("tables")
+    return [str(name) for name in found] if isinstance(found, dict) else []
 
 
 def _parse_table(entry: Any, at: str) -> TablePlan:
+    if isinstance(entry, dict) and entry.get("averages"):
+        entry = {"protocol": PROTOCOLS[0], **entry}
     values = _check_keys(entry, TablePlan, at)
     problems: list[str] = []
     rows: list[RowPlan] = []
@@ -202,8 +213,7 @@ def _parse_table(entry: Any, at: str) -> TablePlan:
     repeated = {r.name for r in rows if [o.name for o in rows].count(r.name) > 1}
     problems += [f"{at}: {name}: two rows of that name" for name in sorted(repeated)]
     plan = TablePlan(
-        **{**values, "rows": tuple(rows)}
-        | {key: tuple(values[key]) for key in ("tasks", "lengths", "extras", "seeds") if key in values}
+        **{**values, "rows": tuple(rows)} | {key: tuple(values[key]) for key in _LISTS if key in values}
     )
     wrong: list[tuple[str, str, tuple[str, ...]]] = [("protocol", plan.protocol, PROTOCOLS)]
     wrong += [("tasks", task, TASKS) for task in plan.tasks]
@@ -215,7 +225,7 @@ def _parse_table(entry: Any, at: str) -> TablePlan:
         for n in plan.lengths
         if not isinstance(n, int) or n < 1
     ]
-    if not rows and not problems:
+    if not rows and not plan.averages and not problems:
         problems.append(f"{at}: rows: expected a list of rows with `name` and `yaml`")
     if problems:
         raise UserError(*problems)
@@ -269,7 +279,7 @@ def _check_keys(entry: Any, kind: type, at: str) -> dict[str, Any]:
     for key in entry.keys() - set(names):
         nearest = difflib.get_close_matches(str(key), names, n=1, cutoff=0.0)[0]
         problems.append(f"{at}: {key}: unknown key; the nearest known key is {nearest}")
-    needed = names[: 3 if kind is TablePlan else 2]
+    needed = names[: 2 if kind is not TablePlan or entry.get("averages") else 3]
     problems += [f"{at}: {key}: missing" for key in needed if not entry.get(key)]
     for key, value in entry.items():
         declared = next((str(f.type) for f in fields(kind) if f.name == key), "")
