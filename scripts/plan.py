@@ -26,7 +26,7 @@ from scripts.plan_file import read_tables as read_tables
 from unike.config.hparams import OPTIONS, HyperParams
 from unike.evaluation.record import Record
 from unike.evaluation.summary import Summary, summarise
-from unike.runs.drawing import get_drawn_file
+from unike.runs.drawing import get_drawn_file, get_probe_file
 from unike.runs.records import SUMMARY, read_records
 from unike.system.findings import collect_problems
 from unike.types import UserError
@@ -62,10 +62,15 @@ class Run:
             return False
         root = hp.image_root
         return all(
-            file is not None and Path(file) == get_drawn_file(root, task, split)
+            file is not None and Path(file) == _get_own_place(root, task, split)
             for task, files in hp.data.items()
             for split, file in files.items()
         )
+
+
+def _get_own_place(root: str, task: str, key: str) -> Path:
+    """Where the benchmark puts what a YAML names under ``data.<task>.<key>``."""
+    return get_probe_file(root, task, "eval") if key == "probes" else get_drawn_file(root, task, key)
 
 
 def name_protocol(hparams: HyperParams) -> str:

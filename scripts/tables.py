@@ -106,7 +106,7 @@ def render_sections(blocks: Sequence[Block], plans: dict[str, TablePlan]) -> dic
         whose = f" {published.choose_label(key)}: {published.read_source(key)}." if key else ""
         own = [block for block in blocks if block.table == name]
         if plans[name].averages:
-            parts = write_markdown(average_blocks(own, _name_rows(plans, name)))
+            parts = ["\n\n".join(write_markdown(average_blocks(own, _name_rows(plans, name)))) + "\n"]
         else:
             parts = [*map(markdown, own)]
         out[name] = "\n".join([f"{LEGEND}{whose}\n", *parts])

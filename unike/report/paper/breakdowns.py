@@ -76,15 +76,15 @@ def list_styles(rows: Sequence[Row], base: Mapping[str, float]) -> Grid:
     columns = [mark_best([make_cell(row.find_estimate(m)) for row in rows]) for m in titles]
     read = [m for m, style in zip(STYLE_METRICS, IMAGE_STYLES, strict=True) if base.get(style, 1.0) >= READ]
     means = [[row.find_mean(metric) for metric in read] for row in rows]
-    values = [mean_of([v for v in some if v is not None]) if any(some) else None for some in means]
-    columns.append(mark_best([Cell(value) for value in values]))
+    known = [[value for value in some if value is not None] for some in means]
+    columns.append(mark_best([Cell(mean_of(some) if some else None) for some in known]))
     title = "M-Generality by style of the rephrased image, teacher-forced"
     note = f"mean: of the styles on which the base is right on {100 * READ:.0f}% of random scenes or more"
     grid = build_grid(title, rows, [*titles.values(), "mean"], columns, note if base else "")
     if not base:
         return grid
-    known = [base.get("plain"), *(base.get(style) for style in IMAGE_STYLES)]
-    accuracy = tuple(Cell(None if value is None else 100 * value) for value in known)
+    shares = [base.get("plain"), *(base.get(style) for style in IMAGE_STYLES)]
+    accuracy = tuple(Cell(None if share is None else 100 * share) for share in shares)
     return Grid(grid.title, grid.header, ((f"{BASE}, accuracy", (*accuracy, Cell())), *grid.rows), grid.note)
 
 
