@@ -99,7 +99,10 @@ def test_the_shipped_plan_has_what_every_figure_shows() -> None:
         if run.task == "vqa":
             lines.setdefault(run.row.line, []).append(run.row.x)
     assert lines["Latent-IKE"] == [8, 16, 24, 32, 40]
-    assert all(r.hparams.intrinsic and r.hparams.zeta == "none" for r in found["4a"])
+    assert lines["IKE"] == [8, 16, 24, 32, 40]
+    latent = [r for r in found["4a"] if r.row.line == "Latent-IKE"]
+    assert all(r.hparams.intrinsic and r.hparams.zeta == "none" for r in latent)
+    assert all(r.hparams.ike_patches for r in found["4a"] if r not in latent)
     assert {r.hparams.alpha for r in found["4b"]} == {0.0, 0.1, 0.3, 0.5, 0.7, "adaptive"}
     assert {r.row.name for r in found["2a"]} >= {"T-Patcher", "IKE", "TP + IKE", "UniKE"}
     assert {r.hparams.zeta for r in found["4c"]} == {"none", "random", "semantic", "truthfulness"}

@@ -38,7 +38,10 @@ SETTINGS = {
     "unike": [{}],
     "ft": [{"layers": 1}, {"ft_target": "projection"}],
     "tpatcher": [{"activation_loss": 0.1, "memory_loss": 0.1}],
-    "ike": [{"ike_retriever": "states", "ike_demonstrations": 2}],
+    "ike": [
+        {"ike_retriever": "states", "ike_demonstrations": 2},
+        {"ike_retriever": "states", "ike_demonstrations": 2, "ike_patches": True},
+    ],
     "ke": [{}],
     "mend": [{}],
     # All cases ask the same question: only the picture tells them apart.

@@ -11,6 +11,7 @@ from unike.config.schema import Option, Section, list_own_options
 BEFORE_OPTIONS: dict[str, object] = {
     "answer_end": "none",
     "benchmark_version": 1,
+    "ike_patches": False,
     "scope_overlap": None,
     "scope_overlap_tokens": 1,
 }

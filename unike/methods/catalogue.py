@@ -100,6 +100,11 @@ def check_losses(hparams: PatchLossOptions) -> None:
         )
 
 
+def uses_memory_with_demonstrations(hparams: HyperParams) -> bool:
+    """Whether IKE trains patches that must be silent on remembered queries."""
+    return hparams.ike_patches and hparams.memory_loss > 0
+
+
 def uses_demonstrations(hparams: IKEOptions) -> bool:
     """Whether IKE shows training cases before the edit's own fact."""
     return hparams.ike_demonstrations > 0
@@ -122,7 +127,10 @@ BUILT_IN = {
     "unike": Entry("unike.methods.unike:UniKE", uses_knowledge, check=check_scope, needs_scope=uses_scope),
     "ft": Entry("unike.methods.ft:FineTuning", check=check_plain_weights),
     "ike": Entry(
-        "unike.methods.ike:InContextEditing", needs_cases=uses_demonstrations, check=check_sentence_model
+        "unike.methods.ike:InContextEditing",
+        uses_memory_with_demonstrations,
+        needs_cases=uses_demonstrations,
+        check=check_sentence_model,
     ),
     "ke": Entry("unike.methods.ke:KE", trainable=True),
     "mend": Entry("unike.methods.mend:MEND", trainable=True),
