@@ -188,7 +188,9 @@ def pool_runs(planned: Sequence[Run]) -> PooledRuns:
     """The runs of one row, summed up together. Of several seeds, the seeds are resampled first."""
     first, complete = planned[0], all(map(is_complete, planned))
     if len(planned) == 1:
-        return PooledRuns(load_records(first), None, summarise_run(first), {}, complete)
+        summary = summarise_run(first)
+        by_seed = {} if first.seed is None else {first.seed: summary}
+        return PooledRuns(load_records(first), None, summary, by_seed, complete)
     pairs = [(record, run.seed or 0) for run in planned for record in load_records(run)]
     records, strata = [record for record, _ in pairs], [seed for _, seed in pairs]
     summary = summarise(records, first.hparams.seed, first.hparams.metric_presets, strata)
