@@ -185,7 +185,7 @@ def compute_spaces(
     folder = find_knowledge(hparams, backbone, triplets)
     encoders = load_states(folder, backbone.device)[1][at]
     held_out = read_held_out_triplets(hparams, size)
-    states = extract_states(backbone, held_out, [at], hparams.eval_batch)[at].states
+    states = extract_states(backbone, held_out, [at], hparams.eval_batch, a_neg=hparams.a_neg)[at].states
     with torch.no_grad():
         pairs = {
             "raw states": (states.pos, states.neg),

@@ -19,7 +19,7 @@ from unike.system.launching import run_guarded
 PAGE = Path(__file__).parents[1] / "docs" / "hparams.md"
 HEAD = """# Hyper-parameters
 
-<!-- Written by `python -m scripts.reference` from unike/config/sections.py: change it there. -->
+<!-- Written by `python -m scripts.reference` from the sections in unike/config: change them there. -->
 
 One flat YAML per run. `key=value` on the command line changes a key, `data.vqa.eval=...` an entry of a
 mapping. Unknown, repeated or ill-typed keys end the run before anything is loaded, with one line each and

@@ -53,10 +53,18 @@ class WorkOutcome:
     failures: list[str] = field(default_factory=list)
 
 
-def ensure(planned: Sequence[Run], jobs: int | None = None) -> WorkOutcome:
+def ensure(
+    planned: Sequence[Run],
+    jobs: int | None = None,
+    apart: Callable[[Run], str] | None = None,
+    done: Callable[[str], None] | None = None,
+) -> WorkOutcome:
     """Runs the incomplete runs and returns how they ended; complete runs are not loaded.
 
-    ``jobs`` processes share the cores; None: one per core, or one if there is a GPU. All inputs are checked
+    ``jobs`` processes share the cores; None: one per core, or one if there is a GPU. Runs of which ``apart``
+    gives the same name are one group; groups prepare at the same time, so that none may need what another
+    one prepares. Without it ``group_runs`` makes the groups, and those of a backbone prepare one after the
+    other. ``done`` is called with the name of each run that has all its records. All inputs are checked
     first: UserError with every problem, also if a complete run was made from other data.
     """
     by_folder: dict[Path, Run] = {}
@@ -68,16 +76,16 @@ def ensure(planned: Sequence[Run], jobs: int | None = None) -> WorkOutcome:
         return WorkOutcome()
     check_inputs(todo)
     jobs = jobs or count_jobs()
-    groups = group_runs(todo, jobs)
+    groups = group_runs(todo, jobs) if apart is None else _group_by(todo, apart)
     jobs = min(jobs, len(groups))
     with tqdm(total=len(todo), desc="rows", unit="row", dynamic_ncols=True) as bar:
-        watch = _Watcher(bar)
+        watch = _Watcher(bar, done)
         try:
             if jobs == 1:
                 for group in groups:
                     run_group(group, nullcontext(), watch, lambda: False)
             else:
-                _ProcessPool(groups, jobs, watch).run()
+                _ProcessPool(groups, jobs, watch, apart).run()
         except KeyboardInterrupt:
             watch.outcome.interrupted = True
     return watch.outcome
@@ -225,8 +233,8 @@ def run_group(group: Sequence[Run], lock: Any, report: Report, stopped: Callable
 class _Watcher:
     """Turns reports into progress lines and the outcome."""
 
-    def __init__(self, bar: Any) -> None:
-        self.bar, self.outcome = bar, WorkOutcome()
+    def __init__(self, bar: Any, done: Callable[[str], None] | None = None) -> None:
+        self.bar, self.outcome, self.done = bar, WorkOutcome(), done
 
     def __call__(self, kind: str, what: Any) -> None:
         if kind == "done":
@@ -234,6 +242,8 @@ class _Watcher:
             broken = f", {failed} failed" if failed else ""
             self._print(f"{name}: {n} records{broken}, {seconds:.0f} s")
             self.bar.update()
+            if self.done is not None:
+                self.done(name)
         elif kind == "failed":
             name, why, rows = what
             self.outcome.failures.append(f"{name}: {why}")
@@ -248,12 +258,19 @@ class _Watcher:
 class _ProcessPool:
     """Processes, at most ``jobs`` at a time, each with a group of runs."""
 
-    def __init__(self, groups: Sequence[list[Run]], jobs: int, watch: _Watcher) -> None:
+    def __init__(
+        self,
+        groups: Sequence[list[Run]],
+        jobs: int,
+        watch: _Watcher,
+        apart: Callable[[Run], str] | None = None,
+    ) -> None:
         self.context = multiprocessing.get_context("spawn")
+        self.name_lock = apart or (lambda run: run.backbone)
         self.waiting, self.jobs, self.watch = list(groups), jobs, watch
         self.reports = self.context.Queue()
         self.stop = self.context.Event()
-        self.locks = {group[0].backbone: self.context.Lock() for group in groups}
+        self.locks = {self.name_lock(group[0]): self.context.Lock() for group in groups}
         self.running: list[Any] = []
 
     def run(self) -> None:
@@ -270,7 +287,7 @@ class _ProcessPool:
             self._end()
 
     def _start(self, group: list[Run]) -> None:
-        target = (group, self.locks[group[0].backbone], self.reports, self.stop)
+        target = (group, self.locks[self.name_lock(group[0])], self.reports, self.stop)
         process = self.context.Process(target=_run_child, args=target, name=group[0].name)
         # A child ignores Ctrl-C while it starts: it would print tracebacks of its imports.
         with ignore_interrupts():

@@ -42,7 +42,7 @@ SEES_PROTOCOL = ("edits", "methods")
 _SEEN = ("base", "guard", "routing", "layout", "prefix", "images", "hooks")
 PROTOCOL = {f"unike.backbones.{name}" for name in _SEEN}
 # Methods do not know each other.
-ALONE = {f"unike.methods.{name}" for name in ("ft", "ike", "ke", "mend", "serac", "tpatcher", "unike")}
+ALONE = set(re.findall(r"unike\.methods\.\w+(?=:)", (ROOT / "unike/methods/catalogue.py").read_text("utf-8")))
 THIRD_PARTY = (
     ("unike.types", ""),
     ("unike.system.text", ""),

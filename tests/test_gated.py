@@ -16,7 +16,7 @@ import run_edit
 from unike.backbones.base import encode_queries
 from unike.edits import Edit, explain
 from unike.edits.attached import Slot
-from unike.edits.gated import TOP, GatedEdit, GatedMember, OverlapGate
+from unike.edits.gated import TOP, Gate, GatedEdit, GatedMember
 from unike.edits.shares import Shared
 from unike.evaluation.protocols import run_sequence
 from unike.evaluation.reader import Reader
@@ -25,7 +25,7 @@ from unike.runs.records import read_records
 from unike.types import Query, UserError
 
 each_row = pytest.mark.parametrize("row", ROWS, ids=IDS)
-NEVER, ALWAYS = OverlapGate(1.0, nearest=True), OverlapGate(0.0)
+NEVER, ALWAYS = Gate(1.0, nearest=True), Gate(0.0)
 
 
 @pytest.fixture(params=FAMILIES)
@@ -37,23 +37,24 @@ def close_at(world: World, edit: Edit, closed: Query) -> GatedEdit:
     """The edit of ``query(0)`` behind a gate that lies between its own prompt's overlap and another's."""
     gated = GatedEdit.wrap(edit, case(0).request, ALWAYS, world.backbone)
     (key,) = [member.key for member in gated.members]
-    other = NextTokens(*world.backbone.predict_next([closed.image], [closed.prompt], 1, TOP)[0])
+    other = NextTokens(*world.backbone.observe([closed.image], [closed.prompt], 1, TOP)[0][:2])
     overlap = measure_overlap(other, [key]).item()
-    return GatedEdit(gated.members, OverlapGate((1 + overlap) / 2), world.backbone)
+    return GatedEdit(gated.members, Gate((1 + overlap) / 2), world.backbone)
 
 
 # ---------------------------------------------------------------- overlap
 
 
 def overlap_slowly(one: list[dict[int, float]], other: list[dict[int, float]]) -> float:
-    """Means of the Bhattacharyya coefficient along two greedy answers, up to where they part."""
-    total, together = 0.0, True
-    for p, q in zip(one, other, strict=True):
-        if together:
-            p, q = ({token: value / sum(side.values()) for token, value in side.items()} for side in (p, q))
-            total += sum(math.sqrt(p[token] * q[token]) for token in p if token in q)
-        together = together and max(p, key=lambda t: p[t]) == max(q, key=lambda t: q[t])
-    return total / len(one)
+    """The least Bhattacharyya coefficient along two greedy answers, as far as the other one's goes, and up to
+    where they part."""
+    found = []
+    for p, q in zip(one, other, strict=False):
+        p, q = ({token: value / sum(side.values()) for token, value in side.items()} for side in (p, q))
+        found.append(sum(math.sqrt(p[token] * q[token]) for token in p if token in q))
+        if max(p, key=lambda t: p[t]) != max(q, key=lambda t: q[t]):
+            break
+    return min(found)
 
 
 @pytest.mark.parametrize("tokens", [1, 3])
@@ -84,9 +85,9 @@ def test_next_tokens_are_the_base_models_whatever_is_applied(world: World):
     logits = world.logits([Query(asked.image, asked.prompt, "a fox")])
     batch = encode_queries(backbone, [asked])
     expected = torch.softmax(logits[0, batch.question_end[0]].float(), -1).topk(TOP)
-    backbone._said.clear()
+    backbone._sights.clear()
     with world.edit(("ft", {"layers": 1})).applied(backbone):
-        ((ids, probabilities),) = backbone.predict_next([asked.image], [asked.prompt], 1, TOP)
+        ((ids, probabilities, _),) = backbone.observe([asked.image], [asked.prompt], 1, TOP)
     assert ids[0, :5].tolist() == expected.indices[:5].tolist()
     torch.testing.assert_close(probabilities[0], expected.values, atol=1e-5, rtol=1e-4)
     with world.edit(("ft", {"layers": 1})).applied(backbone):
@@ -96,7 +97,7 @@ def test_next_tokens_are_the_base_models_whatever_is_applied(world: World):
 
 def test_tokens_follow_the_base_models_greedy_answer(world: World):
     asked = query(0)
-    ((ids, _),) = world.backbone.predict_next([asked.image], [asked.prompt], 3, 4)
+    ((ids, _, _),) = world.backbone.observe([asked.image], [asked.prompt], 3, 4)
     said = world.backbone.generate([asked.image], [asked.prompt], max_new_tokens=3)
     assert ids.shape == (3, 4)
     text = world.backbone.decode(ids[:, 0].tolist())
@@ -116,7 +117,7 @@ def test_an_open_gate_answers_as_the_edit_and_a_closed_one_as_the_base(world: Wo
     written = [edit.rewrite(q) for q in asked]
     with edit.applied(backbone):
         inside = world.logits(written)
-    for gate, expected in ((ALWAYS, inside), (OverlapGate(1.0 + 1e-3), base)):
+    for gate, expected in ((ALWAYS, inside), (Gate(1.0 + 1e-3), base)):
         gated = GatedEdit.wrap(edit, case(0).request, gate, backbone)
         texts = [gated.rewrite(q) for q in asked]
         with gated.applied(backbone):
@@ -154,7 +155,7 @@ def test_a_gated_edit_is_the_same_when_loaded(world: World, row, tmp_path):
     backbone = world.backbone
     method = world.method(*row)
     edit = world.edit(row)
-    gated = GatedEdit.wrap(edit, case(0).request, OverlapGate(0.4, 2), backbone)
+    gated = GatedEdit.wrap(edit, case(0).request, Gate(0.4, 2), backbone)
     gated.origins = edit.origins
     gated.save(tmp_path / "edit")
     shared = method.get_shared_parts()
@@ -174,8 +175,7 @@ def test_the_nearest_edit_alone_applies(world: World):
     backbone = world.backbone
     edits = [world.edit(("ft", {"layers": 1}), i) for i in range(2)]
     whole = [
-        GatedEdit.wrap(e, case(i).request, OverlapGate(0.0, nearest=True), backbone)
-        for i, e in enumerate(edits)
+        GatedEdit.wrap(e, case(i).request, Gate(0.0, nearest=True), backbone) for i, e in enumerate(edits)
     ]
     both = whole[0] | whole[1]
     assert isinstance(both, GatedEdit)
@@ -201,9 +201,7 @@ def test_a_sequence_of_gated_edits_keeps_each_of_them(world: World):
 def test_a_gate_says_what_it_decided(world: World):
     slot = Slot(world.backbone)
     backbone, row = world.backbone, ("ft", {"layers": 1})
-    gated = [
-        GatedEdit.wrap(world.edit(row, i), case(i).request, OverlapGate(0.9999), backbone) for i in range(2)
-    ]
+    gated = [GatedEdit.wrap(world.edit(row, i), case(i).request, Gate(0.9999), backbone) for i in range(2)]
     for i, edit in enumerate(gated):
         edit.origins = world.edit(("ft", {"layers": 1}), i).origins
         slot.attach(edit)
@@ -219,7 +217,7 @@ def test_a_gate_says_what_it_decided(world: World):
 
 def test_a_rewritten_prompt_is_known_by_the_images_content(world: World):
     row = ROWS[[name for name, _ in ROWS].index("ike")]
-    gated = GatedEdit.wrap(world.edit(row), case(0).request, OverlapGate(0.9999), world.backbone)
+    gated = GatedEdit.wrap(world.edit(row), case(0).request, Gate(0.9999), world.backbone)
     shown = gated.rewrite(query(0))
     assert shown.prompt != query(0).prompt
     # Another object with the same content, as a caller's next image would be.
@@ -278,9 +276,7 @@ def test_a_model_called_by_itself_is_refused(world: World):
 )
 def test_damaged_content_is_refused(worlds, monkeypatch, change):
     world = world_of("blip2", worlds, monkeypatch)
-    gated = GatedEdit.wrap(
-        world.edit(("ft", {"layers": 1})), case(0).request, OverlapGate(0.5), world.backbone
-    )
+    gated = GatedEdit.wrap(world.edit(("ft", {"layers": 1})), case(0).request, Gate(0.5), world.backbone)
     content = gated.pack()
     GatedEdit.unpack(gated.pack(), world.backbone, Shared())
     change(content.values)

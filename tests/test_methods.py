@@ -120,7 +120,10 @@ def test_a_later_edit_goes_on_from_the_former(world: World, row) -> None:
     alone = [first.rewrite(query(0)), first.rewrite(query(1))]
     with first.applied(world.backbone):
         former = world.logits(alone)
-    assert together.shape != former.shape or not torch.equal(together, former)
+    # T-Patcher as published adds no neuron to a target that the first edit has brought with it.
+    unneeded = second.info.get("neurons") == 0
+    assert unneeded or together.shape != former.shape or not torch.equal(together, former)
+    assert not unneeded or torch.equal(together, former)
 
 
 @each_row

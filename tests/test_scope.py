@@ -31,12 +31,11 @@ from unike.knowledge.scope import (
 from unike.methods import check_method
 from unike.methods.preparation.folders import find_scope_classifier
 from unike.methods.preparation.scope import (
-    INSIDE,
-    OUTSIDE,
     build_scope_queries,
     collect_scope_samples,
     ensure_scope,
 )
+from unike.methods.preparation.training_cases import INSIDE, OUTSIDE, make_training_cases
 from unike.types import Case, Probe, UserError
 
 WIDTH = 8
@@ -126,7 +125,7 @@ def naive_shares(similarity: torch.Tensor, inside: int, threshold: float) -> lis
 @given(seed=st.integers(0, 10_000), threshold=st.floats(-1, 1))
 def test_shares_and_threshold_against_loops(seed: int, threshold: float) -> None:
     similarity = randn(4, 3, 4, seed=seed).tanh()
-    shares = score_scope(similarity, 2, threshold).tolist()
+    shares = score_scope(similarity, 2, threshold).mean(0).tolist()
     assert shares == pytest.approx(naive_shares(similarity, 2, threshold))
 
     def quality(t: float) -> float:
@@ -182,7 +181,7 @@ def test_thresholds_are_for_edits_that_the_base_gets_wrong() -> None:
     own = torch.stack([alone[i, :, i] for i in range(60)])
     first = calibrate(samples, net, 0)[0][1]
     expected = [(own[:, j] >= first) == (j < 2) for j in range(4)]
-    assert calibrate(samples, net, 0)[1][1] == pytest.approx([e.float().mean().item() for e in expected])
+    assert calibrate(samples, net, 0)[2][1] == pytest.approx([e.float().mean().item() for e in expected])
 
 
 def test_the_threshold_grows_with_the_logarithm_of_the_edits() -> None:
@@ -242,8 +241,9 @@ def test_a_record_is_asked_inside_and_outside_its_scope() -> None:
 def test_samples_are_the_prompts_states_without_the_answer(world: World) -> None:
     cases = [case(0), case(1)]
     first = len(world.backbone.layout) - 2
-    samples = collect_scope_samples(world.backbone, cases, first, batch=3)
-    again = collect_scope_samples(world.backbone, [case(0, "quite another answer"), case(1)], first, batch=64)
+    others = [case(0, "quite another answer"), case(1)]
+    samples = collect_scope_samples(world.backbone, make_training_cases(cases), first, batch=3).load_all()
+    again = collect_scope_samples(world.backbone, make_training_cases(others), first, batch=64).load_all()
     assert samples.inside == len(INSIDE)
     assert samples.mask.shape[:2] == (2, len(INSIDE + OUTSIDE))
     assert torch.equal(samples.mask, again.mask)

@@ -9,7 +9,8 @@ import pytest
 from unike.config.combined import KnowledgeKeyOptions
 from unike.config.hparams import HyperParams
 from unike.config.schema import list_own_options
-from unike.config.sections import EditorTrainingOptions, ScopeTrainingOptions
+from unike.config.scope_sections import ScopeTrainingOptions
+from unike.config.sections import EditorTrainingOptions
 from unike.datasets.triplets import Triplet
 from unike.methods.preparation import folders, knowledge
 from unike.methods.preparation.folders import hash_facts

@@ -38,6 +38,17 @@ SETTINGS = {
     "unike": [{}],
     "ft": [{"layers": 1}, {"ft_target": "projection"}],
     "tpatcher": [{"activation_loss": 0.1, "memory_loss": 0.1}],
+    "tpatcher_published": [
+        {
+            "layers": 1,
+            "activation_loss": 1.0,
+            "memory_loss": 5.0,
+            "lr": 1e-2,
+            "max_steps": 60,
+            "patcher_min_steps": 20,
+            "patcher_check_every": 10,
+        }
+    ],
     "ike": [
         {"ike_retriever": "states", "ike_demonstrations": 2},
         {"ike_retriever": "states", "ike_demonstrations": 2, "ike_patches": True},

@@ -222,12 +222,17 @@ class Backbone(Protocol):
         **decoding: object,
     ) -> list[str]: ...
 
-    def predict_next(
-        self, images: Sequence[ImageLike | None], prompts: Sequence[str], tokens: int, top: int
-    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Of each prompt the ``top`` most probable tokens, and their probabilities, at each of the first
-        ``tokens`` of the unedited model's greedy answer, whatever is applied: ``ids (m, t)`` and
-        ``probabilities (m, t)``, best first."""
+    def observe(
+        self,
+        images: Sequence[ImageLike | None],
+        prompts: Sequence[str],
+        tokens: int,
+        top: int,
+        reader: Any = None,
+    ) -> list[Any]:
+        """Each prompt as the unedited model sees it, whatever is applied, a ``next_tokens.Sight``: the
+        ``top`` most probable tokens at each of the first ``tokens`` of its greedy answer, and what a
+        ``next_tokens.StateReader`` makes of the states."""
         ...
 
     def use_router(self, router: Any) -> AbstractContextManager[None]:

@@ -64,6 +64,20 @@ def capture(modules: Mapping[K, nn.Module]) -> Iterator[dict[K, torch.Tensor]]:
             handle.remove()
 
 
+@contextmanager
+def watch(module: nn.Module, see: Callable[[torch.Tensor], object]) -> Iterator[None]:
+    """Inside the block ``see`` is called with each hidden state that the module receives."""
+
+    def hook(_: nn.Module, args: Args, kwargs: Kwargs) -> None:
+        see(hidden_states(args, kwargs))
+
+    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 @dataclass(frozen=True)
 class Passed:
     """What went into a linear module and what came out, as one forward pass left them."""

@@ -14,7 +14,7 @@ from PIL import Image
 
 from unike.backbones.checkpoint_files import explain_read_errors
 from unike.backbones.store import RowStore, row_key
-from unike.datasets.image_inputs import resolve_image
+from unike.datasets.image_inputs import Drawn, resolve_image
 from unike.datasets.images import open_image
 from unike.system.cache import BoundedCache
 from unike.system.faults import release_memory
@@ -162,6 +162,10 @@ def content_key(image: ImageLike) -> str:
         raw = check_pixels(image).detach().cpu().contiguous()
         about = f"{raw.dtype} {tuple(raw.shape)}"
         return f"{hashlib.sha1(raw.reshape(-1).view(torch.uint8).numpy().data).hexdigest()} {about}"
+    if isinstance(image, Drawn):
+        first, second, *changes = image.key
+        made_of = [content_key(first), "" if second is None else content_key(second)]
+        return f"{' '.join(made_of)} {changes}"
     if not isinstance(image, (str, os.PathLike)):
         return _hash_image(image)
     path = Path(image)

@@ -166,23 +166,29 @@ class PrefixCache:
 
 
 def open_prefixes(
-    hparams: PrefixOptions, backbone: Backbone, first: int, batch: int | None = None, memory: bool = True
+    hparams: PrefixOptions,
+    backbone: Backbone,
+    first: int,
+    batch: int | None = None,
+    memory: bool = True,
+    alone: bool | None = None,
 ) -> PrefixCache:
     """The cache that the YAML describes, for layer ``first``; vision features are kept with it.
 
     Runs, methods and sweeps of one backbone share the folder ``prefix_dir``. Without ``memory`` the
-    states are kept on disk alone: for many queries that are asked once.
+    states are kept on disk alone: for many queries that are asked once. ``alone``: whether each query is
+    computed by itself; None: where ``batch_invariant`` is true.
     """
     store, features = None, None
+    alone = hparams.batch_invariant if alone is None else alone
     if hparams.prefix_dir is not None:
         limit = int(hparams.prefix_disk_gb * GB)
         # What was computed in batches is kept apart from what was computed query by query.
-        how = "" if hparams.batch_invariant else "-batched"
+        how = "" if alone else "-batched"
         store = RowStore(hparams.prefix_dir, f"{backbone.identity}/layer-{first}{how}", limit)
         features = RowStore(hparams.prefix_dir, f"{backbone.identity}/pictures{how}", limit)
-    backbone.keep_features(features, hparams.batch_invariant)
+    backbone.keep_features(features, alone)
     kept = int(hparams.prefix_memory_gb * GB) if memory else 0
-    alone = hparams.batch_invariant
     return PrefixCache(backbone, first, kept, batch or hparams.eval_batch, store, alone)
 
 

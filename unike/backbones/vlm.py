@@ -25,7 +25,7 @@ from unike.backbones.guard import Guard, copy_bare, held
 from unike.backbones.hooks import first_tensor, hidden_states, inputs_of
 from unike.backbones.images import FeatureCache, Parts
 from unike.backbones.layout import DecoderLayout
-from unike.backbones.next_tokens import Said, recall_next
+from unike.backbones.next_tokens import Sight, StateReader, recall_sights
 from unike.backbones.routing import Router, Routers, select_rows
 from unike.backbones.store import RowStore
 from unike.datasets.answers import normalise_answer
@@ -69,7 +69,7 @@ class VisionLanguageBackbone:
         self._epoch = 0
         self._vision_modules: tuple[int, list[torch.nn.Module]] | None = None
         self._layer_inputs = BoundedCache[Hashable, dict[str, object]](MASKS)
-        self._said = BoundedCache[Hashable, Said](SAID)
+        self._sights = BoundedCache[Hashable, Sight](SAID)
         self.routers = Routers()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -158,7 +158,7 @@ class VisionLanguageBackbone:
             self._epoch = epoch
             self.cache.forget()
             self._layer_inputs.clear()
-            self._said.clear()
+            self._sights.clear()
             if self.cache.store is not None:
                 self.cache.store = self.cache.store.move(self.identity)
 
@@ -411,11 +411,16 @@ class VisionLanguageBackbone:
         return [self.cut(text) for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
     @held
-    def predict_next(
-        self, images: Sequence[ImageLike | None], prompts: Sequence[str], tokens: int, top: int
-    ) -> list[Said]:
+    def observe(
+        self,
+        images: Sequence[ImageLike | None],
+        prompts: Sequence[str],
+        tokens: int,
+        top: int,
+        reader: StateReader | None = None,
+    ) -> list[Sight]:
         self._forget_former_weights()
-        return recall_next(self, self._said, images, prompts, tokens, top)
+        return recall_sights(self, self._sights, images, prompts, tokens, top, reader)
 
     def use_router(self, router: Router) -> AbstractContextManager[None]:
         return self.routers.use(router)

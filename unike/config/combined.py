@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from unike.config.patcher import NeuronOptions
+from unike.config.scope_sections import ScopeClassifierOptions, ScopeStorageOptions
 from unike.config.sections import (
     BackboneOptions,
     DataOptions,
@@ -18,9 +20,9 @@ from unike.config.sections import (
     PrefixOptions,
     ProtocolOptions,
     RetrievalOptions,
-    ScopeClassifierOptions,
     ScopeGateOptions,
     SeedOptions,
+    TripletOptions,
     UniKEOptions,
 )
 
@@ -51,12 +53,17 @@ class PatchTrainingOptions(EditTrainingOptions, PatchLossOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class NeuronTrainingOptions(PatchTrainingOptions, NeuronOptions):
+    """Training of T-Patcher's neurons as published."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class KnowledgeKeyOptions(LayerOptions, EncoderOptions, KnowledgeOptions):
     """All options that a folder of knowledge depends on, and where it is."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class KnowledgeTrainingOptions(EncoderOptions, PrefixOptions):
+class KnowledgeTrainingOptions(EncoderOptions, TripletOptions, PrefixOptions):
     """Reading of knowledge states, and training of encoders on them."""
 
 
@@ -71,7 +78,7 @@ class KnowledgePreparationOptions(KnowledgeLoadingOptions, KnowledgeKeyOptions, 
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScopePreparationOptions(ScopeClassifierOptions, PrefixOptions):
+class ScopePreparationOptions(ScopeClassifierOptions, ScopeStorageOptions, PrefixOptions):
     """A scope classifier read where it is kept, and trained where it is not."""
 
 

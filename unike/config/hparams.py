@@ -26,7 +26,7 @@ class HyperParams(
     combined.LoadingOptions,
     combined.KnowledgeUseOptions,
     combined.FreshPatchOptions,
-    combined.PatchTrainingOptions,
+    combined.NeuronTrainingOptions,
     combined.KnowledgePreparationOptions,
     combined.ScopePreparationOptions,
     combined.EditorPreparationOptions,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from unike.config import sections
+from unike.config import scope_sections, sections
+from unike.config.patcher import NeuronOptions
 from unike.config.schema import Option, Section, list_own_options
 
 # Options that came later than some runs, whose manifests lack them: what these runs did.
@@ -12,8 +13,26 @@ BEFORE_OPTIONS: dict[str, object] = {
     "answer_end": "none",
     "benchmark_version": 1,
     "ike_patches": False,
+    "mend_scale_lr": None,
+    "scope_layer": None,
     "scope_overlap": None,
     "scope_overlap_tokens": 1,
+    "scope_patience": None,
+    "scope_probes": "recombined",
+    "scope_recall": None,
+    "scope_tokens": None,
+    "scope_val_every": 50,
+    "scope_width": None,
+    "a_neg": "file",
+    "patcher_neurons": 5,
+    "patcher_amplify": 10.0,
+    "patcher_margin": 3.0,
+    "patcher_top": 1000,
+    "patcher_smoothing": 0.1,
+    "patcher_weight_decay": 0.01,
+    "patcher_min_steps": 100,
+    "patcher_check_every": 25,
+    "patcher_patience": 1,
 }
 # In the order of the documentation, with the heading of each.
 SECTIONS: dict[type[Section], str] = {
@@ -23,16 +42,18 @@ SECTIONS: dict[type[Section], str] = {
     sections.UniKEOptions: "method",
     sections.ScopeGateOptions: "method",
     sections.OverlapGateOptions: "method",
-    sections.ScopeClassifierOptions: "method",
-    sections.ScopeTrainingOptions: "scope classifier training",
+    scope_sections.ScopeClassifierOptions: "method",
+    scope_sections.ScopeTrainingOptions: "scope classifier training",
     sections.PatchOptions: "intrinsic",
     sections.EditTrainingOptions: "intrinsic",
     sections.AnswerOptions: "answers",
     sections.ClipOptions: "intrinsic",
     sections.PatchLossOptions: "intrinsic",
+    NeuronOptions: "T-Patcher as published",
     sections.FineTuningOptions: "fine-tuning",
     sections.IKEOptions: "IKE",
     sections.EncoderOptions: "encoders",
+    sections.TripletOptions: "knowledge",
     sections.KnowledgeOptions: "knowledge",
     sections.RetrievalOptions: "knowledge",
     sections.EditorOptions: "meta-learned editors",
@@ -44,6 +65,7 @@ SECTIONS: dict[type[Section], str] = {
     sections.OutputOptions: "run",
     sections.BatchOptions: "run",
     sections.EditBatchOptions: sections.SPEED,
+    scope_sections.ScopeStorageOptions: sections.SPEED,
     sections.PrefixOptions: sections.SPEED,
 }
 OPTIONS: dict[str, Option] = {

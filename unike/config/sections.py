@@ -2,7 +2,8 @@
 
 ``HyperParams`` is each of these sections at once. A function takes the narrowest one that it reads, and
 callers hand their hyper-parameters on as they are: a type checker proves that the function reads nothing
-else. ``combined.py`` has sections made of several; ``options.py`` lists all of them in order.
+else. ``scope_sections.py`` has those of the trained scope classifier, ``combined.py`` sections made of
+several; ``options.py`` lists all of them in order.
 """
 
 from __future__ import annotations
@@ -61,11 +62,6 @@ class BatchOptions(Section):
         switch(), "a result depends on its record alone, not on what else is in a forward pass", True
     )
 
-    @property
-    def states_batch(self) -> int:
-        """Queries in one forward pass where knowledge and scope classifiers are trained."""
-        return 1 if self.batch_invariant else self.eval_batch
-
 
 @dataclass(frozen=True, kw_only=True)
 class PrefixOptions(BatchOptions):
@@ -78,6 +74,17 @@ class PrefixOptions(BatchOptions):
         nullable(text()), "folder of cached lower-layer activations, shared by runs; null: none", None
     )
     prefix_disk_gb: float = option(number(low=0, high=1e6), "most GB that prefix_dir may take", 20.0)
+    prepare_batch: int | None = option(
+        nullable(whole(low=1)),
+        "queries in one forward pass where knowledge and scope classifiers are prepared, which may change "
+        "their last digits; 1: each query alone; null: eval_batch",
+        None,
+    )
+
+    @property
+    def states_batch(self) -> int:
+        """Queries in one forward pass where knowledge and scope classifiers are prepared."""
+        return self.prepare_batch or self.eval_batch
 
 
 # ---------------------------------------------------------------- backbone
@@ -200,8 +207,9 @@ class ScopeGateOptions(Section):
         0.5,
     )
     scope_measure: str = option(
-        choice("cosine", "trained"),
-        "similarity to the edit's prompt: cosine of hidden states, or a trained scope classifier",
+        choice("cosine", "trained", "overlap", "both"),
+        "similarity to the edit's prompt: cosine of hidden states (UniKE alone), a trained scope "
+        "classifier's, the overlap of the unedited model's next tokens, or both of these",
         "cosine",
     )
     scope_halves: str = option(
@@ -223,6 +231,12 @@ class OverlapGateOptions(Section):
     )
     scope_overlap_tokens: int = option(
         whole(low=1, high=64), "tokens along the unedited model's answer that are compared", 1
+    )
+    scope_layer: int | None = option(
+        nullable(whole(low=0)),
+        "decoder layer whose input the scope classifier of a gate around edits reads; null: the first edited "
+        "one",
+        None,
     )
 
 
@@ -309,7 +323,7 @@ class IKEOptions(Section):
     )
 
 
-# ---------------------------------------------------------------- knowledge and scope classifier
+# ---------------------------------------------------------------- knowledge
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -327,12 +341,27 @@ class EncoderOptions(SeedOptions):
     encoder_batch: int = option(whole(low=2), "triplets per batch", 256)
     encoder_tau: float = option(number(low=0, above=True), "contrastive temperature", 0.1)
     include_anchor: bool = option(
-        switch(), "the anchor is one of its own positives, as Eq. 4 is printed", False
+        switch(),
+        "the sums of Eq. 4 have the anchor's similarity to itself, as printed; its second term stays "
+        "anchored at h_neg",
+        False,
     )
 
 
 @dataclass(frozen=True, kw_only=True)
-class KnowledgeOptions(Section):
+class TripletOptions(Section):
+    """What a knowledge triplet is made of."""
+
+    a_neg: str = option(
+        choice("file", "own"),
+        "wrong answer of a knowledge triplet: the annotations' pred, or the backbone's own wrong answer; "
+        "each in place of the other where that is missing",
+        "file",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class KnowledgeOptions(TripletOptions):
     """What the knowledge memory is made of, and where it is kept."""
 
     triplets: int = option(whole(low=0), "most knowledge triplets taken from the train split", 2000)
@@ -353,27 +382,6 @@ class RetrievalOptions(Section):
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class ScopeTrainingOptions(SeedOptions):
-    """Training of a scope classifier; with the seed, all options that its weights depend on."""
-
-    scope_hidden: int | None = option(nullable(whole(low=1)), "hidden width; null: twice the decoder's", None)
-    scope_dim: int = option(whole(low=1), "output width, in which similarity is computed", 128)
-    scope_heads: int = option(whole(low=1), "attention heads over the prompt's tokens", 4)
-    scope_records: int = option(whole(low=20), "most train records used", 2000)
-    scope_steps: int = option(whole(low=0), "training steps", 1000)
-    scope_batch: int = option(whole(low=2), "records per batch", 64)
-    scope_lr: float = option(number(low=0, above=True), "learning rate", 1e-3)
-    scope_tau: float = option(number(low=0, above=True), "contrastive temperature", 0.1)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScopeClassifierOptions(ScopeTrainingOptions):
-    """A scope classifier: its training, and where it is kept."""
-
-    scope_dir: str | None = option(nullable(text()), "folder of trained scope classifiers", None)
-
-
 # ---------------------------------------------------------------- meta-learned editors
 
 
@@ -383,13 +391,16 @@ class EditorTrainingOptions(MethodOptions, ClipOptions, AnswerOptions, SeedOptio
 
     editor_rank: int = option(whole(low=1), "inner width of the editor networks", 96)
     editor_probes: str = option(
-        choice("five", "all"),
-        "probes of a train record that are trained on: the five metrics', or all",
+        choice("five", "all", "recombined", "easyedit", "hard"),
+        "probes of a train record that are trained on: the five metrics', all, the scope classifier's "
+        "recombinations of them, or the five without M-Locality, as EasyEdit trains SERAC",
         "five",
     )
     edit_scale: float = option(number(low=0, above=True), "step size of an untrained editor", 1e-2)
     editor_lr: float = option(number(low=0, above=True), "learning rate of the editor", 1e-3)
-    editor_steps: int = option(whole(low=0), "most training steps", 2000)
+    editor_steps: int = option(
+        whole(low=0), "most training steps, a cap: training should end by editor_patience", 2000
+    )
     editor_batch: int = option(whole(low=1), "records per training step, gradients summed", 4)
     editor_val_every: int = option(whole(low=1), "training steps between validations", 100)
     editor_val_cases: int = option(whole(low=1), "held-out train records in a validation", 60)
@@ -399,6 +410,11 @@ class EditorTrainingOptions(MethodOptions, ClipOptions, AnswerOptions, SeedOptio
     c_edit: float = option(number(low=0), "weight of the loss on the edit and its neighbours", 0.1)
     c_loc: float = option(number(low=0), "weight of the loss on unrelated probes", 1.0)
     ke_margin: float = option(number(low=0), "KE: change on unrelated probes that costs nothing", 1e-3)
+    mend_scale_lr: float | None = option(
+        nullable(number(low=0, above=True)),
+        "MEND: learning rate of its step sizes, of which it learns the logarithms; null: editor_lr",
+        None,
+    )
     serac_scope: str = option(
         choice("text", "multimodal"),
         "what SERAC's scope classifier reads: the text, or the image too",

@@ -10,7 +10,7 @@ import io
 import os
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from PIL import Image
@@ -25,6 +25,18 @@ _FILE_BYTES = 1 << 30
 _MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 # This distinguishes PyTorch's order, channels first, from NumPy's.
 _CHANNELS = (1, 2, 3, 4)
+
+
+@runtime_checkable
+class Drawn(Protocol):
+    """An image that is drawn when it is read; ``key`` is the same for equal ones."""
+
+    def draw_image(self) -> Image.Image: ...
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """The images that it is made of, and what is done to them."""
+        ...
 
 
 def resolve_image(source: object) -> str | os.PathLike[str] | io.BytesIO | Image.Image:
@@ -46,6 +58,8 @@ def resolve_image(source: object) -> str | os.PathLike[str] | io.BytesIO | Image
         return _wrap_bytes(bytes(source))
     if isinstance(source, Mapping):
         return _resolve_mapping(source)
+    if isinstance(source, Drawn):
+        return source.draw_image()
     if callable(getattr(source, "read", None)):
         return _wrap_bytes(_read_file(source))
     if is_tensor(source):

@@ -34,6 +34,7 @@ from unike.edits.content import Content, merge_contents
 from unike.edits.files import PLACES, SavedEdit, UnsavedEdit, read_edit, render_files, save
 from unike.edits.origin import Origin
 from unike.edits.shares import LayerKnowledge, Shared
+from unike.knowledge.scope import TrainedScope
 from unike.system.text import one_line
 from unike.types import Query, UserError
 
@@ -145,15 +146,16 @@ class Edit(ABC):
         backbone: Backbone,
         knowledge: Mapping[int, LayerKnowledge] | None = None,
         network: nn.Module | None = None,
+        scope: TrainedScope | None = None,
     ) -> Edit:
         """The edit of a folder; its logits are those it gave when it was saved, bit for bit.
 
         What edits share is not kept in each folder and must be passed: ``knowledge`` (memory and encoders by
-        layer, ``method.knowledge``) for UniKE, the trained ``network`` for SERAC; ``MultimodalEditor.load``
-        finds them. UserError, in one line and with nothing changed, for an edit of another backbone, for
-        other knowledge than it was made with, and for a damaged folder.
+        layer, ``method.knowledge``) for UniKE, the trained ``network`` for SERAC, the ``scope`` classifier of
+        edits behind one; ``MultimodalEditor.load`` finds them. UserError, in one line and with nothing
+        changed, for an edit of another backbone, for other knowledge than it had, and for a damaged folder.
         """
-        return load_edit(read_edit(folder), backbone, make_shared(knowledge, network))
+        return load_edit(read_edit(folder), backbone, make_shared(knowledge, network, scope))
 
     @property
     def parts(self) -> tuple[Edit, ...]:
@@ -452,14 +454,20 @@ def have_same_weights(one: nn.Module, other: nn.Module) -> bool:
     return mine.keys() == theirs.keys() and all(torch.equal(t, theirs[name]) for name, t in mine.items())
 
 
-def make_shared(knowledge: Mapping[int, LayerKnowledge] | None, network: nn.Module | None) -> Shared:
+def make_shared(
+    knowledge: Mapping[int, LayerKnowledge] | None,
+    network: nn.Module | None,
+    scope: TrainedScope | None = None,
+) -> Shared:
     """What edits share, as it is passed to ``Edit.load``; UserError for something else."""
     layers = {} if knowledge is None else knowledge
     if not isinstance(layers, Mapping) or not all(isinstance(v, LayerKnowledge) for v in layers.values()):
         raise UserError(f"knowledge: expected method.knowledge, got {type(knowledge).__name__}")
     if network is not None and not isinstance(network, nn.Module):
         raise UserError(f"network: expected a network, got {type(network).__name__}")
-    return Shared(layers, network)
+    if scope is not None and not isinstance(scope, TrainedScope):
+        raise UserError(f"scope: expected a trained scope classifier, got {type(scope).__name__}")
+    return Shared(layers, network, scope)
 
 
 def load_edit(saved: SavedEdit, backbone: Backbone, shared: Shared) -> Edit:

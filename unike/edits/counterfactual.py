@@ -32,13 +32,31 @@ class ScopeClassifier(nn.Module):
         self.scale = nn.Parameter(torch.tensor(10.0))
         self.bias = nn.Parameter(torch.tensor(-5.0))
 
-    def forward(self, words: Sequence[torch.Tensor], ends: torch.Tensor) -> torch.Tensor:
-        """``(b, rank)`` from each question's word embeddings ``(t, d)`` and its last state ``(b, d)``."""
-        # One question at a time: a question's vector must not depend on the lengths of the others.
-        seen = torch.stack([self.words(w[None])[0].mean(1)[0] for w in words])
+    def forward(
+        self, words: Sequence[torch.Tensor], ends: torch.Tensor, packed: bool = False
+    ) -> torch.Tensor:
+        """``(b, rank)`` from each question's word embeddings ``(t, d)`` and its last state ``(b, d)``.
+
+        A question's vector must not depend on the lengths of the others: they are read one at a time, unless
+        they are ``packed``, which is faster in training and rounds otherwise.
+        """
+        if packed:
+            seen = self._read_packed(words)
+        else:
+            seen = torch.stack([self.words(w[None])[0].mean(1)[0] for w in words])
         if self.state is not None:
             seen = torch.cat([seen, self.state(F.layer_norm(ends, ends.shape[-1:]))], 1)
         return F.normalize(self.out(seen), dim=1)
+
+    def _read_packed(self, words: Sequence[torch.Tensor]) -> torch.Tensor:
+        """``(b, 2 rank)``; what is given several times, as one tensor, is read once."""
+        once = {id(w): w for w in words}
+        places = {key: place for place, key in enumerate(once)}
+        lengths = torch.tensor([len(w) for w in once.values()])
+        together = nn.utils.rnn.pack_sequence(list(once.values()), enforce_sorted=False)
+        padded, _ = nn.utils.rnn.pad_packed_sequence(self.words(together)[0], batch_first=True)
+        means = padded.sum(1) / lengths.to(padded.device)[:, None]
+        return means[[places[id(w)] for w in words]]
 
     def logits(self, questions: torch.Tensor, edits: torch.Tensor) -> torch.Tensor:
         """``(b, e)``: above 0 where the question is probably in the edit's scope."""

@@ -35,7 +35,7 @@ FORMAT = 1
 INDEX, TENSORS, CARD = "edit.json", "edit.safetensors", "README.md"
 LICENCE = "derived from the named model and from the request: their licences hold for it"
 # By what an edit needs: where its method found it.
-PLACES = {"knowledge": "knowledge_dir", "scope": "scope_dir", "network": "editor_dir"}
+PLACES = {"knowledge": "knowledge_dir", "scope": "scope_dir", "gate": "scope_dir", "network": "editor_dir"}
 _LARGEST_INDEX = 64 << 20
 
 

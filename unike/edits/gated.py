@@ -6,9 +6,9 @@ edits apply are computed together under these edits alone, the others by the bas
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from weakref import ref
 
@@ -17,43 +17,84 @@ import torch
 from unike.backbones.base import Backbone
 from unike.backbones.hooks import guard
 from unike.backbones.images import content_key
+from unike.backbones.next_tokens import Sight
 from unike.backbones.routing import RowGroup
 from unike.edits.activity import UNKNOWN, Activity, Decisions
 from unike.edits.base import Edit, Inspection, Unit, compose, find_kind
 from unike.edits.content import Content, merge_contents
-from unike.edits.shares import Shared
+from unike.edits.shares import Shared, sign_scope
 from unike.knowledge.overlap import NextTokens, measure_overlap
+from unike.knowledge.scope import TrainedScope
 from unike.system.cache import BoundedCache
 from unike.types import EditRequest, ImageLike, Query
 
-# The name of what the gate measures.
-MEASURE = "overlap"
+# The names of what the gate measures.
+OVERLAP, SIMILARITY = "overlap", "similarity"
 # How many of the most probable next tokens are compared.
 TOP = 64
 # Of how many rewritten prompts the decision is kept.
 REWRITTEN = 20_000
-# A prompt's overlap with itself may come out a little below 1.
+# A prompt's overlap with itself, or its similarity, may come out a little below 1.
 _ROUNDING = 1e-5
 
 
 @dataclass(frozen=True)
-class OverlapGate:
-    """When an edit applies: the overlap of the base model's next tokens at the edit's prompt and at another
-    one is ``threshold`` or more, along ``tokens`` tokens; with ``nearest`` only the edit of the highest."""
+class Gate:
+    """When an edit applies to a prompt; all that is given must hold.
 
-    threshold: float
+    ``overlap``: the base model's next tokens, at most ``tokens`` along its answer, overlap with those at the
+    edit's own prompt by so much or more. ``layer``: a scope classifier that reads the input of this decoder
+    layer finds the two prompts as similar as ``similarity``, or where that is None as its own threshold for
+    so many edits. ``nearest``: no edit is nearer, by the classifier if there is one.
+    """
+
+    overlap: float | None = None
     tokens: int = 1
     nearest: bool = False
+    layer: int | None = None
+    similarity: float | None = None
+
+    @property
+    def measure(self) -> str:
+        """What decides which edit is nearest."""
+        return OVERLAP if self.layer is None else SIMILARITY
 
 
 @dataclass(frozen=True)
 class GatedMember:
-    """One edit of the gate, made for the request ``id``, with the base model's next tokens at its own
-    prompt."""
+    """One edit of the gate, made for the request ``id``, with the base model's next tokens at its own prompt,
+    and that prompt's place in the scope classifier's space, ``(r)``, if there is one."""
 
     id: str
     edit: Edit
     key: NextTokens
+    vector: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Each of ``B`` prompts with each of ``E`` edits, ``(B, E)``: which are ``open``, and the values that
+    decided, by name."""
+
+    open: torch.Tensor
+    values: Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class _ScopeReader:
+    """Reads a prompt's states with a scope classifier's encoder."""
+
+    scope: TrainedScope
+    layer: int
+
+    @property
+    def key(self) -> Hashable:
+        return self.scope.encoder
+
+    def read(self, states: torch.Tensor) -> torch.Tensor:
+        mask = torch.ones(1, len(states), dtype=torch.bool, device=states.device)
+        vector: torch.Tensor = self.scope.encoder(states[None], mask)[0]
+        return vector
 
 
 def _key_image(image: ImageLike | None) -> str | None:
@@ -63,26 +104,44 @@ def _key_image(image: ImageLike | None) -> str | None:
 class GatedEdit(Edit):
     """Edits of any kind, each of which applies where the gate lets it.
 
-    ``rewrite`` and ``applied`` decide by what the base model says at a prompt, which the backbone keeps.
+    ``rewrite`` and ``applied`` decide by what the base model computes at a prompt, which the backbone keeps.
+    ``scope`` is the gate's classifier, if it has one. ValueError for a gate with a layer and no classifier.
     """
 
     kind = "gated"
 
-    def __init__(self, members: Sequence[GatedMember], gate: OverlapGate, backbone: Backbone) -> None:
-        self.members, self.gate = tuple(members), gate
+    def __init__(
+        self,
+        members: Sequence[GatedMember],
+        gate: Gate,
+        backbone: Backbone,
+        scope: TrainedScope | None = None,
+    ) -> None:
+        if (gate.layer is not None) != (scope is not None):
+            raise ValueError("gate: expected a layer together with a scope classifier")
+        self.members, self.gate, self.scope = tuple(members), gate, scope
         self.info = {key: value for member in members for key, value in member.edit.info.items()}
-        self.overlaps: torch.Tensor | None = None
+        # Of the prompts that were decided on last.
+        self.measured: Measured | None = None
         self._backbone = ref(backbone)
         self._wholes: dict[tuple[int, ...], Edit] = {}
         # A rewritten prompt is no longer the one that was decided on.
         self._rewritten = BoundedCache[tuple[str | None, str], tuple[int, ...]](REWRITTEN)
 
     @classmethod
-    def wrap(cls, edit: Edit, request: EditRequest, gate: OverlapGate, backbone: Backbone) -> GatedEdit:
+    def wrap(
+        cls,
+        edit: Edit,
+        request: EditRequest,
+        gate: Gate,
+        backbone: Backbone,
+        scope: TrainedScope | None = None,
+    ) -> GatedEdit:
         """One edit, made for a ``request`` of the backbone, with a gate around it."""
         query = request.query
-        (found,) = backbone.predict_next([query.image], [query.prompt], gate.tokens, TOP)
-        return cls((GatedMember(request.id, edit, NextTokens(*found)),), gate, backbone)
+        (sight,) = observe_prompts(backbone, [query.image], [query.prompt], gate, scope)
+        key = NextTokens(sight.ids, sight.probabilities)
+        return cls((GatedMember(request.id, edit, key, sight.vector),), gate, backbone, scope)
 
     # ------------------------------------------------------------ decisions
 
@@ -93,22 +152,44 @@ class GatedEdit(Edit):
         backbone: Backbone | None = None,
     ) -> list[tuple[int, ...]]:
         """The members that apply to each prompt of a backbone, by default the one that the edit was made on;
-        keeps ``overlaps (B, E)``."""
+        keeps what was ``measured``."""
         backbone = backbone or self._get_backbone()
-        said = [NextTokens(*found) for found in backbone.predict_next(images, prompts, self.gate.tokens, TOP)]
-        keys = [member.key for member in self.members]
-        overlaps = torch.stack([measure_overlap(tokens, keys) for tokens in said])
-        self.overlaps = overlaps
-        open_ = overlaps >= self.gate.threshold - _ROUNDING
-        if self.gate.nearest:
-            # Of equal ones the last made: it corrects the others.
-            last = overlaps.shape[1] - 1 - overlaps.flip(1).argmax(1)
-            open_ &= torch.arange(overlaps.shape[1], device=open_.device) == last[:, None]
+        sights = observe_prompts(backbone, images, prompts, self.gate, self.scope)
+        measured = self.measured = self._measure(sights)
         out = []
-        for image, prompt, row in zip(images, prompts, open_, strict=True):
+        for image, prompt, row in zip(images, prompts, measured.open, strict=True):
             known = self._rewritten.get((_key_image(image), prompt))
             out.append(tuple(row.nonzero()[:, 0].tolist()) if known is None else known)
         return out
+
+    def _measure(self, sights: Sequence[Sight]) -> Measured:
+        values, allowed = {}, []
+        if self.gate.overlap is not None:
+            keys = [member.key for member in self.members]
+            found = [measure_overlap(NextTokens(s.ids, s.probabilities), keys) for s in sights]
+            values[OVERLAP] = torch.stack(found)
+            allowed.append(values[OVERLAP] >= self.gate.overlap - _ROUNDING)
+        if self.scope is not None:
+            vectors = torch.stack([_require_vector(m.vector) for m in self.members])
+            seen = torch.stack([_require_vector(s.vector) for s in sights])
+            values[SIMILARITY] = seen @ vectors.T
+            allowed.append(values[SIMILARITY] >= self._list_thresholds(values[SIMILARITY]) - _ROUNDING)
+        open_ = torch.stack(allowed).all(0)
+        if self.gate.nearest:
+            near = values[self.gate.measure]
+            # Of equal ones the last made: it corrects the others.
+            last = near.shape[1] - 1 - near.flip(1).argmax(1)
+            open_ &= torch.arange(near.shape[1], device=open_.device) == last[:, None]
+        return Measured(open_, values)
+
+    def _list_thresholds(self, like: torch.Tensor) -> torch.Tensor:
+        """The least similarity of each member, ``(E)``."""
+        assert self.scope is not None
+        given, count = self.gate.similarity, len(self.members)
+        own = [
+            self.scope.find_threshold(count, m.key.are_few) if given is None else given for m in self.members
+        ]
+        return like.new_tensor(own)
 
     def join_members(self, members: tuple[int, ...]) -> Edit | None:
         """Those members as one edit; None for none of them."""
@@ -151,32 +232,43 @@ class GatedEdit(Edit):
         for i, member in enumerate(self.members):
             out |= {f"{i}.{name}": tensor for name, tensor in member.edit.state_dict().items()}
             out[f"{i}.next.probabilities"] = member.key.probabilities
+            if member.vector is not None:
+                out[f"{i}.scope"] = member.vector
         return out
 
     def join(self, other: Edit) -> Edit | None:
         if not isinstance(other, GatedEdit) or other.gate != self.gate:
             return None
-        return GatedEdit(self.members + other.members, self.gate, self._get_backbone())
+        return GatedEdit(self.members + other.members, self.gate, self._get_backbone(), self.scope)
 
     def needs(self) -> dict[str, str]:
         out: dict[str, str] = {}
         for member in self.members:
             out |= member.edit.needs()
+        if self.scope is not None:
+            out["gate"] = sign_scope(self.scope)
         return out
 
     def shares_needs(self, other: Edit) -> bool:
         if isinstance(other, GatedEdit):
-            return self.members[0].edit.shares_needs(other.members[0].edit)
+            # The same object needs no checksum.
+            same = self.scope is other.scope or (
+                self.scope is not None
+                and other.scope is not None
+                and sign_scope(self.scope) == sign_scope(other.scope)
+            )
+            return same and self.members[0].edit.shares_needs(other.members[0].edit)
         return super().shares_needs(other)
 
     def pack(self) -> Content:
         values, tensors = merge_contents([member.edit.pack() for member in self.members])
         for i, member in enumerate(self.members):
             tensors[f"next.{i}.probabilities"] = member.key.probabilities
-        gate = [self.gate.threshold, self.gate.tokens, self.gate.nearest]
+            if member.vector is not None:
+                tensors[f"next.{i}.scope"] = member.vector
         return Content(
             {
-                "gate": gate,
+                "gate": asdict(self.gate),
                 "ids": [member.id for member in self.members],
                 "kinds": [member.edit.kind for member in self.members],
                 "next": [member.key.ids.tolist() for member in self.members],
@@ -187,19 +279,23 @@ class GatedEdit(Edit):
 
     @classmethod
     def unpack(cls, content: Content, backbone: Backbone, shared: Shared) -> GatedEdit:
-        gate = _read_gate(content.take_value("gate", list))
+        gate = _read_gate(content.take_value("gate", dict))
+        scope = None if gate.layer is None else shared.scope
+        if gate.layer is not None and scope is None:
+            raise ValueError("gate: needs the scope classifier that it was made with")
         kinds, names = content.take_texts("kinds"), content.take_texts("ids")
         ids = content.take_value("next", list)
         members = []
         for i, name in enumerate(kinds):
             chosen = torch.tensor(ids[i], device=backbone.device)
-            if chosen.ndim != 2 or len(chosen) != gate.tokens or chosen.dtype != torch.long:
+            if chosen.ndim != 2 or not 1 <= len(chosen) <= gate.tokens or chosen.dtype != torch.long:
                 raise ValueError("next: expected token ids for each token of the gate")
             probabilities = content.take_tensor(f"next.{i}.probabilities", *chosen.shape)
+            vector = None if scope is None else content.take_tensor(f"next.{i}.scope", None)
             own = content.take_part(i)
             edit = find_kind(name).unpack(own, backbone, shared)
             own.require_empty()
-            members.append(GatedMember(str(names[i]), edit, NextTokens(chosen, probabilities)))
+            members.append(GatedMember(str(names[i]), edit, NextTokens(chosen, probabilities), vector))
         if (
             not members
             or len(names) != len(members)
@@ -207,24 +303,32 @@ class GatedEdit(Edit):
             or len(content.take_value("parts", list)) != len(members)
         ):
             raise ValueError("parts: expected one or more, as many as kinds")
-        return cls(members, gate, backbone)
+        return cls(members, gate, backbone, scope)
 
     @property
     def gates(self) -> Mapping[str, float]:
-        return {MEASURE: self.gate.threshold}
+        found = {}
+        if self.gate.overlap is not None:
+            found[OVERLAP] = self.gate.overlap
+        if self.scope is not None:
+            count, given = len(self.members), self.gate.similarity
+            found[SIMILARITY] = self.scope.find_threshold(count) if given is None else given
+        return found
 
     @property
     def units(self) -> tuple[Unit, ...]:
         return self.members
 
     def keep_units(self, units: Sequence[GatedMember]) -> Edit | None:
-        return GatedEdit(units, self.gate, self._get_backbone())
+        return GatedEdit(units, self.gate, self._get_backbone(), self.scope)
 
     def describe_prompt(self, inspection: Inspection) -> tuple[Activity, ...]:
         return tuple(_describe_member(member, inspection) for member in self.members)
 
     def explain(self) -> Decisions:
-        return {} if self.overlaps is None else {MEASURE: self.overlaps.amax(1).tolist()}
+        if self.measured is None:
+            return {}
+        return {name: values.amax(1).tolist() for name, values in self.measured.values.items()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -249,18 +353,54 @@ class _AppliedGate:
 def _describe_member(member: GatedMember, inspection: Inspection) -> Activity:
     whole, place = inspection.locate(member)
     assert isinstance(whole, GatedEdit)
-    if whole.overlaps is None:
+    if whole.measured is None:
         return UNKNOWN
-    overlap = whole.overlaps[0, place].item()
-    return Activity(overlap >= whole.gate.threshold - _ROUNDING, overlap)
+    value = whole.measured.values[whole.gate.measure][0, place].item()
+    return Activity(bool(whole.measured.open[0, place]), value)
 
 
-def _read_gate(values: list[object]) -> OverlapGate:
-    if len(values) != 3:
-        raise ValueError("gate: expected threshold, tokens and nearest")
-    threshold, tokens, nearest = values
-    if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 <= threshold <= 1:
-        raise ValueError("gate: expected a threshold in [0, 1]")
-    if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1 or not isinstance(nearest, bool):
+def observe_prompts(
+    backbone: Backbone,
+    images: Sequence[ImageLike | None],
+    prompts: Sequence[str],
+    gate: Gate,
+    scope: TrainedScope | None,
+) -> list[Sight]:
+    """Each prompt as the unedited model sees it, with what the gate looks at."""
+    reader = None if scope is None or gate.layer is None else _ScopeReader(scope, gate.layer)
+    found: list[Sight] = backbone.observe(images, prompts, gate.tokens, TOP, reader)
+    return found
+
+
+def _require_vector(vector: torch.Tensor | None) -> torch.Tensor:
+    if vector is None:
+        raise ValueError("gate: an edit or a prompt was not read by the scope classifier")
+    return vector
+
+
+def _read_gate(values: dict[str, object]) -> Gate:
+    if values.keys() != Gate.__dataclass_fields__.keys():
+        raise ValueError(f"gate: expected {', '.join(Gate.__dataclass_fields__)}")
+    overlap, similarity = (_read_bound(values[name], name) for name in ("overlap", "similarity"))
+    tokens, nearest, layer = values["tokens"], values["nearest"], values["layer"]
+    if not _is_count(tokens, 1) or not isinstance(nearest, bool):
         raise ValueError("gate: expected a number of tokens, and whether the nearest edit alone applies")
-    return OverlapGate(float(threshold), tokens, nearest)
+    if layer is not None and not _is_count(layer, 0):
+        raise ValueError("gate: layer: expected a number or null")
+    if overlap is None and layer is None:
+        raise ValueError("gate: expected an overlap, a layer, or both")
+    assert isinstance(tokens, int)
+    assert layer is None or isinstance(layer, int)
+    return Gate(overlap, tokens, nearest, layer, similarity)
+
+
+def _read_bound(value: object, name: str) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not -1 <= value <= 1:
+        raise ValueError(f"gate: {name}: expected a number in [-1, 1], or null")
+    return float(value)
+
+
+def _is_count(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least

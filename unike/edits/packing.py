@@ -45,6 +45,8 @@ def pack_records(records: Sequence[EditRecord], routing: Routing) -> Content:
                     "values": patch.edited_values,
                 }
                 tensors |= {f"{at}.patch.{name}": t for name, t in own.items() if t is not None}
+            if share.inputs is not None:
+                tensors[f"{at}.inputs"] = share.inputs
         if record.scope_key is not None:
             tensors[f"{n}.scope_key"] = record.scope_key
     values: dict[str, object] = {
@@ -84,7 +86,9 @@ def _unpack_share(content: Content, at: str, backbone: Backbone, index: int) -> 
     width = backbone.layout.width
     key, value = (content.take_tensor(f"{at}.{part}", width, dtypes=ANY) for part in ("key", "value"))
     patched = f"{at}.patch.keys" in content.tensors
-    return LayerShare(key, value, _unpack_patch(content, f"{at}.patch", backbone, index) if patched else None)
+    patch = _unpack_patch(content, f"{at}.patch", backbone, index) if patched else None
+    kept = f"{at}.inputs" in content.tensors
+    return LayerShare(key, value, patch, content.take_tensor(f"{at}.inputs", None, width) if kept else None)
 
 
 def _unpack_patch(content: Content, at: str, backbone: Backbone, index: int) -> KeyValuePatch:

@@ -160,6 +160,8 @@ class RoutedEdit(Edit):
                 out[f"{at}.key"], out[f"{at}.value"] = share.key, share.value
                 if share.patch is not None:
                     out |= {f"{at}.patch.{k}": v.detach() for k, v in share.patch.state_dict().items()}
+                if share.inputs is not None:
+                    out[f"{at}.inputs"] = share.inputs
             if record.scope_key is not None:
                 out[f"{record.id}.scope_key"] = record.scope_key
         return out
@@ -247,7 +249,7 @@ class RoutedEdit(Edit):
 
     def batch(self, edits: Sequence[Edit]) -> RoutedBatch | None:
         same = [e for e in edits if isinstance(e, RoutedEdit) and len(e.records) == 1]
-        if len(same) < len(edits) or any(e.routing != self.routing for e in same):
+        if len(same) < len(edits) or any(e._kind != self._kind for e in same):
             return None
         if not all(self.shares_needs(e) for e in same):
             return None

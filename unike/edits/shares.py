@@ -44,28 +44,39 @@ class LayerKnowledge:
         """Of the scope classifier's numbers and thresholds; empty without one."""
         if self.scope is None:
             return ""
-        levels = sorted(self.scope.thresholds.items())
-        encoder = digest(self.scope.encoder.state_dict())
-        return hashlib.sha256(f"{encoder} {levels}".encode()).hexdigest()
+        return sign_scope(self.scope)
+
+
+def sign_scope(scope: TrainedScope) -> str:
+    """A checksum of a scope classifier's numbers and thresholds."""
+    levels = sorted(scope.thresholds.items())
+    text = f"{digest(scope.encoder.state_dict())} {levels}"
+    # Classifiers from before there were strict thresholds have none.
+    if scope.strict:
+        text += f" {sorted(scope.strict.items())}"
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class Shared:
-    """What many edits share and none of them keeps: ``knowledge`` by layer, and the ``network`` of a
-    meta-learned editor."""
+    """What many edits share and none of them keeps: ``knowledge`` by layer, the ``network`` of a meta-learned
+    editor, and the ``scope`` classifier of a gate around edits."""
 
     knowledge: Mapping[int, LayerKnowledge] = field(default_factory=dict)
     network: nn.Module | None = None
+    scope: TrainedScope | None = None
 
 
 @dataclass(frozen=True)
 class LayerShare:
     """One edit's own part in one layer: its pair ``key = h_sem``, ``value = h_pos`` ``(d)``, and its patch if
-    the intrinsic half is on."""
+    the intrinsic half is on. ``inputs (T, d)`` are its own feed-forward inputs, where later edits must be
+    silent on them."""
 
     key: torch.Tensor
     value: torch.Tensor
     patch: KeyValuePatch | None = None
+    inputs: torch.Tensor | None = None
 
     @property
     def kind(self) -> tuple[bool, int] | None:

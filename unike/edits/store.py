@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from unike.edits.base import Edit
     from unike.edits.origin import Origin
     from unike.edits.shares import LayerKnowledge
+    from unike.knowledge.scope import TrainedScope
 
 logger = logging.getLogger("unike")
 
@@ -179,13 +180,14 @@ class EditStore:
         backbone: Backbone,
         knowledge: Mapping[int, LayerKnowledge] | None = None,
         network: nn.Module | None = None,
+        scope: TrainedScope | None = None,
     ) -> Edit:
         """The edit of that id, as ``Edit.load``."""
         # Imported late: whoever only lists edits should not wait for torch.
         from unike.edits.base import load_edit
         from unike.edits.shares import Shared
 
-        return load_edit(self.read(name), backbone, Shared(knowledge or {}, network))
+        return load_edit(self.read(name), backbone, Shared(knowledge or {}, network, scope))
 
     def require(self, *names: str) -> None:
         """UserError with a line for every id that is not in the store."""

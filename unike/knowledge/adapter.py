@@ -63,8 +63,8 @@ def plain_attention(
 def shift(output: torch.Tensor, knowledge: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
     """``(1 - alpha) h_input + alpha h_know``, with one ``alpha (B)`` per prompt.
 
-    Alpha weighs the knowledge, as in the paper's analysis and figures; its Eq. 7 is printed the
-    other way round.
+    A departure from the print: alpha weighs the knowledge, as in the paper's analysis and figures; its Eq. 7
+    is printed the other way round.
     """
     weight = alpha.to(output.dtype)[:, None, None]
     return (1 - weight) * output + weight * knowledge

@@ -70,8 +70,8 @@ def truthfulness_loss(
 
     ``pos``, ``neg`` ``(n, d_t)``: encoded states. An anchor's similarity to itself carries no
     gradient but saturates the ratio at small ``tau``; with ``include_anchor`` it is in the sums, as printed.
-    A departure from the print, with either: both printed terms are anchored at ``h_pos``, here the second
-    one at ``h_neg``. Otherwise no negative state would be pulled to the others.
+    That is not yet the print to the letter. A departure, with either: both printed terms are anchored at
+    ``h_pos``, here the second one at ``h_neg``. Otherwise no negative state would be pulled to the others.
     """
     encoded = F.normalize(torch.cat([pos, neg]), dim=-1)
     logits = encoded @ encoded.T / tau

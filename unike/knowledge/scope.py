@@ -2,14 +2,17 @@
 
 Edit and prompt are compared by the states that enter the first edited layer, of the whole prompt with its
 image: the state at the last token alone tells more of the question than of the image. Shapes: ``b`` prompts,
-``t`` tokens, ``d`` decoder width, ``e`` edits, ``r`` width of the learned space.
+``t`` tokens, ``d`` decoder width, ``w`` the width of attention, ``e`` edits, ``r`` width of the learned
+space.
 """
 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -18,59 +21,140 @@ from torch import nn
 HELD_OUT = 10
 # Numbers of edits in memory for which a threshold is chosen, as far as there are enough edits.
 POOLS = (1, 10, 100)
+# Of training with early stopping: steps until the full learning rate, and what it is multiplied by later.
+WARM_UP = 50
+DECAY = 1 / 3
 _THRESHOLDS = torch.linspace(-1, 1, 401)
+
+
+def pool_tokens(states: torch.Tensor, mask: torch.Tensor, most: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A prompt of more than ``most`` tokens as ``most`` states: its last ``most // 2`` tokens as they are,
+    and those before, the image among them, as means of contiguous groups of nearly equal size.
+
+    ``states (b, t, d)`` and ``mask (b, t)`` to ``(b, min(t, most), d)``, in full precision, and its mask.
+    What is pooled already stays as it is, bit for bit.
+    """
+    if states.shape[1] <= most:
+        return states.float(), mask
+    kept = most // 2
+    rank, length = mask.long().cumsum(1) - 1, mask.sum(1, keepdim=True)
+    early = (length - kept).clamp(min=1)
+    group = torch.where(rank < length - kept, rank * (most - kept) // early, rank - length + most)
+    group = torch.where(length <= most, rank, group)
+    own = (group[:, None] == torch.arange(most, device=mask.device)[:, None]) & mask[:, None]
+    # Products with ones and zeros: the mean of one state is that state.
+    total = own.float() @ states.float()
+    count = own.sum(-1)
+    return total / count.clamp(min=1)[..., None], count > 0
 
 
 class ScopeEncoder(nn.Module):
     """A prompt's states as a unit vector: its last token's, and that token's attention over all of them.
 
-    ValueError where ``heads`` does not divide the width.
+    With ``inner`` attention is of that width: the states are projected to it first. With ``tokens`` longer
+    prompts are pooled to so many states (``pool_tokens``). ValueError where ``heads`` does not divide the
+    width of attention.
     """
 
-    def __init__(self, width: int, hidden: int, out: int, heads: int, dropout: float = 0.1) -> None:
+    def __init__(
+        self,
+        width: int,
+        hidden: int,
+        out: int,
+        heads: int,
+        dropout: float = 0.1,
+        inner: int | None = None,
+        tokens: int | None = None,
+    ) -> None:
         super().__init__()
-        if width % heads:
-            raise ValueError(f"heads {heads}: expected a divisor of the width {width}")
-        self.heads = heads
+        wide = width if inner is None else inner
+        if wide % heads:
+            raise ValueError(f"heads {heads}: expected a divisor of the width {wide}")
+        self.heads, self.tokens = heads, tokens
         self.norm = nn.LayerNorm(width)
-        self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
+        # Without a bias: what follows has its own.
+        self.squeeze = None if inner is None else nn.Linear(width, inner, bias=False)
+        self.query, self.key, self.value = (nn.Linear(wide, wide) for _ in range(3))
         self.out = nn.Sequential(
-            nn.Linear(2 * width, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, out)
+            nn.Linear(2 * wide, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, out)
         )
 
     def forward(self, states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """``(b, t, d)`` to ``(b, r)``; ``mask (b, t)`` is true on the prompt's tokens."""
-        b, t, width = states.shape
+        if self.tokens is not None:
+            states, mask = pool_tokens(states, mask, self.tokens)
         states = self.norm(states.float())
+        if self.squeeze is not None:
+            states = self.squeeze(states)
+        b, t, _ = states.shape
         last = t - 1 - mask.long().flip(1).argmax(1)
         end = states[torch.arange(b, device=states.device), last]
-        shape = (b, -1, self.heads, width // self.heads)
-        q, k, v = (
-            f(x).view(shape).transpose(1, 2)
-            for f, x in ((self.query, end), (self.key, states), (self.value, states))
-        )
-        seen = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None, :])
-        return F.normalize(self.out(torch.cat([end, seen.transpose(1, 2).reshape(b, width)], -1)), dim=-1)
+        seen = self._attend(end, states, mask)
+        return F.normalize(self.out(torch.cat([end, seen], -1)), dim=-1)
+
+    def _attend(self, end: torch.Tensor, states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Multi-head attention of one query ``end (b, w)`` over ``states (b, t, w)``.
+
+        No state is projected: the query is taken through the keys' weights instead, and the mixture of the
+        states through the values'. The keys' bias adds the same to all scores, so it does nothing.
+        """
+        width = end.shape[-1]
+        shape = (self.heads, width // self.heads, width)
+        query = self.query(end).unflatten(-1, shape[:2])
+        asked = torch.einsum("bhe,hew->bhw", query, self.key.weight.view(shape))
+        scores = torch.einsum("bhw,btw->bht", asked, states) / shape[1] ** 0.5
+        shares = scores.masked_fill(~mask[:, None], -torch.inf).softmax(-1)
+        mixture = torch.einsum("bht,btw->bhw", shares, states)
+        mixed = torch.einsum("bhw,hew->bhe", mixture, self.value.weight.view(shape)).flatten(1)
+        return mixed + self.value.bias
 
 
 @dataclass(frozen=True)
 class TrainedScope:
     """A trained scope classifier: its encoder, and by the number of edits in memory the similarity from which
-    on a prompt is in an edit's scope. Among more edits an unrelated prompt more easily finds one."""
+    on a prompt is in an edit's scope. Among more edits an unrelated prompt more easily finds one.
+
+    ``strict`` are the thresholds of edits to questions with few possible answers, if they have others."""
 
     encoder: ScopeEncoder
     thresholds: Mapping[int, float]
+    strict: Mapping[int, float] = field(default_factory=dict)
 
-    def find_threshold(self, edits: int) -> float:
+    def find_threshold(self, edits: int, are_few: bool = False) -> float:
         """The threshold for ``edits`` edits: interpolated by the logarithm between the sizes that were
-        measured, the last one's beyond them."""
-        sizes = sorted(self.thresholds)
+        measured, the last one's beyond them. ``are_few``: whether few answers are possible."""
+        measured = self.strict if are_few and self.strict else self.thresholds
+        sizes = sorted(measured)
         below = max((size for size in sizes if size <= edits), default=sizes[0])
         above = min((size for size in sizes if size >= edits), default=sizes[-1])
-        low, high = self.thresholds[below], self.thresholds[above]
+        low, high = measured[below], measured[above]
         if below >= above:
             return low if edits >= below else high
         return low + (high - low) * math.log(edits / below) / math.log(above / below)
+
+
+class ScopeSource(Protocol):
+    """Edits with their queries' states, of which a batch at a time is loaded; as ``ScopeSamples`` has
+    them."""
+
+    @property
+    def inside(self) -> int: ...
+
+    @property
+    def wrong(self) -> torch.Tensor | None: ...
+
+    @property
+    def few(self) -> torch.Tensor | None: ...
+
+    def __len__(self) -> int: ...
+
+    def select(self, index: torch.Tensor) -> ScopeSource:
+        """The edits of these numbers; nothing is loaded."""
+        ...
+
+    def load(self, index: torch.Tensor) -> ScopeSamples:
+        """The states of the edits of these numbers, padded to the longest of them."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -79,20 +163,27 @@ class ScopeSamples:
 
     ``states (n, v, t, d)``, ``mask (n, v, t)``. Of the ``v`` queries the first is the edit itself; the first
     ``inside`` are in its scope, the others are not. ``wrong (n)``: whether the base model answers the edit
-    wrong; None where that is not known.
+    wrong; ``few (n)``: whether it finds few answers possible; None where that is not known.
     """
 
     states: torch.Tensor
     mask: torch.Tensor
     inside: int
     wrong: torch.Tensor | None = None
+    few: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.states)
 
     def __getitem__(self, index: torch.Tensor) -> ScopeSamples:
-        wrong = None if self.wrong is None else self.wrong[index]
-        return ScopeSamples(self.states[index], self.mask[index], self.inside, wrong)
+        wrong, few = (None if known is None else known[index] for known in (self.wrong, self.few))
+        return ScopeSamples(self.states[index], self.mask[index], self.inside, wrong, few)
+
+    def select(self, index: torch.Tensor) -> ScopeSamples:
+        return self[index]
+
+    def load(self, index: torch.Tensor) -> ScopeSamples:
+        return self[index]
 
     def encode(self, encoder: ScopeEncoder) -> torch.Tensor:
         """All queries in the learned space, ``(n, v, r)``."""
@@ -106,11 +197,21 @@ class ScopeSamples:
 class ScopeReport:
     """How well the classifier was trained: by the number of edits in memory the threshold, and for each of
     the ``v`` queries the share of held-out edits for which it is classified right. A query in scope is right
-    if its own edit is the nearest, and applies; one out of scope if no edit applies. ``losses`` by step."""
+    if its own edit is the nearest, and applies; one out of scope if no edit applies. ``losses`` by step,
+    ``held_losses`` by the step after which they were measured. ``stopped`` by ``patience`` or ``cap``;
+    ``best_step`` is the step whose weights are kept, ``visits`` counts the records of all batches. ``strict``
+    are the thresholds of edits with few possible answers, ``queries`` the names of the ``v`` queries."""
 
     thresholds: dict[int, float]
     shares: dict[int, list[float]]
+    strict: dict[int, float] = field(default_factory=dict)
+    queries: list[str] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
+    held_losses: dict[int, float] = field(default_factory=dict)
+    stopped: str = "cap"
+    best_step: int = 0
+    visits: int = 0
+    seconds: float = 0.0
 
 
 def scope_loss(encoded: torch.Tensor, inside: int, tau: float) -> torch.Tensor:
@@ -130,27 +231,66 @@ def scope_loss(encoded: torch.Tensor, inside: int, tau: float) -> torch.Tensor:
     return loss / max(1, inside - 1)
 
 
-def score_scope(similarity: torch.Tensor, inside: int, threshold: float) -> torch.Tensor:
-    """``similarity (n, v, n)`` of every query with every edit: the share that is classified right,
-    ``(v)``."""
+def score_scope(similarity: torch.Tensor, inside: int, threshold: float | torch.Tensor) -> torch.Tensor:
+    """``similarity (n, v, n)`` of every query with every edit: 1 where it is classified right, else 0,
+    ``(n, v)``. ``threshold`` is one for all edits, or ``(n)``."""
     best, nearest = similarity.max(-1)
     own = nearest == torch.arange(len(similarity), device=similarity.device)[:, None]
-    open_ = best >= threshold
-    right = torch.cat([(open_ & own)[:, :inside], ~open_[:, inside:]], 1)
-    return right.float().mean(0)
+    open_ = best >= (threshold[nearest] if isinstance(threshold, torch.Tensor) else threshold)
+    return torch.cat([(open_ & own)[:, :inside], ~open_[:, inside:]], 1).float()
 
 
-def choose_threshold(similarity: torch.Tensor, inside: int) -> float:
-    """The threshold with the highest harmonic mean of ``score_scope``; the middle one of the best."""
+def choose_threshold(similarity: torch.Tensor, inside: int, rows: torch.Tensor | None = None) -> float:
+    """The threshold with the highest harmonic mean of the queries' shares that are classified right, of all
+    edits or of some ``rows (n)``; the middle one of the best."""
+    chosen = torch.ones(len(similarity), dtype=torch.bool) if rows is None else rows
     means = torch.stack(
-        [1 / (1 / score_scope(similarity, inside, float(t)).clamp(min=1e-6)).mean() for t in _THRESHOLDS]
+        [
+            1 / (1 / score_scope(similarity, inside, float(t))[chosen].mean(0).clamp(min=1e-6)).mean()
+            for t in _THRESHOLDS
+        ]
     )
     good = _THRESHOLDS[means >= means.max() - 1e-9]
     return float(good[len(good) // 2])
 
 
+@dataclass
+class EarlyStop:
+    """When training ends, and how fast it learns until then.
+
+    The held-out loss is measured every ``every`` steps; training ends once it has not fallen ``patience``
+    times in a row. How many steps that takes is not known beforehand, so the learning rate follows no plan
+    over all of them: it rises over ``WARM_UP`` steps, stays, and falls to a third each time the loss has not
+    fallen for half the patience.
+    """
+
+    every: int
+    patience: int
+    best: float = math.inf
+    best_step: int = 0
+    stale: int = 0
+    drops: int = 0
+
+    def observe(self, step: int, loss: float) -> bool:
+        """Takes note of the held-out loss after ``step`` steps; whether it is the least so far."""
+        if loss < self.best:
+            self.best, self.best_step, self.stale = loss, step, 0
+            return True
+        self.stale += 1
+        self.drops += self.stale == max(1, self.patience // 2)
+        return False
+
+    @property
+    def is_over(self) -> bool:
+        return self.stale >= self.patience
+
+    def scale_rate(self, step: int) -> float:
+        """What the learning rate of step ``step``, counted from 0, is multiplied by."""
+        return min(1.0, (step + 1) / WARM_UP) * DECAY**self.drops
+
+
 def fit_scope(
-    samples: ScopeSamples,
+    samples: ScopeSource,
     encoder: ScopeEncoder,
     steps: int,
     batch: int,
@@ -158,72 +298,123 @@ def fit_scope(
     tau: float,
     seed: int,
     tick: Callable[[], None] = lambda: None,
+    stop: EarlyStop | None = None,
+    recall: float | None = None,
 ) -> ScopeReport:
     """Trains the encoder in place, and chooses the thresholds on every tenth edit, which is held out.
 
+    It takes ``steps`` steps; with ``stop`` at most so many, and the weights with the least held-out loss are
+    kept. ``recall`` is as ``calibrate`` takes it. Only a batch of the states is on the encoder's device.
     ``tick`` is called after each step. ValueError for fewer than ``2 * HELD_OUT`` edits.
     """
     if len(samples) < 2 * HELD_OUT:
         raise ValueError(f"{len(samples)} edits; expected {2 * HELD_OUT} or more")
+    started = time.perf_counter()
     numbers = torch.arange(len(samples))
-    held, train = numbers[numbers % HELD_OUT == HELD_OUT - 1], numbers[numbers % HELD_OUT != HELD_OUT - 1]
+    held = samples.select(numbers[numbers % HELD_OUT == HELD_OUT - 1])
+    train = numbers[numbers % HELD_OUT != HELD_OUT - 1]
     device = next(encoder.parameters()).device
     optimiser = torch.optim.AdamW(encoder.parameters(), lr)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, lr, max(2, steps))
-    losses = []
-    encoder.train()
+    schedule = _plan_rates(optimiser, lr, steps, stop)
+    report, best = ScopeReport({}, {}), None
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        for _ in range(steps):
-            chosen = train[torch.randperm(len(train))[:batch]]
-            part = samples[chosen]
+        for step in range(1, steps + 1):
+            encoder.train()
+            part = samples.load(train[torch.randperm(len(train))[:batch]])
             some = ScopeSamples(part.states.to(device), part.mask.to(device), part.inside)
             loss = scope_loss(some.encode(encoder), some.inside, tau)
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
             optimiser.step()
-            schedule.step()
-            losses.append(loss.item())
+            report.losses.append(loss.item())
+            report.visits += len(part)
             tick()
+            if stop is not None and (step % stop.every == 0 or step == steps):
+                report.held_losses[step] = measure_loss(held, encoder, tau)
+                if stop.observe(step, report.held_losses[step]):
+                    best = {k: v.clone() for k, v in encoder.state_dict().items()}
+                if stop.is_over:
+                    break
+            schedule.step()
+    if best is not None:
+        encoder.load_state_dict(best)
     encoder.eval().requires_grad_(False)
-    thresholds, shares = calibrate(samples[held], encoder, seed)
-    return ScopeReport(thresholds, shares, losses)
+    report.stopped = "patience" if stop is not None and stop.is_over else "cap"
+    report.best_step = len(report.losses) if stop is None else stop.best_step
+    report.thresholds, report.strict, report.shares = calibrate(held, encoder, seed, recall)
+    report.seconds = time.perf_counter() - started
+    return report
+
+
+def _plan_rates(
+    optimiser: torch.optim.Optimizer, lr: float, steps: int, stop: EarlyStop | None
+) -> torch.optim.lr_scheduler.LRScheduler:
+    if stop is None:
+        return torch.optim.lr_scheduler.OneCycleLR(optimiser, lr, max(2, steps))
+    return torch.optim.lr_scheduler.LambdaLR(optimiser, stop.scale_rate)
+
+
+def measure_loss(samples: ScopeSource, encoder: ScopeEncoder, tau: float) -> float:
+    """``scope_loss`` of all samples as one batch, without dropout."""
+    return float(scope_loss(encode_all(samples, encoder.eval()), samples.inside, tau))
+
+
+Levels = dict[int, float]
 
 
 def calibrate(
-    samples: ScopeSamples, encoder: ScopeEncoder, seed: int
-) -> tuple[dict[int, float], dict[int, list[float]]]:
-    """Thresholds, and ``score_scope`` at them, by the number of edits in memory; the largest is that of all.
+    samples: ScopeSource, encoder: ScopeEncoder, seed: int, recall: float | None = None
+) -> tuple[Levels, Levels, dict[int, list[float]]]:
+    """By the number of edits in memory, the largest being that of all: thresholds, those of edits with few
+    possible answers where they are others, and ``score_scope`` at them.
+
+    Without ``recall`` a threshold is the one that decides best. With it, that is so for edits with few
+    possible answers; those with many let this share of the queries in their scope pass: such an edit is
+    silent by itself where another answer is due.
 
     Edits that the base model answers right are left out if enough others remain: nobody makes such edits,
     and they are easier to tell apart.
     """
     if samples.wrong is not None and int(samples.wrong.sum()) >= 2 * HELD_OUT:
-        samples = samples[samples.wrong.nonzero().flatten()]
-    similarity = compare_all(samples, encoder)
+        samples = samples.select(samples.wrong.nonzero().flatten())
+    similarity, count, inside = compare_all(samples, encoder).cpu(), len(samples), samples.inside
+    few = torch.zeros(count, dtype=torch.bool) if samples.few is None else samples.few
+    splits = recall is not None and bool(few.any()) and not bool(few.all())
+    own = similarity[torch.arange(count), :inside, torch.arange(count)]
     generator = torch.Generator().manual_seed(seed)
-    sizes = [size for size in POOLS if size < len(samples)] + [len(samples)]
-    thresholds, shares, least = {}, {}, -1.0
+    sizes = [size for size in POOLS if size < count] + [count]
+    thresholds, strict, shares, least = Levels(), Levels(), dict[int, list[float]](), -1.0
     for size in sizes:
         # Every query is compared with its own edit and size - 1 others, the same for all queries of an edit.
-        rank = torch.rand(len(samples), len(samples), generator=generator).fill_diagonal_(-1)
+        rank = torch.rand(count, count, generator=generator).fill_diagonal_(-1)
         absent = rank > rank.sort(1).values[:, size - 1 : size]
-        met = similarity.cpu().masked_fill(absent[:, None], -torch.inf)
-        least = max(least, choose_threshold(met, samples.inside))
+        met = similarity.masked_fill(absent[:, None], -torch.inf)
+        least = max(least, choose_threshold(met, inside, few if splits else None))
         thresholds[size] = least
-        shares[size] = score_scope(met, samples.inside, least).tolist()
-    return thresholds, shares
+        levels = torch.full((count,), least)
+        if splits and recall is not None:
+            strict[size] = least
+            thresholds[size] = float(own[~few].quantile(1 - recall))
+            levels[~few] = thresholds[size]
+        shares[size] = score_scope(met, inside, levels).mean(0).tolist()
+    return thresholds, strict, shares
 
 
 @torch.no_grad()
-def compare_all(samples: ScopeSamples, encoder: ScopeEncoder, batch: int = 32) -> torch.Tensor:
-    """Similarity of every query with every edit of the samples, ``(n, v, n)``."""
+def encode_all(samples: ScopeSource, encoder: ScopeEncoder, batch: int = 32) -> torch.Tensor:
+    """All queries in the learned space, ``(n, v, r)``; the states of ``batch`` edits at a time are loaded."""
     device = next(encoder.parameters()).device
     parts = []
     for start in range(0, len(samples), batch):
-        part = samples[torch.arange(start, min(start + batch, len(samples)))]
+        part = samples.load(torch.arange(start, min(start + batch, len(samples))))
         parts.append(ScopeSamples(part.states.to(device), part.mask.to(device), 0).encode(encoder))
-    encoded = torch.cat(parts)
+    return torch.cat(parts)
+
+
+def compare_all(samples: ScopeSource, encoder: ScopeEncoder, batch: int = 32) -> torch.Tensor:
+    """Similarity of every query with every edit of the samples, ``(n, v, n)``."""
+    encoded = encode_all(samples, encoder, batch)
     return torch.einsum("nvr,kr->nvk", encoded, encoded[:, 0])
 
 

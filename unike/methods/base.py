@@ -16,11 +16,12 @@ from unike.config.hparams import HyperParams
 from unike.config.sections import LayerOptions
 from unike.edits import Edit, LayerKnowledge, Origin
 from unike.edits.conflicts import find_contradicted
-from unike.edits.gated import GatedEdit, OverlapGate
+from unike.edits.gated import Gate, GatedEdit
 from unike.edits.shares import Shared
+from unike.knowledge.scope import TrainedScope
 from unike.methods.catalogue import CaseSource
 from unike.methods.isolation import train_apart
-from unike.methods.registry import find_entry, register
+from unike.methods.registry import find_entry, register, resolve_needs
 from unike.types import EditRequest, Query, UserError
 
 __all__ = [
@@ -47,6 +48,8 @@ class EditMethod(ABC):
 
     hparams: HyperParams
     knowledge: Knowledge = MappingProxyType({})
+    # Of the gate around edits, where the YAML has one that reads states; ``runs.parts`` sets it.
+    scope: TrainedScope | None = None
     # Whether the method is trained on cases before its first edit.
     trainable: ClassVar[bool] = False
 
@@ -104,11 +107,20 @@ class EditMethod(ABC):
 
     def _gate(self, edit: Edit, backbone: Backbone, request: EditRequest) -> Edit:
         """The edit, with the gate around it that the YAML has for edits of any method, if it has one."""
-        least = self.hparams.scope_overlap
-        if least is None:
-            return edit
-        gate = OverlapGate(least, self.hparams.scope_overlap_tokens, self.hparams.scope_gate == "nearest")
-        return GatedEdit.wrap(edit, request, gate, backbone)
+        gate = self._make_gate(backbone)
+        return edit if gate is None else GatedEdit.wrap(edit, request, gate, backbone, self.scope)
+
+    def _make_gate(self, backbone: Backbone) -> Gate | None:
+        hp, needs = self.hparams, resolve_needs(self.hparams)
+        if not needs.gate and hp.scope_overlap is None:
+            return None
+        layer = None
+        if needs.gate_scope:
+            assert self.scope is not None, "runs.parts sets it"
+            layer = find_gate_layer(hp, backbone, self.layers(backbone))
+        # A classifier inside the edit decides by its own threshold.
+        similarity = hp.scope_threshold if needs.gate_scope else None
+        return Gate(hp.scope_overlap, hp.scope_overlap_tokens, hp.scope_gate == "nearest", layer, similarity)
 
     def write_lesson(self, request: EditRequest) -> Query:
         """What an edit is trained on: the request's query, with the answer's end as the YAML has it."""
@@ -116,7 +128,7 @@ class EditMethod(ABC):
 
     def get_shared_parts(self) -> Shared:
         """What the method's edits share and do not keep themselves."""
-        return Shared(self.knowledge)
+        return Shared(self.knowledge, scope=self.scope)
 
     @abstractmethod
     def _edit(
@@ -184,6 +196,18 @@ def resolve_layers(hparams: LayerOptions, backbone: Backbone) -> list[int]:
     return found
 
 
+def find_gate_layer(hparams: HyperParams, backbone: Backbone, layers: Sequence[int]) -> int:
+    """The decoder layer whose input the scope classifier of a gate around edits reads: ``scope_layer``, or
+    the first of the edited ``layers``. UserError where the decoder has no such layer."""
+    count = len(backbone.layout)
+    if hparams.scope_layer is None:
+        return layers[0]
+    if hparams.scope_layer >= count:
+        expected = f"expected a number from 0 to {count - 1}"
+        raise UserError(f"{hparams.source}: scope_layer: {hparams.scope_layer}; {expected}")
+    return hparams.scope_layer
+
+
 # The former name, for one release.
 edited_layers = resolve_layers
 
@@ -234,7 +258,7 @@ class _AdaptedMethod(EditMethod):
         return self.method.layers(backbone)
 
     def get_shared_parts(self) -> Shared:
-        return Shared(self.knowledge, getattr(self.method, "network", None))
+        return Shared(self.knowledge, getattr(self.method, "network", None), self.scope)
 
     def _edit(
         self, backbone: Backbone, request: EditRequest, prefixes: PrefixCache, history: Edit | None

@@ -13,7 +13,13 @@ from importlib.util import find_spec
 from unike.config.combined import KnowledgeUseOptions
 from unike.config.hparams import HyperParams
 from unike.config.schema import Section
-from unike.config.sections import IKEOptions, PatchLossOptions, ScopeGateOptions
+from unike.config.sections import (
+    IKEOptions,
+    LayerOptions,
+    OverlapGateOptions,
+    PatchLossOptions,
+    ScopeGateOptions,
+)
 from unike.types import Case, UserError
 
 # Reads the training split's cases when they are first needed.
@@ -44,6 +50,8 @@ class Entry:
     check: Callable[[HyperParams], None] = accept
     needs_scope: Predicate = needs_none
     trainable: bool | None = False
+    # Whether the method decides by the YAML's gate itself; all others get that gate around their edits.
+    uses_own_gate: Predicate = needs_none
 
     def make(self, hparams: HyperParams, knowledge: object, cases: CaseSource) -> object:
         """An instance of the method; ``cases`` is handed to a factory that takes it."""
@@ -66,13 +74,27 @@ def uses_knowledge(hparams: KnowledgeUseOptions) -> bool:
 
 
 def uses_scope(hparams: ScopeGateOptions) -> bool:
-    """Whether UniKE's gate uses the trained scope classifier."""
+    """Whether UniKE's own gate uses the trained scope classifier."""
     return hparams.scope_gate != "none" and hparams.scope_measure == "trained"
 
 
+def uses_own_gate(hparams: ScopeGateOptions) -> bool:
+    """Whether UniKE decides on a prompt itself, in the first edited layer; it knows these measures."""
+    return hparams.scope_gate != "none" and hparams.scope_measure in ("cosine", "trained")
+
+
+def check_gate(hparams: OverlapGateOptions, measure: str) -> None:
+    """UserError for a gate around edits that has nothing to open at, or that no such gate can measure."""
+    at = f"{hparams.source}: scope_measure: {measure}"
+    if measure == "cosine":
+        raise UserError(f"{at}: is UniKE's own; expected trained, overlap or both")
+    if measure != "trained" and hparams.scope_overlap is None:
+        raise UserError(f"{at}: expected a number as scope_overlap")
+
+
 def check_scope(hparams: ScopeGateOptions) -> None:
-    """UserError for a gate without a threshold to open at."""
-    gated = hparams.scope_gate != "none" and not uses_scope(hparams)
+    """UserError for a gate of UniKE's own without a threshold to open at."""
+    gated = uses_own_gate(hparams) and not uses_scope(hparams)
     if gated and hparams.scope_threshold is None:
         at = f"{hparams.source}: scope_threshold: null"
         raise UserError(f"{at}; expected a number with scope_measure: {hparams.scope_measure}")
@@ -105,6 +127,16 @@ def uses_memory_with_demonstrations(hparams: HyperParams) -> bool:
     return hparams.ike_patches and hparams.memory_loss > 0
 
 
+def check_one_layer(hparams: LayerOptions) -> None:
+    """UserError where T-Patcher as published would edit several layers."""
+    count = hparams.layers if isinstance(hparams.layers, int) else len(set(hparams.layers))
+    if count != 1:
+        raise UserError(
+            f"{hparams.source}: layers: {hparams.layers}; method: tpatcher_published edits one layer: "
+            "expected 1, or a list of one number"
+        )
+
+
 def uses_demonstrations(hparams: IKEOptions) -> bool:
     """Whether IKE shows training cases before the edit's own fact."""
     return hparams.ike_demonstrations > 0
@@ -124,7 +156,13 @@ def check_sentence_model(hparams: IKEOptions) -> None:
 # ---------------------------------------------------------------- the methods
 
 BUILT_IN = {
-    "unike": Entry("unike.methods.unike:UniKE", uses_knowledge, check=check_scope, needs_scope=uses_scope),
+    "unike": Entry(
+        "unike.methods.unike:UniKE",
+        uses_knowledge,
+        check=check_scope,
+        needs_scope=uses_scope,
+        uses_own_gate=uses_own_gate,
+    ),
     "ft": Entry("unike.methods.ft:FineTuning", check=check_plain_weights),
     "ike": Entry(
         "unike.methods.ike:InContextEditing",
@@ -136,4 +174,7 @@ BUILT_IN = {
     "mend": Entry("unike.methods.mend:MEND", trainable=True),
     "serac": Entry("unike.methods.serac:SERAC", trainable=True),
     "tpatcher": Entry("unike.methods.tpatcher:TPatcher", uses_memory_loss, check=check_losses),
+    "tpatcher_published": Entry(
+        "unike.methods.tpatcher_published:PublishedTPatcher", uses_memory_loss, check=check_one_layer
+    ),
 }

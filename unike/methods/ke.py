@@ -3,6 +3,9 @@
 A bidirectional LSTM encodes the edit. From its final states, every edited weight gets a rank-1 gate on
 its gradient, a rank-1 offset, and a step size. Training is constrained: answers elsewhere may change by
 no more than a margin, which a Lagrange multiplier enforces.
+
+Every edit of a sequence is made from the base model's gradients, as MEND's are: the hypernetwork was
+trained on no others.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from unike.backbones.base import Backbone
 from unike.backbones.prefix import PrefixCache
 from unike.edits import Edit
 from unike.edits.deltas import LowRankDelta, Site, ffn_sites
+from unike.methods.constants import name_request
 from unike.methods.meta_training import ParameterGroup, TrainableMethod, compute_edit_losses
 from unike.methods.training import compute_answer_gradients
 from unike.types import Case, EditRequest
@@ -84,8 +88,9 @@ class KE(TrainableMethod):
     def _edit(
         self, backbone: Backbone, request: EditRequest, prefixes: PrefixCache, history: Edit | None
     ) -> LowRankDelta:
+        """From the base model's gradients, whatever ``history`` holds."""
         with torch.no_grad():
-            return self._make_delta(backbone, request, prefixes, history)
+            return self._make_delta(backbone, request, prefixes)
 
     def loss(self, backbone: Backbone, case: Case, prefixes: PrefixCache) -> torch.Tensor:
         """The Lagrangian, with its sign reversed for the multiplier, which maximises it."""
@@ -106,16 +111,17 @@ class KE(TrainableMethod):
     def _compute_losses(
         self, backbone: Backbone, case: Case, prefixes: PrefixCache
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        edit = self._make_delta(backbone, case.request, prefixes, None)
+        edit = self._make_delta(backbone, case.request, prefixes)
         hp = self.hparams
-        return compute_edit_losses(backbone, edit, case, prefixes, hp.editor_probes, hp.answer_end)
+        return compute_edit_losses(
+            backbone, edit, case, prefixes, hp.editor_probes, hp.answer_end, self.constants
+        )
 
-    def _make_delta(
-        self, backbone: Backbone, request: EditRequest, prefixes: PrefixCache, history: Edit | None
-    ) -> LowRankDelta:
+    def _make_delta(self, backbone: Backbone, request: EditRequest, prefixes: PrefixCache) -> LowRankDelta:
         network, state = self._network, prefixes.state([self.write_lesson(request)])
-        gradients = compute_answer_gradients(
-            backbone, state, ffn_sites(backbone, self.layers(backbone)), history
+        sites = ffn_sites(backbone, self.layers(backbone))
+        gradients = self.keep(
+            "gradients", name_request(request), lambda: compute_answer_gradients(backbone, state, sites)
         )
         condition = network.read_condition(state.hidden[0].float())
         factors = {}

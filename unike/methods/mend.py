@@ -16,7 +16,8 @@ from unike.backbones.base import Backbone
 from unike.backbones.prefix import PrefixCache
 from unike.edits import Edit
 from unike.edits.deltas import LowRankDelta, Site, ffn_sites
-from unike.methods.meta_training import TrainableMethod, compute_edit_losses
+from unike.methods.constants import name_request
+from unike.methods.meta_training import ParameterGroup, TrainableMethod, compute_edit_losses
 from unike.methods.training import compute_answer_gradients
 from unike.types import Case, EditRequest
 
@@ -95,6 +96,19 @@ class MEND(TrainableMethod):
         sites = ffn_sites(backbone, self.layers(backbone))
         return MendNetwork(sites, self.hparams.editor_rank, self.hparams.edit_scale)
 
+    def parameters(self) -> list[ParameterGroup]:
+        """The step sizes have the learning rate ``mend_scale_lr``, where the YAML has one.
+
+        Published trainings give them 100 times the networks' rate (1e-4 and 1e-6, by an optimiser of their
+        own), and learn the step sizes themselves; here their logarithms are learnt, so that none changes its
+        sign.
+        """
+        if self.hparams.mend_scale_lr is None:
+            return super().parameters()
+        network = self._network
+        rest = [p for p in network.parameters() if p is not network.log_scale]
+        return [{"params": rest}, {"params": [network.log_scale], "lr": self.hparams.mend_scale_lr}]
+
     def calibrate(self, backbone: Backbone, cases: Sequence[Case], prefixes: PrefixCache) -> None:
         """Sets mean and standard deviation of the raw pairs, by shape."""
         network = self._network
@@ -118,7 +132,9 @@ class MEND(TrainableMethod):
     def loss(self, backbone: Backbone, case: Case, prefixes: PrefixCache) -> torch.Tensor:
         hp = self.hparams
         edit = self._make_delta(backbone, case.request, prefixes)
-        nll, change = compute_edit_losses(backbone, edit, case, prefixes, hp.editor_probes, hp.answer_end)
+        nll, change = compute_edit_losses(
+            backbone, edit, case, prefixes, hp.editor_probes, hp.answer_end, self.constants
+        )
         return hp.c_edit * nll + hp.c_loc * change
 
     @property
@@ -127,7 +143,9 @@ class MEND(TrainableMethod):
         return self.trained
 
     def _make_delta(self, backbone: Backbone, request: EditRequest, prefixes: PrefixCache) -> LowRankDelta:
-        pairs = self._read_pairs(backbone, request, prefixes)
+        pairs = self.keep(
+            "pairs", name_request(request), lambda: self._read_pairs(backbone, request, prefixes)
+        )
         return LowRankDelta({site: self._network(site, own) for site, own in pairs.items()}, {"steps": 1})
 
     def _read_pairs(

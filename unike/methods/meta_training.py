@@ -10,33 +10,39 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from unike.backbones.base import Backbone, answer_loss
-from unike.backbones.prefix import PrefixCache, open_prefixes
+from unike.backbones.base import Backbone
+from unike.backbones.prefix import GB, PrefixCache, open_prefixes
 from unike.config.combined import EditorPreparationOptions
 from unike.config.sections import EditorTrainingOptions
 from unike.edits import Edit
 from unike.edits.shares import Shared
 from unike.methods.base import EditMethod
+from unike.methods.constants import Constants, name_case
 from unike.system import processes
 from unike.system.files import check_tensors, read_index, write_index
 from unike.system.places import refuse_link
 from unike.system.progress import Tick, ignore_progress
 from unike.types import FIVE_METRICS, Case, Query, UserError
 
+T = TypeVar("T")
 Tensors = dict[str, torch.Tensor]
 # As optimisers take it: ``params``, and options of their own.
 ParameterGroup = dict[str, list[nn.Parameter] | float]
 TRAINING = "training the editor"
 CALIBRATION_CASES = 64
+# Why a training ended: validation no longer improved, or ``editor_steps`` were taken.
+PATIENCE, CAP = "patience", "cap"
 
 
 class TrainableMethod(EditMethod):
@@ -44,9 +50,11 @@ class TrainableMethod(EditMethod):
 
     trainable = True
     network: nn.Module | None = None
+    # While it is trained: what the base model gives for each case.
+    constants: Constants | None = None
 
     def get_shared_parts(self) -> Shared:
-        return Shared(self.knowledge, self.network)
+        return Shared(self.knowledge, self.network, self.scope)
 
     @abstractmethod
     def build(self, backbone: Backbone) -> nn.Module:
@@ -78,6 +86,10 @@ class TrainableMethod(EditMethod):
             torch.manual_seed(self.hparams.seed)
             self.network = self.build(backbone).to(backbone.device)
 
+    def keep(self, what: str, name: Hashable, compute: Callable[[], T]) -> T:
+        """``compute()``, which depends on the base model and ``name`` alone: in training it runs once."""
+        return compute() if self.constants is None else self.constants.get((what, name), compute)
+
     @property
     def trained(self) -> nn.Module:
         """The network; UserError where there is none yet."""
@@ -91,10 +103,22 @@ class TrainableMethod(EditMethod):
 
 
 def split_by_scope(case: Case, probes: str = "five", end: str = "none") -> tuple[list[Query], list[Query]]:
-    """The case's queries in and out of the edit's scope; those within it with the answer's ``end``."""
-    used = [p for p in case.probes if probes == "all" or p.name in FIVE_METRICS]
+    """The case's queries in and out of the edit's scope; those within it with the answer's ``end``.
+
+    ``probes`` is the YAML's ``editor_probes``. With ``easyedit``, the five metrics' without M-Locality. In
+    EasyEdit's loss for SERAC (``alg: SERAC_MULTI``) are the rephrased question on the image, the question on
+    the rephrased image, and the text-only question; not the question on the unrelated image, which counts for
+    its other methods, nor the edit's own question, which counts here.
+    """
+    used = [p for p in case.probes if _is_used(p.name, probes)]
     inside = [p.query for p in used if p.expect == "target"] or [case.request.query]
     return [replace(q, end=end) for q in inside], [p.query for p in used if p.expect == "unchanged"]
+
+
+def _is_used(name: str, probes: str) -> bool:
+    if probes in ("all", "recombined", "hard"):
+        return True
+    return name in FIVE_METRICS and not (probes == "easyedit" and name == "m_locality")
 
 
 def compute_edit_losses(
@@ -104,26 +128,40 @@ def compute_edit_losses(
     prefixes: PrefixCache,
     probes: str = "five",
     end: str = "none",
+    constants: Constants | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean answer loss of the probes that expect the target, and mean KL from the base model over the
     answers of those that expect no change. ``probes`` is the YAML's ``editor_probes``, ``end`` its
-    ``answer_end``.
+    ``answer_end``; ``constants`` keep the base model's part.
     """
     inside, outside = split_by_scope(case, probes, end)
     state = prefixes.state([*inside, *outside])
-    with torch.no_grad():
-        base = backbone.suffix(prefixes.state(outside)) if outside else None
+
+    @torch.no_grad()
+    def predict() -> torch.Tensor:
+        """The base model's ``(n, v)`` at the answers out of scope, as logarithms."""
+        return backbone.answer_logits(prefixes.state(outside)).float().log_softmax(-1)
+
+    before = None
+    if outside:
+        before = constants.get(("base", name_case(case)), predict) if constants else predict()
     with edit.applied(backbone):
-        logits = backbone.suffix(state)
-    count = len(inside)
-    nll = answer_loss(logits[:count], state.labels[:count]).mean()
-    if base is None:
+        logits = backbone.answer_logits(state).float()
+    at = state.answer_mask
+    count = int(at[: len(inside)].sum())
+    tokens, rows = state.labels[:, 1:][at][:count], at.nonzero()[:count, 0]
+    nll = average_answers(nn.functional.cross_entropy(logits[:count], tokens, reduction="none"), rows)
+    if before is None:
         return nll, nll.new_zeros(())
-    mask = state.answer_mask[count:]
-    after = logits[count:, :-1][mask].float().log_softmax(-1)
-    # The base batch may be shorter: padding differs, answers do not.
-    before = base[:, :-1][mask[:, : base.shape[1] - 1]].float().log_softmax(-1)
+    after = logits[count:].log_softmax(-1)
     return nll, (before.exp() * (before - after)).sum(-1).mean()
+
+
+def average_answers(losses: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """The mean over queries of the mean over their answer tokens: ``losses (n)`` of tokens, which belong to
+    the queries ``rows (n)``, each of which has one or more."""
+    counts = rows.bincount()
+    return (losses / counts[rows]).sum() / len(counts)
 
 
 class Lessons:
@@ -165,13 +203,21 @@ def _replace_target(case: Case, target: str) -> Case:
 
 @dataclass
 class Progress:
-    """State of a training: the validations' mean ``losses``, and how many came since the best."""
+    """State of a training: the validations' mean ``losses``, and how many came since the best.
+
+    ``stopped`` says why it ended, ``PATIENCE`` or ``CAP``; None before. ``visits`` counts train records, each
+    as often as it was seen. ``seconds`` lead up to the last validation; what a killed run did after its
+    checkpoint is not in them.
+    """
 
     step: int = 0
     best: float = math.inf
     best_step: int = 0
     waited: int = 0
     losses: list[float] = field(default_factory=list)
+    stopped: str | None = None
+    visits: int = 0
+    seconds: float = field(default=0.0, compare=False)
 
 
 def meta_train(
@@ -186,45 +232,61 @@ def meta_train(
 ) -> Progress:
     """Trains a method's network and leaves it with the weights of its best validation.
 
-    A checkpoint is written to ``folder`` at every validation, and training goes on from it if
-    ``facts`` and cases are still the same. ``tick`` is called for every train case (1) and held-out one (0).
-    Raises FloatingPointError where a loss is no longer a number.
+    It ends where ``editor_patience`` validations in a row, each on all of ``val_cases``, brought no
+    improvement, and after ``editor_steps`` steps at the latest. A checkpoint is written to ``folder`` at
+    every validation, and training goes on from it if ``facts`` and cases are still the same. ``tick`` is
+    called for every train case (1) and held-out one (0). Raises FloatingPointError where a loss is no longer
+    a number.
     """
     prefixes = open_prefixes(hparams, backbone, method.layers(backbone)[0], batch=1)
     lessons = Lessons(backbone, prefixes)
     method.start(backbone)
     run = _EditorTraining(method, hparams, folder, {"facts": facts or {}, "cases": _identify(cases)})
-    with torch.random.fork_rng():
-        torch.manual_seed(hparams.seed)
-        if not run.resume():
-            method.calibrate(backbone, [lessons.adapt(c) for c in cases[:CALIBRATION_CASES]], prefixes)
-            run.share_start()
-        else:
-            tick(TRAINING, run.progress.step * hparams.editor_batch)
-        while not run.is_done:
-            run.optimiser.zero_grad(set_to_none=True)
-            batch = _draw_batch(cases, run.progress.step, hparams)
-            for case in processes.share(batch):
-                loss = method.loss(backbone, lessons.adapt(case), prefixes)
-                if not math.isfinite(loss.item()):
-                    raise FloatingPointError(f"the loss is {loss.item()} after {run.progress.step} steps")
-                (loss / hparams.editor_batch).backward()
-                tick(TRAINING, 1)
-            if others := len(batch) - len(processes.share(batch)):
-                tick(TRAINING, others)
-            run.step()
-            if run.validation_is_due:
-                with torch.no_grad():
-                    losses = processes.spread(
-                        val_cases,
-                        lambda case: method.validation(backbone, lessons.adapt(case), prefixes).item(),
-                        lambda _: tick(TRAINING, 0),
-                    )
-                run.judge(sum(losses) / max(1, len(losses)))
-                if processes.is_main():
-                    run.save()
+    # As much again as of lower-layer activations.
+    method.constants = Constants(int(hparams.prefix_memory_gb * GB))
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(hparams.seed)
+            if not run.resume():
+                method.calibrate(backbone, [lessons.adapt(c) for c in cases[:CALIBRATION_CASES]], prefixes)
+                run.share_start()
+            else:
+                tick(TRAINING, run.progress.step * hparams.editor_batch)
+            while not run.is_done:
+                _take_step(run, lessons, cases, tick)
+                if run.validation_is_due:
+                    run.judge(_validate(method, lessons, val_cases, tick))
+                    if processes.is_main():
+                        run.save()
+    finally:
+        method.constants = None
     run.finish()
     return run.progress
+
+
+def _take_step(run: _EditorTraining, lessons: Lessons, cases: Sequence[Case], tick: Tick) -> None:
+    run.optimiser.zero_grad(set_to_none=True)
+    batch = _draw_batch(cases, run.progress.step, run.hparams)
+    for case in processes.share(batch):
+        loss = run.method.loss(lessons.backbone, lessons.adapt(case), lessons.prefixes)
+        if not math.isfinite(loss.item()):
+            raise FloatingPointError(f"the loss is {loss.item()} after {run.progress.step} steps")
+        (loss / run.hparams.editor_batch).backward()
+        tick(TRAINING, 1)
+    if others := len(batch) - len(processes.share(batch)):
+        tick(TRAINING, others)
+    run.step()
+
+
+@torch.no_grad()
+def _validate(method: TrainableMethod, lessons: Lessons, cases: Sequence[Case], tick: Tick) -> float:
+    """The mean loss of the held-out cases, all of them each time."""
+
+    def judge(case: Case) -> float:
+        return method.validation(lessons.backbone, lessons.adapt(case), lessons.prefixes).item()
+
+    losses = processes.spread(cases, judge, lambda _: tick(TRAINING, 0))
+    return sum(losses) / max(1, len(losses))
 
 
 def _identify(cases: Sequence[Case]) -> list[list[str | None]]:
@@ -257,11 +319,17 @@ class _EditorTraining:
         self.progress = Progress()
         self.optimiser = torch.optim.Adam(method.parameters(), lr=hparams.editor_lr)
         self.best: Tensors = {}
+        self._since = time.perf_counter()
 
     @property
     def is_done(self) -> bool:
-        p, hp = self.progress, self.hparams
-        return p.step >= hp.editor_steps or p.waited >= hp.editor_patience
+        return self._find_end() is not None
+
+    def _find_end(self) -> str | None:
+        """Why training ends here; None where it goes on."""
+        if self.progress.waited >= self.hparams.editor_patience:
+            return PATIENCE
+        return CAP if self.progress.step >= self.hparams.editor_steps else None
 
     @property
     def validation_is_due(self) -> bool:
@@ -282,6 +350,7 @@ class _EditorTraining:
         self.optimiser.step()
         self.method.settle()
         self.progress.step += 1
+        self.progress.visits += self.hparams.editor_batch
 
     def judge(self, loss: float) -> None:
         """Records a validation, and the weights where it is the best so far."""
@@ -292,9 +361,13 @@ class _EditorTraining:
             self.best = copy_tensors(self.method.trained.state_dict())
         else:
             p.waited += 1
+        p.stopped = self._find_end()
+        now = time.perf_counter()
+        p.seconds, self._since = p.seconds + now - self._since, now
 
     def finish(self) -> None:
         """The best weights, ready to edit with."""
+        self.progress.stopped = self._find_end()
         if self.best:
             self.method.trained.load_state_dict(self.best)
         self.method.trained.requires_grad_(False)
@@ -335,6 +408,8 @@ class _EditorTraining:
         self.optimiser.load_state_dict({"state": states, "param_groups": groups})
         torch.set_rng_state(tensors["rng"])
         self.progress = Progress(**kept["progress"])
+        # Checkpoints from before it was counted have none.
+        self.progress.visits = self.progress.step * self.hparams.editor_batch
         return True
 
 

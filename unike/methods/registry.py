@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from unike.config.hparams import HyperParams
-from unike.methods.catalogue import BUILT_IN, Entry, Predicate, accept, needs_none
+from unike.methods.catalogue import BUILT_IN, Entry, Predicate, accept, check_gate, needs_none
 from unike.methods.plugins import load_own_methods
 from unike.types import UserError
 
@@ -19,14 +19,18 @@ Factory = TypeVar("Factory", bound=Callable[..., object])
 class MethodNeeds:
     """What a YAML's method needs before it edits.
 
-    ``knowledge``: memory and encoders. ``scope``: the trained scope classifier. ``cases``: the training
-    split, read while it edits. ``training``: it is a ``TrainableMethod``, trained before its first edit.
+    ``knowledge``: memory and encoders. ``scope``: a trained scope classifier, its own or that of the gate
+    around its edits. ``cases``: the training split, read while it edits. ``training``: it is a
+    ``TrainableMethod``, trained before its first edit. ``gate``: its edits get the YAML's gate around them,
+    which with ``gate_scope`` reads states.
     """
 
     knowledge: bool = False
     scope: bool = False
     cases: bool = False
     training: bool = False
+    gate: bool = False
+    gate_scope: bool = False
 
 
 _REGISTER = dict(BUILT_IN)
@@ -75,7 +79,18 @@ def find_entry(hparams: HyperParams) -> Entry:
         )
     entry = _REGISTER[hparams.method]
     entry.check(hparams)
+    if gates_edits(hparams, entry):
+        check_gate(hparams, hparams.scope_measure)
     return entry
+
+
+def gates_edits(hparams: HyperParams, entry: Entry) -> bool:
+    """Whether the edits of a method get the YAML's gate around them: where it has one that the method does
+    not decide by itself."""
+    if hparams.scope_gate == "none" or entry.uses_own_gate(hparams) or entry.needs_scope(hparams):
+        return False
+    # An overlap alone, with scope_gate: nearest, is of the time before scope_measure had a name for it.
+    return hparams.scope_measure != "cosine" or hparams.scope_overlap is None
 
 
 def check_method(hparams: HyperParams) -> None:
@@ -89,11 +104,15 @@ def resolve_needs(hparams: HyperParams) -> MethodNeeds:
     trainable = entry.trainable
     if trainable is None:
         trainable = bool(getattr(entry.make(hparams, {}, tuple), "trainable", False))
+    gate = gates_edits(hparams, entry)
+    gate_scope = gate and hparams.scope_measure in ("trained", "both")
     return MethodNeeds(
         knowledge=entry.needs_knowledge(hparams),
-        scope=entry.needs_scope(hparams),
+        scope=entry.needs_scope(hparams) or gate_scope,
         cases=entry.needs_cases is not None and entry.needs_cases(hparams),
         training=trainable,
+        gate=gate,
+        gate_scope=gate_scope,
     )
 
 

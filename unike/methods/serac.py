@@ -10,13 +10,14 @@ head: each position attends to the edit's answer positions, and copies the token
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from unike.backbones.base import Backbone, PrefixState, answer_loss
-from unike.backbones.hooks import capture, transform
+from unike.backbones.base import Backbone, PrefixState
+from unike.backbones.hooks import capture
 from unike.backbones.prefix import PrefixCache
 from unike.edits import Edit
 from unike.edits.counterfactual import (
@@ -25,7 +26,8 @@ from unike.edits.counterfactual import (
     SeracNetwork,
     _embed_words,
 )
-from unike.methods.meta_training import TrainableMethod, split_by_scope
+from unike.methods.constants import name_case, name_request
+from unike.methods.meta_training import TrainableMethod, average_answers, split_by_scope
 from unike.types import Case, EditRequest
 
 
@@ -46,16 +48,20 @@ class SERAC(TrainableMethod):
 
     def loss(self, backbone: Backbone, case: Case, prefixes: PrefixCache) -> torch.Tensor:
         """The counterfactual answers' loss within the scope, and the classifier's on both sides of it."""
-        record = self._remember(backbone, case.request, prefixes)
+        lesson = self._read_lesson(backbone, case.request, prefixes)
         inside, outside = split_by_scope(case, self.hparams.editor_probes, self.hparams.answer_end)
         scope = self._network.scope
-        questions = self._embed_questions(backbone, prefixes.state([*inside, *outside]))
-        logits = scope.logits(questions, record.question[None])[:, 0]
+        *questions, own = self._embed_questions(
+            backbone, prefixes.state([*inside, *outside, self.write_lesson(case.request)]), packed=True
+        )
+        logits = scope.logits(torch.stack(questions), own[None])[:, 0]
         wanted = (torch.arange(len(logits), device=logits.device) < len(inside)).to(logits.dtype)
         counted = F.binary_cross_entropy_with_logits(logits, wanted, reduction="none")
         classified = sum(counted[wanted == side].mean() for side in (0, 1) if bool((wanted == side).any()))
-        state = prefixes.state(inside)
-        nll = answer_loss(self._compute_counterfactual(backbone, state, record), state.labels).mean()
+        answers = self.keep(
+            "answers", name_case(case), lambda: _read_answers(backbone, prefixes.state(inside))
+        )
+        nll = self._compute_answer_loss(backbone, answers, *self._encode_lesson(lesson))
         return self.hparams.c_edit * nll + self.hparams.c_loc * classified
 
     @property
@@ -63,35 +69,75 @@ class SERAC(TrainableMethod):
         assert isinstance(self.trained, SeracNetwork)
         return self.trained
 
-    def _embed_questions(self, backbone: Backbone, state: PrefixState) -> torch.Tensor:
+    def _embed_questions(self, backbone: Backbone, state: PrefixState, packed: bool = False) -> torch.Tensor:
         ends = state.hidden[torch.arange(len(state), device=state.hidden.device), state.question_end]
-        return self._network.scope([_embed_words(backbone, text) for text in state.prompts], ends.float())
+        # One tensor for each text, however often it is asked.
+        words = {text: _embed_words(backbone, text) for text in state.prompts}
+        return self._network.scope([words[text] for text in state.prompts], ends.float(), packed)
 
-    def _compute_counterfactual(
-        self, backbone: Backbone, state: PrefixState, record: MemoryRecord
+    def _compute_answer_loss(
+        self, backbone: Backbone, answers: _Answers, keys: torch.Tensor, values: torch.Tensor
     ) -> torch.Tensor:
-        """Logits with every query treated as in scope."""
-        keys, values = (t.expand(len(state), *t.shape) for t in (record.keys, record.values))
-
-        def answer(x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-            return output + self._network.counterfactual(x.float(), keys, values).to(output.dtype)
-
-        last = backbone.layout.layer(len(backbone.layout) - 1)
-        with transform([(last, last, answer)]):
-            return backbone.suffix(state)
+        """The mean over queries of their answer tokens' mean loss, every query treated as in scope."""
+        moved = self._network.counterfactual(answers.states[None].float(), keys[None], values[None])[0]
+        logits = backbone.layout.head(answers.outputs + moved.to(answers.outputs.dtype))
+        return average_answers(
+            F.cross_entropy(logits.float(), answers.tokens, reduction="none"), answers.rows
+        )
 
     def _remember(self, backbone: Backbone, request: EditRequest, prefixes: PrefixCache) -> MemoryRecord:
         state = prefixes.state([self.write_lesson(request)])
-        with torch.no_grad(), capture(_find_last(backbone)) as seen:
-            backbone.suffix(state)
-        end, stop = int(state.question_end[0]), int(state.attention_mask[0].sum())
-        states = seen["last"][0, end:stop].float()
-        words = backbone.layout.unembeddings.weight[state.labels[0, end + 1 : stop]].float()
-        network = self._network.counterfactual
-        values = F.pad(network.values(states[:-1], words), (0, 0, 0, 1))
+        lesson = self._read_lesson(backbone, request, prefixes)
         return MemoryRecord(
-            request.id, self._embed_questions(backbone, state)[0], network.keys(states), values
+            request.id, self._embed_questions(backbone, state)[0], *self._encode_lesson(lesson)
         )
+
+    def _encode_lesson(self, lesson: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys ``(j, rank)`` and values ``(j, d)`` of an edit's answer positions; that after the answer has
+        a value of zeros."""
+        states, words = lesson
+        network = self._network.counterfactual
+        return network.keys(states), F.pad(network.values(states[:-1], words), (0, 0, 0, 1))
+
+    def _read_lesson(
+        self, backbone: Backbone, request: EditRequest, prefixes: PrefixCache
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What enters the last layer at the edit's answer positions ``(j, d)``, and the output embeddings of
+        its tokens ``(j - 1, d)``."""
+
+        def read() -> tuple[torch.Tensor, torch.Tensor]:
+            state = prefixes.state([self.write_lesson(request)])
+            with torch.no_grad(), capture(_find_last(backbone)) as seen:
+                backbone.suffix(state)
+            end, stop = int(state.question_end[0]), int(state.attention_mask[0].sum())
+            tokens = state.labels[0, end + 1 : stop]
+            return seen["last"][0, end:stop].float(), backbone.layout.unembeddings.weight[tokens].float()
+
+        return self.keep("lesson", name_request(request), read)
+
+
+@dataclass(frozen=True)
+class _Answers:
+    """Answer tokens of several queries: what enters the last layer where each is predicted, ``states (n,
+    d)``, and what leaves it, ``outputs (n, d)``; ``tokens (n)`` themselves, and ``rows (n)``, their
+    queries."""
+
+    states: torch.Tensor
+    outputs: torch.Tensor
+    tokens: torch.Tensor
+    rows: torch.Tensor
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in (self.states, self.outputs, self.tokens, self.rows))
+
+
+@torch.no_grad()
+def _read_answers(backbone: Backbone, state: PrefixState) -> _Answers:
+    at = state.answer_mask
+    with capture(_find_last(backbone)) as seen:
+        hidden = backbone.suffix_hidden(state)
+    return _Answers(seen["last"][:, :-1][at], hidden[:, :-1][at], state.labels[:, 1:][at], at.nonzero()[:, 0])
 
 
 def _find_last(backbone: Backbone) -> Mapping[str, nn.Module]:

@@ -18,6 +18,7 @@ The files of the package that one edit visits, in order:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -26,7 +27,7 @@ from unike.backbones.prefix import PrefixCache
 from unike.config.hparams import HyperParams
 from unike.edits import Edit, EditRecord, LayerShare, RoutedEdit, Routing
 from unike.methods.base import Knowledge
-from unike.methods.catalogue import uses_scope
+from unike.methods.catalogue import uses_own_gate, uses_scope
 from unike.methods.patching import (
     OwnStates,
     PatchMethod,
@@ -43,7 +44,13 @@ class UniKE(PatchMethod):
 
     def __init__(self, hparams: HyperParams, knowledge: Knowledge) -> None:
         super().__init__(hparams, knowledge)
-        self.routing = Routing(**{k: getattr(hparams, k) for k in Routing.__dataclass_fields__})
+        routing = Routing(**{k: getattr(hparams, k) for k in Routing.__dataclass_fields__})
+        if not uses_own_gate(hparams):
+            # Where there is one around the edit, the edit itself has none.
+            routing = replace(
+                routing, **{k: getattr(Routing, k) for k in vars(routing) if k.startswith("scope_")}
+            )
+        self.routing = routing
 
     def make_edits(
         self,

@@ -26,6 +26,7 @@ from unike.methods.preparation.folders import (
     list_changed_options,
 )
 from unike.methods.registry import check_method
+from unike.runs.costs import describe_costs
 from unike.runs.drawing import DRAWING_SCRIPT, SIZES, check_drawing
 from unike.runs.folders import check_edit_store, describe_run
 from unike.runs.inputs import (
@@ -400,6 +401,7 @@ DATA_CHECKS = (
     Check("sequences", lambda r: r.hparams.protocol != "one_step", _inspect_sequences),
     Check("knowledge", lambda r: r.needs.knowledge, _inspect_knowledge),
     Check("scope", lambda r: r.needs.scope, _inspect_scope),
+    Check("costs", _apply_always, lambda r: describe_costs(r.hparams, r.needs), only_notes=True),
     Check("editor", lambda r: r.needs.training, _inspect_editor),
     Check("train cases", lambda r: r.needs.cases, _inspect_train_cases),
 )

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from unike.config.hparams import OPTIONS, HyperParams
+from unike.config.patcher import NeuronOptions
 from unike.config.schema import list_own_options
 from unike.config.sections import (
     EditorOptions,
@@ -54,6 +55,8 @@ def check_effects(hparams: HyperParams, given: Sequence[str]) -> None:
             problems.append(f"{hparams.source}: {key}: has no effect with protocol: one_step; {remedy}")
         if key == "scope_overlap_tokens" and hparams.scope_overlap is None:
             problems.append(f"{hparams.source}: {key}: has no effect with scope_overlap: null; give both")
+        if key == "scope_val_every" and hparams.scope_patience is None:
+            problems.append(f"{hparams.source}: {key}: has no effect with scope_patience: null; give both")
         if key == "benchmark_version" and not hparams.generate_data:
             problems.append(
                 f"{hparams.source}: {key}: has no effect with generate_data: false; nothing is drawn"
@@ -78,21 +81,30 @@ def check_effects(hparams: HyperParams, given: Sequence[str]) -> None:
 
 
 _PROTOCOL_KEYS = {"sequence_length", "sequences", "curve_cases"}
-_METHODS = {"unike", "ft", "tpatcher", "ike", "ke", "mend", "serac"}
+_METHODS = {"unike", "ft", "tpatcher", "tpatcher_published", "ike", "ke", "mend", "serac"}
 _EDITOR_KEYS = {*list_own_options(EditorOptions), *list_own_options(EditorTrainingOptions)}
 # T-Patcher starts its keys in one way only.
 _UNIKE_KEYS = {*list_own_options(UniKEOptions), *list_own_options(ScopeGateOptions), "key_init"}
-_PATCH_KEYS = {*list_own_options(PatchOptions), *list_own_options(PatchLossOptions)}
-_TRAINED_PAIRS = {*_PATCH_KEYS, "key_init", *list_own_options(EditTrainingOptions)}
+_TRAINED_PAIRS = {
+    *list_own_options(PatchOptions),
+    *list_own_options(PatchLossOptions),
+    *list_own_options(EditTrainingOptions),
+    "key_init",
+}
 _METHOD_KEYS = {
     ("ft",): set(list_own_options(FineTuningOptions)),
     ("ike",): set(list_own_options(IKEOptions)),
     ("ke",): {"ke_margin"},
+    ("mend",): {"mend_scale_lr"},
     ("serac",): {"serac_scope"},
-    ("ke", "mend", "serac"): _EDITOR_KEYS - {"ke_margin", "serac_scope"},
+    ("ke", "mend", "serac"): _EDITOR_KEYS - {"ke_margin", "mend_scale_lr", "serac_scope"},
     ("unike",): _UNIKE_KEYS,
-    ("unike", "tpatcher"): _PATCH_KEYS - _UNIKE_KEYS,
-    ("unike", "tpatcher", "ft"): set(list_own_options(EditTrainingOptions)),
+    ("unike", "tpatcher"): set(list_own_options(PatchOptions)) - _UNIKE_KEYS,
+    ("unike", "tpatcher", "tpatcher_published"): set(list_own_options(PatchLossOptions)),
+    ("tpatcher_published",): set(list_own_options(NeuronOptions)),
+    ("unike", "tpatcher", "ft"): {"stop_loss"},
+    ("unike", "tpatcher", "ft", "tpatcher_published"): set(list_own_options(EditTrainingOptions))
+    - {"stop_loss"},
 }
 _ORIGINAL_KEYS = {"vision_config", "qformer_config"}
 

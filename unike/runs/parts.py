@@ -13,7 +13,7 @@ from unike.datasets.lengths import leave_out_long, list_queries
 from unike.datasets.triplets import Triplet
 from unike.evaluation.reader import Reader
 from unike.methods import build, resolve_needs
-from unike.methods.base import CaseSource, EditMethod, Knowledge
+from unike.methods.base import CaseSource, EditMethod, Knowledge, find_gate_layer
 from unike.methods.meta_training import TRAINING, TrainableMethod
 from unike.methods.preparation.editors import ensure_editor
 from unike.methods.preparation.knowledge import ensure_knowledge
@@ -72,7 +72,7 @@ def prepare(
     }
     with show_progress(totals, progress and processes.is_main()) as tick:
         known = ensure_knowledge(backbone, hparams, layers, source, tick)
-        if needs.scope:
+        if needs.scope and not needs.gate_scope:
             taught = cases or (lambda: read_train_cases(hparams))
 
             def teaching() -> Sequence[Case]:
@@ -103,6 +103,11 @@ def assemble(
     # What is learnt, is learnt from the base model.
     with Guard.of(backbone).bare():
         method = build(hparams, prepare(hparams, backbone, layers, progress, triplets, fitting), fitting)
+        if resolve_needs(hparams).gate_scope:
+            first = find_gate_layer(hparams, backbone, layers)
+            totals = {SCOPE_READING: hparams.scope_records, SCOPE_TRAINING: hparams.scope_steps}
+            with show_progress(totals, progress and processes.is_main()) as tick:
+                method.scope = ensure_scope(backbone, hparams, first, fitting, tick)
         if isinstance(method, TrainableMethod):
             totals = {TRAINING: hparams.editor_steps * hparams.editor_batch}
             with show_progress(totals, progress and processes.is_main()) as tick:

@@ -6,6 +6,7 @@ a checkpoint.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 
 from unike.backbones.base import Backbone
-from unike.methods.meta_training import Progress, TrainableMethod, copy_tensors, meta_train
+from unike.methods.meta_training import CAP, Progress, TrainableMethod, copy_tensors, meta_train
 from unike.methods.preparation.folders import (
     Facts,
     choose_place,
@@ -22,10 +23,14 @@ from unike.methods.preparation.folders import (
     list_editor_options,
     require_own_files,
 )
+from unike.methods.preparation.hard_cases import harden_cases
+from unike.methods.preparation.training_cases import make_training_cases
 from unike.system import processes
 from unike.system.files import check_tensors, replace_atomically, write_index
 from unike.system.progress import Tick, ignore_progress
 from unike.types import Case, UserError
+
+logger = logging.getLogger("unike")
 
 HELD_OUT = 10
 
@@ -71,7 +76,8 @@ def ensure_editor(
     """Loads the YAML's editor, or trains it on ``cases`` and saves it; returns its folder.
 
     Every tenth case is held out; the first ``editor_val_cases`` of these validate. Several processes
-    train one editor together. UserError where no case is left to hold out.
+    train one editor together. A training that ends at the cap of its steps is warned of. UserError where no
+    case is left to hold out.
     """
     hparams, facts = method.hparams, describe_editor(backbone, method)
     folder = processes.run_once(lambda: find_editor(hparams, facts))
@@ -80,6 +86,10 @@ def ensure_editor(
         trained = folder = parent / hash_facts(facts)
         require_own_files(folder, "editor.safetensors", "editor.json", "checkpoint.json")
         records = cases()
+        if hparams.editor_probes in ("recombined", "hard"):
+            records = make_training_cases(records)
+        if hparams.editor_probes == "hard":
+            records = processes.run_once(lambda: harden_cases(records, backbone, hparams.seed))
         held_out = [case for i, case in enumerate(records) if i % HELD_OUT == HELD_OUT - 1]
         train = [case for i, case in enumerate(records) if i % HELD_OUT != HELD_OUT - 1]
         if not held_out:
@@ -89,5 +99,13 @@ def ensure_editor(
         val = held_out[: hparams.editor_val_cases]
         progress = meta_train(method, backbone, train, val, hparams, folder, tick, facts)
         processes.run_once(lambda: save_editor(method, facts, progress, trained))
+        if progress.stopped == CAP and processes.is_main():
+            logger.warning(
+                "%s: editor_steps: %d: training ended at this cap, before editor_patience: the best "
+                "validation was at step %d; a higher cap may give a better editor",
+                hparams.source,
+                hparams.editor_steps,
+                progress.best_step,
+            )
     load_editor(method, backbone, folder)
     return folder

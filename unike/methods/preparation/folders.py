@@ -13,12 +13,11 @@ from typing import TYPE_CHECKING
 
 from unike.config.combined import TrainedPartsOptions
 from unike.config.hparams import HyperParams
+from unike.config.scope_sections import ScopeClassifierOptions, ScopeTrainingOptions
 from unike.config.sections import (
     EditorOptions,
     EditorTrainingOptions,
     KnowledgeOptions,
-    ScopeClassifierOptions,
-    ScopeTrainingOptions,
 )
 from unike.methods.registry import MethodNeeds
 from unike.system.files import read_index
@@ -31,6 +30,9 @@ if TYPE_CHECKING:
 Facts = dict[str, object]
 # Marks the folder of a model that is shipped with what was trained for it.
 SHIPPED = ".shipped"
+# The width of a scope classifier's attention, unless the YAML names one: for a decoder of width 4,096 it has
+# 4 M parameters then, and 118 M with attention as wide as the decoder.
+WIDEST = 512
 _TRAINED = ".trained"
 
 
@@ -97,8 +99,8 @@ def _is_items(path: Path) -> bool:
 def wants_cases(hparams: TrainedPartsOptions, needs: MethodNeeds) -> bool:
     """Whether train annotations are needed for an editor or a scope classifier that is still to be
     trained."""
-    if needs.training:
-        return find_editor(hparams) is None
+    if needs.training and find_editor(hparams) is None:
+        return True
     return needs.scope and find_scope_classifier(hparams) is None
 
 
@@ -125,14 +127,19 @@ def list_changed_options(folder: Path, hparams: HyperParams) -> list[str]:
 
 
 def list_editor_options(hparams: EditorTrainingOptions) -> Facts:
-    """The options that a trained editor depends on: of KE's and SERAC's own ones, those of its method."""
+    """The options that a trained editor depends on: of those that one method alone has, its own."""
     shared: Facts = {"method": hparams.method, "clip_norm": hparams.clip_norm, "seed": hparams.seed}
     if hparams.answer_end != "none":
         # Editors from before this option existed have none.
         shared["answer_end"] = hparams.answer_end
-    own = hparams.get_values(EditorTrainingOptions).items()
+    own = hparams.get_values(EditorTrainingOptions)
+    if hparams.mend_scale_lr is None:
+        # Likewise.
+        del own["mend_scale_lr"]
     return shared | {
-        n: v for n, v in own if not n.startswith(("ke_", "serac_")) or n.startswith(f"{hparams.method}_")
+        n: v
+        for n, v in own.items()
+        if not n.startswith(("ke_", "mend_", "serac_")) or n.startswith(f"{hparams.method}_")
     }
 
 
@@ -153,10 +160,27 @@ def find_editor(hparams: EditorOptions, facts: Facts | None = None) -> Path | No
 def describe_scope(hparams: ScopeTrainingOptions, backbone: Backbone | None = None, first: int = 0) -> Facts:
     """What a trained classifier belongs to: options, and with ``backbone`` its weights and the layer."""
     options = hparams.get_values(ScopeTrainingOptions) | {"seed": hparams.seed}
+    if hparams.scope_patience is None:
+        del options["scope_val_every"]
+    # Classifiers from before these options existed have none.
+    for name in ("scope_width", "scope_tokens", "scope_patience", "scope_recall"):
+        if options[name] is None:
+            del options[name]
+    if hparams.scope_probes == "recombined":
+        del options["scope_probes"]
     facts: Facts = {"options": options}
     if backbone is not None:
         facts |= {"backbone": backbone.fingerprint, "layer": first}
+        if (inner := choose_inner_width(hparams, backbone.layout.width)) is not None:
+            facts["width"] = inner
     return facts
+
+
+def choose_inner_width(hparams: ScopeTrainingOptions, width: int) -> int | None:
+    """The width that a decoder's states are projected to, before the classifier attends to them; None where
+    it attends to them as they are."""
+    wanted = min(width, WIDEST) if hparams.scope_width is None else hparams.scope_width
+    return None if wanted == width else wanted
 
 
 def find_scope_classifier(hparams: ScopeClassifierOptions, facts: Facts | None = None) -> Path | None:

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from safetensors import safe_open
@@ -19,7 +18,7 @@ from safetensors.torch import save_file
 
 from unike.backbones.base import Backbone
 from unike.backbones.hooks import capture
-from unike.backbones.prefix import PrefixCache, open_prefixes
+from unike.backbones.prefix import PrefixCache
 from unike.config.combined import (
     KnowledgeKeyOptions,
     KnowledgeLoadingOptions,
@@ -27,12 +26,13 @@ from unike.config.combined import (
     KnowledgeTrainingOptions,
 )
 from unike.config.sections import EncoderOptions
-from unike.datasets.answers import normalise_answer
 from unike.datasets.triplets import Triplet
 from unike.edits import LayerKnowledge
 from unike.knowledge.encoders import Disentangler, FitReport, KnowledgeStates, fit
 from unike.knowledge.index import open_memory
+from unike.methods.preparation.batches import group_by_length, open_preparation
 from unike.methods.preparation.folders import Facts, choose_place, require_own_files
+from unike.methods.preparation.wrong_answers import FILE, collect_wrong_answers, count_sources
 from unike.system import processes
 from unike.system.faults import release_memory
 from unike.system.files import (
@@ -45,49 +45,20 @@ from unike.system.files import (
 from unike.system.progress import Tick, ignore_progress
 from unike.types import KnowledgeItem, Query, UserError
 
-T = TypeVar("T")
-
 
 @dataclass(frozen=True)
 class LayerStates:
     """What is kept of ``n`` triplets in one layer.
 
     ``states`` are their knowledge states, ``ffn (n, d)`` the feed-forward inputs at the questions' ends.
-    ``items`` are their texts, empty where a folder was written without them.
+    ``items`` are their texts, empty where a folder was written without them. ``sources`` counts where their
+    wrong answers are from, once the states are read.
     """
 
     states: KnowledgeStates
     ffn: torch.Tensor
     items: tuple[KnowledgeItem, ...] = ()
-
-
-def collect_wrong_answers(
-    backbone: Backbone, triplets: Sequence[Triplet], batch: int, tick: Tick = ignore_progress
-) -> list[str | None]:
-    """``A_neg`` of each triplet: its own, or the backbone's greedy answer; None where that is right.
-
-    Several processes share the batches; each gets all answers.
-    """
-    answers = [None if t.wrong is None else _keep_if_wrong(t.wrong, t) for t in triplets]
-    unknown = [i for i, t in enumerate(triplets) if t.wrong is None]
-
-    def ask(part: list[int]) -> list[str]:
-        queries = [triplets[i].query for i in part]
-        return backbone.generate([q.image for q in queries], [q.prompt for q in queries])
-
-    parts = processes.spread(_split(unknown, batch), ask, lambda p: tick("asking for wrong answers", len(p)))
-    for i, text in zip(unknown, (text for part in parts for text in part), strict=True):
-        answers[i] = _keep_if_wrong(text, triplets[i])
-    return answers
-
-
-def _split(items: Sequence[T], size: int) -> list[list[T]]:
-    return [list(items[start : start + size]) for start in range(0, len(items), size)]
-
-
-def _keep_if_wrong(answer: str, triplet: Triplet) -> str | None:
-    right = normalise_answer(answer) == normalise_answer(str(triplet.query.target))
-    return None if right or not answer.strip() else answer
+    sources: Mapping[str, int] = field(default_factory=dict)
 
 
 @torch.no_grad()
@@ -98,35 +69,43 @@ def extract_states(
     batch: int = 32,
     tick: Tick = ignore_progress,
     prefixes: PrefixCache | None = None,
+    a_neg: str = FILE,
 ) -> dict[int, LayerStates]:
     """Knowledge states of all triplets that have a wrong answer, by layer.
 
-    ``prefixes`` cache what enters the lowest layer. Several processes share the batches; each gets all
-    states. UserError where no triplet has a wrong answer.
+    ``prefixes`` cache what enters the lowest layer; ``a_neg`` as in the YAML. Several processes share the
+    batches; each gets all states. UserError where no triplet has a wrong answer.
     """
-    wrongs = collect_wrong_answers(backbone, triplets, batch, tick)
-    usable = [(t, w) for t, w in zip(triplets, wrongs, strict=True) if w]
+    wrongs = collect_wrong_answers(backbone, triplets, batch, tick, a_neg)
+    usable = [(t, w.text) for t, w in zip(triplets, wrongs, strict=True) if w is not None]
     pairs = [(t.query, t.negative(w)) for t, w in usable]
     if not pairs:
         raise UserError("knowledge triplets: none has a wrong answer (field `pred`); expected at least one")
     prefixes = prefixes or PrefixCache(backbone, min(layers), max_bytes=0)
 
-    def read(part: list[tuple[Query, Query]]) -> dict[int, list[torch.Tensor]]:
-        positive = _read_ends(backbone, prefixes, [p for p, _ in part], layers)
-        negative = _read_ends(backbone, prefixes, [n for _, n in part], layers)
-        found = {i: [positive[i][0], positive[i][1], negative[i][1], positive[i][2]] for i in layers}
-        # What is sent to other processes would come back on this one's device.
-        return {i: [t.cpu() for t in own] for i, own in found.items()} if processes.has_joined() else found
+    # The right answers' queries first, then the wrong ones'.
+    queries = [query for kind in zip(*pairs, strict=True) for query in kind]
+    batches = group_by_length(backbone, queries, batch)
 
-    parts = processes.spread(
-        _split(pairs, batch), read, lambda part: tick("extracting knowledge states", len(part))
-    )
+    def read(part: list[int]) -> dict[int, list[torch.Tensor]]:
+        found = _read_ends(backbone, prefixes, [queries[i] for i in part], layers)
+        # What is sent to other processes would come back on this one's device.
+        return {i: [t.cpu() if processes.has_joined() else t for t in own] for i, own in found.items()}
+
+    def notify(part: list[int]) -> None:
+        tick("extracting knowledge states", sum(i < len(pairs) for i in part))
+
+    parts = processes.spread(batches, read, notify)
+    order = torch.tensor([i for part in batches for i in part]).argsort()
     out, items = {}, tuple(_make_item(t, w) for t, w in usable)
+    sources = count_sources(wrongs)
     for i in layers:
-        sem, pos, neg, ffn = (
-            torch.cat([p[i][j] for p in parts]).to(backbone.device).float() for j in range(4)
+        prompts, ends, ffn = (
+            torch.cat([p[i][j] for p in parts])[order].to(backbone.device).float() for j in range(3)
         )
-        out[i] = LayerStates(KnowledgeStates(sem, pos, neg), ffn, items)
+        pos, neg = ends.chunk(2)
+        kept = KnowledgeStates(prompts[: len(pairs)], pos, neg)
+        out[i] = LayerStates(kept, ffn[: len(pairs)], items, sources)
     return out
 
 
@@ -147,7 +126,7 @@ def _read_ends(
     attention = {i: backbone.layout.attention(i).module for i in layers}
     readers = {i: backbone.layout.ffn(i).keys[0] for i in layers}
     with capture(attention) as x, capture(readers) as y:
-        backbone.suffix(state)
+        backbone.suffix_hidden(state)
     shaped = {i: y[i].reshape(*state.labels.shape, -1) for i in layers}
     return {
         i: (x[i][rows, state.question_end], x[i][rows, last], shaped[i][rows, state.question_end])
@@ -197,8 +176,7 @@ def ensure_knowledge(
         keyed = folder = next((p for p in places if (p / "knowledge.json").is_file()), list(places)[-1])
         if not processes.run_once(lambda: _fits(keyed, facts, layers)):
             require_own_files(keyed, "knowledge.safetensors", "knowledge.json", "items.jsonl")
-            prefixes = open_prefixes(hparams, backbone, min(layers), memory=False)
-            states = extract_states(backbone, collected, layers, hparams.states_batch, tick, prefixes)
+            states = _extract(backbone, collected, layers, hparams, tick)
             processes.run_once(
                 lambda: save_knowledge(keyed, states, *fit_encoders(states, hparams, tick), facts)
             )
@@ -218,7 +196,9 @@ def read_knowledge(
 def _list_options(hparams: KnowledgeKeyOptions) -> Facts:
     """The options that knowledge depends on, without ``layers``. Their order is part of the checksum."""
     encoders = hparams.get_values(EncoderOptions)
-    return {"triplets": hparams.triplets, **encoders, "seed": hparams.seed}
+    # Where it says what always was done, it is no part of the key: what is shipped stays valid.
+    chosen = {} if hparams.a_neg == FILE else {"a_neg": hparams.a_neg}
+    return {"triplets": hparams.triplets, **encoders, "seed": hparams.seed, **chosen}
 
 
 def _describe_knowledge(backbone: Backbone, layers: Sequence[int], hparams: KnowledgeKeyOptions) -> Facts:
@@ -249,9 +229,19 @@ def build_knowledge(
     tick: Tick = ignore_progress,
 ) -> tuple[dict[int, LayerStates], dict[int, Disentangler], dict[int, FitReport]]:
     """States and trained encoders by layer, with a report of each training."""
-    prefixes = open_prefixes(hparams, backbone, min(layers), memory=False)
-    states = extract_states(backbone, triplets, layers, hparams.states_batch, tick, prefixes)
+    states = _extract(backbone, triplets, layers, hparams, tick)
     return states, *fit_encoders(states, hparams, tick)
+
+
+def _extract(
+    backbone: Backbone,
+    triplets: Sequence[Triplet],
+    layers: Sequence[int],
+    hparams: KnowledgeTrainingOptions,
+    tick: Tick,
+) -> dict[int, LayerStates]:
+    with open_preparation(hparams, backbone, min(layers)) as prefixes:
+        return extract_states(backbone, triplets, layers, hparams.states_batch, tick, prefixes, hparams.a_neg)
 
 
 def fit_encoders(
@@ -294,11 +284,13 @@ def save_knowledge(
     folder.mkdir(parents=True, exist_ok=True)
     save_items(folder, next(iter(states.values())).items)
     fits = {str(i): {k: v for k, v in asdict(r).items() if k != "losses"} for i, r in reports.items()}
+    sources = next(iter(states.values())).sources
     # The index is written last: without it the folder counts as missing.
     path = folder / "knowledge.safetensors"
     with replace_atomically(path) as temporary:
         save_file(tensors, temporary)
-    write_index(folder / "knowledge.json", {**meta, "fit": fits}, path)
+    counted = {"a_neg": sources} if sources else {}
+    write_index(folder / "knowledge.json", {**meta, **counted, "fit": fits}, path)
 
 
 def save_items(folder: Path, items: Sequence[KnowledgeItem]) -> None:

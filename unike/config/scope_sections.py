@@ -1,0 +1,71 @@
+"""The options of the trained scope classifier; the other sections are in ``sections.py``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from unike.config.kinds import choice, nullable, number, text, whole
+from unike.config.schema import Section, option
+from unike.config.sections import SeedOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScopeTrainingOptions(SeedOptions):
+    """Training of a scope classifier; with the seed, all options that its weights depend on."""
+
+    scope_width: int | None = option(
+        nullable(whole(low=1)), "width of attention; null: the decoder's, at most 512", None
+    )
+    scope_tokens: int | None = option(
+        nullable(whole(low=2)),
+        "most states of a prompt that are attended to: its last tokens, and means of groups of those before; "
+        "null: all",
+        None,
+    )
+    scope_hidden: int | None = option(
+        nullable(whole(low=1)), "hidden width; null: twice the width of attention", None
+    )
+    scope_dim: int = option(whole(low=1), "output width, in which similarity is computed", 128)
+    scope_heads: int = option(whole(low=1), "attention heads over the prompt's tokens", 4)
+    scope_records: int = option(whole(low=20), "most train records used", 2000)
+    scope_probes: str = option(
+        choice("recombined", "hard"),
+        "queries of a train record that are compared: recombinations of its own, or also restyled images, "
+        "look-alikes and images with half of another one",
+        "recombined",
+    )
+    scope_recall: float | None = option(
+        nullable(number(low=0, high=1)),
+        "share of held-out prompts in an edit's scope that pass, where many answers are possible; null, and "
+        "where few are: the threshold that decides best",
+        None,
+    )
+    scope_steps: int = option(whole(low=0), "training steps, with scope_patience at most so many", 1000)
+    scope_patience: int | None = option(
+        nullable(whole(low=1)),
+        "validations without improvement after which training stops; null: it takes scope_steps steps",
+        None,
+    )
+    scope_val_every: int = option(whole(low=1), "training steps between validations", 50)
+    scope_batch: int = option(whole(low=2), "records per batch", 64)
+    scope_lr: float = option(number(low=0, above=True), "learning rate", 1e-3)
+    scope_tau: float = option(number(low=0, above=True), "contrastive temperature", 0.1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScopeClassifierOptions(ScopeTrainingOptions):
+    """A scope classifier: its training, and where it is kept."""
+
+    scope_dir: str | None = option(nullable(text()), "folder of trained scope classifiers", None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScopeStorageOptions(Section):
+    """Where the states that a scope classifier is trained on are kept meanwhile."""
+
+    scope_memory_gb: float = option(
+        number(low=0, high=1e6), "GB of states kept in memory while a scope classifier is trained", 2.0
+    )
+    scope_disk_gb: float = option(
+        number(low=0, high=1e6), "most GB of states kept in a file in scope_dir beyond those", 20.0
+    )
