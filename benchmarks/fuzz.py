@@ -75,7 +75,9 @@ class Tally:
 
 def mutate_yaml(folder: Path, draw: random.Random) -> Callable[[], bool]:
     """A bundled YAML; if it loads, it must have the values that plain YAML reads."""
-    source = draw.choice(sorted(p for p in (ROOT / "hparams").glob("**/*.yaml") if p.name != "tables.yaml"))
+    plans = ("tables", "tuning")
+    found = (ROOT / "hparams").glob("**/*.yaml")
+    source = draw.choice(sorted(path for path in found if not path.name.startswith(plans)))
     path = folder / "mutant.yaml"
     path.write_bytes(mutants.damage_yaml(source.read_text("utf-8"), draw))
 

@@ -137,10 +137,11 @@ class Growth:
 
 
 def add_published(rows: Measurements, family: str) -> None:
-    """Adds the published lifelong figures at 1,000 edits, for comparison only."""
+    """Adds the published lifelong figures at 1,000 edits, which are of full-size models."""
     for method, figures in published.read_lifelong(family).get(1000, {}).items():
         mean = statistics.fmean(v for v in figures.values() if v is not None)
-        rows.add(f"published: {method}, K = 1000", "mean of the five metrics", [mean], "%")
+        case = f"published: {method}, K = 1000 (full-size model: not comparable)"
+        rows.add(case, "mean of the five metrics", [mean], "%")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

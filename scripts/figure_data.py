@@ -228,19 +228,21 @@ def count_neighbours(right: torch.Tensor, wrong: torch.Tensor) -> tuple[float, f
 # ---------------------------------------------------------------- worked examples
 
 
-def choose_cases(cases: Sequence[Case], count: int) -> list[Case]:
-    """The first ``count`` cases of the file: examples are not selected."""
-    return list(cases[:count])
+def choose_cases(cases: Sequence[Case], first: int, last: int) -> list[Case]:
+    """The cases of the file from ``first``, counted from 0, to before ``last``: examples are not selected."""
+    return list(cases[first:last])
 
 
-def collect_examples(planned: Sequence[Run], variants: Mapping[str, str], count: int) -> list[WorkedExample]:
+def collect_examples(
+    planned: Sequence[Run], variants: Mapping[str, str], first: int, last: int
+) -> list[WorkedExample]:
     """The edits of ``choose_cases`` for each task of one backbone, by the rows that ``variants`` names."""
     out = []
     for task in dict.fromkeys(run.task for run in planned):
         own = {run.row.name: run for run in planned if run.task == task}
         found = {short: {r.id: r for r in load_records(own[name])} for name, short in variants.items()}
-        first = own[next(iter(variants))]
-        for case in choose_cases(inputs.open_datasets(first.hparams, task, first.size), count):
+        run = own[next(iter(variants))]
+        for case in choose_cases(inputs.open_datasets(run.hparams, task, run.size), first, last):
             out.append(make_example(case, {short: rows[case.request.id] for short, rows in found.items()}))
     return out
 

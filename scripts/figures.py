@@ -1,18 +1,19 @@
 """Draws the paper's figures from our records: runs what is missing, reads what is there.
 
-    python -m scripts.figures --figures 2a 4c --backbones tiny_blip2 --write docs/results.md
+    python -m scripts.figures --figures 2a 4c --backbones tiny_blip2 --write docs/results/figures.md
 
-Figures 2a and 4a to 4c show runs of ``hparams/tables.yaml``, 5a the spaces of the two encoders, 5b
-worked examples. Each is a PNG, and an SVG if that is small; ``--write`` puts them and their captions
-between ``<!-- figure 2a -->`` and ``<!-- end of figure 2a -->``.
+Figures 2a and 4a to 4c show runs of ``hparams/tables.yaml``, 5a the spaces of the two encoders, 5b and 7
+worked examples. Runs are those of the plan's first seed. Each is a PNG, and an SVG if that is small;
+``--write`` puts them and their captions between ``<!-- figure 2a -->`` and ``<!-- end of figure 2a -->``.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from scripts import figure_data as data
 from scripts.plan import BACKBONES, OUTPUT, PLAN, Run, is_complete, load_records, read_plan
+from scripts.plan_file import read_plan_file
 from scripts.workers import ensure
 from unike.config.hparams import HyperParams
 from unike.report.paper import figures
@@ -32,10 +34,19 @@ from unike.system.places import require_folder
 from unike.types import UserError
 
 # The table of the plan with a figure's runs.
-TABLES = {"2a": "1", "4a": "figure4a", "4b": "figure4b", "4c": "5", "5b": "figure5b"}
-NAMES = ("2a", "4a", "4b", "4c", "5a", "5b")
-VARIANTS = {"UniKE, scoped": "scoped", "UniKE": "preset"}
-EXAMPLES = 2
+TABLES = {
+    "2a": "figure2a",
+    "4a": "figure4a",
+    "4b": "figure4b",
+    "4c": "collaboration",
+    "5b": "figure5b",
+    "7": "figure5b",
+}
+NAMES = ("2a", "4a", "4b", "4c", "5a", "5b", "7")
+VARIANTS = {"UniKE + scope gate": "with gate", "UniKE": "preset"}
+# The edits of each task's file that are shown as examples, by figure.
+EXAMPLES = {"5b": (0, 2), "7": (2, 5)}
+NOT_COMPARABLE = "full-size models, not comparable with these toy models"
 BARS = "bars are 95% bootstrap intervals over records"
 MEANS = "generality is the mean of T-Gen and M-Gen, locality of T-Loc and M-Loc"
 
@@ -53,7 +64,11 @@ def plan_runs(args: argparse.Namespace) -> dict[str, list[Run]]:
     wanted = {name: TABLES[name] for name in args.figures if name in TABLES}
     # Read together: rows of two tables that mean the same run share its folder.
     tables = list(dict.fromkeys(wanted.values()))
-    planned = read_plan(args.plan, tables, args.backbones, args.size, args.results) if tables else []
+    benchmark = read_plan_file(args.plan).benchmark
+    first = benchmark.seeds[:1] if benchmark else ()
+    planned = (
+        read_plan(args.plan, tables, args.backbones, args.size, args.results, seeds=first) if tables else []
+    )
     found = {name: [run for run in planned if run.table == table] for name, table in wanted.items()}
     if "4c" in found:
         found["4c"] = [run for run in found["4c"] if run.row.paper]
@@ -75,7 +90,7 @@ def describe_sample(planned: Sequence[Run]) -> str:
 def draw_trade_off(planned: Sequence[Run]) -> PaperFigure:
     caption = (
         f"generality against locality after one edit, teacher-forced; {MEANS}; filled: ours, {BARS}; "
-        f"hollow: the paper's Table 1, full-size models; both axes have most room near 100; "
+        f"hollow: the paper's Table 1, {NOT_COMPARABLE}; both axes have most room near 100; "
         f"{describe_sample(planned)}"
     )
     return PaperFigure({"figure2a": figures.draw_trade_off(data.collect_trade_off(planned))}, caption)
@@ -83,8 +98,9 @@ def draw_trade_off(planned: Sequence[Run]) -> PaperFigure:
 
 def draw_items(planned: Sequence[Run]) -> PaperFigure:
     caption = (
-        f"the number of states that UniKE retrieves and of demonstrations that IKE shows, after one edit, "
-        f"teacher-forced; {MEANS}; {BARS}; {describe_sample(planned)}"
+        f"the number of states that Latent-IKE retrieves and of demonstrations that IKE shows, both with the "
+        f"intrinsic half and without collaboration, as the paper has them, after one edit, teacher-forced; "
+        f"{MEANS}; {BARS}; {describe_sample(planned)}"
     )
     return PaperFigure({"figure4a": figures.draw_sweeps(data.collect_sweeps(planned))}, caption)
 
@@ -100,7 +116,8 @@ def draw_alpha(planned: Sequence[Run]) -> PaperFigure:
 def draw_zeta(planned: Sequence[Run]) -> PaperFigure:
     caption = (
         f"the direction zeta that is added to the extra values, after one edit, teacher-forced; {MEANS}; "
-        f"{BARS}; diamonds: the paper, assumed to be of MiniGPT-4 on E-VQA; {describe_sample(planned)}"
+        f"{BARS}; diamonds: the paper, assumed to be of MiniGPT-4 on E-VQA, {NOT_COMPARABLE}; "
+        f"{describe_sample(planned)}"
     )
     return PaperFigure({"figure4c": figures.draw_grouped_bars(*data.collect_zetas(planned))}, caption)
 
@@ -121,28 +138,30 @@ def draw_spaces(backbones: Sequence[HyperParams], layer: int | None, size: int |
     return PaperFigure({"figure5a": figures.draw_spaces(rows)}, caption)
 
 
-def draw_examples(planned: Sequence[Run]) -> PaperFigure:
-    images = {}
+def draw_examples(planned: Sequence[Run], name: str = "5b") -> PaperFigure:
+    images, (first, last) = {}, EXAMPLES[name]
     for backbone in dict.fromkeys(run.backbone for run in planned):
         own = [run for run in planned if run.backbone == backbone]
-        images[f"figure5b-{backbone}"] = figures.draw_examples(data.collect_examples(own, VARIANTS, EXAMPLES))
+        found = data.collect_examples(own, VARIANTS, first, last)
+        images[f"figure{name}-{backbone}"] = figures.draw_examples(found)
     shown = ", ".join(data.name_backbone(h) for h in {r.backbone: r.hparams for r in planned}.values())
     seeds = ", ".join(str(s) for s in sorted({run.hparams.seed for run in planned}))
     caption = (
-        f"the first {EXAMPLES} edits of each task's eval split ({shown}), answers generated before and "
+        f"edits {first + 1} to {last} of each task's eval split ({shown}), answers generated before and "
         f"after; the first three columns should give the target, the last two the answer before the edit; "
-        f"{figures.PASS_MARK}: passes, {figures.FAIL_MARK}: fails; scoped: the row UniKE, scoped; "
-        f"preset: the paper's settings; seed {seeds}"
+        f"{figures.PASS_MARK}: passes, {figures.FAIL_MARK}: fails; with gate: the row UniKE + scope "
+        f"gate; preset: the paper's settings; seed {seeds}"
     )
     return PaperFigure(images, caption)
 
 
-DRAW = {
+DRAW: Mapping[str, Callable[[Sequence[Run]], PaperFigure]] = {
     "2a": draw_trade_off,
     "4a": draw_items,
     "4b": draw_alpha,
     "4c": draw_zeta,
     "5b": draw_examples,
+    "7": functools.partial(draw_examples, name="7"),
 }
 
 

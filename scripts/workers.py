@@ -102,7 +102,8 @@ def check_inputs(todo: Sequence[Run]) -> None:
     findings.require(
         *(partial(checks.require_backbone, run.hparams) for run in _pick_distinct(todo, by_yaml=True))
     )
-    findings.require(*(partial(_draw, run) for run in _pick_distinct(todo) if wants_drawing(run.hparams)))
+    drawn = [run for run in _pick_distinct(todo) if run.is_drawn or wants_drawing(run.hparams)]
+    findings.require(*(partial(_draw, run) for run in drawn))
     findings.require(
         *(partial(runs.read_checked_cases, r.hparams, r.task, r.size) for r in _pick_distinct(todo))
     )

@@ -18,7 +18,7 @@ from unike.types import UserError
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(
-    p for p in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("*/README.md")] if p.is_file()
+    p for p in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("*/README.md")] if p.is_file()
 )
 SUBCOMMANDS = (["ask"], ["compare"], ["show"], ["list"], ["diff"], ["remove"], ["apply"])
 METHOD_PAGE = ROOT / "docs" / "adding_a_method.md"

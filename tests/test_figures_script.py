@@ -90,7 +90,7 @@ def test_zetas_stand_beside_the_papers(tmp_path: Path) -> None:
 
 def test_the_shipped_plan_has_what_every_figure_shows() -> None:
     args = SimpleNamespace(
-        figures=["4a", "4b", "4c", "5b"], plan=ROOT / "hparams/tables.yaml", size=None,
+        figures=["2a", "4a", "4b", "4c", "5b"], plan=ROOT / "hparams/tables.yaml", size=None,
         backbones=["tiny_blip2"], results=Path("results"),
     )  # fmt: skip
     found = script.plan_runs(args)
@@ -98,9 +98,13 @@ def test_the_shipped_plan_has_what_every_figure_shows() -> None:
     for run in found["4a"]:
         if run.task == "vqa":
             lines.setdefault(run.row.line, []).append(run.row.x)
-    assert lines["UniKE, latent half"] == [1, 5, 10, 20, 40, 80]
-    assert lines["IKE"] == [0, 1, 2, 4, 8, 16]
-    assert {r.hparams.alpha for r in found["4b"]} == {0.1, 0.3, 0.5, 0.7, "adaptive"}
+    assert lines["Latent-IKE"] == [8, 16, 24, 32, 40]
+    assert lines["IKE"] == [8, 16, 24, 32, 40]
+    latent = [r for r in found["4a"] if r.row.line == "Latent-IKE"]
+    assert all(r.hparams.intrinsic and r.hparams.zeta == "none" for r in latent)
+    assert all(r.hparams.ike_patches for r in found["4a"] if r not in latent)
+    assert {r.hparams.alpha for r in found["4b"]} == {0.0, 0.1, 0.3, 0.5, 0.7, "adaptive"}
+    assert {r.row.name for r in found["2a"]} >= {"T-Patcher", "IKE", "TP + IKE", "UniKE"}
     assert {r.hparams.zeta for r in found["4c"]} == {"none", "random", "semantic", "truthfulness"}
     assert {r.row.name for r in found["5b"]} == set(script.VARIANTS)
     both = {r.folder for r in found["4c"]} & {r.folder for r in found["5b"]}
@@ -151,7 +155,8 @@ def test_the_embedded_benchmark_has_a_val_split_for_the_spaces(copied: Project) 
 
 def test_examples_are_the_first_of_the_file_and_told_as_recorded(blip2_project: Project) -> None:
     cases = inputs.open_datasets(HyperParams.from_hparams(blip2_project.yaml), "vqa")
-    assert [c.request.id for c in data.choose_cases(cases, 2)] == ["vqa-0", "vqa-1"]
+    assert [c.request.id for c in data.choose_cases(cases, 0, 2)] == ["vqa-0", "vqa-1"]
+    assert [c.request.id for c in data.choose_cases(cases, 2, 4)] == ["vqa-2", "vqa-3"]
     scores = {p.name: Score(0.0, float(p.name != "m_locality")) for p in cases[0].probes}
     answers = {p.name: Answer("what?", "new", "old", f"new {p.name}") for p in cases[0].probes}
     told = Record("vqa-0", scores={"generated": scores}, answers=answers)
@@ -213,21 +218,21 @@ def test_an_unknown_figure_ends_with_2(capsys) -> None:
 
 PLAN = """
 tables:
-  "1":
-    title: One
-    protocol: one_step
-    tasks: [vqa]
-    rows:
-      - {name: UniKE, yaml: "{backbone}.yaml"}
-      - {name: FT (last layer), yaml: "{backbone}.yaml", set: {method: ft, layers: 1}}
-  "5":
-    title: Five
+  collaboration:
+    title: Zeta
     protocol: one_step
     tasks: [vqa]
     rows:
       - {name: no zeta, yaml: "{backbone}.yaml", set: {zeta: none}, paper: without}
       - {name: UniKE, yaml: "{backbone}.yaml", paper: truthfulness}
 figures:
+  figure2a:
+    title: One
+    protocol: one_step
+    tasks: [vqa]
+    rows:
+      - {name: UniKE, yaml: "{backbone}.yaml"}
+      - {name: FT (last layer), yaml: "{backbone}.yaml", set: {method: ft, layers: 1}}
   figure4a:
     title: Items
     protocol: one_step
@@ -247,7 +252,7 @@ figures:
     protocol: one_step
     tasks: [vqa]
     rows:
-      - {name: "UniKE, scoped", yaml: "{backbone}.yaml", set: {scope_gate: nearest, memory: edit}}
+      - {name: UniKE + scope gate, yaml: "{backbone}.yaml", set: {scope_gate: nearest, memory: edit}}
       - {name: UniKE, yaml: "{backbone}.yaml"}
 """
 
@@ -259,17 +264,20 @@ def test_all_figures_are_drawn_from_runs_and_written_into_a_document(copied: Pro
     copied.write_yaml()
     document = copied.root / "results.md"
     document.write_text("".join(f"<!-- figure {n} -->\n<!-- end of figure {n} -->\n" for n in script.NAMES))
-    given = ["--plan", str(plan), "--backbones", "small", "--size", "2", "--jobs", "1"]
+    given = ["--plan", str(plan), "--backbones", "small", "--size", "3", "--jobs", "1"]
     given += ["--results", str(copied.root / "runs"), "--output", str(copied.root / "figures")]
     given += ["--write", str(document)]
     assert script.main(given) == 0
     drawn = {p.stem for p in (copied.root / "figures").glob("*.png")}
-    assert drawn == {"figure2a", "figure4a", "figure4b", "figure4c", "figure5a", "figure5b-small"}
+    names = ("2a", "4a", "4b", "4c", "5a", "5b-small", "7-small")
+    assert drawn == {f"figure{name}" for name in names}
     text = document.read_text()
     assert "(figures/figure5b-small.png)" in text
-    assert text.count("n = 2 records of each row and task, seed 42") == 4
-    assert "n = 2 triplets, layer 2" in text
-    folders = {r.folder for r in read_plan(plan, ["1", "5", "figure5b"], ["small"], 2, copied.root / "runs")}
+    assert text.count("n = 3 records of each row and task, seed 42") == 4
+    assert "n = 3 triplets, layer 2" in text
+    assert "not comparable" in text
+    tables = ["figure2a", "collaboration", "figure5b"]
+    folders = {r.folder for r in read_plan(plan, tables, ["small"], 3, copied.root / "runs")}
     assert len(folders) == 4
     before = {p: p.read_bytes() for p in (copied.root / "figures").iterdir()}
     capsys.readouterr()

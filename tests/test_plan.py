@@ -62,18 +62,25 @@ def measured(folder: Path) -> dict[str, list[dict[str, Any]]]:
 # ---------------------------------------------------------------- plans
 
 
-def test_the_shipped_plan_is_valid(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "figures", "collaboration"),
+    [("tables.yaml", ["figure2a", "figure4a"], "collaboration"), ("tables_v1.yaml", ["figure4a"], "5")],
+)
+def test_the_shipped_plans_are_valid(
+    name: str, figures: list[str], collaboration: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(ROOT)
-    runs = plan.read_plan(tables=["all", "figure4a", "figure4b"])
-    assert {run.table for run in runs} >= {"1", "2", "3", "4", "5", "lifelong", "figure4a"}
-    by_name = {(r.table, r.row.name, r.backbone, r.task, r.length): r for r in runs}
+    runs = plan.read_plan(Path("hparams") / name, tables=["all", *figures, "figure4b"])
+    assert {run.table for run in runs} >= {"1", "2", "3", "4", "5", collaboration, "lifelong", *figures}
+    by_name = {(r.table, r.row.name, r.backbone, r.task, r.length, r.seed): r for r in runs}
     assert len(by_name) == len(runs)
-    at = ("tiny_blip2", "vqa", 1)
+    at = ("tiny_blip2", "vqa", 1, runs[0].seed)
     assert by_name[("1", "UniKE", *at)].folder == by_name[("4", "UniKE", *at)].folder
     assert by_name[("lifelong", "MEND", *at)].folder == by_name[("1", "MEND", *at)].folder
     assert len({run.folder for run in runs if run.table == "1"}) == sum(run.table == "1" for run in runs)
-    sequential = by_name["2", "UniKE", "tiny_blip2", "vqa", 20].hparams
+    sequential = by_name["2", "UniKE", "tiny_blip2", "vqa", 20, runs[0].seed].hparams
     assert (sequential.protocol, sequential.sequence_length, sequential.sequences) == ("sequential", 20, 10)
+    assert all(run.is_drawn == (run.seed is not None) for run in runs)
 
 
 def test_rows_that_mean_the_same_run_share_it(copied: Project) -> None:

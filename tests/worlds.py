@@ -49,7 +49,10 @@ SETTINGS = {
             "patcher_check_every": 10,
         }
     ],
-    "ike": [{"ike_retriever": "states", "ike_demonstrations": 2}],
+    "ike": [
+        {"ike_retriever": "states", "ike_demonstrations": 2},
+        {"ike_retriever": "states", "ike_demonstrations": 2, "ike_patches": True},
+    ],
     "ke": [{}],
     "mend": [{}],
     # All cases ask the same question: only the picture tells them apart.

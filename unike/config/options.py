@@ -12,6 +12,7 @@ from unike.config.schema import Option, Section, list_own_options
 BEFORE_OPTIONS: dict[str, object] = {
     "answer_end": "none",
     "benchmark_version": 1,
+    "ike_patches": False,
     "mend_scale_lr": None,
     "scope_layer": None,
     "scope_overlap": None,

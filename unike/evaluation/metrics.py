@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from unike.datasets.answers import normalise_answer
+from unike.evaluation.resampling import resample_strata
 from unike.types import Probe
 
 _BLOCK = 1_000_000
@@ -188,13 +189,20 @@ def right_text(probe: Probe, prediction: Prediction) -> float:
 
 
 def bootstrap_means(
-    values: Sequence[float], seed: int, samples: int = 2000, groups: Sequence[int | None] | None = None
+    values: Sequence[float],
+    seed: int,
+    samples: int = 2000,
+    groups: Sequence[int | None] | None = None,
+    strata: Sequence[int] | None = None,
 ) -> np.ndarray:
     """``samples`` means of resampled values. With ``groups``, whole groups are drawn: values of one
-    sequence of edits depend on each other."""
+    sequence of edits depend on each other. With several ``strata`` (seeds of the whole pipeline), each
+    resample draws as many strata as there are, and within each of these its values or groups."""
     array = np.asarray(values, dtype=np.float64)
     if array.ndim != 1 or array.size == 0:
         raise ValueError("a bootstrap needs at least one value")
+    if strata is not None and len(set(strata)) > 1:
+        return resample_strata(array, strata, seed, samples, groups)
     parts = np.arange(array.size) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
     sums = np.bincount(parts, weights=array)
     sizes = np.bincount(parts, weights=np.ones_like(array))
@@ -214,9 +222,10 @@ def bootstrap_interval(
     samples: int = 2000,
     level: float = 0.95,
     groups: Sequence[int | None] | None = None,
+    strata: Sequence[int] | None = None,
 ) -> tuple[float, float, float]:
     """Mean with its percentile bootstrap interval: ``(mean, low, high)``, the same for a seed."""
-    means = bootstrap_means(values, seed, samples, groups)
+    means = bootstrap_means(values, seed, samples, groups, strata)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(np.mean(np.asarray(values, dtype=np.float64))), float(low), float(high)
 
@@ -228,22 +237,26 @@ def paired_difference(
     of: Callable[[Sequence[float]], float],
     samples: int = 2000,
     groups: Sequence[int | None] | None = None,
+    strata: Sequence[int] | None = None,
 ) -> tuple[float, float, float]:
     """How much more ``one`` has than ``other`` of a number ``of`` the means of their columns, with its
     95% percentile bootstrap interval: ``(difference, low, high)``.
 
     A column holds a metric's values, ``(records,)``, of the same records in the same order in both: each
-    resample draws records (or ``groups`` of them) once for both. ValueError for columns unlike in length.
+    resample draws records (or ``groups`` of them, in ``strata``) once for both. ValueError for columns
+    unlike in length.
     """
     columns = [np.asarray(column, dtype=np.float64) for column in (*one, *other)]
     if len({column.shape for column in columns}) != 1 or not one or not other:
         raise ValueError("a paired bootstrap needs columns of the same records")
     # One seed draws the same records for every column.
-    drawn = np.stack([bootstrap_means(column.tolist(), seed, samples, groups) for column in columns]).T
+    drawn = np.stack(
+        [bootstrap_means(column.tolist(), seed, samples, groups, strata) for column in columns]
+    ).T
     resampled = [of(row[: len(one)]) - of(row[len(one) :]) for row in drawn.tolist()]
-    means = [float(column.mean()) for column in columns]
+    whole = [float(column.mean()) for column in columns]
     low, high = np.quantile(resampled, [0.025, 0.975])
-    return of(means[: len(one)]) - of(means[len(one) :]), float(low), float(high)
+    return of(whole[: len(one)]) - of(whole[len(one) :]), float(low), float(high)
 
 
 def mean_of(values: Sequence[float]) -> float:

@@ -21,8 +21,10 @@ from unike.evaluation.metrics import (
     ngram_entropy,
 )
 from unike.evaluation.record import ABSENT, ByProbe, Record
+from unike.evaluation.titles import SHORT_TITLES as SHORT_TITLES
+from unike.evaluation.titles import TITLES as TITLES
 from unike.system.text import one_line
-from unike.types import DERIVED_METRICS, FIVE_METRICS, FURTHER_METRICS, IMAGE_STYLES, METRICS
+from unike.types import DERIVED_METRICS, FIVE_METRICS, FURTHER_METRICS, METRICS
 
 MODES = ("teacher_forced", "generated")
 WHEN = ("before", "after")
@@ -46,46 +48,6 @@ HARMONIC_TITLES = {
     "all_minimal": "of 8, with minimal pairs",
 }
 MEANS_OF = {"generality": ("t_generality", "m_generality"), "locality": LOCALITY}
-TITLES = {
-    "reliability": "Reliability",
-    "t_generality": "T-Generality",
-    "m_generality": "M-Generality",
-    "t_locality": "T-Locality",
-    "m_locality": "M-Locality",
-    "same_question": "same question",
-    "same_image": "same image",
-    "joint": "joint",
-    "t1_i3": "edit's question, unrelated image",
-    "t3_i1": "unrelated question, edit's image",
-    "t1_i4": "edit's question, no image",
-    "t2_i4": "confusable question, no image",
-    "t1_i2": "edit's question, confusable image",
-    "t2_i1": "confusable question, edit's image",
-    "t2_i2": "confusable question and image",
-    "minimal_pair": "same question, minimal pair",
-    "same_object": "same object",
-    **{f"m_generality_{style}": f"M-Generality, {style.replace('_', ' ')}" for style in IMAGE_STYLES},
-}
-SHORT_TITLES = {
-    "reliability": "Rel",
-    "t_generality": "T-Gen",
-    "m_generality": "M-Gen",
-    "t_locality": "T-Loc",
-    "m_locality": "M-Loc",
-    "same_question": "same Q",
-    "same_image": "same I",
-    "joint": "joint",
-    "t1_i3": "T1I3",
-    "t3_i1": "T3I1",
-    "t1_i4": "T1I4",
-    "t2_i4": "T2I4",
-    "t1_i2": "T1I2",
-    "t2_i1": "T2I1",
-    "t2_i2": "T2I2",
-    "minimal_pair": "min. pair",
-    "same_object": "same O",
-    **{f"m_generality_{style}": f"M-Gen {style.replace('_', ' ')}" for style in IMAGE_STYLES},
-}
 
 
 class Spread(TypedDict):
@@ -188,7 +150,12 @@ class Summary(TypedDict, total=False):
     peak_memory_bytes: dict[str, int | None]
 
 
-def summarise(records: Sequence[Record], seed: int, presets: Sequence[str] = ("paper",)) -> Summary:
+def summarise(
+    records: Sequence[Record],
+    seed: int,
+    presets: Sequence[str] = ("paper",),
+    strata: Sequence[int] | None = None,
+) -> Summary:
     """Means with 95% bootstrap intervals in percent, as JSON values.
 
     ``["metrics"][metric][mode]["before" | "after"]`` holds ``mean, low, high, n``. So do the entries of
@@ -203,25 +170,21 @@ def summarise(records: Sequence[Record], seed: int, presets: Sequence[str] = ("p
     applied at the end; None where unrecorded. ``decisions`` holds what edits decided, as a mean per probe.
 
     For sequences all this is of the records at the end, and whole sequences are resampled where there
-    are two or more; ``curve`` holds the means after each edit.
+    are two or more; ``curve`` holds the means after each edit. ``strata`` says for each record which seed of
+    the whole pipeline it is of: with several, seeds are resampled first, then what each has.
     """
     steps = [record for record in records if record.is_step]
     ends = [record for record in records if not record.is_step]
     done = [record for record in ends if record.ok]
-    sample = _Sample(done, seed)
-    metrics: dict[str, dict[str, BeforeAfter]] = {}
-    for metric in order_metrics({m for r in done for by_metric in r.scores.values() for m in by_metric}):
-        for mode in MODES:
-            pairs = {when: sample.estimate(_pick_score(mode, metric, when)) for when in WHEN}
-            if found := {when: value for when, value in pairs.items() if value}:
-                metrics.setdefault(metric, {})[mode] = found
+    stratum_of = None if strata is None else {id(r): s for r, s in zip(records, strata, strict=True)}
+    sample = _Sample(done, seed, stratum_of)
     right = {mode: sample.estimate_part(lambda r: r.base_right, mode) for mode in MODES}
     summary: Summary = {
         "n": len(done),
         "failed": len(ends) - len(done),
         "failures": _group_failures(record for record in ends if not record.ok),
         "unreached": _count_unreached(done),
-        "metrics": metrics,
+        "metrics": _summarise_metrics(sample),
         "harmonic_mean": sample.combine(HARMONIC_OF, harmonic_mean),
         "means": sample.combine(MEANS_OF, mean_of),
         "presets": {name: _summarise_preset(sample, name) for name in presets},
@@ -238,10 +201,11 @@ def summarise(records: Sequence[Record], seed: int, presets: Sequence[str] = ("p
     }
     if cells := {mode: values for mode in MODES if (values := _summarise_cells(sample, mode))}:
         summary["de_vqa"] = cells
-    if groups := _summarise_groups(done, seed):
+    if groups := _summarise_groups(done, seed, stratum_of):
         summary["groups"] = groups
     if steps:
         summary["sequences"], summary["curve"] = _summarise_sequences(steps, ends)
+        summary["sequences"]["n"] = len({sample.place(record) for record in ends})
     return summary
 
 
@@ -290,6 +254,13 @@ def order_metrics(metrics: Iterable[str]) -> list[str]:
     return [metric for metric in known if metric in names] + sorted(names - set(known))
 
 
+class _Units(TypedDict):
+    """What values are resampled by: their sequences, and their seeds of the whole pipeline."""
+
+    groups: list[int | None] | None
+    strata: list[int] | None
+
+
 # A number of a record, None where it has none.
 _Pick = Callable[[Record], float | None]
 _Part = Callable[[Record], Mapping[str, ByProbe]]
@@ -315,31 +286,40 @@ def _pick_from(part: _Part, name: str, metric: str) -> _Pick:
 class _Sample:
     """Records whose values are averaged and resampled together."""
 
-    def __init__(self, records: Sequence[Record], seed: int) -> None:
-        self.records, self.seed = records, seed
+    def __init__(
+        self, records: Sequence[Record], seed: int, stratum_of: Mapping[int, int] | None = None
+    ) -> None:
+        self.records, self.seed, self.stratum_of = records, seed, stratum_of
+        strata = {self.place(record)[0] for record in records}
         # One sequence alone says nothing about others: then its records are resampled.
-        self.grouped = len({record.sequence for record in records}) > 1
+        self.grouped = len({self.place(record) for record in records}) > max(1, len(strata))
 
-    def collect(self, pick: _Pick) -> tuple[list[float], list[int | None] | None]:
-        """The records' numbers, with their sequences."""
-        found = [(value, r.sequence) for r in self.records if (value := pick(r)) is not None]
-        return [value for value, _ in found], [group for _, group in found] if self.grouped else None
+    def place(self, record: Record) -> tuple[int, int | None]:
+        """The record's stratum and its sequence within that."""
+        return (0 if self.stratum_of is None else self.stratum_of[id(record)]), record.sequence
+
+    def collect(self, pick: _Pick) -> tuple[list[float], _Units]:
+        """The records' numbers, and how they are resampled."""
+        found = [(value, *self.place(r)) for r in self.records if (value := pick(r)) is not None]
+        groups = [group for _, _, group in found] if self.grouped else None
+        strata = None if self.stratum_of is None else [stratum for _, stratum, _ in found]
+        return [value for value, _, _ in found], {"groups": groups, "strata": strata}
 
     def estimate(self, pick: _Pick) -> Estimate | None:
         """In percent."""
-        values, groups = self.collect(pick)
+        values, units = self.collect(pick)
         if not values:
             return None
         # One seed for all: every metric resamples the same records.
-        mean, low, high = bootstrap_interval([100.0 * v for v in values], self.seed, groups=groups)
+        mean, low, high = bootstrap_interval([100.0 * v for v in values], self.seed, **units)
         return {"mean": mean, "low": low, "high": high, "n": len(values)}
 
     def estimate_cost(self, pick: _Pick) -> Spread | None:
         """Mean and interval of a number per edit, as it is recorded."""
-        values, groups = self.collect(pick)
+        values, units = self.collect(pick)
         if not values:
             return None
-        mean, low, high = bootstrap_interval([float(v) for v in values], self.seed, groups=groups)
+        mean, low, high = bootstrap_interval([float(v) for v in values], self.seed, **units)
         return {"mean": mean, "low": low, "high": high}
 
     def estimate_part(self, part: _Part, name: str) -> dict[str, Estimate]:
@@ -362,13 +342,23 @@ class _Sample:
             pairs = [self.collect(_pick_score(mode, metric, when)) for metric in metrics]
             if not all(values for values, _ in pairs):
                 continue
-            columns = [([100.0 * v for v in values], groups) for values, groups in pairs]
+            columns = [([100.0 * v for v in values], units) for values, units in pairs]
             mean = of([float(np.mean(values)) for values, _ in columns])
-            drawn = np.stack([bootstrap_means(v, self.seed, groups=g) for v, g in columns])
+            drawn = np.stack([bootstrap_means(v, self.seed, **units) for v, units in columns])
             low, high = np.quantile([of(column) for column in drawn.T.tolist()], [0.025, 0.975])
             found: Estimate = {"mean": mean, "low": float(low), "high": float(high), "n": len(columns[0][0])}
             out.setdefault(mode, {}).setdefault(name, {})[when] = found
         return out
+
+
+def _summarise_metrics(sample: _Sample) -> dict[str, dict[str, BeforeAfter]]:
+    metrics: dict[str, dict[str, BeforeAfter]] = {}
+    names = {m for r in sample.records for by_metric in r.scores.values() for m in by_metric}
+    for metric, mode in product(order_metrics(names), MODES):
+        pairs = {when: sample.estimate(_pick_score(mode, metric, when)) for when in WHEN}
+        if found := {when: value for when, value in pairs.items() if value}:
+            metrics.setdefault(metric, {})[mode] = found
+    return metrics
 
 
 def _summarise_preset(sample: _Sample, name: str) -> PresetSummary:
@@ -393,13 +383,15 @@ def _count_unreached(done: Sequence[Record]) -> Unreached | None:
     return {"n": known.count(False), "of": len(known)} if known else None
 
 
-def _summarise_groups(records: Sequence[Record], seed: int) -> dict[str, dict[str, GroupSummary]]:
+def _summarise_groups(
+    records: Sequence[Record], seed: int, stratum_of: Mapping[int, int] | None
+) -> dict[str, dict[str, GroupSummary]]:
     """By name and value of the cases' ``groups``."""
     out: dict[str, dict[str, GroupSummary]] = {}
     for name in dict.fromkeys(name for record in records for name in record.groups):
         for value in sorted({record.groups[name] for record in records if name in record.groups}):
             part = [record for record in records if record.groups.get(name) == value]
-            sample = _Sample(part, seed)
+            sample = _Sample(part, seed, stratum_of)
             after = {mode: sample.estimate_after(mode) for mode in MODES}
             kept = {mode: found for mode, found in after.items() if found}
             out.setdefault(name, {})[value] = {"n": len(part), "after": kept}

@@ -122,6 +122,11 @@ def check_losses(hparams: PatchLossOptions) -> None:
         )
 
 
+def uses_memory_with_demonstrations(hparams: HyperParams) -> bool:
+    """Whether IKE trains patches that must be silent on remembered queries."""
+    return hparams.ike_patches and hparams.memory_loss > 0
+
+
 def check_one_layer(hparams: LayerOptions) -> None:
     """UserError where T-Patcher as published would edit several layers."""
     count = hparams.layers if isinstance(hparams.layers, int) else len(set(hparams.layers))
@@ -160,7 +165,10 @@ BUILT_IN = {
     ),
     "ft": Entry("unike.methods.ft:FineTuning", check=check_plain_weights),
     "ike": Entry(
-        "unike.methods.ike:InContextEditing", needs_cases=uses_demonstrations, check=check_sentence_model
+        "unike.methods.ike:InContextEditing",
+        uses_memory_with_demonstrations,
+        needs_cases=uses_demonstrations,
+        check=check_sentence_model,
     ),
     "ke": Entry("unike.methods.ke:KE", trainable=True),
     "mend": Entry("unike.methods.mend:MEND", trainable=True),

@@ -3,12 +3,15 @@
 Demonstrations come from the training split, the most similar facts last, nearest the edit's own. Each
 shows a fact and a question: one that repeats it (``copy``), one that rephrases it (``update``), or one
 that has nothing to do with it and keeps its answer (``retain``). They are text, without images.
+
+With ``ike_patches`` the edit also has UniKE's or T-Patcher's key-value pairs, trained with that text in the
+prompt: the paper's "TP+IKE" (Figure 2a) and "Intrin+IKE" (Table 4, Figure 4a).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 
 import torch
@@ -17,8 +20,18 @@ import torch.nn.functional as F
 from unike.backbones.base import Backbone
 from unike.backbones.prefix import PrefixCache
 from unike.config.hparams import HyperParams
-from unike.edits import Edit, Fact, PromptEdit, PromptText
-from unike.methods.base import CaseSource, EditMethod, Knowledge
+from unike.edits import (
+    Edit,
+    EditRecord,
+    Fact,
+    LayerShare,
+    PromptEdit,
+    PromptText,
+    RoutedEdit,
+    Routing,
+)
+from unike.methods.base import CaseSource, EditMethod, Knowledge, unwrap
+from unike.methods.patching import draw_patches, read_own_states, train_patches
 from unike.types import Case, EditRequest, Query, UserError
 
 # One copy to three updates to four retains, in any eight neighbours as nearly as eight allow.
@@ -29,9 +42,10 @@ Embed = Callable[[Sequence[Query], PrefixCache], torch.Tensor]
 
 
 class InContextEditing(EditMethod):
-    """Nothing is trained; the training split's cases are read when the first edit is made.
+    """Nothing is trained without ``ike_patches``; the training split's cases are read when the first edit is
+    made.
 
-    No layer is edited: ``ike_retriever: states`` compares what enters the first of ``layers``.
+    Without them no layer is edited: ``ike_retriever: states`` compares what enters the first of ``layers``.
     """
 
     def __init__(self, hparams: HyperParams, knowledge: Knowledge, cases: CaseSource) -> None:
@@ -41,7 +55,35 @@ class InContextEditing(EditMethod):
 
     def _edit(
         self, backbone: Backbone, request: EditRequest, prefixes: PrefixCache, history: Edit | None
-    ) -> PromptEdit:
+    ) -> Edit:
+        """The edit's fact and its demonstrations, and the patches that are trained with them, if any."""
+        text = self._write_text(backbone, request, prefixes)
+        if not self.hparams.ike_patches:
+            return text
+        return text | self._train_patches(backbone, request, prefixes, text, history)
+
+    def _train_patches(
+        self,
+        backbone: Backbone,
+        request: EditRequest,
+        prefixes: PrefixCache,
+        text: PromptEdit,
+        history: Edit | None,
+    ) -> RoutedEdit:
+        """Pairs without zeta, gate and in-context knowledge; ``text`` and ``history`` are in the prompt."""
+        # Zeta would be of the knowledge that the prompt stands in for.
+        settings = replace(self.hparams, beta=0.0)
+        lesson = self.write_lesson(request)
+        ended = settings.answer_end != "none"
+        (states,) = read_own_states(backbone, prefixes.state([lesson]), self.layers(backbone), ended)
+        patches = draw_patches(backbone, request, states, settings, self.knowledge)
+        shares = {i: LayerShare(s.sem, s.pos, patches[i]) for i, s in states.items()}
+        edit = RoutedEdit((EditRecord(request.id, shares),), Routing(external="none"))
+        whole = text if history is None else history | text
+        state = prefixes.state([whole.rewrite(lesson)])
+        return unwrap(train_patches(backbone, state, [edit], settings, self.knowledge, history)[0])
+
+    def _write_text(self, backbone: Backbone, request: EditRequest, prefixes: PrefixCache) -> PromptEdit:
         """The edit's fact and its demonstrations, of which a prompt shows as many as have room."""
 
         def measure(text: str) -> PromptText:

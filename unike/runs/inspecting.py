@@ -65,6 +65,8 @@ def check_effects(hparams: HyperParams, given: Sequence[str]) -> None:
             if key == "scope_gate" and hparams.scope_overlap is not None:
                 # The overlap gate of any method reads it.
                 continue
+            if key in _TRAINED_PAIRS and hparams.method == "ike" and hparams.ike_patches:
+                continue
             if key in own and hparams.method in _METHODS - set(methods):
                 what = f"{key}: has no effect with method: {hparams.method}"
                 problems.append(f"{hparams.source}: {what}; it belongs to method: {', '.join(methods)}")
@@ -83,6 +85,12 @@ _METHODS = {"unike", "ft", "tpatcher", "tpatcher_published", "ike", "ke", "mend"
 _EDITOR_KEYS = {*list_own_options(EditorOptions), *list_own_options(EditorTrainingOptions)}
 # T-Patcher starts its keys in one way only.
 _UNIKE_KEYS = {*list_own_options(UniKEOptions), *list_own_options(ScopeGateOptions), "key_init"}
+_TRAINED_PAIRS = {
+    *list_own_options(PatchOptions),
+    *list_own_options(PatchLossOptions),
+    *list_own_options(EditTrainingOptions),
+    "key_init",
+}
 _METHOD_KEYS = {
     ("ft",): set(list_own_options(FineTuningOptions)),
     ("ike",): set(list_own_options(IKEOptions)),

@@ -20,6 +20,7 @@ FAMILY_TITLES = {
     "instructblip": "InstructBLIP",
 }
 LIFELONG = "lifelong"
+AVERAGES = "table5_averages"
 ZETA = "figure4c_zeta_generality_locality"
 Figures = dict[str, dict[str, float]]
 _FILES = {LIFELONG: "lifelong.json"}
@@ -48,6 +49,8 @@ def read_figures(key: str, family: str, task: str, length: int = 1) -> Figures:
     they were taken; the full method's are those of Table 1 for MiniGPT-4 on E-VQA.
     """
     model = FAMILIES.get(family)
+    if key == AVERAGES:
+        return {}
     if key == ZETA:
         means = _load("tables.json")[key] if (family, task) == ("minigpt4", "vqa") else {}
         return {row: dict(zip(("generality", "locality"), pair, strict=True)) for row, pair in means.items()}
@@ -59,6 +62,13 @@ def read_figures(key: str, family: str, task: str, length: int = 1) -> Figures:
     if key.startswith("table3"):
         return _rename_metrics(table) if key.endswith(f"_{length}") else {}
     return _rename_metrics({row: by_task[task] for row, by_task in table.items() if task in by_task})
+
+
+def read_averages() -> dict[str, Figures]:
+    """The paper's Table 5: ``reliability``, ``generality`` and ``locality`` by row, for ``one_step`` and
+    ``sequential``, means over all tasks, backbones and numbers of edits."""
+    found: dict[str, Figures] = _load("tables.json")[AVERAGES]
+    return found
 
 
 def read_lifelong(family: str) -> dict[int, Figures]:

@@ -4,25 +4,65 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 
-from unike.evaluation.summary import HARMONIC, LOCALITY, MEANS_OF, MODES, WHEN, Estimate, Spread
-from unike.report.measures import MEASURE_TITLES, Row
-from unike.report.paper.claims import Verdict, check_baselines, check_best_of_ours, check_order
+from unike.evaluation.summary import LOCALITY, MEANS_OF, MODES, WHEN, Estimate, Spread
+from unike.report.measures import MEASURE_TITLES, Row, average, count_least_sequences
+from unike.report.paper.breakdowns import (
+    list_differences,
+    list_distances,
+    list_kinds,
+    list_parts,
+    list_seeds,
+    list_styles,
+)
+from unike.report.paper.claims import Verdict, check_best_of_ours, check_gate, check_order, choose_hm8
+from unike.report.paper.grids import (
+    DASH,
+    Cell,
+    Grid,
+    escape,
+    make_cell,
+    mark_best,
+    name_row,
+    write_latex,
+    write_markdown,
+)
 from unike.report.paper.published import Figures
-from unike.types import FIVE_METRICS, HARD_METRICS, METRICS, UserError
+from unike.types import FIVE_METRICS, METRICS, UserError
+
+__all__ = [
+    "BASE",
+    "CSV_COLUMNS",
+    "EXTRAS",
+    "FORMATS",
+    "LEGEND",
+    "NOT_COMPARABLE",
+    "Block",
+    "Cell",
+    "Grid",
+    "csv_rows",
+    "latex",
+    "mark_best",
+    "markdown",
+    "rewrite_blocks",
+]
 
 BASE = "Base"
 FORMATS = ("md", "latex", "csv")
 EXTRAS = ("presets", "means", "alpha", "best", "baselines")
 LEGEND = (
-    "In percent, with the 95% bootstrap interval in brackets where it is not a single point. "
-    "The best of a column is bold, the second underlined. Loc, same Q and same I: the share that an edit "
-    "leaves as it was; the others: the share that gives the new answer. HM5 and HM8 are harmonic means of "
-    "the five metrics and of all eight. Steps and seconds are per edit, the size is that of all that is "
-    "applied at the end."
+    "In percent, with the 95% bootstrap interval in brackets where it is not a single point; with several "
+    "seeds of the whole pipeline, seeds are resampled first, then the records of each. "
+    f"[{DASH}]: too few sequences for an interval. The best of a column is bold, the second underlined. Loc, "
+    "same Q, same I and same O: the share that an edit leaves as it was; the others: the share that gives "
+    "the new answer. HM5 is the harmonic mean of the five metrics, HM8 that of these, same I, joint, and "
+    "same Q: on a minimal pair, or on a far image, as it says. Steps and seconds are per edit, the size is "
+    "that of all that is applied at the end."
 )
+NOT_COMPARABLE = "published: full-size models; ours: a toy model; not comparable"
 CSV_COLUMNS = (
     "table",
     "backbone",
@@ -35,39 +75,11 @@ CSV_COLUMNS = (
     "low",
     "high",
     "paper",
+    "group",
+    "seeds",
+    "note",
 )
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A number with its interval, marked ``best`` or ``second`` of its column; ``text`` stands alone."""
-
-    value: float | None = None
-    low: float | None = None
-    high: float | None = None
-    digits: int = 1
-    text: str = ""
-    mark: str = ""
-
-    @property
-    def shown(self) -> str:
-        return self.text if self.value is None else f"{self.value:.{self.digits}f}"
-
-    @property
-    def interval(self) -> str:
-        if self.low is None or self.high is None:
-            return ""
-        low, high = f"{self.low:.{self.digits}f}", f"{self.high:.{self.digits}f}"
-        return "" if low == high == self.shown else f"[{low}, {high}]"
-
-
-@dataclass(frozen=True)
-class Grid:
-    """Cells below titles; the first column names the rows."""
-
-    title: str
-    header: tuple[str, ...]
-    rows: tuple[tuple[str, tuple[Cell, ...]], ...]
+HARD = ("same_question", "minimal_pair", "same_image", "same_object", "joint")
 
 
 @dataclass(frozen=True)
@@ -75,8 +87,11 @@ class Block:
     """One backbone, task and number of edits of a table.
 
     ``label`` is whose figures are shown with ours, ``beside`` lists more of them by number of edits.
-    ``reference`` is the row whose order the paper states. ``extras`` adds grids (``presets``, ``means``,
-    ``alpha``) and verdicts (``best``, ``baselines``).
+    ``reference`` is the row whose order the paper states, ``subject`` that of ours which the others are
+    compared with. ``extras`` adds grids (``presets``, ``means``, ``alpha``) and verdicts (``best``,
+    ``baselines``). ``toy``: the model is too small to compare with published figures, which is said with
+    each.
+    ``base_styles`` has the base's accuracy by image style.
     """
 
     table: str
@@ -90,31 +105,58 @@ class Block:
     extras: tuple[str, ...] = ()
     seed: int = 0
     beside: Mapping[int, Figures] | None = None
+    subject: str = "UniKE + scope gate"
+    toy: bool = False
+    base_styles: Mapping[str, float] = field(default_factory=dict)
 
     def build_grids(self) -> list[Grid]:
-        """The paper's five metrics, those beyond them, all in generated mode, then the extras."""
+        """The paper's five metrics, those beyond them, all in generated mode, results by image style, kind of
+        question and seed, then the extras."""
+        has_pairs = any(row.find_estimate("minimal_pair") for row in self.rows)
+        hard = [m for m in HARD if has_pairs or m in METRICS]
+        combined = ("five", choose_hm8(self.rows))
         after = [self._compare("teacher-forced", FIVE_METRICS)]
-        after.append(self._list("beyond the paper", (*HARD_METRICS, *HARMONIC), MODES[0], costs=True))
-        after.append(self._list("generated", (*METRICS, *HARMONIC), MODES[1]))
+        after.append(self._list("beyond the paper", (*hard, *combined), MODES[0], costs=True))
+        after.append(self._list("generated", (*FIVE_METRICS, *hard, *combined), MODES[1]))
+        after += [list_styles(self.rows, self.base_styles), list_kinds(self.rows), list_seeds(self.rows)]
         extra = {
             "presets": self._list_presets,
             "means": self._compare_means,
             "alpha": self._list_alpha,
+            "best": lambda: list_differences(self.rows, self.subject, self.seed),
+            "baselines": self._list_distances,
         }
         after += [make() for name, make in extra.items() if name in self.extras]
         return [grid for grid in after if grid.rows] + [
-            _list_published(f"published for {length:,} sequential edits ({self.label})", figures)
+            _list_published(f"published for {length:,} sequential edits ({self.label})", figures, self._note)
             for length, figures in (self.beside or {}).items()
         ]
 
     def check_claims(self) -> list[tuple[str, list[Verdict]]]:
         """What is claimed of the block's rows, by heading."""
-        groups = [("Does the paper's order hold?", check_order(self.rows, self.reference, self.seed))]
+        note = f" ({self._note})" if self._note else ""
+        groups = [(f"Does the paper's order hold?{note}", check_order(self.rows, self.reference, self.seed))]
         if "best" in self.extras:
             groups.append(("Is a row of ours the best?", check_best_of_ours(self.rows, self.seed)))
-        if "baselines" in self.extras:
-            groups.append(("Does each baseline behave as published?", check_baselines(self.rows)))
+            whose = check_gate(self.rows, self.subject, self.seed)
+            groups.append(("Whose is the win, the method's or the gate's?", whose))
         return [(heading, found) for heading, found in groups if found]
+
+    @property
+    def remark(self) -> str:
+        """Why intervals are missing; empty where none is."""
+        lacking = [row for row in self.rows if row.complete and not row.has_intervals]
+        if not lacking:
+            return ""
+        least, most = count_least_sequences(self.edits), max(row.count_sequences() for row in lacking)
+        return (
+            f"[{DASH}]: no interval, and nothing can be told from a difference: {most} sequences; of "
+            f"{self.edits} edits each, at least {least} are needed."
+        )
+
+    @property
+    def _note(self) -> str:
+        return NOT_COMPARABLE if self.toy else ""
 
     def _compare_means(self) -> Grid:
         return self._compare("means of the two generalities and of the two localities", tuple(MEANS_OF))
@@ -123,13 +165,17 @@ class Block:
         """Ours, each column followed by the published one where there is one."""
         columns: list[list[Cell]] = []
         header: list[str] = []
+        note = ""
         for measure in measures:
             header.append(MEASURE_TITLES[measure])
             columns.append(self._fill_column(measure, MODES[0]))
             if any(measure in row.published for row in self.rows):
                 header.append(self.label)
                 columns.append(mark_best([Cell(row.published.get(measure)) for row in self.rows]))
-        return self._build_grid(title, header, columns, base=measures if measures == FIVE_METRICS else ())
+                note = self._note
+        return self._build_grid(
+            title, header, columns, base=measures if measures == FIVE_METRICS else (), note=note
+        )
 
     def _list(self, title: str, measures: Sequence[str], mode: str, costs: bool = False) -> Grid:
         columns = [self._fill_column(measure, mode) for measure in measures]
@@ -139,14 +185,14 @@ class Block:
         if costs:
             header += ["steps", "s/edit", "size"]
             columns += [
-                [_make_cost_cell(row, "steps", 1) for row in self.rows],
-                [_make_cost_cell(row, "seconds", 3) for row in self.rows],
+                [make_cell(row.find_cost("steps"), 1) for row in self.rows],
+                [make_cell(row.find_cost("seconds"), 3) for row in self.rows],
             ]
             columns.append([Cell(text=_format_size(row.summary.get("bytes"))) for row in self.rows])
         return self._build_grid(title, header, columns, base=measures if not costs else (), mode=mode)
 
     def _fill_column(self, measure: str, mode: str) -> list[Cell]:
-        cells = [_make_cell(row.find_estimate(measure, mode)) for row in self.rows]
+        cells = [make_cell(row.find_estimate(measure, mode)) for row in self.rows]
         return mark_best(cells, [row.complete for row in self.rows])
 
     def _build_grid(
@@ -156,18 +202,19 @@ class Block:
         columns: Sequence[Sequence[Cell]],
         base: Sequence[str] = (),
         mode: str = MODES[0],
+        note: str = "",
     ) -> Grid:
         """With a first row for the base model, whose numbers any of the others has."""
-        rows = [(_name_row(row), tuple(c[i] for c in columns)) for i, row in enumerate(self.rows)]
+        rows = [(name_row(row), tuple(c[i] for c in columns)) for i, row in enumerate(self.rows)]
         first = next((row for row in self.rows if row.find_estimate(FIVE_METRICS[0], mode, WHEN[0])), None)
         if base and first is not None:
             titles = {MEASURE_TITLES[m]: m for m in base}
             cells = (
-                _make_cell(first.find_estimate(titles[h], mode, WHEN[0])) if h in titles else Cell()
+                make_cell(first.find_estimate(titles[h], mode, WHEN[0])) if h in titles else Cell()
                 for h in header
             )
             rows.insert(0, (BASE, tuple(cells)))
-        return Grid(title, ("method", *header), tuple(rows))
+        return Grid(title, ("method", *header), tuple(rows), note)
 
     def _list_presets(self) -> Grid:
         names = list(dict.fromkeys(name for row in self.rows for name in row.summary.get("presets", {})))
@@ -176,32 +223,22 @@ class Block:
             for name in names:
                 header.append(f"{MEASURE_TITLES[metric]}, {name}")
                 presets = [row.summary.get("presets", {}).get(name) for row in self.rows]
-                cells = [_make_cell(found["metrics"].get(metric) if found else None) for found in presets]
+                cells = [make_cell(found["metrics"].get(metric) if found else None) for found in presets]
                 columns.append(mark_best(cells))
         return self._build_grid("locality as others compute it", header, columns)
+
+    def _list_distances(self) -> Grid:
+        found = list_distances(self.rows)
+        return Grid(found.title, found.header, found.rows, self._note)
 
     def _list_alpha(self) -> Grid:
         rows = []
         for row in self.rows:
             alpha = row.summary.get("decisions", {}).get("alpha")
             if alpha:
-                rows.append((_name_row(row), tuple(Cell(alpha.get(metric), digits=2) for metric in METRICS)))
+                rows.append((name_row(row), tuple(Cell(alpha.get(metric), digits=2) for metric in METRICS)))
         title = "what alpha was, mean over layers and records"
         return Grid(title, ("method", *(MEASURE_TITLES[metric] for metric in METRICS)), tuple(rows))
-
-
-def mark_best(cells: Sequence[Cell], counted: Sequence[bool] | None = None) -> list[Cell]:
-    """The cells with the highest number marked ``best`` and the next one ``second``, as shown: cells that
-    look the same are marked alike. Fewer than two numbers are not compared."""
-    taken = [c.value is not None and (counted is None or counted[i]) for i, c in enumerate(cells)]
-    shown = [float(cell.shown) for cell, take in zip(cells, taken, strict=True) if take]
-    if len(shown) < 2:
-        return list(cells)
-    marks = dict(zip(sorted(set(shown), reverse=True), ("best", "second"), strict=False))
-    return [
-        replace(cell, mark=marks.get(float(cell.shown), "")) if take else cell
-        for cell, take in zip(cells, taken, strict=True)
-    ]
 
 
 # ---------------------------------------------------------------- Markdown, LaTeX, CSV
@@ -228,15 +265,9 @@ def rewrite_blocks(text: str, name: str, blocks: Mapping[str, str], kind: str = 
 
 def markdown(block: Block) -> str:
     """A block with its heading, grids and verdicts."""
-    parts = [f"#### {block.title}"]
+    parts = [f"#### {block.title}", *([block.remark] if block.remark else [])]
     for grid in block.build_grids():
-        rule = "|" + " --- |" + " ---: |" * (len(grid.header) - 1)
-        lines = [" | ".join((name, *map(_format_markdown_cell, cells))) for name, cells in grid.rows]
-        head = " | ".join(grid.header)
-        parts += [
-            f"{_capitalise(grid.title)}:",
-            "\n".join([f"| {head} |", rule, *(f"| {x} |" for x in lines)]),
-        ]
+        parts += write_markdown(grid)
     for heading, found in block.check_claims():
         parts += [f"{heading}", "\n".join(f"- {verdict}" for verdict in found)]
     return "\n\n".join(parts) + "\n"
@@ -244,80 +275,65 @@ def markdown(block: Block) -> str:
 
 def latex(block: Block) -> str:
     """A block as ``tabular`` environments, which want the package booktabs."""
-    parts = [f"\\subsection*{{{_escape(block.title)}}}"]
+    parts = [f"\\subsection*{{{escape(block.title)}}}", *([escape(block.remark)] if block.remark else [])]
     for grid in block.build_grids():
-        lines = [" & ".join((_escape(n), *map(_format_latex_cell, cells))) + r" \\" for n, cells in grid.rows]
-        head = " & ".join(map(_escape, grid.header)) + r" \\"
-        columns = "l" + "r" * (len(grid.header) - 1)
-        parts.append(f"\\paragraph{{{_escape(_capitalise(grid.title))}.}}")
-        parts.append(
-            "\n".join(
-                [
-                    f"\\begin{{tabular}}{{{columns}}}",
-                    r"\toprule",
-                    head,
-                    r"\midrule",
-                    *lines,
-                    r"\bottomrule",
-                    r"\end{tabular}",
-                ]
-            )
-        )
+        parts += write_latex(grid)
     for heading, found in block.check_claims():
-        items = [f"\\item {_escape(str(verdict))}" for verdict in found]
-        parts += [f"\\paragraph{{{_escape(heading)}}}"]
+        items = [f"\\item {escape(str(verdict))}" for verdict in found]
+        parts += [f"\\paragraph{{{escape(heading)}}}"]
         parts += ["\n".join([r"\begin{itemize}", *items, r"\end{itemize}"])]
     return "\n\n".join(parts) + "\n"
 
 
 def csv_rows(blocks: Sequence[Block]) -> str:
-    """One line per row, evaluation mode and measure, with a header; numbers are in percent, except ``steps``
-    and ``seconds`` per edit and ``bytes``."""
+    """One line per row, evaluation mode, measure and group of records (empty: all), with a header; numbers
+    are in percent, except ``steps`` and ``seconds`` per edit and ``bytes``. ``note`` says of a published
+    figure that it is not comparable with a toy model's."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(CSV_COLUMNS)
     for block in blocks:
-        for row in block.rows:
-            at = (block.table, block.backbone, block.task, block.edits, row.name)
-            for mode, measure in ((mode, measure) for mode in MODES for measure in MEASURE_TITLES):
-                entry = row.find_estimate(measure, mode)
-                paper = row.published.get(measure) if mode == MODES[0] else None
-                if entry or paper is not None:
-                    writer.writerow(
-                        (*at, mode, measure, *_list_numbers(entry), "" if paper is None else paper)
-                    )
-            costs = row.summary.get("costs", {})
-            for name, cost in ((name, costs.get(name)) for name in ("steps", "seconds")):
-                if cost:
-                    writer.writerow((*at, "", name, *_list_numbers(cost), ""))
-            if row.summary.get("bytes") is not None:
-                writer.writerow((*at, "", "bytes", row.summary["bytes"], "", "", ""))
+        for line in list_lines(block):
+            writer.writerow((*line, *[""] * (len(CSV_COLUMNS) - len(line))))
     return out.getvalue()
 
 
+def list_lines(block: Block) -> list[tuple[object, ...]]:
+    """A block's lines, in the order of ``CSV_COLUMNS``."""
+    lines: list[tuple[object, ...]] = []
+    for row in block.rows:
+        at = (block.table, block.backbone, block.task, block.edits, row.name)
+        seeds = " ".join(map(str, sorted(row.by_seed)))
+        for mode, measure in ((mode, measure) for mode in MODES for measure in MEASURE_TITLES):
+            entry = row.find_estimate(measure, mode)
+            paper = row.published.get(measure) if mode == MODES[0] else None
+            if entry or paper is not None:
+                note = NOT_COMPARABLE if block.toy and paper is not None else ""
+                shown = "" if paper is None else paper
+                lines.append((*at, mode, measure, *_list_numbers(entry), shown, "", seeds, note))
+        for part in list_parts(block.rows)[1:]:
+            for measure in dict.fromkeys(("five", choose_hm8(block.rows), "minimal_pair")):
+                value = average(row, measure, MODES[0], part.keep)
+                if value is not None:
+                    lines.append((*at, MODES[0], measure, value, "", "", "", part.title, seeds))
+        for name in ("steps", "seconds"):
+            if cost := row.find_cost(name):
+                lines.append((*at, "", name, *_list_numbers(cost), "", "", seeds))
+        if row.summary.get("bytes") is not None:
+            lines.append((*at, "", "bytes", row.summary["bytes"], "", "", "", "", seeds))
+    return lines
+
+
 def _list_numbers(entry: Estimate | Spread | None) -> tuple[float | str, ...]:
-    return (entry["mean"], entry["low"], entry["high"]) if entry else ("", "", "")
+    if entry is None:
+        return ("", "", "")
+    return tuple("" if math.isnan(entry[key]) else entry[key] for key in ("mean", "low", "high"))
 
 
-def _list_published(title: str, figures: Figures) -> Grid:
+def _list_published(title: str, figures: Figures, note: str) -> Grid:
     columns = [mark_best([Cell(row.get(metric)) for row in figures.values()]) for metric in FIVE_METRICS]
     rows = tuple((name, tuple(column[i] for column in columns)) for i, name in enumerate(figures))
-    return Grid(title, ("method", *(MEASURE_TITLES[metric] for metric in FIVE_METRICS)), rows)
-
-
-def _name_row(row: Row) -> str:
-    if row.complete:
-        return row.name
-    n = row.summary.get("n", 0)
-    return f"{row.name} ({n} records up to now)" if n else f"{row.name} (not run)"
-
-
-def _make_cell(entry: Estimate | Spread | None, digits: int = 1) -> Cell:
-    return Cell(entry["mean"], entry["low"], entry["high"], digits) if entry else Cell()
-
-
-def _make_cost_cell(row: Row, key: str, digits: int) -> Cell:
-    return _make_cell(row.summary.get("costs", {}).get(key), digits)
+    return Grid(title, ("method", *(MEASURE_TITLES[metric] for metric in FIVE_METRICS)), rows, note)
 
 
 def _format_size(count: float | None) -> str:
@@ -327,34 +343,3 @@ def _format_size(count: float | None) -> str:
         if count >= size:
             return f"{count / size:.1f} {unit}"
     return f"{count:.0f} B"
-
-
-def _format_markdown_cell(cell: Cell) -> str:
-    marks = {"best": "**{}**", "second": "<u>{}</u>", "": "{}"}
-    return " ".join(filter(None, (marks[cell.mark].format(cell.shown) if cell.shown else "", cell.interval)))
-
-
-def _format_latex_cell(cell: Cell) -> str:
-    marks = {"best": r"\textbf{{{}}}", "second": r"\underline{{{}}}", "": "{}"}
-    shown = marks[cell.mark].format(_escape(cell.shown)) if cell.shown else ""
-    return f"{shown} {{\\scriptsize {cell.interval}}}" if cell.interval else shown
-
-
-_LATEX = str.maketrans(
-    {c: f"\\{c}" for c in "&%$#_{}"}
-    | {
-        "\\": r"\textbackslash{}",
-        "~": r"\textasciitilde{}",
-        "^": r"\textasciicircum{}",
-        "<": r"$<$",
-        ">": r"$>$",
-    }
-)
-
-
-def _escape(text: str) -> str:
-    return text.translate(_LATEX)
-
-
-def _capitalise(text: str) -> str:
-    return text[:1].upper() + text[1:]
