@@ -102,7 +102,8 @@ class Prompt:
     ``number`` changes with every new batch of prompts. An edit decides at ``question_end`` when the number is
     new to it, and keeps its decision while the answer is decoded. ``attention_mask [b,s]`` is the batch's,
     and covers its answers where these are given. ``rewriters`` are those of the edits that are texts in the
-    prompt.
+    prompt. ``weights (b)``, where there are any, say how much of an edit's in-context knowledge each prompt
+    gets.
     """
 
     def __init__(self) -> None:
@@ -111,6 +112,7 @@ class Prompt:
         self.attention_mask: torch.Tensor | None = None
         self.texts: tuple[str, ...] = ()
         self.rewriters: list[Callable[[str], str]] = []
+        self.weights: torch.Tensor | None = None
         self._numbers = count(1)
 
     def require_announced(self) -> None:
@@ -141,6 +143,21 @@ class Prompt:
             self.attention_mask.repeat_interleave(copies, 0),
             tuple(text for text in self.texts for _ in range(copies)),
         )
+
+    def spread_weights(self, rows: int) -> torch.Tensor | None:
+        """The ``weights`` as ``rows`` rows of a forward pass, as ``spread`` does; None without any."""
+        if self.weights is None:
+            return None
+        return self.weights.repeat_interleave(max(1, rows // len(self.weights)), 0)
+
+    @contextmanager
+    def weigh(self, weights: torch.Tensor | None) -> Iterator[None]:
+        """Inside the block the prompts have these ``weights``."""
+        former, self.weights = self.weights, weights
+        try:
+            yield
+        finally:
+            self.weights = former
 
     @contextmanager
     def announce(self, batch: Batch | PrefixState) -> Iterator[None]:

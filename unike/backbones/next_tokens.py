@@ -69,7 +69,6 @@ def _observe(
         found = backbone.decoder.generate(
             **backbone.generation_arguments(batch),
             **Decoding().list_arguments(tokens),
-            min_new_tokens=tokens,
             eos_token_id=list(backbone.eos_ids),
             pad_token_id=backbone.tokenizer.pad_token_id or backbone.eos_ids[0],
             output_logits=True,

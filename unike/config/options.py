@@ -10,6 +10,7 @@ from unike.config.schema import Option, Section, list_own_options
 
 # Options that came later than some runs, whose manifests lack them: what these runs did.
 BEFORE_OPTIONS: dict[str, object] = {
+    "alpha_overlap": False,
     "answer_end": "none",
     "benchmark_version": 1,
     "ike_patches": False,
@@ -20,6 +21,7 @@ BEFORE_OPTIONS: dict[str, object] = {
     "scope_patience": None,
     "scope_probes": "recombined",
     "scope_recall": None,
+    "scope_recall_few": None,
     "scope_tokens": None,
     "scope_val_every": 50,
     "scope_width": None,

@@ -36,9 +36,12 @@ class ScopeTrainingOptions(SeedOptions):
     )
     scope_recall: float | None = option(
         nullable(number(low=0, high=1)),
-        "share of held-out prompts in an edit's scope that pass, where many answers are possible; null, and "
-        "where few are: the threshold that decides best",
+        "share of held-out prompts in an edit's scope that pass, where many answers are possible; null: the "
+        "threshold that decides best",
         None,
+    )
+    scope_recall_few: float | None = option(
+        nullable(number(low=0, high=1)), "the same where few answers are possible, as with yes and no", None
     )
     scope_steps: int = option(whole(low=0), "training steps, with scope_patience at most so many", 1000)
     scope_patience: int | None = option(

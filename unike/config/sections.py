@@ -232,6 +232,9 @@ class OverlapGateOptions(Section):
     scope_overlap_tokens: int = option(
         whole(low=1, high=64), "tokens along the unedited model's answer that are compared", 1
     )
+    alpha_overlap: bool = option(
+        switch(), "alpha is multiplied by the overlap with the edit's prompt, in a gate around edits", False
+    )
     scope_layer: int | None = option(
         nullable(whole(low=0)),
         "decoder layer whose input the scope classifier of a gate around edits reads; null: the first edited "

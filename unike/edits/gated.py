@@ -6,8 +6,8 @@ edits apply are computed together under these edits alone, the others by the bas
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from weakref import ref
@@ -44,7 +44,8 @@ class Gate:
     ``overlap``: the base model's next tokens, at most ``tokens`` along its answer, overlap with those at the
     edit's own prompt by so much or more. ``layer``: a scope classifier that reads the input of this decoder
     layer finds the two prompts as similar as ``similarity``, or where that is None as its own threshold for
-    so many edits. ``nearest``: no edit is nearer, by the classifier if there is one.
+    so many edits. ``nearest``: no edit is nearer, by the classifier if there is one. ``weighs``: an edit's
+    in-context knowledge gets as much of a prompt's attention as the overlap lets it, ``alpha * overlap``.
     """
 
     overlap: float | None = None
@@ -52,6 +53,7 @@ class Gate:
     nearest: bool = False
     layer: int | None = None
     similarity: float | None = None
+    weighs: bool = False
 
     @property
     def measure(self) -> str:
@@ -342,11 +344,29 @@ class _AppliedGate:
         groups: dict[tuple[int, ...], list[int]] = {}
         for row, members in enumerate(self.edit.choose(images, prompts, self.backbone)):
             groups.setdefault(members, []).append(row)
-        return [RowGroup(rows, partial(self._apply, members)) for members, rows in groups.items()]
+        weights = self._weigh_rows()
+        return [
+            RowGroup(rows, partial(self._apply, members, weights(rows, members)))
+            for members, rows in groups.items()
+        ]
 
-    def _apply(self, members: tuple[int, ...]) -> AbstractContextManager[None]:
+    def _weigh_rows(self) -> Callable[[list[int], tuple[int, ...]], torch.Tensor | None]:
+        """From rows and the members that apply to them to the rows' overlap with the nearest of these; None
+        where alpha does not depend on it."""
+        measured = self.edit.measured
+        if not self.edit.gate.weighs or measured is None:
+            return lambda rows, members: None
+        overlaps = measured.values[OVERLAP]
+        return lambda rows, members: overlaps[rows][:, list(members)].amax(1) if members else None
+
+    @contextmanager
+    def _apply(self, members: tuple[int, ...], weights: torch.Tensor | None) -> Iterator[None]:
         whole = self.edit.join_members(members)
-        return nullcontext() if whole is None else whole.applied(self.backbone)
+        with (
+            nullcontext() if whole is None else whole.applied(self.backbone),
+            self.backbone.prompt.weigh(weights),
+        ):
+            yield
 
 
 def _describe_member(member: GatedMember, inspection: Inspection) -> Activity:
@@ -385,11 +405,14 @@ def _read_gate(values: dict[str, object]) -> Gate:
         raise ValueError("gate: expected a number of tokens, and whether the nearest edit alone applies")
     if layer is not None and not _is_count(layer, 0):
         raise ValueError("gate: layer: expected a number or null")
-    if overlap is None and layer is None:
-        raise ValueError("gate: expected an overlap, a layer, or both")
+    weighs = values["weighs"]
+    if overlap is None and (layer is None or weighs):
+        raise ValueError("gate: expected an overlap, a layer, or both, and an overlap where alpha has it")
+    if not isinstance(weighs, bool):
+        raise ValueError("gate: weighs: expected true or false")
     assert isinstance(tokens, int)
     assert layer is None or isinstance(layer, int)
-    return Gate(overlap, tokens, nearest, layer, similarity)
+    return Gate(overlap, tokens, nearest, layer, similarity, weighs)
 
 
 def _read_bound(value: object, name: str) -> float | None:

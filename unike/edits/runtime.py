@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -131,6 +131,8 @@ class LayerRuntime:
             if self.gate is not None and self.owned:
                 allowed = self.gate.list_allowed()
             self.shift = self.adapter.decide(x[torch.arange(len(x), device=x.device), end], allowed)
+            if (weights := self.prompt.spread_weights(len(x))) is not None:
+                self.shift = replace(self.shift, alpha=self.shift.alpha * weights.to(self.shift.alpha))
             self.trace[self.index] = self.shift
 
     def after_ffn(self, queries: torch.Tensor, output: torch.Tensor) -> torch.Tensor:

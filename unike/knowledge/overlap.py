@@ -29,8 +29,9 @@ class NextTokens:
 
     @property
     def are_few(self) -> bool:
-        """Whether two answers take nearly all of the first token's probability, as with yes and no."""
-        return bool(self.probabilities[0, :2].sum() >= FEW)
+        """Whether two tokens take nearly all of the probability, everywhere along the answer, as with yes and
+        no."""
+        return bool((self.probabilities[:, :2].sum(-1) >= FEW).all())
 
 
 def measure_overlap(one: NextTokens, others: Sequence[NextTokens]) -> torch.Tensor:

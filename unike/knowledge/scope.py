@@ -240,16 +240,11 @@ def score_scope(similarity: torch.Tensor, inside: int, threshold: float | torch.
     return torch.cat([(open_ & own)[:, :inside], ~open_[:, inside:]], 1).float()
 
 
-def choose_threshold(similarity: torch.Tensor, inside: int, rows: torch.Tensor | None = None) -> float:
-    """The threshold with the highest harmonic mean of the queries' shares that are classified right, of all
-    edits or of some ``rows (n)``; the middle one of the best."""
-    chosen = torch.ones(len(similarity), dtype=torch.bool) if rows is None else rows
-    means = torch.stack(
-        [
-            1 / (1 / score_scope(similarity, inside, float(t))[chosen].mean(0).clamp(min=1e-6)).mean()
-            for t in _THRESHOLDS
-        ]
-    )
+def choose_threshold(similarity: torch.Tensor, inside: int) -> float:
+    """The threshold with the highest harmonic mean of the queries' shares that are classified right; the
+    middle one of the best."""
+    shares = (score_scope(similarity, inside, float(t)).mean(0).clamp(min=1e-6) for t in _THRESHOLDS)
+    means = torch.stack([1 / (1 / share).mean() for share in shares])
     good = _THRESHOLDS[means >= means.max() - 1e-9]
     return float(good[len(good) // 2])
 
@@ -299,7 +294,7 @@ def fit_scope(
     seed: int,
     tick: Callable[[], None] = lambda: None,
     stop: EarlyStop | None = None,
-    recall: float | None = None,
+    recall: Recall | None = None,
 ) -> ScopeReport:
     """Trains the encoder in place, and chooses the thresholds on every tenth edit, which is held out.
 
@@ -342,7 +337,7 @@ def fit_scope(
     encoder.eval().requires_grad_(False)
     report.stopped = "patience" if stop is not None and stop.is_over else "cap"
     report.best_step = len(report.losses) if stop is None else stop.best_step
-    report.thresholds, report.strict, report.shares = calibrate(held, encoder, seed, recall)
+    report.thresholds, report.strict, report.shares = calibrate(held, encoder, seed, recall or BEST)
     report.seconds = time.perf_counter() - started
     return report
 
@@ -363,24 +358,46 @@ def measure_loss(samples: ScopeSource, encoder: ScopeEncoder, tau: float) -> flo
 Levels = dict[int, float]
 
 
+@dataclass(frozen=True)
+class Recall:
+    """Shares of the queries in scope that are to pass, of edits with ``many`` possible answers and with
+    ``few``; None: as many as decides best."""
+
+    many: float | None = None
+    few: float | None = None
+
+    @property
+    def is_given(self) -> bool:
+        return self.many is not None or self.few is not None
+
+    @staticmethod
+    def apply(similarity: torch.Tensor, share: float | None, best: float) -> float:
+        """The threshold that ``share`` of the similarities pass; ``best`` without one."""
+        return best if share is None else float(similarity.quantile(1 - share))
+
+
+BEST = Recall()
+
+
 def calibrate(
-    samples: ScopeSource, encoder: ScopeEncoder, seed: int, recall: float | None = None
+    samples: ScopeSource, encoder: ScopeEncoder, seed: int, recall: Recall = BEST
 ) -> tuple[Levels, Levels, dict[int, list[float]]]:
     """By the number of edits in memory, the largest being that of all: thresholds, those of edits with few
     possible answers where they are others, and ``score_scope`` at them.
 
-    Without ``recall`` a threshold is the one that decides best. With it, that is so for edits with few
-    possible answers; those with many let this share of the queries in their scope pass: such an edit is
-    silent by itself where another answer is due.
+    Without a ``recall`` a threshold is the one that decides best, with it the one that lets this share of the
+    queries in scope pass. Edits with many possible answers are silent by themselves where another answer is
+    due, and can have a higher one.
 
     Edits that the base model answers right are left out if enough others remain: nobody makes such edits,
-    and they are easier to tell apart.
+    and they are easier to tell apart. With a recall all count: a share of few queries is a rough one.
     """
-    if samples.wrong is not None and int(samples.wrong.sum()) >= 2 * HELD_OUT:
-        samples = samples.select(samples.wrong.nonzero().flatten())
+    wrong = samples.wrong
+    if wrong is not None and int(wrong.sum()) >= 2 * HELD_OUT and not recall.is_given:
+        samples = samples.select(wrong.nonzero().flatten())
     similarity, count, inside = compare_all(samples, encoder).cpu(), len(samples), samples.inside
     few = torch.zeros(count, dtype=torch.bool) if samples.few is None else samples.few
-    splits = recall is not None and bool(few.any()) and not bool(few.all())
+    splits = recall.is_given and bool(few.any()) and not bool(few.all())
     own = similarity[torch.arange(count), :inside, torch.arange(count)]
     generator = torch.Generator().manual_seed(seed)
     sizes = [size for size in POOLS if size < count] + [count]
@@ -390,13 +407,13 @@ def calibrate(
         rank = torch.rand(count, count, generator=generator).fill_diagonal_(-1)
         absent = rank > rank.sort(1).values[:, size - 1 : size]
         met = similarity.masked_fill(absent[:, None], -torch.inf)
-        least = max(least, choose_threshold(met, inside, few if splits else None))
+        least = max(least, choose_threshold(met, inside))
         thresholds[size] = least
         levels = torch.full((count,), least)
-        if splits and recall is not None:
-            strict[size] = least
-            thresholds[size] = float(own[~few].quantile(1 - recall))
-            levels[~few] = thresholds[size]
+        if splits:
+            strict[size] = recall.apply(own[few], recall.few, least)
+            thresholds[size] = recall.apply(own[~few], recall.many, least)
+            levels = torch.where(few, strict[size], thresholds[size])
         shares[size] = score_scope(met, inside, levels).mean(0).tolist()
     return thresholds, strict, shares
 

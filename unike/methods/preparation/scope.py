@@ -19,7 +19,15 @@ from unike.backbones.prefix import PrefixCache
 from unike.config.combined import ScopePreparationOptions
 from unike.config.scope_sections import ScopeTrainingOptions
 from unike.knowledge.overlap import NextTokens
-from unike.knowledge.scope import HELD_OUT, EarlyStop, ScopeEncoder, ScopeReport, TrainedScope, fit_scope
+from unike.knowledge.scope import (
+    HELD_OUT,
+    EarlyStop,
+    Recall,
+    ScopeEncoder,
+    ScopeReport,
+    TrainedScope,
+    fit_scope,
+)
 from unike.knowledge.scope_states import GB, ScopeStates, StateRows, pool_prompt
 from unike.methods.meta_training import copy_tensors
 from unike.methods.preparation.batches import group_by_length, open_preparation
@@ -127,12 +135,11 @@ def _read_prompts(
         missed = torch.zeros_like(state.answer_mask)
         missed[state.answer_mask] = logits.argmax(-1) != state.labels[:, 1:][state.answer_mask]
         failed, counts = missed.any(1).tolist(), state.answer_mask.sum(1)
-        # The first answer token of each row is predicted at the prompt's end.
         starts = (counts.cumsum(0) - counts).tolist()
         for row, (i, end) in enumerate(zip(numbers, state.question_end.tolist(), strict=True)):
             states = pool_prompt(seen["x"][row, : end + 1], tokens).half().cpu()
-            best = logits[starts[row]].float().softmax(-1).topk(2)
-            few = NextTokens(best.indices[None], best.values[None]).are_few
+            own = logits[starts[row] : starts[row] + int(counts[row])]
+            few = NextTokens(*reversed(own.float().softmax(-1).topk(2, -1))).are_few
             found[i] = _Read(states, failed[row], few)
     return [found[i] for i in range(len(queries))]
 
@@ -221,7 +228,7 @@ def train_scope(
         hparams.seed,
         tick=lambda: tick(SCOPE_TRAINING, 1),
         stop=stop,
-        recall=hparams.scope_recall,
+        recall=Recall(hparams.scope_recall, hparams.scope_recall_few),
     )
     report.queries = [probe.name for probe in taught[0].probes]
     return encoder, report
