@@ -45,7 +45,6 @@ from unike.config.hparams import HyperParams
 from unike.datasets.answers import normalise_answer
 from unike.runs.drawing import (
     PICTURES,
-    SIZES,
     TASKS,
     check_target,
     check_version,
@@ -55,6 +54,7 @@ from unike.runs.drawing import (
     get_drawing_lock,
     get_drawn_file,
     get_probe_file,
+    get_size,
     list_missing_splits,
 )
 from unike.system.arguments import ArgumentParser
@@ -315,7 +315,8 @@ def ensure(
         for split in list_missing_splits(out, wanted):
             backbone = backbone or load_backbone(hparams)
             print(f"drawing the bundled benchmark's {split} split into {out}", file=sys.stderr)
-            make(backbone, out, split, SIZES[split], hparams.seed, version=hparams.benchmark_version)
+            version = hparams.benchmark_version
+            make(backbone, out, split, get_size(split, version), hparams.seed, version=version)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -344,7 +345,8 @@ def run(args: argparse.Namespace) -> int:
     require(*(lambda s=split: check_target(out, s) for split in splits))
     backbone = load_backbone(args.hparams_dir)
     for split in splits:
-        make(backbone, out, split, args.records or SIZES[split], args.seed, version=args.version)
+        count = args.records or get_size(split, args.version)
+        make(backbone, out, split, count, args.seed, version=args.version)
     return 0
 
 
