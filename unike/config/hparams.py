@@ -31,7 +31,7 @@ class HyperParams(
     combined.ScopePreparationOptions,
     combined.EditorPreparationOptions,
     combined.TrainedPartsOptions,
-    sections.OverlapGateOptions,
+    scope_sections.OverlapGateOptions,
     sections.FineTuningOptions,
     sections.IKEOptions,
     combined.TrainSplitOptions,

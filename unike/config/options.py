@@ -43,7 +43,7 @@ SECTIONS: dict[type[Section], str] = {
     sections.LayerOptions: "method",
     sections.UniKEOptions: "method",
     sections.ScopeGateOptions: "method",
-    sections.OverlapGateOptions: "method",
+    scope_sections.OverlapGateOptions: "method",
     scope_sections.ScopeClassifierOptions: "method",
     scope_sections.ScopeTrainingOptions: "scope classifier training",
     sections.PatchOptions: "intrinsic",

@@ -1,12 +1,45 @@
-"""The options of the trained scope classifier; the other sections are in ``sections.py``."""
+"""The options of a gate around edits, and of the trained scope classifier; the other sections are in ``sections.py``."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from unike.config.kinds import choice, nullable, number, text, whole
+from unike.config.kinds import choice, nullable, number, switch, text, whole
 from unike.config.schema import Section, option
 from unike.config.sections import SeedOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class OverlapGateOptions(Section):
+    """Whether an edit of any method applies to a prompt, by what the unedited model is about to say."""
+
+    scope_overlap: float | None = option(
+        nullable(number(low=0, high=1)),
+        "least overlap of the unedited model's next tokens at an edit's prompt and at another one at which "
+        "the edit applies; null: it is not looked at",
+        None,
+    )
+    scope_overlap_tokens: int = option(
+        whole(low=1, high=64), "tokens along the unedited model's answer that are compared", 1
+    )
+    alpha_overlap: bool = option(
+        switch(), "alpha is multiplied by the overlap with the edit's prompt, in a gate around edits", False
+    )
+    scope_recall: float | None = option(
+        nullable(number(low=0, high=1)),
+        "share of the held-out prompts in an edit's scope that the scope classifier lets pass, where many "
+        "answers are possible; null: its threshold decides best",
+        None,
+    )
+    scope_recall_few: float | None = option(
+        nullable(number(low=0, high=1)), "the same where few answers are possible, as with yes and no", None
+    )
+    scope_layer: int | None = option(
+        nullable(whole(low=0)),
+        "decoder layer whose input the scope classifier of a gate around edits reads; null: the first edited "
+        "one",
+        None,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,15 +66,6 @@ class ScopeTrainingOptions(SeedOptions):
         "queries of a train record that are compared: recombinations of its own, or also restyled images, "
         "look-alikes and images with half of another one",
         "recombined",
-    )
-    scope_recall: float | None = option(
-        nullable(number(low=0, high=1)),
-        "share of held-out prompts in an edit's scope that pass, where many answers are possible; null: the "
-        "threshold that decides best",
-        None,
-    )
-    scope_recall_few: float | None = option(
-        nullable(number(low=0, high=1)), "the same where few answers are possible, as with yes and no", None
     )
     scope_steps: int = option(whole(low=0), "training steps, with scope_patience at most so many", 1000)
     scope_patience: int | None = option(

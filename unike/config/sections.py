@@ -219,30 +219,6 @@ class ScopeGateOptions(Section):
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class OverlapGateOptions(Section):
-    """Whether an edit of any method applies to a prompt, by what the unedited model is about to say."""
-
-    scope_overlap: float | None = option(
-        nullable(number(low=0, high=1)),
-        "least overlap of the unedited model's next tokens at an edit's prompt and at another one at which "
-        "the edit applies; null: it is not looked at",
-        None,
-    )
-    scope_overlap_tokens: int = option(
-        whole(low=1, high=64), "tokens along the unedited model's answer that are compared", 1
-    )
-    alpha_overlap: bool = option(
-        switch(), "alpha is multiplied by the overlap with the edit's prompt, in a gate around edits", False
-    )
-    scope_layer: int | None = option(
-        nullable(whole(low=0)),
-        "decoder layer whose input the scope classifier of a gate around edits reads; null: the first edited "
-        "one",
-        None,
-    )
-
-
 # ---------------------------------------------------------------- training of an edit
 
 

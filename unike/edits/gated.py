@@ -43,9 +43,11 @@ class Gate:
 
     ``overlap``: the base model's next tokens, at most ``tokens`` along its answer, overlap with those at the
     edit's own prompt by so much or more. ``layer``: a scope classifier that reads the input of this decoder
-    layer finds the two prompts as similar as ``similarity``, or where that is None as its own threshold for
-    so many edits. ``nearest``: no edit is nearer, by the classifier if there is one. ``weighs``: an edit's
-    in-context knowledge gets as much of a prompt's attention as the overlap lets it, ``alpha * overlap``.
+    layer finds the two prompts as similar as ``similarity``; where that is None, as ``recall`` of the prompts
+    in an edit's scope are, or ``recall_few`` where few answers are possible; where that is None, too, as its
+    own threshold for so many edits. ``nearest``: no edit is nearer, by the classifier if there is one.
+    ``weighs``: an edit's in-context knowledge gets as much of a prompt's attention as the overlap lets it,
+    ``alpha * overlap``.
     """
 
     overlap: float | None = None
@@ -53,6 +55,8 @@ class Gate:
     nearest: bool = False
     layer: int | None = None
     similarity: float | None = None
+    recall: float | None = None
+    recall_few: float | None = None
     weighs: bool = False
 
     @property
@@ -185,12 +189,17 @@ class GatedEdit(Edit):
 
     def _list_thresholds(self, like: torch.Tensor) -> torch.Tensor:
         """The least similarity of each member, ``(E)``."""
+        return like.new_tensor([self._find_threshold(member.key.are_few) for member in self.members])
+
+    def _find_threshold(self, are_few: bool) -> float:
         assert self.scope is not None
-        given, count = self.gate.similarity, len(self.members)
-        own = [
-            self.scope.find_threshold(count, m.key.are_few) if given is None else given for m in self.members
-        ]
-        return like.new_tensor(own)
+        gate = self.gate
+        if gate.similarity is not None:
+            return gate.similarity
+        share = gate.recall_few if are_few else gate.recall
+        if share is None:
+            return self.scope.find_threshold(len(self.members))
+        return self.scope.find_passed(share, are_few)
 
     def join_members(self, members: tuple[int, ...]) -> Edit | None:
         """Those members as one edit; None for none of them."""
@@ -312,8 +321,7 @@ class GatedEdit(Edit):
         if self.gate.overlap is not None:
             found[OVERLAP] = self.gate.overlap
         if self.scope is not None:
-            count, given = len(self.members), self.gate.similarity
-            found[SIMILARITY] = self.scope.find_threshold(count) if given is None else given
+            found[SIMILARITY] = self._find_threshold(self.members[-1].key.are_few)
         return found
 
     @property
@@ -412,7 +420,8 @@ def _read_gate(values: dict[str, object]) -> Gate:
         raise ValueError("gate: weighs: expected true or false")
     assert isinstance(tokens, int)
     assert layer is None or isinstance(layer, int)
-    return Gate(overlap, tokens, nearest, layer, similarity, weighs)
+    recall, recall_few = (_read_bound(values[name], name) for name in ("recall", "recall_few"))
+    return Gate(overlap, tokens, nearest, layer, similarity, recall, recall_few, weighs)
 
 
 def _read_bound(value: object, name: str) -> float | None:

@@ -51,9 +51,9 @@ def sign_scope(scope: TrainedScope) -> str:
     """A checksum of a scope classifier's numbers and thresholds."""
     levels = sorted(scope.thresholds.items())
     text = f"{digest(scope.encoder.state_dict())} {levels}"
-    # Classifiers from before there were strict thresholds have none.
-    if scope.strict:
-        text += f" {sorted(scope.strict.items())}"
+    # Classifiers from before shares were measured have none.
+    if scope.passing:
+        text += f" {sorted((name, list(marks)) for name, marks in scope.passing.items())}"
     return hashlib.sha256(text.encode()).hexdigest()
 
 

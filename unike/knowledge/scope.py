@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -114,20 +114,29 @@ class TrainedScope:
     """A trained scope classifier: its encoder, and by the number of edits in memory the similarity from which
     on a prompt is in an edit's scope. Among more edits an unrelated prompt more easily finds one.
 
-    ``strict`` are the thresholds of edits to questions with few possible answers, if they have others."""
+    ``passing`` is what ``measure_passing`` gives; classifiers from before it existed have none."""
 
     encoder: ScopeEncoder
     thresholds: Mapping[int, float]
-    strict: Mapping[int, float] = field(default_factory=dict)
+    passing: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
-    def find_threshold(self, edits: int, are_few: bool = False) -> float:
+    def find_passed(self, share: float, are_few: bool) -> float:
+        """The threshold that this share of the prompts in an edit's scope passes; ``are_few``: whether few
+        answers to it are possible. ValueError where that was not measured."""
+        marks = self.passing.get("few" if are_few else "many")
+        if marks is None:
+            raise ValueError("scope_recall: the classifier was trained before shares were measured")
+        place = (1 - share) * (len(marks) - 1)
+        below = min(int(place), len(marks) - 2)
+        return marks[below] + (marks[below + 1] - marks[below]) * (place - below)
+
+    def find_threshold(self, edits: int) -> float:
         """The threshold for ``edits`` edits: interpolated by the logarithm between the sizes that were
-        measured, the last one's beyond them. ``are_few``: whether few answers are possible."""
-        measured = self.strict if are_few and self.strict else self.thresholds
-        sizes = sorted(measured)
+        measured, the last one's beyond them."""
+        sizes = sorted(self.thresholds)
         below = max((size for size in sizes if size <= edits), default=sizes[0])
         above = min((size for size in sizes if size >= edits), default=sizes[-1])
-        low, high = measured[below], measured[above]
+        low, high = self.thresholds[below], self.thresholds[above]
         if below >= above:
             return low if edits >= below else high
         return low + (high - low) * math.log(edits / below) / math.log(above / below)
@@ -199,12 +208,12 @@ class ScopeReport:
     the ``v`` queries the share of held-out edits for which it is classified right. A query in scope is right
     if its own edit is the nearest, and applies; one out of scope if no edit applies. ``losses`` by step,
     ``held_losses`` by the step after which they were measured. ``stopped`` by ``patience`` or ``cap``;
-    ``best_step`` is the step whose weights are kept, ``visits`` counts the records of all batches. ``strict``
-    are the thresholds of edits with few possible answers, ``queries`` the names of the ``v`` queries."""
+    ``best_step`` is the step whose weights are kept, ``visits`` counts the records of all batches.
+    ``passing`` is what ``measure_passing`` gives, ``queries`` are the names of the ``v`` queries."""
 
     thresholds: dict[int, float]
     shares: dict[int, list[float]]
-    strict: dict[int, float] = field(default_factory=dict)
+    passing: dict[str, list[float]] = field(default_factory=dict)
     queries: list[str] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     held_losses: dict[int, float] = field(default_factory=dict)
@@ -231,20 +240,21 @@ def scope_loss(encoded: torch.Tensor, inside: int, tau: float) -> torch.Tensor:
     return loss / max(1, inside - 1)
 
 
-def score_scope(similarity: torch.Tensor, inside: int, threshold: float | torch.Tensor) -> torch.Tensor:
-    """``similarity (n, v, n)`` of every query with every edit: 1 where it is classified right, else 0,
-    ``(n, v)``. ``threshold`` is one for all edits, or ``(n)``."""
+def score_scope(similarity: torch.Tensor, inside: int, threshold: float) -> torch.Tensor:
+    """``similarity (n, v, n)`` of every query with every edit: the share that is classified right,
+    ``(v)``."""
     best, nearest = similarity.max(-1)
     own = nearest == torch.arange(len(similarity), device=similarity.device)[:, None]
-    open_ = best >= (threshold[nearest] if isinstance(threshold, torch.Tensor) else threshold)
-    return torch.cat([(open_ & own)[:, :inside], ~open_[:, inside:]], 1).float()
+    open_ = best >= threshold
+    right = torch.cat([(open_ & own)[:, :inside], ~open_[:, inside:]], 1)
+    return right.float().mean(0)
 
 
 def choose_threshold(similarity: torch.Tensor, inside: int) -> float:
-    """The threshold with the highest harmonic mean of the queries' shares that are classified right; the
-    middle one of the best."""
-    shares = (score_scope(similarity, inside, float(t)).mean(0).clamp(min=1e-6) for t in _THRESHOLDS)
-    means = torch.stack([1 / (1 / share).mean() for share in shares])
+    """The threshold with the highest harmonic mean of ``score_scope``; the middle one of the best."""
+    means = torch.stack(
+        [1 / (1 / score_scope(similarity, inside, float(t)).clamp(min=1e-6)).mean() for t in _THRESHOLDS]
+    )
     good = _THRESHOLDS[means >= means.max() - 1e-9]
     return float(good[len(good) // 2])
 
@@ -294,13 +304,12 @@ def fit_scope(
     seed: int,
     tick: Callable[[], None] = lambda: None,
     stop: EarlyStop | None = None,
-    recall: Recall | None = None,
 ) -> ScopeReport:
     """Trains the encoder in place, and chooses the thresholds on every tenth edit, which is held out.
 
     It takes ``steps`` steps; with ``stop`` at most so many, and the weights with the least held-out loss are
-    kept. ``recall`` is as ``calibrate`` takes it. Only a batch of the states is on the encoder's device.
-    ``tick`` is called after each step. ValueError for fewer than ``2 * HELD_OUT`` edits.
+    kept. Only a batch of the states is on the encoder's device. ``tick`` is called after each step.
+    ValueError for fewer than ``2 * HELD_OUT`` edits.
     """
     if len(samples) < 2 * HELD_OUT:
         raise ValueError(f"{len(samples)} edits; expected {2 * HELD_OUT} or more")
@@ -337,7 +346,8 @@ def fit_scope(
     encoder.eval().requires_grad_(False)
     report.stopped = "patience" if stop is not None and stop.is_over else "cap"
     report.best_step = len(report.losses) if stop is None else stop.best_step
-    report.thresholds, report.strict, report.shares = calibrate(held, encoder, seed, recall or BEST)
+    report.thresholds, report.shares = calibrate(held, encoder, seed)
+    report.passing = measure_passing(held, encoder)
     report.seconds = time.perf_counter() - started
     return report
 
@@ -355,67 +365,44 @@ def measure_loss(samples: ScopeSource, encoder: ScopeEncoder, tau: float) -> flo
     return float(scope_loss(encode_all(samples, encoder.eval()), samples.inside, tau))
 
 
-Levels = dict[int, float]
-
-
-@dataclass(frozen=True)
-class Recall:
-    """Shares of the queries in scope that are to pass, of edits with ``many`` possible answers and with
-    ``few``; None: as many as decides best."""
-
-    many: float | None = None
-    few: float | None = None
-
-    @property
-    def is_given(self) -> bool:
-        return self.many is not None or self.few is not None
-
-    @staticmethod
-    def apply(similarity: torch.Tensor, share: float | None, best: float) -> float:
-        """The threshold that ``share`` of the similarities pass; ``best`` without one."""
-        return best if share is None else float(similarity.quantile(1 - share))
-
-
-BEST = Recall()
-
-
 def calibrate(
-    samples: ScopeSource, encoder: ScopeEncoder, seed: int, recall: Recall = BEST
-) -> tuple[Levels, Levels, dict[int, list[float]]]:
-    """By the number of edits in memory, the largest being that of all: thresholds, those of edits with few
-    possible answers where they are others, and ``score_scope`` at them.
-
-    Without a ``recall`` a threshold is the one that decides best, with it the one that lets this share of the
-    queries in scope pass. Edits with many possible answers are silent by themselves where another answer is
-    due, and can have a higher one.
+    samples: ScopeSource, encoder: ScopeEncoder, seed: int
+) -> tuple[dict[int, float], dict[int, list[float]]]:
+    """Thresholds, and ``score_scope`` at them, by the number of edits in memory; the largest is that of all.
 
     Edits that the base model answers right are left out if enough others remain: nobody makes such edits,
-    and they are easier to tell apart. With a recall all count: a share of few queries is a rough one.
+    and they are easier to tell apart.
     """
-    wrong = samples.wrong
-    if wrong is not None and int(wrong.sum()) >= 2 * HELD_OUT and not recall.is_given:
-        samples = samples.select(wrong.nonzero().flatten())
-    similarity, count, inside = compare_all(samples, encoder).cpu(), len(samples), samples.inside
-    few = torch.zeros(count, dtype=torch.bool) if samples.few is None else samples.few
-    splits = recall.is_given and bool(few.any()) and not bool(few.all())
-    own = similarity[torch.arange(count), :inside, torch.arange(count)]
+    if samples.wrong is not None and int(samples.wrong.sum()) >= 2 * HELD_OUT:
+        samples = samples.select(samples.wrong.nonzero().flatten())
+    similarity = compare_all(samples, encoder)
     generator = torch.Generator().manual_seed(seed)
-    sizes = [size for size in POOLS if size < count] + [count]
-    thresholds, strict, shares, least = Levels(), Levels(), dict[int, list[float]](), -1.0
+    sizes = [size for size in POOLS if size < len(samples)] + [len(samples)]
+    thresholds, shares, least = {}, {}, -1.0
     for size in sizes:
         # Every query is compared with its own edit and size - 1 others, the same for all queries of an edit.
-        rank = torch.rand(count, count, generator=generator).fill_diagonal_(-1)
+        rank = torch.rand(len(samples), len(samples), generator=generator).fill_diagonal_(-1)
         absent = rank > rank.sort(1).values[:, size - 1 : size]
-        met = similarity.masked_fill(absent[:, None], -torch.inf)
-        least = max(least, choose_threshold(met, inside))
+        met = similarity.cpu().masked_fill(absent[:, None], -torch.inf)
+        least = max(least, choose_threshold(met, samples.inside))
         thresholds[size] = least
-        levels = torch.full((count,), least)
-        if splits:
-            strict[size] = recall.apply(own[few], recall.few, least)
-            thresholds[size] = recall.apply(own[~few], recall.many, least)
-            levels = torch.where(few, strict[size], thresholds[size])
-        shares[size] = score_scope(met, inside, levels).mean(0).tolist()
-    return thresholds, strict, shares
+        shares[size] = score_scope(met, samples.inside, least).tolist()
+    return thresholds, shares
+
+
+def measure_passing(samples: ScopeSource, encoder: ScopeEncoder) -> dict[str, list[float]]:
+    """Of edits with ``many`` and with ``few`` possible answers, the similarities with the queries in their
+    scope: the percentiles from 0 to 100. Where there are none of a kind, those of all edits; empty where it
+    is not known which edits are of which kind."""
+    if samples.few is None:
+        return {}
+    encoded = encode_all(samples, encoder)
+    own = torch.einsum("nvr,nr->nv", encoded[:, : samples.inside], encoded[:, 0])[:, 1:].cpu()
+    marks, out = torch.linspace(0, 1, 101), {}
+    for name, chosen in (("many", ~samples.few), ("few", samples.few)):
+        kept = own[chosen] if bool(chosen.any()) else own
+        out[name] = kept.flatten().quantile(marks).tolist()
+    return out
 
 
 @torch.no_grad()

@@ -120,8 +120,16 @@ class EditMethod(ABC):
             layer = find_gate_layer(hp, backbone, self.layers(backbone))
         # A classifier inside the edit decides by its own threshold.
         similarity = hp.scope_threshold if needs.gate_scope else None
-        nearest = hp.scope_gate == "nearest"
-        return Gate(hp.scope_overlap, hp.scope_overlap_tokens, nearest, layer, similarity, hp.alpha_overlap)
+        return Gate(
+            overlap=hp.scope_overlap,
+            tokens=hp.scope_overlap_tokens,
+            nearest=hp.scope_gate == "nearest",
+            layer=layer,
+            similarity=similarity,
+            recall=hp.scope_recall,
+            recall_few=hp.scope_recall_few,
+            weighs=hp.alpha_overlap,
+        )
 
     def write_lesson(self, request: EditRequest) -> Query:
         """What an edit is trained on: the request's query, with the answer's end as the YAML has it."""

@@ -13,10 +13,10 @@ from importlib.util import find_spec
 from unike.config.combined import KnowledgeUseOptions
 from unike.config.hparams import HyperParams
 from unike.config.schema import Section
+from unike.config.scope_sections import OverlapGateOptions
 from unike.config.sections import (
     IKEOptions,
     LayerOptions,
-    OverlapGateOptions,
     PatchLossOptions,
     ScopeGateOptions,
 )

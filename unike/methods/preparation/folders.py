@@ -163,7 +163,7 @@ def describe_scope(hparams: ScopeTrainingOptions, backbone: Backbone | None = No
     if hparams.scope_patience is None:
         del options["scope_val_every"]
     # Classifiers from before these options existed have none.
-    for name in ("scope_width", "scope_tokens", "scope_patience", "scope_recall", "scope_recall_few"):
+    for name in ("scope_width", "scope_tokens", "scope_patience"):
         if options[name] is None:
             del options[name]
     if hparams.scope_probes == "recombined":

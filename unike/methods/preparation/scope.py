@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +22,6 @@ from unike.knowledge.overlap import NextTokens
 from unike.knowledge.scope import (
     HELD_OUT,
     EarlyStop,
-    Recall,
     ScopeEncoder,
     ScopeReport,
     TrainedScope,
@@ -228,7 +227,6 @@ def train_scope(
         hparams.seed,
         tick=lambda: tick(SCOPE_TRAINING, 1),
         stop=stop,
-        recall=Recall(hparams.scope_recall, hparams.scope_recall_few),
     )
     report.queries = [probe.name for probe in taught[0].probes]
     return encoder, report
@@ -247,8 +245,8 @@ def save_scope(folder: Path, encoder: ScopeEncoder, report: ScopeReport, facts: 
         for size, shares in report.shares.items()
     }
     training = {"thresholds": report.thresholds, "held_out": held_out, "loss": report.losses[-1:]}
-    if report.strict:
-        training["strict"] = report.strict
+    if report.passing:
+        training["passing"] = {name: [round(m, 4) for m in marks] for name, marks in report.passing.items()}
     course = {
         "stopped": report.stopped,
         "steps": len(report.losses),
@@ -267,14 +265,17 @@ def load_scope(folder: Path, encoder: ScopeEncoder) -> TrainedScope:
     try:
         encoder.load_state_dict(load_file(path))
         kept = read_index(folder / "scope.json")
-        thresholds = _read_thresholds(kept["thresholds"])
-        strict = _read_thresholds(kept.get("strict", {}))
+        thresholds = {int(size): float(threshold) for size, threshold in kept["thresholds"].items()}
+        passing = {str(name): _read_marks(marks) for name, marks in kept.get("passing", {}).items()}
     except Exception as error:
         raise UserError(
             f"{path}: expected a scope classifier as scripts/prepare.py writes it: {error}"
         ) from error
-    return TrainedScope(encoder.eval().requires_grad_(False), thresholds, strict)
+    return TrainedScope(encoder.eval().requires_grad_(False), thresholds, passing)
 
 
-def _read_thresholds(values: Mapping[str, float]) -> dict[int, float]:
-    return {int(size): float(threshold) for size, threshold in values.items()}
+def _read_marks(values: Sequence[float]) -> tuple[float, ...]:
+    marks = tuple(float(value) for value in values)
+    if len(marks) < 2:
+        raise ValueError("passing: expected two similarities or more")
+    return marks
