@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from unike.config import combined, easyedit, release, sections
+from unike.config import combined, easyedit, release, scope_sections, sections
 from unike.config.locating import locate_paths
 from unike.config.options import OPTIONS
 from unike.config.sections import SPEED

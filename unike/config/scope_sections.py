@@ -1,4 +1,4 @@
-"""The options of a gate around edits, and of the trained scope classifier; the other sections are in ``sections.py``."""
+"""Options of a gate around edits, and of the trained scope classifier; the others are in ``sections.py``."""
 
 from __future__ import annotations
 
