@@ -83,28 +83,35 @@ class ScopeEncoder(nn.Module):
         """``(b, t, d)`` to ``(b, r)``; ``mask (b, t)`` is true on the prompt's tokens."""
         if self.tokens is not None:
             states, mask = pool_tokens(states, mask, self.tokens)
-        states = self.norm(states.float())
-        if self.squeeze is not None:
-            states = self.squeeze(states)
+        # Without the norm's own scale, which is applied where there is one state for each prompt.
+        states = F.layer_norm(states.float(), states.shape[-1:], eps=self.norm.eps)
         b, t, _ = states.shape
         last = t - 1 - mask.long().flip(1).argmax(1)
-        end = states[torch.arange(b, device=states.device), last]
+        end = self._narrow(states[torch.arange(b, device=states.device), last])
         seen = self._attend(end, states, mask)
         return F.normalize(self.out(torch.cat([end, seen], -1)), dim=-1)
 
-    def _attend(self, end: torch.Tensor, states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Multi-head attention of one query ``end (b, w)`` over ``states (b, t, w)``.
+    def _narrow(self, states: torch.Tensor) -> torch.Tensor:
+        """Normalised states ``(..., d)`` with the norm's scale, at the width of attention, ``(..., w)``."""
+        scaled = states * self.norm.weight + self.norm.bias
+        return scaled if self.squeeze is None else self.squeeze(scaled)
 
-        No state is projected: the query is taken through the keys' weights instead, and the mixture of the
-        states through the values'. The keys' bias adds the same to all scores, so it does nothing.
+    def _attend(self, end: torch.Tensor, states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Multi-head attention of one query ``end (b, w)`` over the narrowed ``states (b, t, d)``.
+
+        No state is narrowed or projected, and none needs a gradient: the query is taken through the weights
+        of both steps instead, and so is each head's mixture of the states. Biases of the keys add the same to
+        all scores, so they do nothing.
         """
         width = end.shape[-1]
         shape = (self.heads, width // self.heads, width)
         query = self.query(end).unflatten(-1, shape[:2])
         asked = torch.einsum("bhe,hew->bhw", query, self.key.weight.view(shape))
-        scores = torch.einsum("bhw,btw->bht", asked, states) / shape[1] ** 0.5
+        if self.squeeze is not None:
+            asked = asked @ self.squeeze.weight
+        scores = torch.einsum("bhd,btd->bht", asked * self.norm.weight, states) / shape[1] ** 0.5
         shares = scores.masked_fill(~mask[:, None], -torch.inf).softmax(-1)
-        mixture = torch.einsum("bht,btw->bhw", shares, states)
+        mixture = self._narrow(torch.einsum("bht,btd->bhd", shares, states))
         mixed = torch.einsum("bhw,hew->bhe", mixture, self.value.weight.view(shape)).flatten(1)
         return mixed + self.value.bias
 
