@@ -89,7 +89,7 @@ def ensure_editor(
         if hparams.editor_probes in ("recombined", "hard"):
             records = make_training_cases(records)
         if hparams.editor_probes == "hard":
-            records = processes.run_once(lambda: harden_cases(records, backbone, hparams.seed))
+            records = processes.run_once(lambda: harden_cases(records, backbone, hparams.seed, tick))
         held_out = [case for i, case in enumerate(records) if i % HELD_OUT == HELD_OUT - 1]
         train = [case for i, case in enumerate(records) if i % HELD_OUT != HELD_OUT - 1]
         if not held_out:

@@ -23,8 +23,10 @@ import numpy as np
 from unike.backbones.base import Backbone
 from unike.datasets.answers import normalise_answer
 from unike.datasets.changed_images import HALVES, make_thumbnail, replace_half, restyle
+from unike.system.progress import Tick, ignore_progress
 from unike.types import Case, Expectation, ImageLike, Probe, Query
 
+MIXING = "asking about mixed images"
 RESTYLED, ALIKE, MIXED = 3, 2, 2
 # Probes that a record gets beyond those of ``training_cases``.
 HARDER = RESTYLED + ALIKE + MIXED
@@ -60,7 +62,9 @@ class _Lookalikes:
         return [self.images[i] for i in rng.sample(found, count)]
 
 
-def harden_cases(cases: Sequence[Case], backbone: Backbone, seed: int, batch: int = 32) -> list[Case]:
+def harden_cases(
+    cases: Sequence[Case], backbone: Backbone, seed: int, tick: Tick = ignore_progress, batch: int = 32
+) -> list[Case]:
     """``make_training_cases``'s records, with harder probes of both kinds; the same number in each.
 
     ``batch`` prompts share a forward pass. UserError where an image cannot be read.
@@ -72,7 +76,7 @@ def harden_cases(cases: Sequence[Case], backbone: Backbone, seed: int, batch: in
     for case in cases:
         rng = random.Random(zlib.crc32(f"{seed} {case.task} {case.request.id}".encode()))
         hard.append(_harden(case, rng, alike, places[str(case.request.query.image)]))
-    return _keep_other_answers(hard, backbone, batch)
+    return _keep_other_answers(hard, backbone, tick, batch)
 
 
 def _harden(case: Case, rng: random.Random, alike: _Lookalikes, place: int) -> Case:
@@ -102,14 +106,14 @@ def _name(name: str, queries: Sequence[Query], expect: Expectation) -> list[Prob
     return [Probe(f"{name} {number}", query, expect) for number, query in enumerate(queries, 1)]
 
 
-def _keep_other_answers(cases: Sequence[Case], backbone: Backbone, batch: int) -> list[Case]:
+def _keep_other_answers(cases: Sequence[Case], backbone: Backbone, tick: Tick, batch: int) -> list[Case]:
     """The cases with a spare look-alike in place of each mixed image at which the base model says what it
     says about the edit: the half that was asked about may be the one that stayed."""
     mixed = [[p for p in case.probes if p.name.startswith("mixed")] for case in cases]
     asked = [
         q for c, own in zip(cases, mixed, strict=True) for q in (c.request.query, *(p.query for p in own))
     ]
-    answers = iter(_answer(backbone, asked, batch))
+    answers = iter(_answer(backbone, asked, tick, batch))
     out = []
     for case, own in zip(cases, mixed, strict=True):
         said = next(answers)
@@ -120,9 +124,10 @@ def _keep_other_answers(cases: Sequence[Case], backbone: Backbone, batch: int) -
     return out
 
 
-def _answer(backbone: Backbone, queries: Sequence[Query], batch: int) -> list[str]:
+def _answer(backbone: Backbone, queries: Sequence[Query], tick: Tick, batch: int) -> list[str]:
     found: list[str] = []
     for start in range(0, len(queries), batch):
         part = queries[start : start + batch]
         found += backbone.generate([q.image for q in part], [q.prompt for q in part])
+        tick(MIXING, len(part))
     return [normalise_answer(answer) for answer in found]

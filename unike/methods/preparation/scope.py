@@ -60,12 +60,17 @@ def build_scope_queries(case: Case) -> list[Query]:
     return [probe.query for probe in taught.probes]
 
 
-def make_scope_cases(cases: Sequence[Case], backbone: Backbone, hparams: ScopeTrainingOptions) -> list[Case]:
+def make_scope_cases(
+    cases: Sequence[Case],
+    backbone: Backbone,
+    hparams: ScopeTrainingOptions,
+    tick: Tick = ignore_progress,
+) -> list[Case]:
     """The records as the classifier is trained on them, with as many probes each: those in scope first, the
     edit itself at their head. UserError where a record lacks a probe."""
     taught = make_training_cases(cases)
     if hparams.scope_probes == "hard":
-        return processes.run_once(lambda: harden_cases(taught, backbone, hparams.seed))
+        return processes.run_once(lambda: harden_cases(taught, backbone, hparams.seed, tick))
     return taught
 
 
@@ -212,7 +217,7 @@ def train_scope(
     )
     with open_preparation(hparams, backbone, first) as prefixes:
         size, tokens = hparams.states_batch, hparams.scope_tokens
-        taught = make_scope_cases(records, backbone, hparams)
+        taught = make_scope_cases(records, backbone, hparams, tick)
         samples = collect_scope_samples(backbone, taught, first, size, tick, prefixes, rows, tokens)
     stop = None
     if hparams.scope_patience is not None:
