@@ -58,8 +58,13 @@ def require_inputs(hparams: HyperParams) -> None:
     if wants_drawing(hparams):
         undrawn = list_missing_splits(get_drawing_folder(hparams), ("train",))
         found.append(lambda: check_drawing(hparams, undrawn))
-    elif needs.knowledge or (needs.training and wants_cases(hparams, needs)):
-        found.append(lambda: inputs.find_train_annotations(hparams))
+    else:
+
+        def check_train_files() -> None:
+            if needs.knowledge or wants_cases(hparams, needs):
+                inputs.find_train_annotations(hparams)
+
+        found.append(check_train_files)
     require(*found)
 
 
