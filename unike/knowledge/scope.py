@@ -377,8 +377,8 @@ def calibrate(
     possible answers where they are others, and ``score_scope`` at them.
 
     Without ``recall`` a threshold is the one that decides best. With it, that is so for edits with few
-    possible answers; those with many let this share of the queries in their scope pass: such an edit is
-    silent by itself where another answer is due.
+    possible answers (for all, where none of the samples is of these); those with many let this share of the
+    queries in their scope pass: such an edit is silent by itself where another answer is due.
 
     Edits that the base model answers right are left out if enough others remain: nobody makes such edits,
     and they are easier to tell apart.
@@ -387,7 +387,8 @@ def calibrate(
         samples = samples.select(samples.wrong.nonzero().flatten())
     similarity, count, inside = compare_all(samples, encoder).cpu(), len(samples), samples.inside
     few = torch.zeros(count, dtype=torch.bool) if samples.few is None else samples.few
-    splits = recall is not None and bool(few.any()) and not bool(few.all())
+    splits = recall is not None and samples.few is not None and not bool(few.all())
+    deciding = few if splits and bool(few.any()) else None
     own = similarity[torch.arange(count), :inside, torch.arange(count)]
     generator = torch.Generator().manual_seed(seed)
     sizes = [size for size in POOLS if size < count] + [count]
@@ -397,7 +398,7 @@ def calibrate(
         rank = torch.rand(count, count, generator=generator).fill_diagonal_(-1)
         absent = rank > rank.sort(1).values[:, size - 1 : size]
         met = similarity.masked_fill(absent[:, None], -torch.inf)
-        least = max(least, choose_threshold(met, inside, few if splits else None))
+        least = max(least, choose_threshold(met, inside, deciding))
         thresholds[size] = least
         levels = torch.full((count,), least)
         if splits and recall is not None:

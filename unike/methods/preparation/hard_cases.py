@@ -55,7 +55,7 @@ class _Lookalikes:
             likeness = np.where(_are_same(part, views), -np.inf, part @ views.T)
             order = np.argsort(-likeness, 1)[:, :NEIGHBOURS]
             are_other = np.take_along_axis(likeness, order, 1) > -np.inf
-            near += [row[other].tolist() for row, other in zip(order, are_other, strict=True)]
+            near += [order[row][are_other[row]].tolist() for row in range(len(part))]
         return cls(images, views, near)
 
     def draw(self, place: int, count: int, rng: random.Random) -> list[ImageLike]:
