@@ -131,8 +131,8 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
         raise UserError(f"{hparams.source}: method: {hparams.method} with these options needs no knowledge")
     backbone = load(hparams)
     if needs.gate_scope:
-        cases = processes.run_in_turn(lambda: inputs.read_train_cases(hparams, args.skip_broken))
-        runs.assemble(hparams, backbone, cases=lambda: cases)
+        # Read where the classifier of these weights is still to be trained.
+        runs.assemble(hparams, backbone, cases=lambda: inputs.read_train_cases(hparams, args.skip_broken))
         if processes.is_main():
             report_scope(hparams)
         return 0

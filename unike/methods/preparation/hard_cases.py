@@ -54,7 +54,7 @@ class _Lookalikes:
             part = views[start : start + 512]
             likeness = np.where(_are_same(part, views), -np.inf, part @ views.T)
             order = np.argsort(-likeness, 1)[:, :NEIGHBOURS]
-            are_other = np.take_along_axis(likeness, order, 1) > -np.inf
+            are_other = np.isfinite(np.take_along_axis(likeness, order, 1))
             near += [order[row][are_other[row]].tolist() for row in range(len(part))]
         return cls(images, views, near)
 
