@@ -33,6 +33,7 @@ from unike.methods.preparation.editors import ensure_editor
 from unike.methods.preparation.hard_cases import ALIKE, HARDER, MIXED, RESTYLED, harden_cases
 from unike.methods.preparation.scope import ensure_scope, make_scope_cases
 from unike.methods.preparation.training_cases import INSIDE, OUTSIDE, make_training_cases
+from unike.system import processes
 from unike.types import FIVE_METRICS, IMAGE_STYLES, Case, EditRequest, Probe, Query, UserError
 
 
@@ -393,7 +394,20 @@ def test_harder_probes_reach_the_loss(world: World) -> None:
         assert less[1 - moved].item() == pytest.approx(base[1 - moved], abs=1e-5)
 
 
-def test_a_classifier_is_trained_on_harder_records(world: World, tmp_path: Path) -> None:
+def test_a_classifier_is_trained_on_harder_records(world: World, monkeypatch, tmp_path: Path) -> None:
+    depth: list[int] = []
+    once = processes.run_once
+
+    def run_once(work):
+        # Inside, other processes wait: they would not answer a second time.
+        assert not depth
+        depth.append(1)
+        try:
+            return once(work)
+        finally:
+            depth.pop()
+
+    monkeypatch.setattr(processes, "run_once", run_once)
     options = {
         **BASE, "scope_gate": "nearest", "scope_measure": "trained", "scope_threshold": None,
         "scope_heads": 2, "scope_hidden": 8, "scope_dim": 6, "scope_steps": 2, "scope_batch": 4,
