@@ -58,8 +58,13 @@ def require_inputs(hparams: HyperParams) -> None:
     if wants_drawing(hparams):
         undrawn = list_missing_splits(get_drawing_folder(hparams), ("train",))
         found.append(lambda: check_drawing(hparams, undrawn))
-    elif needs.knowledge or (needs.training and wants_cases(hparams, needs)):
-        found.append(lambda: inputs.find_train_annotations(hparams))
+    else:
+
+        def check_train_files() -> None:
+            if needs.knowledge or wants_cases(hparams, needs):
+                inputs.find_train_annotations(hparams)
+
+        found.append(check_train_files)
     require(*found)
 
 
@@ -126,8 +131,8 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
         raise UserError(f"{hparams.source}: method: {hparams.method} with these options needs no knowledge")
     backbone = load(hparams)
     if needs.gate_scope:
-        cases = processes.run_in_turn(lambda: inputs.read_train_cases(hparams, args.skip_broken))
-        runs.assemble(hparams, backbone, cases=lambda: cases)
+        # Read where the classifier of these weights is still to be trained.
+        runs.assemble(hparams, backbone, cases=lambda: inputs.read_train_cases(hparams, args.skip_broken))
         if processes.is_main():
             report_scope(hparams)
         return 0

@@ -79,6 +79,10 @@ def test_what_the_models_folder_tells_is_said_before_it_loads(
 
 # ---------------------------------------------------------------- options without effect
 
+OVERLAP = ("scope_gate=nearest", "scope_measure=overlap", "scope_overlap=0.5")
+BOTH = ("scope_gate=nearest", "scope_measure=both", "scope_overlap=0.5")
+TRAINED = ("scope_gate=nearest", "scope_measure=trained", "scope_dir={root}/s")
+
 
 @pytest.mark.usefixtures("nothing_loads")
 @pytest.mark.parametrize(
@@ -91,7 +95,31 @@ def test_what_the_models_folder_tells_is_said_before_it_loads(
         (["method=mend", "editor_dir={root}/e", "lr=1"], "lr: has no effect with method: mend"),
         (["editor_lr=1"], "editor_lr: has no effect with method: unike; it belongs to method: ke, mend, ser"),
         (["scope_overlap_tokens=3"], "scope_overlap_tokens: has no effect with scope_overlap: null"),
-        (["method=ft", "scope_gate=nearest"], "scope_gate: has no effect with method: ft"),
+        (["method=ft", "scope_gate=nearest"], "scope_measure: cosine: is UniKE's own; expected trained, ov"),
+        (["scope_threshold=0.5"], "scope_threshold: has no effect with scope_gate: none; give both"),
+        (
+            ["method=ft", "scope_measure=both"],
+            "scope_measure: has no effect with scope_gate: none; give both",
+        ),
+        (
+            [*OVERLAP, "scope_threshold=0.5"],
+            "scope_threshold: has no effect with scope_measure: overlap; it",
+        ),
+        ([*OVERLAP, "scope_halves=both"], "scope_halves: has no effect with scope_measure: overlap; such a"),
+        ([*OVERLAP, "scope_layer=1"], "scope_layer: has no effect with scope_measure: overlap; no scope"),
+        ([*OVERLAP, "scope_recall=0.9"], "scope_recall: has no effect without a trained scope classifier"),
+        (["scope_gate=nearest", "scope_layer=1"], "scope_layer: has no effect with scope_measure: cosine"),
+        ([*TRAINED, "scope_layer=1"], "scope_layer: has no effect with scope_measure: trained; no scope"),
+        (
+            [*TRAINED, "method=ft", "scope_halves=both"],
+            "scope_halves: has no effect with method: ft; it bel",
+        ),
+        (["scope_probes=hard"], "scope_probes: has no effect without a trained scope classifier; it needs a"),
+        (["method=ft", "scope_steps=3"], "scope_steps: has no effect without a trained scope classifier"),
+        (
+            ["method=ft", "scope_gate=nearest", "scope_overlap=0.5", "scope_measure=cosine"],
+            "scope_measure: has no effect with method: ft: cosine is UniKE's own, and scope_overlap decides",
+        ),
         (["benchmark_version=2"], "benchmark_version: has no effect with generate_data: false"),
         (["own.a=1"], "own: has no effect with method: unike"),
         (["vision_config.depth=1"], "vision_config: has no effect with the folder "),
@@ -109,6 +137,12 @@ def test_an_option_that_nothing_reads(copied: Project, capsys, arguments: list[s
         ["k=3", "alpha=0.5", "n_keys=3", "beta=1", "lr=1", "scope_gate=none", "key_init=query"],
         ["method=ft", "lr=1", "max_steps=3", "seed=3", "layers=1"],
         ["method=ft", "scope_overlap=0.5", "scope_overlap_tokens=3", "scope_gate=nearest"],
+        ["method=ft", *OVERLAP],
+        [*OVERLAP, "scope_overlap_tokens=3"],
+        ["scope_gate=nearest", "scope_threshold=0.5", "scope_halves=both"],
+        [*TRAINED, "scope_threshold=0.5", "scope_halves=both", "scope_recall=0.9", "scope_probes=hard"],
+        ["method=ft", *TRAINED, "scope_threshold=null", "scope_layer=2", "scope_recall=0.9", "layers=1"],
+        ["method=ft", *BOTH, "scope_dir={root}/s", "scope_layer=0", "layers=1"],
         ["method=tpatcher", "activation_loss=1", "n_keys=3", "lr=1"],
         ["method=mend", "editor_dir={root}/e", "editor_lr=1", "clip_norm=1", "answer_end=eos"],
     ],

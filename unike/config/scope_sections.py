@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from unike.config.kinds import choice, nullable, number, switch, text, whole
 from unike.config.schema import Section, option
 from unike.config.sections import SeedOptions
+from unike.types import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +41,16 @@ class OverlapGateOptions(Section):
         "one",
         None,
     )
+
+    def find_scope_layer(self, count: int, first: int) -> int:
+        """``scope_layer`` of a decoder of ``count`` layers; ``first`` where it is null. UserError where the
+        decoder has no such layer."""
+        if self.scope_layer is None:
+            return first
+        if self.scope_layer >= count:
+            expected = f"expected a number from 0 to {count - 1}"
+            raise UserError(f"{self.source}: scope_layer: {self.scope_layer}; {expected}")
+        return self.scope_layer
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -145,7 +145,7 @@ class MultimodalEditor:
         with self._slot.guard.hold():
             if isinstance(edit, PickledEdit):
                 shared = self._get_shared() if edit.needs() else Shared()
-                edit = edit.restore(self.backbone, shared.knowledge, shared.network)
+                edit = edit.restore(self.backbone, shared.knowledge, shared.network, shared.scope)
             mine = not self.edits or self._slot.editor is self
             self._slot.attach(edit)
             self._slot.editor = self if mine else None
@@ -384,7 +384,7 @@ def _report_unread(hparams: HyperParams) -> None:
     if needs.cases:
         return
     reason = f"{hparams.method} needs none with these options"
-    if needs.knowledge or needs.training:
+    if needs.knowledge or needs.training or needs.scope:
         reason = "what is learnt from train data is there already (knowledge_dir, scope_dir, editor_dir)"
     logger.warning("train_ds: is not read: %s", reason)
 

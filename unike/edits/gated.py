@@ -292,7 +292,12 @@ class GatedEdit(Edit):
         gate = _read_gate(content.take_value("gate", dict))
         scope = None if gate.layer is None else shared.scope
         if gate.layer is not None and scope is None:
-            raise ValueError("gate: needs the scope classifier that it was made with")
+            raise ValueError(
+                "gate: needs the scope classifier that it was made with; hand it over as scope=, or load the "
+                "edit by its editor"
+            )
+        if gate.layer is not None and gate.layer >= len(backbone.layout):
+            raise ValueError(f"gate: layer: {gate.layer}; the decoder has {len(backbone.layout)}")
         kinds, names = content.take_texts("kinds"), content.take_texts("ids")
         ids = content.take_value("next", list)
         members = []
@@ -301,7 +306,7 @@ class GatedEdit(Edit):
             if chosen.ndim != 2 or not 1 <= len(chosen) <= gate.tokens or chosen.dtype != torch.long:
                 raise ValueError("next: expected token ids for each token of the gate")
             probabilities = content.take_tensor(f"next.{i}.probabilities", *chosen.shape)
-            vector = None if scope is None else content.take_tensor(f"next.{i}.scope", None)
+            vector = None if scope is None else content.take_tensor(f"next.{i}.scope", scope.encoder.width)
             own = content.take_part(i)
             edit = find_kind(name).unpack(own, backbone, shared)
             own.require_empty()

@@ -16,6 +16,7 @@ from unike.edits.base import Edit, load_edit, make_shared
 from unike.edits.content import Content
 from unike.edits.files import INDEX, TENSORS, SavedEdit, UnsavedEdit, read_index
 from unike.edits.shares import LayerKnowledge, Shared
+from unike.knowledge.scope import TrainedScope
 from unike.types import UserError
 
 
@@ -51,9 +52,10 @@ class PickledEdit(Edit):
         backbone: Backbone,
         knowledge: Mapping[int, LayerKnowledge] | None = None,
         network: nn.Module | None = None,
+        scope: TrainedScope | None = None,
     ) -> Edit:
         """The edit on a backbone; UserError as ``Edit.load``."""
-        edit = load_edit(self.saved, backbone, make_shared(knowledge, network))
+        edit = load_edit(self.saved, backbone, make_shared(knowledge, network, scope))
         edit.id = self.id
         return edit
 

@@ -79,6 +79,13 @@ class ScopeEncoder(nn.Module):
             nn.Linear(2 * wide, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, out)
         )
 
+    @property
+    def width(self) -> int:
+        """Of the learned space, ``r``."""
+        last = self.out[-1]
+        assert isinstance(last, nn.Linear)
+        return last.out_features
+
     def forward(self, states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """``(b, t, d)`` to ``(b, r)``; ``mask (b, t)`` is true on the prompt's tokens."""
         if self.tokens is not None:

@@ -195,9 +195,7 @@ def resolve_layers(hparams: LayerOptions, backbone: Backbone) -> list[int]:
     """The YAML's ``layers`` as indices: the last n, or a list. UserError where the decoder has fewer, or
     where ``device_map`` has put one of them elsewhere."""
     found = hparams.list_layers(len(backbone.layout))
-    home = backbone.device
-    lost = [i for i in found if next(backbone.layout.layer(i).parameters()).device != home]
-    if lost:
+    if lost := _list_far_layers(found, backbone):
         raise UserError(
             f"{hparams.source}: layers: {lost} lie on another device than the embeddings; "
             "expected layers that the YAML which loads the backbone names, too"
@@ -205,16 +203,22 @@ def resolve_layers(hparams: LayerOptions, backbone: Backbone) -> list[int]:
     return found
 
 
+def _list_far_layers(layers: Sequence[int], backbone: Backbone) -> list[int]:
+    """Those that lie on another device than the embeddings."""
+    home = backbone.device
+    return [i for i in layers if next(backbone.layout.layer(i).parameters()).device != home]
+
+
 def find_gate_layer(hparams: HyperParams, backbone: Backbone, layers: Sequence[int]) -> int:
     """The decoder layer whose input the scope classifier of a gate around edits reads: ``scope_layer``, or
-    the first of the edited ``layers``. UserError where the decoder has no such layer."""
-    count = len(backbone.layout)
-    if hparams.scope_layer is None:
-        return layers[0]
-    if hparams.scope_layer >= count:
-        expected = f"expected a number from 0 to {count - 1}"
-        raise UserError(f"{hparams.source}: scope_layer: {hparams.scope_layer}; {expected}")
-    return hparams.scope_layer
+    the first of the edited ``layers``. UserError where the decoder has no such layer, or where ``device_map``
+    has put it elsewhere."""
+    found = hparams.find_scope_layer(len(backbone.layout), layers[0])
+    if _list_far_layers([found], backbone):
+        expected = "expected an edited layer, or null"
+        at = f"{hparams.source}: scope_layer: {found}"
+        raise UserError(f"{at}: lies on another device than the embeddings; {expected}")
+    return found
 
 
 # The former name, for one release.

@@ -89,8 +89,11 @@ def gates_edits(hparams: HyperParams, entry: Entry) -> bool:
     not decide by itself."""
     if hparams.scope_gate == "none" or entry.uses_own_gate(hparams) or entry.needs_scope(hparams):
         return False
-    # An overlap alone, with scope_gate: nearest, is of the time before scope_measure had a name for it.
-    return hparams.scope_measure != "cosine" or hparams.scope_overlap is None
+    if hparams.scope_measure != "cosine":
+        return True
+    # An overlap alone, with scope_gate: nearest, is of the time before scope_measure had a name for it. A
+    # user's own method may compute UniKE's cosine itself.
+    return hparams.scope_overlap is None and hparams.method in BUILT_IN
 
 
 def check_method(hparams: HyperParams) -> None:

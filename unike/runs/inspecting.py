@@ -10,6 +10,7 @@ from pathlib import Path
 from unike.config.hparams import OPTIONS, HyperParams
 from unike.config.patcher import NeuronOptions
 from unike.config.schema import list_own_options
+from unike.config.scope_sections import ScopeStorageOptions, ScopeTrainingOptions
 from unike.config.sections import (
     EditorOptions,
     EditorTrainingOptions,
@@ -18,14 +19,14 @@ from unike.config.sections import (
     IKEOptions,
     PatchLossOptions,
     PatchOptions,
-    ScopeGateOptions,
     UniKEOptions,
 )
 from unike.datasets.images import open_image
 from unike.datasets.lengths import find_long_texts, list_queries, may_be_long, read_limit
 from unike.evaluation.sequences import draw_run_sequences
+from unike.methods.catalogue import uses_own_gate
 from unike.methods.preparation.folders import find_shipped_model, require_place
-from unike.methods.registry import MethodNeeds
+from unike.methods.registry import MethodNeeds, resolve_needs, resolve_needs_if_valid
 from unike.runs.records import RECORDS, read_records
 from unike.system.files import compute_sha256
 from unike.system.findings import collect_problems
@@ -49,6 +50,7 @@ _MODEL_FILES = ("config.json", "model.safetensors")
 def check_effects(hparams: HyperParams, given: Sequence[str]) -> None:
     """UserError, a line for each, for options of the command line that this run would not look at."""
     problems = []
+    needs = _resolve_scope_needs(hparams)
     for key in dict.fromkeys(given):
         if key in _PROTOCOL_KEYS and hparams.protocol == "one_step":
             remedy = "add --protocol sequential, or cross_task"
@@ -62,14 +64,13 @@ def check_effects(hparams: HyperParams, given: Sequence[str]) -> None:
                 f"{hparams.source}: {key}: has no effect with generate_data: false; nothing is drawn"
             )
         for methods, own in _METHOD_KEYS.items():
-            if key == "scope_gate" and hparams.scope_overlap is not None:
-                # The overlap gate of any method reads it.
-                continue
             if key in _TRAINED_PAIRS and hparams.method == "ike" and hparams.ike_patches:
                 continue
             if key in own and hparams.method in _METHODS - set(methods):
                 what = f"{key}: has no effect with method: {hparams.method}"
                 problems.append(f"{hparams.source}: {what}; it belongs to method: {', '.join(methods)}")
+        if (why := _explain_idle_scope(hparams, needs, key)) is not None:
+            problems.append(f"{hparams.source}: {key}: has no effect {why}")
         if key == "own" and hparams.method in _METHODS:
             what = f"own: has no effect with method: {hparams.method}"
             problems.append(f"{hparams.source}: {what}; it holds options of a method of your own")
@@ -84,7 +85,8 @@ _PROTOCOL_KEYS = {"sequence_length", "sequences", "curve_cases"}
 _METHODS = {"unike", "ft", "tpatcher", "tpatcher_published", "ike", "ke", "mend", "serac"}
 _EDITOR_KEYS = {*list_own_options(EditorOptions), *list_own_options(EditorTrainingOptions)}
 # T-Patcher starts its keys in one way only.
-_UNIKE_KEYS = {*list_own_options(UniKEOptions), *list_own_options(ScopeGateOptions), "key_init"}
+_UNIKE_KEYS = {*list_own_options(UniKEOptions), "scope_halves", "key_init"}
+_CLASSIFIER_KEYS = {*list_own_options(ScopeTrainingOptions), *list_own_options(ScopeStorageOptions)}
 _TRAINED_PAIRS = {
     *list_own_options(PatchOptions),
     *list_own_options(PatchLossOptions),
@@ -106,7 +108,42 @@ _METHOD_KEYS = {
     ("unike", "tpatcher", "ft", "tpatcher_published"): set(list_own_options(EditTrainingOptions))
     - {"stop_loss"},
 }
+_GATE_KEYS = {"scope_measure", "scope_threshold", "scope_halves", "scope_layer"}
 _ORIGINAL_KEYS = {"vision_config", "qformer_config"}
+
+
+def _resolve_scope_needs(hparams: HyperParams) -> MethodNeeds | None:
+    """What the gate of one of the package's methods needs; None for a user's own, which may read each option
+    as it likes, and for a YAML that its method refuses, which the check of the method says."""
+    if hparams.method not in _METHODS:
+        return None
+    try:
+        return resolve_needs(hparams)
+    except UserError:
+        return None
+
+
+def _explain_idle_scope(hparams: HyperParams, needs: MethodNeeds | None, key: str) -> str | None:
+    """Why nothing reads an option of the scope gate or of its classifier; None where something does."""
+    if needs is None:
+        return None
+    measure, own = hparams.scope_measure, hparams.method == "unike" and uses_own_gate(hparams)
+    if key in _CLASSIFIER_KEYS and not needs.scope:
+        return "without a trained scope classifier; it needs a scope_gate, and scope_measure: trained or both"
+    if key == "scope_halves" and hparams.method != "unike":
+        # The table of methods has it.
+        return None
+    if key in _GATE_KEYS and hparams.scope_gate == "none":
+        return "with scope_gate: none; give both"
+    if key == "scope_measure" and not (own or needs.gate):
+        return f"with method: {hparams.method}: {measure} is UniKE's own, and scope_overlap decides"
+    if key == "scope_threshold" and not (own or needs.gate_scope):
+        return f"with scope_measure: {measure}; it is scope_overlap that overlaps are compared with"
+    if key == "scope_halves" and not own:
+        return f"with scope_measure: {measure}; such a gate is around the whole edit"
+    if key == "scope_layer" and not needs.gate_scope:
+        return f"with scope_measure: {measure}; no scope classifier is around these edits"
+    return None
 
 
 def _has_original_files(spec: BackboneSpec) -> bool:
@@ -126,6 +163,8 @@ def check_shapes(hparams: HyperParams) -> None:
     problems = []
     if isinstance(count, int):
         problems += collect_problems(lambda: hparams.list_layers(count))
+        if resolve_needs_if_valid(hparams).gate_scope:
+            problems += collect_problems(lambda: hparams.find_scope_layer(count, 0))
     size = hparams.image_size
     if isinstance(patch, int) and size is not None and size < patch:
         expected = f"expected at least {patch}, the side of a patch"

@@ -13,6 +13,7 @@ These are relatives of the benchmark's minimal pairs and styles, made in another
 
 from __future__ import annotations
 
+import os
 import random
 import zlib
 from collections.abc import Sequence
@@ -21,10 +22,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from unike.backbones.base import Backbone
+from unike.backbones.images import content_key
 from unike.datasets.answers import normalise_answer
 from unike.datasets.changed_images import HALVES, make_thumbnail, replace_half, restyle
 from unike.system.progress import Tick, ignore_progress
-from unike.types import Case, Expectation, ImageLike, Probe, Query
+from unike.system.text import one_line
+from unike.types import Case, Expectation, ImageLike, Probe, Query, UserError
 
 MIXING = "asking about mixed images"
 RESTYLED, ALIKE, MIXED = 3, 2, 2
@@ -38,20 +41,24 @@ _SAME = 0.999
 
 @dataclass(frozen=True)
 class _Lookalikes:
-    """Of each image of the train records those that look most alike, nearest first."""
+    """Of each image of the train records those that look most alike, nearest first; none that shows the
+    same."""
 
     images: Sequence[ImageLike]
-    near: np.ndarray
+    views: np.ndarray
+    near: Sequence[Sequence[int]]
 
     @classmethod
     def find(cls, images: Sequence[ImageLike]) -> _Lookalikes:
         views = np.stack([make_thumbnail(image) for image in images])
-        near = np.empty((len(images), min(NEIGHBOURS, len(images))), dtype=np.int64)
+        near: list[Sequence[int]] = []
         for start in range(0, len(images), 512):
-            likeness = views[start : start + 512] @ views.T
-            likeness[likeness > _SAME] = -np.inf
-            near[start : start + 512] = np.argsort(-likeness, 1)[:, : near.shape[1]]
-        return cls(images, near)
+            part = views[start : start + 512]
+            likeness = np.where(_are_same(part, views), -np.inf, part @ views.T)
+            order = np.argsort(-likeness, 1)[:, :NEIGHBOURS]
+            are_other = np.isfinite(np.take_along_axis(likeness, order, 1))
+            near += [order[row][are_other[row]].tolist() for row in range(len(part))]
+        return cls(images, views, near)
 
     def draw(self, place: int, count: int, rng: random.Random) -> list[ImageLike]:
         """``count`` of the images that look most like the one at ``place``, some twice where there are too
@@ -61,22 +68,57 @@ class _Lookalikes:
             found += found
         return [self.images[i] for i in rng.sample(found, count)]
 
+    def draw_any(self, place: int, rng: random.Random) -> ImageLike:
+        """An image that does not show what the one at ``place`` does."""
+        while True:
+            drawn = rng.randrange(len(self.images))
+            if not _are_same(self.views[place : place + 1], self.views[drawn : drawn + 1]).item():
+                return self.images[drawn]
+
+
+def _are_same(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Which of the views ``(n, s)`` and ``(m, s)`` are of the same content, ``(n, m)``. Those of one shade of
+    gray are all zeros, and count as one another."""
+    blank = (
+        np.logical_not(one.any(axis=1, keepdims=True)) & np.logical_not(other.any(axis=1, keepdims=True)).T
+    )
+    same: np.ndarray = (one @ other.T > _SAME) | blank
+    return same
+
+
+def _name_image(image: ImageLike) -> str:
+    """The same for one image in several records: a file's path, else what identifies its content."""
+    return os.fspath(image) if isinstance(image, (str, os.PathLike)) else content_key(image)
+
 
 def harden_cases(
     cases: Sequence[Case], backbone: Backbone, seed: int, tick: Tick = ignore_progress, batch: int = 32
 ) -> list[Case]:
     """``make_training_cases``'s records, with harder probes of both kinds; the same number in each.
 
-    ``batch`` prompts share a forward pass. UserError where an image cannot be read.
+    ``batch`` prompts share a forward pass. UserError for a record without an image, for one whose image no
+    other record's differs from, and where an image cannot be read.
     """
-    known = list({str(c.request.query.image): c.request.query.image for c in cases}.values())
-    places = {str(image): place for place, image in enumerate(known)}
-    alike = _Lookalikes.find(known)
+    names = [_name_image(_require_image(case)) for case in cases]
+    known = {name: _require_image(case) for name, case in zip(names, cases, strict=True)}
+    places = {name: place for place, name in enumerate(known)}
+    alike = _Lookalikes.find(list(known.values()))
     hard = []
-    for case in cases:
+    for case, name in zip(cases, names, strict=True):
+        if not alike.near[places[name]]:
+            at = f"record {one_line(case.request.id, 60)}"
+            expected = "expected train records of several images, to draw harder ones from"
+            raise UserError(f"{at}: all images look like its own; {expected}")
         rng = random.Random(zlib.crc32(f"{seed} {case.task} {case.request.id}".encode()))
-        hard.append(_harden(case, rng, alike, places[str(case.request.query.image)]))
+        hard.append(_harden(case, rng, alike, places[name]))
     return _keep_other_answers(hard, backbone, tick, batch)
+
+
+def _require_image(case: Case) -> ImageLike:
+    if case.request.query.image is None:
+        at = f"record {one_line(case.request.id, 60)}"
+        raise UserError(f"{at}: has no image; harder probes are drawn from each record's")
+    return case.request.query.image
 
 
 def _harden(case: Case, rng: random.Random, alike: _Lookalikes, place: int) -> Case:
@@ -86,7 +128,7 @@ def _harden(case: Case, rng: random.Random, alike: _Lookalikes, place: int) -> C
     styled = [replace(q, image=restyle(q.image, rng)) for q in (redrawn, rephrased, redrawn)[:RESTYLED]]
     near = alike.draw(place, ALIKE + MIXED, rng)
     mixed = [
-        replace(query, image=replace_half(query.image, rng.choice(alike.images), half))
+        replace(query, image=replace_half(query.image, alike.draw_any(place, rng), half))
         for query, half in zip((edit, joint), rng.sample(HALVES, MIXED), strict=True)
     ]
     inside = [p for p in case.probes if p.expect == "target"]

@@ -69,9 +69,8 @@ def make_scope_cases(
     """The records as the classifier is trained on them, with as many probes each: those in scope first, the
     edit itself at their head. UserError where a record lacks a probe."""
     taught = make_training_cases(cases)
-    if hparams.scope_probes == "hard":
-        return processes.run_once(lambda: harden_cases(taught, backbone, hparams.seed, tick))
-    return taught
+    # Whoever trains the classifier is one process already.
+    return harden_cases(taught, backbone, hparams.seed, tick) if hparams.scope_probes == "hard" else taught
 
 
 @torch.no_grad()
