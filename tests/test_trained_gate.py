@@ -146,6 +146,16 @@ def test_open_it_answers_as_the_edit_and_closed_as_the_base(world: World, row) -
     for gate, expected in ((ALWAYS, inside), (NEVER, base)):
         gated = GatedEdit.wrap(edit, case(0).request, gate, backbone, scope)
         assert torch.equal(answer(world, gated, asked), expected)
+        # Each row is decided on once, by the prompt as it was before the edit was shown in it.
+        similarity = gated.measured.values[SIMILARITY][:, 0]
+        assert similarity[0].item() == pytest.approx(1, abs=1e-5)
+        assert len(similarity) == 2
+        # Prompts that nobody has seen yet are observed in the midst of the batch.
+        texts = [gated.rewrite(q) for q in asked]
+        with gated.applied(backbone):
+            backbone._sights.clear()
+            assert torch.equal(world.logits(texts), expected)
+            assert torch.equal(gated.measured.values[SIMILARITY][:, 0], similarity)
     assert inside.shape != base.shape or not torch.equal(inside, base)
     assert snapshot(backbone)[1] == hooks
     assert all(torch.equal(tensor, before[name]) for name, tensor in snapshot(backbone)[0].items())
