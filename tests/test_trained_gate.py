@@ -405,6 +405,9 @@ def test_a_run_trains_the_classifier_once(taught: Project, tmp_path: Path, capsy
     written = kept.with_name("scope.safetensors").stat().st_mtime_ns
     runs = {"both": (*GATED, "scope_measure=both", "scope_overlap=0.2", scope, *SMALL)}
     runs["overlap"] = (*GATED, "scope_measure=overlap", "scope_overlap=0.2")
+    # An edit that is a text in the prompt: some rows have it, others not.
+    ike = ("method=ike", "ike_retriever=states", "ike_demonstrations=1", "knowledge_dir=null")
+    runs["ike"] = (*ike, "scope_gate=threshold", "scope_measure=overlap", "scope_overlap=0.8")
     for name, options in runs.items():
         assert start(taught, "--size", "2", "--output", str(tmp_path / name), *options) == 0
     decided = {}
@@ -412,8 +415,11 @@ def test_a_run_trains_the_classifier_once(taught: Project, tmp_path: Path, capsy
         records = read_records(tmp_path / name)
         assert [r.status for r in records] == ["ok", "ok"]
         decided[name] = {key for r in records for key in r.decisions}
+        assert all(
+            r.decisions[key]["reliability"] == pytest.approx(1) for r in records for key in r.decisions
+        )
     expected = {"trained": {SIMILARITY}, "overlap": {OVERLAP}, "both": {SIMILARITY, OVERLAP}}
-    assert decided == expected
+    assert decided == {**expected, "ike": {OVERLAP}}
     assert [p.stat().st_mtime_ns for p in taught.root.glob("scope/*/*.safetensors")] == [written]
     # Without train records it is read all the same, and another layer's is not there.
     for split in taught.data.glob("*_train.json"):
