@@ -54,7 +54,7 @@ class _Lookalikes:
             part = views[start : start + 512]
             likeness = np.where(_are_same(part, views), -np.inf, part @ views.T)
             order = np.argsort(-likeness, 1)[:, :NEIGHBOURS]
-            are_other = np.isfinite(np.take_along_axis(likeness, order, 1))
+            are_other: np.ndarray = np.isfinite(np.take_along_axis(likeness, order, 1))
             near += [order[row][are_other[row]].tolist() for row in range(len(part))]
         return cls(images, views, near)
 
@@ -77,7 +77,7 @@ class _Lookalikes:
 def _are_same(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     """Which of the views ``(n, s)`` and ``(m, s)`` are of the same content, ``(n, m)``. Those of one shade of
     gray are all zeros, and count as one another."""
-    blank = ~one.any(1)[:, None] & ~other.any(1)[None]
+    blank = np.all(one == 0, axis=1, keepdims=True) & np.all(other == 0, axis=1)
     same: np.ndarray = (one @ other.T > _SAME) | blank
     return same
 
