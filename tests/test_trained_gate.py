@@ -19,6 +19,8 @@ from worlds import World, case, query, snapshot, world_of
 
 from unike.backbones.base import encode_queries
 from unike.backbones.hooks import watch
+from unike.config.hparams import HyperParams
+from unike.editor import MultimodalEditor
 from unike.edits import Edit, EditStore, compose, explain
 from unike.edits.attached import Slot
 from unike.edits.gated import OVERLAP, SIMILARITY, Gate, GatedEdit, GatedMember, observe_prompts
@@ -27,7 +29,10 @@ from unike.evaluation.protocols import run_sequence
 from unike.evaluation.reader import Reader
 from unike.knowledge.overlap import NextTokens
 from unike.knowledge.scope import ScopeEncoder, TrainedScope
+from unike.methods.catalogue import Entry
 from unike.methods.preparation.scope import collect_scope_samples
+from unike.methods.registry import gates_edits
+from unike.runs.inputs import read_train_cases
 from unike.runs.records import read_records
 from unike.types import Query, UserError
 
@@ -432,6 +437,28 @@ def test_a_run_trains_the_classifier_once(taught: Project, tmp_path: Path, capsy
             split.rename(split.with_suffix(".json"))
 
 
+def test_an_editor_restores_a_pickled_edit_with_its_classifier(taught: Project, caplog) -> None:
+    options = (*GATED, "scope_measure=trained", f"scope_dir={taught.root / 'own'}", *SMALL)
+    hparams = HyperParams.from_hparams(taught.yaml, list(options))
+    editor = MultimodalEditor.from_hparams(hparams, progress=False)
+    asked = (str(taught.data / "1.png"), "what is number 1?")
+    _, model, _ = editor.edit(prompts=asked[1], targets="two dogs", image=asked[0])
+    (edit,) = model.edits
+    expected = editor.generate(*asked, edited=True)
+    assert expected != editor.generate(*asked)
+    pickled = pickle.dumps(edit)
+    editor.detach(edit.id)
+    editor.attach(pickle.loads(pickled))
+    assert editor.generate(*asked, edited=True) == expected
+    # What is learnt already is not learnt from other records.
+    editor.prepare(train_ds=read_train_cases(hparams))
+    assert "what is learnt from train data is there already" in caplog.text
+    plain = MultimodalEditor.from_hparams(replace(hparams, scope_gate="none"), progress=False)
+    with pytest.raises(UserError, match="gate: needs the scope classifier"):
+        plain.attach(pickle.loads(pickled))
+    editor._slot.put(())
+
+
 @pytest.mark.usefixtures("nothing_loads")
 @pytest.mark.parametrize(
     ("options", "expected"),
@@ -460,10 +487,6 @@ def test_gates_that_cannot_be_are_refused_in_a_line(
 
 def test_a_users_own_method_reads_the_cosine_itself() -> None:
     """Only the package's other methods are known not to compute it."""
-    from unike.config.hparams import HyperParams
-    from unike.methods.catalogue import Entry
-    from unike.methods.registry import gates_edits
-
     base = {"model_name": "blip2", "name": "unused", "scope_gate": "nearest"}
     mine = HyperParams.from_dict({**base, "method": "mine"})
     assert not gates_edits(mine, Entry(object))
