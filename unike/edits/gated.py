@@ -33,6 +33,7 @@ OVERLAP, SIMILARITY = "overlap", "similarity"
 TOP = 64
 # Of how many rewritten prompts the decision is kept.
 REWRITTEN = 20_000
+_FORMER_GATE = ("overlap", "tokens", "nearest")
 # A prompt's overlap with itself, or its similarity, may come out a little below 1.
 _ROUNDING = 1e-5
 
@@ -281,7 +282,7 @@ class GatedEdit(Edit):
 
     @classmethod
     def unpack(cls, content: Content, backbone: Backbone, shared: Shared) -> GatedEdit:
-        gate = _read_gate(content.take_value("gate", dict))
+        gate = _read_gate(content)
         scope = None if gate.layer is None else shared.scope
         if gate.layer is not None and scope is None:
             raise ValueError(
@@ -388,7 +389,12 @@ def _require_vector(vector: torch.Tensor | None) -> torch.Tensor:
     return vector
 
 
-def _read_gate(values: dict[str, object]) -> Gate:
+def _read_gate(content: Content) -> Gate:
+    if isinstance(content.values.get("gate"), list):
+        # Overlap, tokens and nearest, as gates without a classifier were first written.
+        former = content.take_value("gate", list)
+        content.values["gate"] = asdict(Gate()) | dict(zip(_FORMER_GATE, former, strict=True))
+    values = content.take_value("gate", dict)
     if values.keys() != Gate.__dataclass_fields__.keys():
         raise ValueError(f"gate: expected {', '.join(Gate.__dataclass_fields__)}")
     overlap, similarity = (_read_bound(values[name], name) for name in ("overlap", "similarity"))
