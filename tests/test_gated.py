@@ -263,6 +263,16 @@ def test_a_model_called_by_itself_is_refused(world: World):
         backbone.decoder(**arguments)
 
 
+def test_a_gate_as_it_was_first_written_is_read(worlds, monkeypatch):
+    world = world_of("blip2", worlds, monkeypatch)
+    gate = Gate(0.5, 2, True)
+    content = GatedEdit.wrap(world.edit(("ft", {"layers": 1})), case(0).request, gate, world.backbone).pack()
+    content.values["gate"] = [0.5, 2, True]
+    loaded = GatedEdit.unpack(content, world.backbone, Shared())
+    assert (loaded.gate, loaded.scope) == (gate, None)
+    content.require_empty()
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -159,6 +159,10 @@ def test_costs_against_arithmetic(tmp_path: Path) -> None:
     assert whole.training_flops > 100 * cost.training_flops
     half = estimate_scope(replace(options, scope_records=1000, scope_memory_gb=0.5), size)
     assert (half.states * 2, half.memory) == (cost.states, 5 * 10**8)
+    hard = estimate_scope(replace(options, scope_probes="hard"), size)
+    assert (cost.passes, cost.images) == (2000 * queries, 3)
+    # Seven probes more; of each record three prompts are answered first, and five images are new.
+    assert (hard.queries, hard.passes, hard.images) == (queries + 7, 2000 * (queries + 7 + 3), 8)
 
 
 @pytest.mark.parametrize("changes", [{}, {"scope_width": 96, "scope_hidden": 33}, {"scope_width": 192}])

@@ -19,6 +19,8 @@ from worlds import World, case, query, snapshot, world_of
 
 from unike.backbones.base import encode_queries
 from unike.backbones.hooks import watch
+from unike.config.hparams import HyperParams
+from unike.editor import MultimodalEditor
 from unike.edits import Edit, EditStore, compose, explain
 from unike.edits.attached import Slot
 from unike.edits.gated import OVERLAP, SIMILARITY, Gate, GatedEdit, GatedMember, observe_prompts
@@ -27,7 +29,10 @@ from unike.evaluation.protocols import run_sequence
 from unike.evaluation.reader import Reader
 from unike.knowledge.overlap import NextTokens
 from unike.knowledge.scope import ScopeEncoder, TrainedScope
+from unike.methods.catalogue import Entry
 from unike.methods.preparation.scope import collect_scope_samples
+from unike.methods.registry import gates_edits
+from unike.runs.inputs import read_train_cases
 from unike.runs.records import read_records
 from unike.types import Query, UserError
 
@@ -146,6 +151,16 @@ def test_open_it_answers_as_the_edit_and_closed_as_the_base(world: World, row) -
     for gate, expected in ((ALWAYS, inside), (NEVER, base)):
         gated = GatedEdit.wrap(edit, case(0).request, gate, backbone, scope)
         assert torch.equal(answer(world, gated, asked), expected)
+        # Each row is decided on once, by the prompt as it was before the edit was shown in it.
+        similarity = gated.measured.values[SIMILARITY][:, 0]
+        assert similarity[0].item() == pytest.approx(1, abs=1e-5)
+        assert len(similarity) == 2
+        # Prompts that nobody has seen yet are observed in the midst of the batch.
+        texts = [gated.rewrite(q) for q in asked]
+        with gated.applied(backbone):
+            backbone._sights.clear()
+            assert torch.equal(world.logits(texts), expected)
+            assert torch.equal(gated.measured.values[SIMILARITY][:, 0], similarity)
     assert inside.shape != base.shape or not torch.equal(inside, base)
     assert snapshot(backbone)[1] == hooks
     assert all(torch.equal(tensor, before[name]) for name, tensor in snapshot(backbone)[0].items())
@@ -405,6 +420,9 @@ def test_a_run_trains_the_classifier_once(taught: Project, tmp_path: Path, capsy
     written = kept.with_name("scope.safetensors").stat().st_mtime_ns
     runs = {"both": (*GATED, "scope_measure=both", "scope_overlap=0.2", scope, *SMALL)}
     runs["overlap"] = (*GATED, "scope_measure=overlap", "scope_overlap=0.2")
+    # An edit that is a text in the prompt: some rows have it, others not.
+    ike = ("method=ike", "ike_retriever=states", "ike_demonstrations=1", "knowledge_dir=null")
+    runs["ike"] = (*ike, "scope_gate=threshold", "scope_measure=overlap", "scope_overlap=0.8")
     for name, options in runs.items():
         assert start(taught, "--size", "2", "--output", str(tmp_path / name), *options) == 0
     decided = {}
@@ -412,8 +430,11 @@ def test_a_run_trains_the_classifier_once(taught: Project, tmp_path: Path, capsy
         records = read_records(tmp_path / name)
         assert [r.status for r in records] == ["ok", "ok"]
         decided[name] = {key for r in records for key in r.decisions}
+        assert all(
+            r.decisions[key]["reliability"] == pytest.approx(1) for r in records for key in r.decisions
+        )
     expected = {"trained": {SIMILARITY}, "overlap": {OVERLAP}, "both": {SIMILARITY, OVERLAP}}
-    assert decided == expected
+    assert decided == {**expected, "ike": {OVERLAP}}
     assert [p.stat().st_mtime_ns for p in taught.root.glob("scope/*/*.safetensors")] == [written]
     # Without train records it is read all the same, and another layer's is not there.
     for split in taught.data.glob("*_train.json"):
@@ -424,6 +445,28 @@ def test_a_run_trains_the_classifier_once(taught: Project, tmp_path: Path, capsy
     finally:
         for split in taught.data.glob("*_train.away"):
             split.rename(split.with_suffix(".json"))
+
+
+def test_an_editor_restores_a_pickled_edit_with_its_classifier(taught: Project, caplog) -> None:
+    options = (*GATED, "scope_measure=trained", f"scope_dir={taught.root / 'own'}", *SMALL)
+    hparams = HyperParams.from_hparams(taught.yaml, list(options))
+    editor = MultimodalEditor.from_hparams(hparams, progress=False)
+    asked = (str(taught.data / "1.png"), "what is number 1?")
+    _, model, _ = editor.edit(prompts=asked[1], targets="two dogs", image=asked[0])
+    (edit,) = model.edits
+    expected = editor.generate(*asked, edited=True)
+    assert expected != editor.generate(*asked)
+    pickled = pickle.dumps(edit)
+    editor.detach(edit.id)
+    editor.attach(pickle.loads(pickled))
+    assert editor.generate(*asked, edited=True) == expected
+    # What is learnt already is not learnt from other records.
+    editor.prepare(train_ds=read_train_cases(hparams))
+    assert "what is learnt from train data is there already" in caplog.text
+    plain = MultimodalEditor.from_hparams(replace(hparams, scope_gate="none"), progress=False)
+    with pytest.raises(UserError, match="gate: needs the scope classifier"):
+        plain.attach(pickle.loads(pickled))
+    editor._slot.put(())
 
 
 @pytest.mark.usefixtures("nothing_loads")
@@ -454,10 +497,6 @@ def test_gates_that_cannot_be_are_refused_in_a_line(
 
 def test_a_users_own_method_reads_the_cosine_itself() -> None:
     """Only the package's other methods are known not to compute it."""
-    from unike.config.hparams import HyperParams
-    from unike.methods.catalogue import Entry
-    from unike.methods.registry import gates_edits
-
     base = {"model_name": "blip2", "name": "unused", "scope_gate": "nearest"}
     mine = HyperParams.from_dict({**base, "method": "mine"})
     assert not gates_edits(mine, Entry(object))

@@ -33,6 +33,7 @@ OVERLAP, SIMILARITY = "overlap", "similarity"
 TOP = 64
 # Of how many rewritten prompts the decision is kept.
 REWRITTEN = 20_000
+_FORMER_GATE = ("overlap", "tokens", "nearest")
 # A prompt's overlap with itself, or its similarity, may come out a little below 1.
 _ROUNDING = 1e-5
 
@@ -130,8 +131,8 @@ class GatedEdit(Edit):
         self.measured: Measured | None = None
         self._backbone = ref(backbone)
         self._wholes: dict[tuple[int, ...], Edit] = {}
-        # A rewritten prompt is no longer the one that was decided on.
-        self._rewritten = BoundedCache[tuple[str | None, str], tuple[int, ...]](REWRITTEN)
+        # A rewritten prompt is no longer the one to decide on: by image and text, what it was written from.
+        self._rewritten = BoundedCache[tuple[str | None, str], str](REWRITTEN)
 
     @classmethod
     def wrap(
@@ -159,13 +160,15 @@ class GatedEdit(Edit):
         """The members that apply to each prompt of a backbone, by default the one that the edit was made on;
         keeps what was ``measured``."""
         backbone = backbone or self._get_backbone()
-        sights = observe_prompts(backbone, images, prompts, self.gate, self.scope)
+        asked = [self._find_original(image, prompt) for image, prompt in zip(images, prompts, strict=True)]
+        sights = observe_prompts(backbone, images, asked, self.gate, self.scope)
         measured = self.measured = self._measure(sights)
-        out = []
-        for image, prompt, row in zip(images, prompts, measured.open, strict=True):
-            known = self._rewritten.get((_key_image(image), prompt))
-            out.append(tuple(row.nonzero()[:, 0].tolist()) if known is None else known)
-        return out
+        return [tuple(row.nonzero()[:, 0].tolist()) for row in measured.open]
+
+    def _find_original(self, image: ImageLike | None, prompt: str) -> str:
+        """What a prompt was before this edit rewrote it."""
+        found = self._rewritten.get((_key_image(image), prompt))
+        return prompt if found is None else found
 
     def _measure(self, sights: Sequence[Sight]) -> Measured:
         values, allowed = {}, []
@@ -231,7 +234,8 @@ class GatedEdit(Edit):
         whole = self.join_members(members)
         changed = query if whole is None else whole.rewrite(query)
         if changed.prompt != query.prompt:
-            self._rewritten.put((_key_image(changed.image), changed.prompt), members)
+            original = self._find_original(query.image, query.prompt)
+            self._rewritten.put((_key_image(changed.image), changed.prompt), original)
         return changed
 
     def changes_prefix(self, backbone: Backbone, first: int) -> bool:
@@ -289,7 +293,7 @@ class GatedEdit(Edit):
 
     @classmethod
     def unpack(cls, content: Content, backbone: Backbone, shared: Shared) -> GatedEdit:
-        gate = _read_gate(content.take_value("gate", dict))
+        gate = _read_gate(content)
         scope = None if gate.layer is None else shared.scope
         if gate.layer is not None and scope is None:
             raise ValueError(
@@ -345,9 +349,13 @@ class GatedEdit(Edit):
         return {name: values.amax(1).tolist() for name, values in self.measured.values.items()}
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class _AppliedGate:
-    """A gated edit on the backbone that it is applied to, which may be a copy of the one it was made on."""
+    """A gated edit on the backbone that it is applied to, which may be a copy of the one it was made on.
+
+    Equal for equal edits: to observe a prompt, edits are taken off and applied again, in the midst of a batch
+    that is grouped already.
+    """
 
     edit: GatedEdit
     backbone: Backbone
@@ -409,7 +417,12 @@ def _require_vector(vector: torch.Tensor | None) -> torch.Tensor:
     return vector
 
 
-def _read_gate(values: dict[str, object]) -> Gate:
+def _read_gate(content: Content) -> Gate:
+    if isinstance(content.values.get("gate"), list):
+        # Overlap, tokens and nearest, as gates without a classifier were first written.
+        former = content.take_value("gate", list)
+        content.values["gate"] = asdict(Gate()) | dict(zip(_FORMER_GATE, former, strict=True))
+    values = content.take_value("gate", dict)
     if values.keys() != Gate.__dataclass_fields__.keys():
         raise ValueError(f"gate: expected {', '.join(Gate.__dataclass_fields__)}")
     overlap, similarity = (_read_bound(values[name], name) for name in ("overlap", "similarity"))

@@ -91,7 +91,8 @@ def _measure_vision(config: Mapping[str, Any], vision: Mapping[str, Any]) -> tup
 @dataclass(frozen=True)
 class ScopeCost:
     """A scope classifier's training on ``records`` records of ``queries`` queries; of each at most
-    ``tokens`` states of ``width`` are kept, in half precision."""
+    ``tokens`` states of ``width`` are kept, in half precision. Of each record the base model first answers
+    ``answered`` prompts, and ``images`` images are encoded."""
 
     records: int
     queries: int
@@ -101,6 +102,13 @@ class ScopeCost:
     memory_limit: int
     steps: int
     batch: int
+    answered: int
+    images: int
+
+    @property
+    def passes(self) -> int:
+        """Forward passes, each over one prompt."""
+        return self.records * (self.queries + self.answered)
 
     @property
     def states(self) -> int:
@@ -127,19 +135,23 @@ class ScopeCost:
 def estimate_scope(hparams: HyperParams, size: ModelSize) -> ScopeCost:
     """What the YAML's scope classifier takes at most, for a model of this size."""
     # Imported late, as torch comes with it.
-    from unike.methods.preparation.hard_cases import HARDER
+    from unike.methods.preparation.hard_cases import HARDER, MIXED, RESTYLED
     from unike.methods.preparation.training_cases import INSIDE, OUTSIDE
 
-    tokens = size.image_tokens + TEXT_TOKENS
+    tokens, is_hard = size.image_tokens + TEXT_TOKENS, hparams.scope_probes == "hard"
     return ScopeCost(
         hparams.scope_records,
-        len(INSIDE) + len(OUTSIDE) + (HARDER if hparams.scope_probes == "hard" else 0),
+        len(INSIDE) + len(OUTSIDE) + (HARDER if is_hard else 0),
         min(tokens, hparams.scope_tokens or tokens),
         size.width,
         count_parameters(hparams, size.width),
         int(hparams.scope_memory_gb * GB),
         hparams.scope_steps,
         hparams.scope_batch,
+        # The edit's prompt, and the mixed images that may be about the same.
+        1 + MIXED if is_hard else 0,
+        # Look-alikes are other records' images.
+        RECORD_IMAGES + (RESTYLED + MIXED if is_hard else 0),
     )
 
 
@@ -210,9 +222,8 @@ def _describe_scope(hparams: HyperParams, size: ModelSize, speed: float | None, 
     shape = f"{cost.records} records x {cost.queries} queries x {cost.tokens} states x {cost.width}"
     kept = f"{cost.memory / GB:.2f} GB in memory, {cost.disk / GB:.2f} GB in a file in {place}"
     states = f"scope states: at most {shape} in half precision: {kept}"
-    count = cost.records * cost.queries
-    reading = count * size.prompt_flops + cost.records * RECORD_IMAGES * size.image_flops
-    passes = f"{count} forward passes, {_format_seconds(reading, speed)}"
+    reading = cost.passes * size.prompt_flops + cost.records * cost.images * size.image_flops
+    passes = f"{cost.passes} forward passes, {_format_seconds(reading, speed)}"
     steps = f"at most {cost.steps} steps, {_format_seconds(cost.training_flops, speed)}"
     what = f"scope classifier: {cost.parameters / 1e6:.1f} M parameters; {passes}; {steps}"
     return [Finding(True, states, _judge(cost, hparams, place)), Finding(True, what, pace)]

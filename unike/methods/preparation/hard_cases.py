@@ -56,7 +56,7 @@ class _Lookalikes:
             part = views[start : start + 512]
             likeness = np.where(_are_same(part, views), -np.inf, part @ views.T)
             order = np.argsort(-likeness, 1)[:, :NEIGHBOURS]
-            are_other = np.isfinite(np.take_along_axis(likeness, order, 1))
+            are_other: np.ndarray = np.isfinite(np.take_along_axis(likeness, order, 1))
             near += [order[row][are_other[row]].tolist() for row in range(len(part))]
         return cls(images, views, near)
 
@@ -79,9 +79,7 @@ class _Lookalikes:
 def _are_same(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     """Which of the views ``(n, s)`` and ``(m, s)`` are of the same content, ``(n, m)``. Those of one shade of
     gray are all zeros, and count as one another."""
-    blank = (
-        np.logical_not(one.any(axis=1, keepdims=True)) & np.logical_not(other.any(axis=1, keepdims=True)).T
-    )
+    blank = np.all(one == 0, axis=1, keepdims=True) & np.all(other == 0, axis=1)
     same: np.ndarray = (one @ other.T > _SAME) | blank
     return same
 
