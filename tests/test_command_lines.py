@@ -107,7 +107,10 @@ TRAINED = ("scope_gate=nearest", "scope_measure=trained", "scope_dir={root}/s")
         ),
         ([*OVERLAP, "scope_halves=both"], "scope_halves: has no effect with scope_measure: overlap; such a"),
         ([*OVERLAP, "scope_layer=1"], "scope_layer: has no effect with scope_measure: overlap; no scope"),
-        ([*OVERLAP, "scope_recall=0.9"], "scope_recall: has no effect without a trained scope classifier"),
+        ([*OVERLAP, "scope_recall=0.9"], "scope_recall: has no effect with scope_measure: overlap; no scope"),
+        ([*TRAINED, "scope_recall_few=0.9"], "scope_recall_few: has no effect with scope_measure: trained"),
+        (["alpha_overlap=true"], "alpha_overlap: has no effect with scope_overlap: null; give both"),
+        (["method=ft", "alpha_overlap=true"], "alpha_overlap: has no effect with method: ft; it belongs to"),
         (["scope_gate=nearest", "scope_layer=1"], "scope_layer: has no effect with scope_measure: cosine"),
         ([*TRAINED, "scope_layer=1"], "scope_layer: has no effect with scope_measure: trained; no scope"),
         (
@@ -140,7 +143,15 @@ def test_an_option_that_nothing_reads(copied: Project, capsys, arguments: list[s
         ["method=ft", *OVERLAP],
         [*OVERLAP, "scope_overlap_tokens=3"],
         ["scope_gate=nearest", "scope_threshold=0.5", "scope_halves=both"],
-        [*TRAINED, "scope_threshold=0.5", "scope_halves=both", "scope_recall=0.9", "scope_probes=hard"],
+        [*TRAINED, "scope_threshold=0.5", "scope_halves=both", "scope_probes=hard"],
+        [
+            *BOTH,
+            "scope_dir={root}/s",
+            "scope_threshold=null",
+            "scope_recall=0.9",
+            "scope_recall_few=0.8",
+            "alpha_overlap=true",
+        ],  # fmt: skip
         ["method=ft", *TRAINED, "scope_threshold=null", "scope_layer=2", "scope_recall=0.9", "layers=1"],
         ["method=ft", *BOTH, "scope_dir={root}/s", "scope_layer=0", "layers=1"],
         ["method=tpatcher", "activation_loss=1", "n_keys=3", "lr=1"],

@@ -85,7 +85,7 @@ _PROTOCOL_KEYS = {"sequence_length", "sequences", "curve_cases"}
 _METHODS = {"unike", "ft", "tpatcher", "tpatcher_published", "ike", "ke", "mend", "serac"}
 _EDITOR_KEYS = {*list_own_options(EditorOptions), *list_own_options(EditorTrainingOptions)}
 # T-Patcher starts its keys in one way only.
-_UNIKE_KEYS = {*list_own_options(UniKEOptions), "scope_halves", "key_init"}
+_UNIKE_KEYS = {*list_own_options(UniKEOptions), "scope_halves", "key_init", "alpha_overlap"}
 _CLASSIFIER_KEYS = {*list_own_options(ScopeTrainingOptions), *list_own_options(ScopeStorageOptions)}
 _TRAINED_PAIRS = {
     *list_own_options(PatchOptions),
@@ -108,7 +108,8 @@ _METHOD_KEYS = {
     ("unike", "tpatcher", "ft", "tpatcher_published"): set(list_own_options(EditTrainingOptions))
     - {"stop_loss"},
 }
-_GATE_KEYS = {"scope_measure", "scope_threshold", "scope_halves", "scope_layer"}
+_AROUND_KEYS = {"scope_layer", "scope_recall", "scope_recall_few"}
+_GATE_KEYS = {"scope_measure", "scope_threshold", "scope_halves", *_AROUND_KEYS}
 _ORIGINAL_KEYS = {"vision_config", "qformer_config"}
 
 
@@ -128,6 +129,8 @@ def _explain_idle_scope(hparams: HyperParams, needs: MethodNeeds | None, key: st
     if needs is None:
         return None
     measure, own = hparams.scope_measure, hparams.method == "unike" and uses_own_gate(hparams)
+    if key == "alpha_overlap" and hparams.method == "unike" and hparams.scope_overlap is None:
+        return "with scope_overlap: null; give both"
     if key in _CLASSIFIER_KEYS and not needs.scope:
         return "without a trained scope classifier; it needs a scope_gate, and scope_measure: trained or both"
     if key == "scope_halves" and hparams.method != "unike":
@@ -141,7 +144,7 @@ def _explain_idle_scope(hparams: HyperParams, needs: MethodNeeds | None, key: st
         return f"with scope_measure: {measure}; it is scope_overlap that overlaps are compared with"
     if key == "scope_halves" and not own:
         return f"with scope_measure: {measure}; such a gate is around the whole edit"
-    if key == "scope_layer" and not needs.gate_scope:
+    if key in _AROUND_KEYS and not needs.gate_scope:
         return f"with scope_measure: {measure}; no scope classifier is around these edits"
     return None
 
