@@ -151,7 +151,7 @@ def test_an_option_that_nothing_reads(copied: Project, capsys, arguments: list[s
             "scope_recall=0.9",
             "scope_recall_few=0.8",
             "alpha_overlap=true",
-        ],  # fmt: skip
+        ],
         ["method=ft", *TRAINED, "scope_threshold=null", "scope_layer=2", "scope_recall=0.9", "layers=1"],
         ["method=ft", *BOTH, "scope_dir={root}/s", "scope_layer=0", "layers=1"],
         ["method=tpatcher", "activation_loss=1", "n_keys=3", "lr=1"],
