@@ -6,6 +6,7 @@ long as the later one is there, as if it had never been attached.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -139,15 +140,24 @@ def drop_from_parts(edit: Requested, places: Sequence[int]) -> list[Any] | None:
 
 
 def share_origins(whole: Requested) -> None:
-    """Gives each part of a loaded edit its own origins, as far as the names of its requests say which."""
+    """Gives each part of an edit its own origins, as far as the names of its requests say which. A request
+    of which several parts were made is of each of them."""
+    if len(whole.origins) == 1:
+        for part in whole.parts:
+            part.origins = whole.origins
+        return
+    named = [{unit.id for unit in part.units if unit is not part} for part in whole.parts]
     left, unnamed = list(whole.origins), list[Any]()
-    for part in whole.parts:
-        names = {unit.id for unit in part.units if unit is not part}
+    for i, (part, names) in enumerate(zip(whole.parts, named, strict=True)):
         part.origins = tuple(origin for origin in left if origin.id in names)
-        left = [origin for origin in left if origin.id not in names]
+        later = set[str]().union(*named[i + 1 :])
+        made = Counter(origin.id for origin in whole.origins)
+        # One request with a name that a later part has, too, is of both.
+        left = [o for o in left if o.id not in names or (o.id in later and made[o.id] == 1)]
         unnamed += [] if names else [part]
     if len(unnamed) == 1:
-        unnamed[0].origins = tuple(left)
+        given = {id(origin) for part in whole.parts for origin in part.origins}
+        unnamed[0].origins = tuple(origin for origin in left if id(origin) not in given)
 
 
 def _list_origins(edits: Iterable[AnyEdit]) -> Iterator[tuple[AnyEdit, Origin]]:

@@ -15,7 +15,7 @@ from unike.backbones.prefix import PrefixCache
 from unike.config.hparams import HyperParams
 from unike.config.sections import LayerOptions
 from unike.edits import Edit, LayerKnowledge, Origin
-from unike.edits.conflicts import find_contradicted
+from unike.edits.conflicts import find_contradicted, share_origins
 from unike.edits.gated import Gate, GatedEdit
 from unike.edits.shares import Shared
 from unike.knowledge.scope import TrainedScope
@@ -159,6 +159,8 @@ class EditMethod(ABC):
 
     def _sign(self, edit: Edit, backbone: Backbone, request: EditRequest) -> Edit:
         edit.origins = (Origin.of(request, self.hparams.decisive(), backbone, edit.info),)
+        if len(edit.parts) > 1:
+            share_origins(edit)
         return edit
 
 
