@@ -72,7 +72,7 @@ def test_an_edit_knows_whether_kept_prefixes_still_hold(world: World) -> None:
 
 
 def test_t_patcher_has_its_own_settings_whatever_the_yaml_says(world: World) -> None:
-    told = {"memory_loss": 0.1, "beta": 0.5, "key_init": "random", "scope_gate": "nearest"}
+    told = {"memory_loss": 0.1, "beta": 0.5, "key_init": "random", "scope_halves": "both"}
     edit = world.edit(("tpatcher", told))
     assert isinstance(edit, RoutedEdit)
     assert (edit.routing.external, edit.routing.scope_gate) == ("none", "none")

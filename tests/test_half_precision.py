@@ -65,8 +65,10 @@ def test_an_edit_is_made_and_leaves_the_base(world: HalfWorld, row: tuple[str, d
     if "reached" in edit.info:
         assert edit.info["steps"] > 0
         assert after < 0.8 * start
-        # The edit is what was measured in training: rounding it afterwards changes nothing.
-        assert after == pytest.approx(edit.info["loss"], rel=0.05, abs=5e-3)
+        # The edit is what was measured in training: rounding it afterwards changes nothing. T-Patcher as
+        # published measures with smoothed labels.
+        if row[0] != "tpatcher_published":
+            assert after == pytest.approx(edit.info["loss"], rel=0.05, abs=5e-3)
     assert_untouched(world.backbone, before, hooks)
     kept = dict(world.backbone.model.named_parameters())
     assert all(t.dtype == kept[n].dtype for n, t in edit.weights.items())

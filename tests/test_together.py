@@ -73,6 +73,9 @@ def test_rows_asked_together_answer_as_under_their_own_edit(world: World, row) -
     if row[1].get("ft_target") == "projection":
         assert edits[0].changes_prefix(backbone, prefixes.first)
         return
+    if row[0] == "tpatcher_published" or row[1].get("ike_patches"):
+        assert together is None, "edits of different sizes or kinds are asked one by one"
+        return
     assert together is not None
     for owners in ([0, 1, 2], [2, 0, 1], [0, 0, 1, 1, 2, 2], [1, 2, 2, 1, 1], [2]):
         queries = [edits[o].rewrite(query(i % 4, "a fox")) for i, o in enumerate(owners)]
@@ -101,7 +104,7 @@ def test_records_of_a_batch_are_those_of_one_by_one(world: World, row) -> None:
     alone = [run_one_step(backbone, method, c, one).record.to_json() for c in cases]
     together = [o.record.to_json() for o in run_one_step_batch(backbone, method, cases, many)]
     for left, right in zip(alone, together, strict=True):
-        for key in left.keys() - {"seconds", "loss", "decisions"}:
+        for key in left.keys() - {"seconds", "loss", "memory_loss", "decisions"}:
             assert left[key] == right[key], key
         assert right.get("loss", 0.0) == pytest.approx(left.get("loss", 0.0), rel=1e-3, abs=1e-5)
         for what, values in left["decisions"].items():

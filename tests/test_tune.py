@@ -93,7 +93,7 @@ def test_the_shipped_plan_has_as_many_trials_for_every_method(monkeypatch: pytes
                 base.replace(**options)
         assert (base.answer_end, base.batch_invariant) == ("none", False)
         if base.method in ("ke", "mend", "serac"):
-            assert base.editor_probes == "recombined"
+            assert base.editor_probes == "hard"
 
 
 def test_settings_are_drawn_without_repetition_and_each_can_be(project: Project) -> None:
