@@ -156,7 +156,7 @@ def test_a_model_called_by_itself_answers_edited_or_refuses(
             # The second call must not go on with what a former prompt decided.
             for _ in range(2):
                 backbone.generate([query(1).image], [query(1).prompt], 2)
-                if _name(row) in BARE:
+                if {_name(row), row[0]} & BARE:
                     found = ask(backbone.decoder, given)
                     if how == "forward":
                         end = int(batch.question_end[0])
