@@ -115,7 +115,9 @@ def add_before(hparams: HyperParams, size: ModelSize, cost: ScopeCost, rows: Mea
     rows.add(case, "states, padded, in memory", [whole.states / GB], "GB")
     rows.add(case, "at peak, as rows and padded", [2 * whole.states / GB], "GB")
     rows.add(case, "parameters", [count_parameters(former, size.width) / 1e6], "M")
-    per_step = (whole.training_flops / whole.steps) / (cost.training_flops / cost.steps)
+    # Each parameter met each token.
+    former_step = 6.0 * whole.parameters * whole.batch * whole.queries * whole.tokens
+    per_step = former_step / (cost.training_flops / cost.steps)
     rows.add(case, "operations of a step / today's", [per_step], "x")
 
 

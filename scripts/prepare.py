@@ -154,11 +154,11 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
 def report_scope(hparams: HyperParams) -> None:
     """Prints the scope classifier's thresholds, and how well it was trained."""
     kept = Path(str(find_scope_classifier(hparams)))
-    learnt = json.loads((kept / "scope.json").read_text(encoding="utf-8"))
-    for size, shares in learnt["held_out"].items():
+    trained = json.loads((kept / "scope.json").read_text(encoding="utf-8"))
+    for size, shares in trained["held_out"].items():
         right = ", ".join(f"{name} {100 * share:.1f}" for name, share in shares.items())
-        print(f"scope among {size} edits, threshold {learnt['thresholds'][size]:.2f}, accuracy: {right}, %")
-    if course := learnt.get("training"):
+        print(f"scope among {size} edits, threshold {trained['thresholds'][size]:.2f}, accuracy: {right}, %")
+    if course := trained.get("training"):
         spent = f"{course['steps']} steps, {course['record_visits']} record visits, {course['seconds']} s"
         print(f"stopped by {course['stopped']} after {spent}; kept: step {course['best_step']}")
     print(f"scope: {kept}")

@@ -270,18 +270,18 @@ def make_trials(
         if name is not None and Path(name).is_file()
     }
     digest = hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:10]
-    learnt = output / backbone / f"learnt-{digest}"
+    trained = output / backbone / f"trained-{digest}"
     needs, task = resolve_needs(base), "cross" if len(files) == len(TASKS) else next(iter(files))
     places: dict[str, object] = {"data": files, "generate_data": False, "protocol": "one_step"}
     if base.prefix_dir is None:
         # Every trial reads the same lower-layer activations.
         places["prefix_dir"] = str(output / backbone / "prefixes")
     if needs.training:
-        places["editor_dir"] = str(learnt / "editors")
+        places["editor_dir"] = str(trained / "editors")
     if needs.knowledge:
-        places["knowledge_dir"] = str(learnt / "knowledge")
+        places["knowledge_dir"] = str(trained / "knowledge")
     if needs.scope:
-        places["scope_dir"] = str(learnt / "scope")
+        places["scope_dir"] = str(trained / "scope")
     out = []
     for number, options in enumerate(plan.draw(method), 1):
         changed = HyperParams.from_dict(

@@ -110,7 +110,15 @@ TRAINED = ("scope_gate=nearest", "scope_measure=trained", "scope_dir={root}/s")
         ([*OVERLAP, "scope_recall=0.9"], "scope_recall: has no effect with scope_measure: overlap; no scope"),
         ([*TRAINED, "scope_recall_few=0.9"], "scope_recall_few: has no effect with scope_measure: trained"),
         (["alpha_overlap=true"], "alpha_overlap: has no effect with scope_overlap: null; give both"),
-        (["method=ft", "alpha_overlap=true"], "alpha_overlap: has no effect with method: ft; it belongs to"),
+        (["method=ft", "alpha_overlap=true"], "alpha_overlap: has no effect with scope_overlap: null; give"),
+        (
+            ["method=ft", "alpha_overlap=true", *OVERLAP],
+            "alpha_overlap: has no effect with method: ft; it belongs to",
+        ),
+        (
+            ["method=ft", *TRAINED, "scope_threshold=0.5", "scope_recall=0.9"],
+            "scope_threshold: 0.5: decides alone; expected null with scope_recall or scope_recall_few",
+        ),
         (["scope_gate=nearest", "scope_layer=1"], "scope_layer: has no effect with scope_measure: cosine"),
         ([*TRAINED, "scope_layer=1"], "scope_layer: has no effect with scope_measure: trained; no scope"),
         (
@@ -160,6 +168,19 @@ def test_an_option_that_nothing_reads(copied: Project, capsys, arguments: list[s
 )
 def test_options_that_are_read(copied: Project, arguments: list[str]) -> None:
     assert start(copied, *(a.format(root=copied.root) for a in arguments), "--check") == 0
+
+
+@pytest.mark.usefixtures("nothing_loads")
+@pytest.mark.parametrize("key", ["scope_recall", "scope_recall_few"])
+def test_a_classifier_without_shares_has_no_recall(capsys, key: str) -> None:
+    """Both shipped classifiers are of the time before shares of prompts were measured."""
+    both = ("scope_measure=both", "scope_overlap=0.1")
+    line = ["--hparams_dir", str(ROOT / "hparams/scoped/tiny_blip2.yaml"), "--task", "vqa", "--check", *both]
+    assert run_edit.main([*line, f"{key}=0.9"]) == 2
+    said = capsys.readouterr().out
+    assert f"{key}: " in said
+    assert "scope.json is of an earlier version, without the shares of prompts that pass; expected" in said
+    assert run_edit.main(line) == 0
 
 
 # ---------------------------------------------------------------- folders

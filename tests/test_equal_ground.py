@@ -33,7 +33,6 @@ from unike.methods.meta_training import (
 )
 from unike.methods.preparation.editors import ensure_editor, load_editor
 from unike.methods.preparation.folders import find_editor, list_editor_options
-from unike.methods.preparation.scope import build_scope_queries
 from unike.methods.preparation.training_cases import INSIDE, OUTSIDE, make_training_cases
 from unike.methods.training import compute_answer_gradients
 from unike.system.files import write_index
@@ -55,8 +54,8 @@ def test_train_cases_are_recombined_as_the_scope_classifier_reads_them() -> None
     expected = {
         "edit": (edit.image, edit.prompt),
         "rephrased": (edit.image, given["t_generality"].prompt),
-        "re-drawn": (given["m_generality"].image, edit.prompt),
-        "rephrased and re-drawn": (given["m_generality"].image, given["t_generality"].prompt),
+        "rephrased image": (given["m_generality"].image, edit.prompt),
+        "both rephrased": (given["m_generality"].image, given["t_generality"].prompt),
         "text only": (None, given["t_locality"].prompt),
         "unrelated": (far.image, far.prompt),
         "same question elsewhere": (far.image, edit.prompt),
@@ -65,7 +64,6 @@ def test_train_cases_are_recombined_as_the_scope_classifier_reads_them() -> None
     assert {p.name: (p.query.image, p.query.prompt) for p in taught.probes} == expected
     assert [p.expect for p in taught.probes] == ["target"] * len(INSIDE) + ["unchanged"] * len(OUTSIDE)
     assert {p.query.target for p in taught.probes if p.expect == "target"} == {edit.target}
-    assert build_scope_queries(CASES[0]) == [p.query for p in taught.probes]
     assert (taught.request, taught.task) == (CASES[0].request, CASES[0].task)
 
 

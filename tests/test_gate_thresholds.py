@@ -1,4 +1,4 @@
-"""Which threshold a gate with a trained classifier opens an edit at."""
+"""Which threshold a gate with a trained classifier opens an edit at, and how much of it then applies."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ import pytest
 import torch
 from original_files import FAMILIES
 from test_trained_gate import FT, LAYER, make_scope
-from worlds import World, query, world_of
+from worlds import World, case, query, world_of
 
 from unike.edits import Edit
-from unike.edits.gated import SIMILARITY, Gate, GatedEdit, GatedMember, observe_prompts
+from unike.edits.gated import OVERLAP, SIMILARITY, Gate, GatedEdit, GatedMember, observe_prompts
 from unike.knowledge.overlap import NextTokens
+from unike.types import Query
 
 
 @pytest.fixture
@@ -61,3 +62,43 @@ def test_each_edit_opens_by_the_threshold_of_its_kind(one_world: World, count: i
     if given is None and recall is not None:
         least = scope.find_passed(recall, members[-1].key.are_few)
     assert gated.gates == {SIMILARITY: pytest.approx(least)}
+
+
+# ---------------------------------------------------------------- alpha and overlap
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_alpha_is_multiplied_by_the_overlap(family: str, worlds: dict[str, World], monkeypatch) -> None:
+    """Each row against the same edit with a fixed alpha, made smaller by hand."""
+    world, alpha = world_of(family, worlds, monkeypatch), 0.8
+    edit = world.edit(("unike", {"memory": "edit", "zeta": "none", "alpha": alpha}))
+    asked = [query(0), query(1), Query(None, "where is it?", "there")]
+    gates = [Gate(0.0, weighs=weighs) for weighs in (True, False)]
+    weighed, plain = (GatedEdit.wrap(edit, case(0).request, gate, world.backbone) for gate in gates)
+    with weighed.applied(world.backbone):
+        found = world.logits(asked)
+    overlaps = weighed.measured.values[OVERLAP][:, 0].tolist()
+    assert len({round(value, 3) for value in overlaps}) > 1
+    with plain.applied(world.backbone):
+        whole = world.logits(asked)
+    for i, overlap in enumerate(overlaps):
+        own = replace(edit, routing=replace(edit.routing, alpha=alpha * overlap))
+        with own.applied(world.backbone):
+            expected = world.logits([asked[i]])[0]
+        length = len(expected)
+        torch.testing.assert_close(found[i, :length], expected, atol=1e-4, rtol=1e-4)
+        if overlap < 0.99:
+            assert not torch.allclose(whole[i, :length], expected, atol=1e-4, rtol=1e-4)
+    assert world.backbone.prompt.weights is None
+
+
+def test_weights_are_those_of_each_prompts_own_rows(one_world: World) -> None:
+    prompt, weights = one_world.backbone.prompt, torch.tensor([0.5, 1.0])
+    with prompt.weigh(weights):
+        assert prompt.spread_weights(2).tolist() == [0.5, 1.0]
+        # As many rows for a prompt as there are beams.
+        assert prompt.spread_weights(4).tolist() == [0.5, 0.5, 1.0, 1.0]
+        for rows in (1, 3):
+            with pytest.raises(ValueError, match=f"{rows} rows for 2 weights"):
+                prompt.spread_weights(rows)
+    assert prompt.spread_weights(3) is None

@@ -31,19 +31,7 @@ TRAINED = {i: row for i, row in zip(IDS, ROWS, strict=True) if row[0] in ("ft", 
 
 @pytest.fixture(params=EVERY)
 def world(request: pytest.FixtureRequest, worlds: dict[str, World], monkeypatch) -> World:
-    row = (
-        getattr(request.node, "callspec", request).params.get("row")
-        if hasattr(request.node, "callspec")
-        else None
-    )
-    if request.param in TODAY and row is not None and is_compound(row):
-        pytest.skip("its parts are tested on today's backbones")
     return world_of(request.param, worlds, monkeypatch)
-
-
-def is_compound(row: tuple[str, dict]) -> bool:
-    """Whether a row consists of what other rows have: extra pairs in the last layer, a text in the prompt."""
-    return row[0] == "tpatcher_published" or bool(row[1].get("ike_patches"))
 
 
 def test_every_registered_method_is_held_to_the_contract() -> None:
@@ -105,8 +93,8 @@ def test_an_edit_is_the_same_for_the_same_seed(world: World, row) -> None:
 
 @each_row
 def test_padding_and_batch_size_change_nothing_under_an_edit(world: World, row) -> None:
-    # T-Patcher as published amplifies its values by ten, and their rounding.
-    atol = 2e-4 if row[0] == "tpatcher_published" else 2e-5
+    # T-Patcher as published starts with values ten times as large: logits round a little more coarsely.
+    atol = 4e-5 if row[0] == "tpatcher_published" else 2e-5
     # All items are retrieved: which of two that are equally near is among the k is chance.
     backbone, edit = world.backbone, world.edit((row[0], row[1] | {"k": len(COLORS) + 1}))
     asked = [edit.rewrite(q) for q in (query(0), query(1, "two dogs there"), Query(None, "where?", "here"))]

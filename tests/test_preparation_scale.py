@@ -22,7 +22,6 @@ from unike.methods.preparation.batches import group_by_length, open_preparation
 from unike.methods.preparation.folders import find_scope_classifier
 from unike.methods.preparation.knowledge import extract_states
 from unike.methods.preparation.scope import (
-    build_scope_queries,
     collect_scope_samples,
     ensure_scope,
 )
@@ -37,7 +36,7 @@ from unike.types import UserError
 
 
 def test_batches_hold_queries_of_one_length(world: World) -> None:
-    queries = [query for i in range(4) for query in build_scope_queries(case(i))]
+    queries = [p.query for c in make_training_cases([case(i) for i in range(4)]) for p in c.probes]
     for most in (1, 3, 100):
         batches = group_by_length(world.backbone, queries, most)
         assert sorted(i for part in batches for i in part) == list(range(len(queries)))
@@ -156,7 +155,10 @@ def test_costs_against_arithmetic(tmp_path: Path) -> None:
     # What the classifier took before.
     assert whole.states == 2000 * queries * 636 * 4096 * 2 > 80e9
     assert whole.parameters > 118_000_000
-    assert whole.training_flops > 100 * cost.training_flops
+    prompts = options.scope_steps * options.scope_batch * queries
+    expected = sum(6 * (cost.parameters + 2 * 32 * 4096) for _ in range(options.scope_heads)) * prompts
+    assert cost.training_flops == pytest.approx(expected)
+    assert whole.training_flops > 10 * cost.training_flops
     half = estimate_scope(replace(options, scope_records=1000, scope_memory_gb=0.5), size)
     assert (half.states * 2, half.memory) == (cost.states, 5 * 10**8)
     hard = estimate_scope(replace(options, scope_probes="hard"), size)

@@ -31,7 +31,6 @@ from unike.knowledge.scope import (
 from unike.methods import check_method
 from unike.methods.preparation.folders import find_scope_classifier
 from unike.methods.preparation.scope import (
-    build_scope_queries,
     collect_scope_samples,
     ensure_scope,
 )
@@ -224,18 +223,18 @@ def case(i: int, answer: str = "a fox") -> Case:
 
 def test_a_record_is_asked_inside_and_outside_its_scope() -> None:
     one = case(0)
-    asked = dict(zip(INSIDE + OUTSIDE, build_scope_queries(one), strict=True))
+    asked = {p.name: p.query for p in make_training_cases([one])[0].probes}
     probes = {p.name: p.query for p in one.probes}
     assert asked["edit"] == one.request.query
     joint, elsewhere, here = (
-        asked[name] for name in ("rephrased and re-drawn", "same question elsewhere", "other question here")
+        asked[name] for name in ("both rephrased", "same question elsewhere", "other question here")
     )
     assert (joint.image, joint.prompt) == (probes["m_generality"].image, probes["t_generality"].prompt)
     assert (elsewhere.image, elsewhere.prompt) == (probes["m_locality"].image, one.request.query.prompt)
     assert (here.image, here.prompt) == (one.request.query.image, probes["m_locality"].prompt)
     lacking = replace(one, probes=tuple(p for p in one.probes if p.name != "m_locality"))
     with pytest.raises(UserError, match="m_locality: missing"):
-        build_scope_queries(lacking)
+        make_training_cases([lacking])
 
 
 def test_samples_are_the_prompts_states_without_the_answer(world: World) -> None:

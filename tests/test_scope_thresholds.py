@@ -114,7 +114,7 @@ def test_recall_where_all_edits_are_of_one_kind() -> None:
     mixed = measure_passing(make_samples(24, [i % 3 == 0 for i in range(24)]), net)
     assert mixed["few"] != mixed["many"]
     assert measure_passing(make_samples(24, None), net) == {}
-    with pytest.raises(ValueError, match="before shares were measured"):
+    with pytest.raises(UserError, match="before shares were measured"):
         TrainedScope(net, {1: 0.0}).find_passed(0.9, False)
 
 

@@ -23,7 +23,7 @@ from unike.backbones import load_backbone
 from unike.config.sections import DataOptions
 from unike.datasets.mmedit import CaptionDataset, VQADataset
 from unike.datasets.probe_files import read_probes
-from unike.runs.drawing import check_target, check_version
+from unike.runs.drawing import check_target, check_version, get_size
 from unike.types import IMAGE_STYLES, STYLE_METRICS, UserError
 
 ROOT = Path(__file__).parents[1]
@@ -189,3 +189,11 @@ def test_another_version_in_the_folder_is_named(drawn):
     ) as caught:
         check_version(replace(options, benchmark_version=1), drawn)
     assert len(caught.value.problems) == 2
+
+
+def test_only_the_train_split_of_version_2_is_larger() -> None:
+    sizes = {
+        (split, version): get_size(split, version) for split in ("train", "val", "eval") for version in (1, 2)
+    }
+    assert sizes[("train", 2)] > sizes[("train", 1)] == 600
+    assert all(sizes[(split, 1)] == sizes[(split, 2)] for split in ("val", "eval"))

@@ -189,18 +189,13 @@ def world(request: pytest.FixtureRequest, worlds: dict[str, World], monkeypatch)
 
 @pytest.mark.parametrize("row", ROWS, ids=IDS)
 def test_a_record_says_whether_training_reached_its_target(world: World, row: tuple[str, dict]) -> None:
-    trained = row in TRAINED.values()
+    trained = row in TRAINED.values() or row[0] == "tpatcher_published" or "ike_patches" in row[1]
     easy, hopeless = {"stop_loss": 3.0, "max_steps": 150}, {"max_steps": 1, "lr": 1e-9}
     for options in (easy, hopeless) if trained else ({},):
         method = world.method(row[0], row[1] | options)
         reader = Reader(world.backbone, world.prefixes(method), generated=False)
         outcome = run_one_step(world.backbone, method, case(0), reader)
         record = Record.from_json(json.loads(json.dumps(outcome.record.to_json())))
-        if not trained and outcome.edit.info.get("loss") is not None:
-            # Trained by a rule of its own, or beside a text in the prompt.
-            assert record.loss == pytest.approx(outcome.edit.info["loss"])
-            assert record.reached is outcome.edit.info["reached"]
-            continue
         if not trained:
             assert (record.loss, record.reached) == (None, None)
             assert record.steps in (0, 1)

@@ -145,10 +145,14 @@ class Prompt:
         )
 
     def spread_weights(self, rows: int) -> torch.Tensor | None:
-        """The ``weights`` as ``rows`` rows of a forward pass, as ``spread`` does; None without any."""
+        """The ``weights`` as ``rows`` rows of a forward pass, as ``spread`` does; None without any.
+        ValueError where the rows are not those of the prompts that have weights."""
         if self.weights is None:
             return None
-        return self.weights.repeat_interleave(max(1, rows // len(self.weights)), 0)
+        copies, rest = divmod(rows, len(self.weights))
+        if rest or not copies:
+            raise ValueError(f"{rows} rows for {len(self.weights)} weights")
+        return self.weights.repeat_interleave(copies, 0)
 
     @contextmanager
     def weigh(self, weights: torch.Tensor | None) -> Iterator[None]:

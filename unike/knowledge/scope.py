@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from unike.types import UserError
+
 HELD_OUT = 10
 # Numbers of edits in memory for which a threshold is chosen, as far as there are enough edits.
 POOLS = (1, 10, 100)
@@ -136,10 +138,10 @@ class TrainedScope:
 
     def find_passed(self, share: float, are_few: bool) -> float:
         """The threshold that this share of the prompts in an edit's scope passes; ``are_few``: whether few
-        answers to it are possible. ValueError where that was not measured."""
+        answers to it are possible. UserError where that was not measured."""
         marks = self.passing.get("few" if are_few else "many")
         if marks is None:
-            raise ValueError("scope_recall: the classifier was trained before shares were measured")
+            raise UserError("scope_recall: the classifier was trained before shares were measured")
         place = (1 - share) * (len(marks) - 1)
         below = min(int(place), len(marks) - 2)
         return marks[below] + (marks[below + 1] - marks[below]) * (place - below)

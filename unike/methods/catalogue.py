@@ -83,13 +83,31 @@ def uses_own_gate(hparams: ScopeGateOptions) -> bool:
     return hparams.scope_gate != "none" and hparams.scope_measure in ("cosine", "trained")
 
 
-def check_gate(hparams: OverlapGateOptions, measure: str) -> None:
-    """UserError for a gate around edits that has nothing to open at, or that no such gate can measure."""
+def check_gate(hparams: HyperParams) -> None:
+    """UserError for a gate around edits that has nothing to open at, or two things, or that no such gate can
+    measure."""
+    measure, threshold = hparams.scope_measure, hparams.scope_threshold
     at = f"{hparams.source}: scope_measure: {measure}"
     if measure == "cosine":
         raise UserError(f"{at}: is UniKE's own; expected trained, overlap or both")
     if measure != "trained" and hparams.scope_overlap is None:
         raise UserError(f"{at}: expected a number as scope_overlap")
+    if measure != "overlap" and threshold is not None and uses_recall(hparams):
+        raise UserError(
+            f"{hparams.source}: scope_threshold: {threshold}: decides alone; "
+            "expected null with scope_recall or scope_recall_few"
+        )
+
+
+def uses_recall(hparams: OverlapGateOptions) -> bool:
+    """Whether a threshold of the scope classifier is set by the share of prompts that pass."""
+    return hparams.scope_recall is not None or hparams.scope_recall_few is not None
+
+
+def check_overlap(hparams: OverlapGateOptions) -> None:
+    """UserError where alpha would be multiplied by an overlap that nothing measures."""
+    if hparams.alpha_overlap and hparams.scope_overlap is None:
+        raise UserError(f"{hparams.source}: alpha_overlap: has no effect with scope_overlap: null; give both")
 
 
 def check_scope(hparams: ScopeGateOptions) -> None:

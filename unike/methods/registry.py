@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from unike.config.hparams import HyperParams
-from unike.methods.catalogue import BUILT_IN, Entry, Predicate, accept, check_gate, needs_none
+from unike.methods.catalogue import BUILT_IN, Entry, Predicate, accept, check_gate, check_overlap, needs_none
 from unike.methods.plugins import load_own_methods
 from unike.types import UserError
 
@@ -79,8 +79,9 @@ def find_entry(hparams: HyperParams) -> Entry:
         )
     entry = _REGISTER[hparams.method]
     entry.check(hparams)
+    check_overlap(hparams)
     if gates_edits(hparams, entry):
-        check_gate(hparams, hparams.scope_measure)
+        check_gate(hparams)
     return entry
 
 

@@ -100,6 +100,7 @@ class ScopeCost:
     width: int
     parameters: int
     memory_limit: int
+    heads: int
     steps: int
     batch: int
     answered: int
@@ -127,9 +128,11 @@ class ScopeCost:
 
     @property
     def training_flops(self) -> float:
-        """Of at most ``steps`` steps: a multiplication and an addition for each parameter and token, and
-        twice as many backwards. An upper bound: part of the parameters sees one token of a prompt."""
-        return 6.0 * self.parameters * self.steps * self.batch * self.queries * self.tokens
+        """Of at most ``steps`` steps, an upper bound. Each head meets the parameters once a prompt, and each
+        of the prompt's states twice, for its score and in the mixture: a multiplication and an addition, and
+        twice as many backwards."""
+        prompts = float(self.steps * self.batch * self.queries)
+        return 6 * self.heads * prompts * (self.parameters + 2 * self.tokens * self.width)
 
 
 def estimate_scope(hparams: HyperParams, size: ModelSize) -> ScopeCost:
@@ -146,6 +149,7 @@ def estimate_scope(hparams: HyperParams, size: ModelSize) -> ScopeCost:
         size.width,
         count_parameters(hparams, size.width),
         int(hparams.scope_memory_gb * GB),
+        hparams.scope_heads,
         hparams.scope_steps,
         hparams.scope_batch,
         # The edit's prompt, and the mixed images that may be about the same.

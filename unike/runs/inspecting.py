@@ -25,7 +25,7 @@ from unike.datasets.images import open_image
 from unike.datasets.lengths import find_long_texts, list_queries, may_be_long, read_limit
 from unike.evaluation.sequences import draw_run_sequences
 from unike.methods.catalogue import uses_own_gate
-from unike.methods.preparation.folders import find_shipped_model, require_place
+from unike.methods.preparation.folders import find_shipped_model, require_place, require_shares
 from unike.methods.registry import MethodNeeds, resolve_needs, resolve_needs_if_valid
 from unike.runs.records import RECORDS, read_records
 from unike.system.files import compute_sha256
@@ -129,8 +129,6 @@ def _explain_idle_scope(hparams: HyperParams, needs: MethodNeeds | None, key: st
     if needs is None:
         return None
     measure, own = hparams.scope_measure, hparams.method == "unike" and uses_own_gate(hparams)
-    if key == "alpha_overlap" and hparams.method == "unike" and hparams.scope_overlap is None:
-        return "with scope_overlap: null; give both"
     if key in _CLASSIFIER_KEYS and not needs.scope:
         return "without a trained scope classifier; it needs a scope_gate, and scope_measure: trained or both"
     if key == "scope_halves" and hparams.method != "unike":
@@ -198,6 +196,8 @@ def check_folders(hparams: HyperParams, needs: MethodNeeds) -> None:
             is_kept = os.path.isdir(folder) and any(any(Path(folder).glob(p)) for p in _KEPT[key])
             require_place(f"{hparams.source}: {key}: ", folder, is_written=not is_kept)
             _require_same_model(hparams, key, folder)
+            if key == "scope_dir" and needs.gate_scope:
+                require_shares(hparams)
         except UserError as error:
             problems += error.problems
     if problems:

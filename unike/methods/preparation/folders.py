@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ from unike.config.sections import (
     EditorTrainingOptions,
     KnowledgeOptions,
 )
+from unike.methods.catalogue import uses_recall
 from unike.methods.registry import MethodNeeds
 from unike.system.files import read_index
 from unike.system.places import check_name, is_index, is_tensor_file, require_folder, require_own
@@ -43,12 +45,16 @@ def hash_facts(facts: Facts) -> str:
 
 def find_folder(parent: Path, index: str, facts: Facts) -> Path | None:
     """The first folder under ``parent``, or where it is written to, whose ``index`` holds these facts."""
+    return next(iter(find_folders(parent, index, facts)), None)
+
+
+def find_folders(parent: Path, index: str, facts: Facts) -> Iterator[Path]:
+    """All such folders, one after the other."""
     for place in dict.fromkeys((parent, choose_place(parent))):
         for path in sorted(place.glob(f"*/{index}")):
             kept = read_index(path)
             if all(kept.get(name) == value for name, value in facts.items()):
-                return path.parent
-    return None
+                yield path.parent
 
 
 # ---------------------------------------------------------------- where things are written
@@ -181,6 +187,21 @@ def choose_inner_width(hparams: ScopeTrainingOptions, width: int) -> int | None:
     it attends to them as they are."""
     wanted = min(width, WIDEST) if hparams.scope_width is None else hparams.scope_width
     return None if wanted == width else wanted
+
+
+def require_shares(hparams: HyperParams) -> None:
+    """UserError where a threshold is set by a share of prompts that pass, and no classifier of these options
+    that is there has such shares."""
+    if not uses_recall(hparams) or hparams.scope_dir is None:
+        return
+    kept = list(find_folders(Path(hparams.scope_dir), "scope.json", describe_scope(hparams)))
+    if not kept or any(read_index(f / "scope.json").get("passing") for f in kept):
+        return
+    key = "scope_recall" if hparams.scope_recall is not None else "scope_recall_few"
+    raise UserError(
+        f"{hparams.source}: {key}: {kept[0] / 'scope.json'} is of an earlier version, without the shares of "
+        f"prompts that pass; expected {key}: null, or another scope_dir"
+    )
 
 
 def find_scope_classifier(hparams: ScopeClassifierOptions, facts: Facts | None = None) -> Path | None:

@@ -121,13 +121,15 @@ def _require_image(case: Case) -> ImageLike:
 
 def _harden(case: Case, rng: random.Random, alike: _Lookalikes, place: int) -> Case:
     queries = {probe.name: probe.query for probe in case.probes}
-    edit, redrawn, joint = (queries[name] for name in ("edit", "re-drawn", "rephrased and re-drawn"))
+    edit, other_image, both = (queries[name] for name in ("edit", "rephrased image", "both rephrased"))
     rephrased = queries["rephrased"]
-    styled = [replace(q, image=restyle(q.image, rng)) for q in (redrawn, rephrased, redrawn)[:RESTYLED]]
+    styled = [
+        replace(q, image=restyle(q.image, rng)) for q in (other_image, rephrased, other_image)[:RESTYLED]
+    ]
     near = alike.draw(place, ALIKE + MIXED, rng)
     mixed = [
         replace(query, image=replace_half(query.image, alike.draw_any(place, rng), half))
-        for query, half in zip((edit, joint), rng.sample(HALVES, MIXED), strict=True)
+        for query, half in zip((edit, both), rng.sample(HALVES, MIXED), strict=True)
     ]
     inside = [p for p in case.probes if p.expect == "target"]
     outside = [p for p in case.probes if p.expect == "unchanged"]

@@ -51,15 +51,6 @@ SCOPE_READING, SCOPE_TRAINING = "encoding prompts for the scope classifier", "tr
 PART = 32
 
 
-def build_scope_queries(case: Case) -> list[Query]:
-    """A record's queries that an edit should apply to (``INSIDE``), then others (``OUTSIDE``).
-
-    UserError where the record lacks a probe.
-    """
-    (taught,) = make_training_cases([case])
-    return [probe.query for probe in taught.probes]
-
-
 def make_scope_cases(
     cases: Sequence[Case],
     backbone: Backbone,

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from unike.types import Case, Probe, UserError
 
-INSIDE = ("edit", "rephrased", "re-drawn", "rephrased and re-drawn")
+INSIDE = ("edit", "rephrased", "rephrased image", "both rephrased")
 OUTSIDE = ("text only", "unrelated", "same question elsewhere", "other question here")
 _READ = ("t_generality", "m_generality", "t_locality", "m_locality")
 
