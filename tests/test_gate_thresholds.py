@@ -11,7 +11,8 @@ from test_trained_gate import FT, LAYER, make_scope
 from worlds import World, case, query, world_of
 
 from unike.edits import Edit
-from unike.edits.gated import OVERLAP, SIMILARITY, Gate, GatedEdit, GatedMember, observe_prompts
+from unike.edits.gate import OVERLAP, SIMILARITY, Gate, observe_prompts
+from unike.edits.gated import GatedEdit, GatedMember
 from unike.knowledge.overlap import NextTokens
 from unike.types import Query
 
@@ -47,7 +48,8 @@ def test_each_edit_opens_by_the_threshold_of_its_kind(one_world: World, count: i
     for number in range(4):
         asked = query(number)
         gated.choose([asked.image], [asked.prompt])
-        (sight,) = observe_prompts(one_world.backbone, [asked.image], [asked.prompt], gated.gate, scope)
+        seen_as = one_world.backbone, [asked.image], [asked.prompt]
+        (sight,) = observe_prompts(*seen_as, gated.gate, gated.reader)
         for i, (member, share) in enumerate(zip(members, shares, strict=True)):
             own = {1: -0.5, 12: 0.1}.get(count)
             if own is None:

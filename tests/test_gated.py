@@ -16,7 +16,8 @@ import run_edit
 from unike.backbones.base import encode_queries
 from unike.edits import Edit, explain
 from unike.edits.attached import Slot
-from unike.edits.gated import TOP, Gate, GatedEdit, GatedMember
+from unike.edits.gate import TOP, Gate
+from unike.edits.gated import GatedEdit, GatedMember
 from unike.edits.shares import Shared
 from unike.evaluation.protocols import run_sequence
 from unike.evaluation.reader import Reader
@@ -85,7 +86,7 @@ def test_next_tokens_are_the_base_models_whatever_is_applied(world: World):
     logits = world.logits([Query(asked.image, asked.prompt, "a fox")])
     batch = encode_queries(backbone, [asked])
     expected = torch.softmax(logits[0, batch.question_end[0]].float(), -1).topk(TOP)
-    backbone._sights.clear()
+    backbone._sights.forget()
     with world.edit(("ft", {"layers": 1})).applied(backbone):
         ((ids, probabilities, _),) = backbone.observe([asked.image], [asked.prompt], 1, TOP)
     assert ids[0, :5].tolist() == expected.indices[:5].tolist()

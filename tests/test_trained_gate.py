@@ -23,7 +23,8 @@ from unike.config.hparams import HyperParams
 from unike.editor import MultimodalEditor
 from unike.edits import Edit, EditStore, compose, explain
 from unike.edits.attached import Slot
-from unike.edits.gated import OVERLAP, SIMILARITY, Gate, GatedEdit, GatedMember, observe_prompts
+from unike.edits.gate import OVERLAP, SIMILARITY, Gate, make_reader, observe_prompts
+from unike.edits.gated import GatedEdit, GatedMember
 from unike.edits.shares import Shared, sign_scope
 from unike.evaluation.protocols import run_sequence
 from unike.evaluation.reader import Reader
@@ -91,9 +92,8 @@ def test_a_prompts_vector_is_the_encoder_on_its_states(world: World, layer: int)
     scope, gate = make_scope(world), Gate(layer=layer)
     asked = [query(0), query(1, prompt="what color is it?"), Query(None, "where is it?")]
     with world.edit(FT).applied(world.backbone):
-        found = observe_prompts(
-            world.backbone, [q.image for q in asked], [q.prompt for q in asked], gate, scope
-        )
+        seen_as = world.backbone, [q.image for q in asked], [q.prompt for q in asked]
+        found = observe_prompts(*seen_as, gate, make_reader(gate, scope))
     for sight, one in zip(found, asked, strict=True):
         torch.testing.assert_close(sight.vector, place_slowly(world, scope, one, layer), atol=1e-5, rtol=0)
     near = torch.stack([sight.vector for sight in found])
@@ -108,7 +108,8 @@ def test_it_reads_what_it_is_trained_on(world: World) -> None:
     encoded = scope.encoder(part.states[:, 0].float(), part.mask[:, 0])
     for i in range(2):
         asked = world.train[i].request.query
-        (sight,) = observe_prompts(world.backbone, [asked.image], [asked.prompt], ALWAYS, scope)
+        seen_as = world.backbone, [asked.image], [asked.prompt]
+        (sight,) = observe_prompts(*seen_as, ALWAYS, make_reader(ALWAYS, scope))
         # Those of training are kept in half precision.
         torch.testing.assert_close(encoded[i], sight.vector, atol=5e-3, rtol=0)
 
@@ -158,7 +159,7 @@ def test_open_it_answers_as_the_edit_and_closed_as_the_base(world: World, row) -
         # Prompts that nobody has seen yet are observed in the midst of the batch.
         texts = [gated.rewrite(q) for q in asked]
         with gated.applied(backbone):
-            backbone._sights.clear()
+            backbone._sights.forget()
             assert torch.equal(world.logits(texts), expected)
             assert torch.equal(gated.measured.values[SIMILARITY][:, 0], similarity)
     assert inside.shape != base.shape or not torch.equal(inside, base)

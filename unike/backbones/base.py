@@ -7,7 +7,7 @@ constant of the query: ``prefix`` computes it, ``suffix`` runs the rest.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import count
@@ -192,8 +192,8 @@ class StateReader(Protocol):
     def layer(self) -> int: ...
 
     @property
-    def key(self) -> Hashable:
-        """The same for readers that read alike."""
+    def key(self) -> str:
+        """The same for readers that read alike, and for these only."""
         ...
 
     def read(self, states: torch.Tensor) -> torch.Tensor:
@@ -229,9 +229,11 @@ class Backbone(Protocol):
         """A checksum of all that a query's states depend on, other than the query itself."""
         ...
 
-    def keep_features(self, store: RowStore | None, alone: bool = True) -> None:
-        """Sets where vision features are kept on disk, if anywhere, and whether each image is encoded by
-        itself rather than in a batch."""
+    def keep_features(
+        self, store: RowStore | None, alone: bool = True, sights: RowStore | None = None
+    ) -> None:
+        """Sets where vision features and ``sights``, what ``observe`` gives, are kept on disk, if anywhere,
+        and whether each image and prompt is computed by itself rather than in a batch."""
         ...
 
     def encode(

@@ -179,7 +179,7 @@ def open_prefixes(
     states are kept on disk alone: for many queries that are asked once. ``alone``: whether each query is
     computed by itself; None: where ``batch_invariant`` is true.
     """
-    store, features = None, None
+    store, features, sights = None, None, None
     alone = hparams.batch_invariant if alone is None else alone
     if hparams.prefix_dir is not None:
         limit = int(hparams.prefix_disk_gb * GB)
@@ -187,7 +187,8 @@ def open_prefixes(
         how = "" if alone else "-batched"
         store = RowStore(hparams.prefix_dir, f"{backbone.identity}/layer-{first}{how}", limit)
         features = RowStore(hparams.prefix_dir, f"{backbone.identity}/pictures{how}", limit)
-    backbone.keep_features(features, alone)
+        sights = RowStore(hparams.prefix_dir, f"{backbone.identity}/sights{how}", limit)
+    backbone.keep_features(features, alone, sights)
     kept = int(hparams.prefix_memory_gb * GB) if memory else 0
     return PrefixCache(backbone, first, kept, batch or hparams.eval_batch, store, alone)
 

@@ -25,7 +25,7 @@ from unike.backbones.guard import Guard, copy_bare, held
 from unike.backbones.hooks import first_tensor, hidden_states, inputs_of
 from unike.backbones.images import FeatureCache, Parts
 from unike.backbones.layout import DecoderLayout
-from unike.backbones.next_tokens import recall_sights
+from unike.backbones.next_tokens import SightCache
 from unike.backbones.routing import Router, Routers, select_rows
 from unike.backbones.store import RowStore
 from unike.datasets.answers import normalise_answer
@@ -70,7 +70,7 @@ class VisionLanguageBackbone:
         self._epoch = 0
         self._vision_modules: tuple[int, list[torch.nn.Module]] | None = None
         self._layer_inputs = BoundedCache[Hashable, dict[str, object]](MASKS)
-        self._sights = BoundedCache[Hashable, Sight](SIGHTS)
+        self._sights = SightCache(SIGHTS)
         self.routers = Routers()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -148,10 +148,14 @@ class VisionLanguageBackbone:
         settings: dict[str, object] = self.model.config.to_dict()
         return settings
 
-    def keep_features(self, store: RowStore | None, alone: bool = True) -> None:
+    def keep_features(
+        self, store: RowStore | None, alone: bool = True, sights: RowStore | None = None
+    ) -> None:
         if alone != self.cache.alone:
             self.cache.forget()
+            self._sights.forget()
         self.cache.store, self.cache.alone = store, alone
+        self._sights.store, self._sights.alone = sights, alone
 
     def _forget_former_weights(self) -> None:
         """Drops what was computed with other weights than the model has now."""
@@ -159,9 +163,10 @@ class VisionLanguageBackbone:
             self._epoch = epoch
             self.cache.forget()
             self._layer_inputs.clear()
-            self._sights.clear()
-            if self.cache.store is not None:
-                self.cache.store = self.cache.store.move(self.identity)
+            self._sights.forget()
+            for kept in (self.cache, self._sights):
+                if kept.store is not None:
+                    kept.store = kept.store.move(self.identity)
 
     @property
     def projection(self) -> torch.nn.Module:
@@ -416,7 +421,7 @@ class VisionLanguageBackbone:
         self, images: Images, prompts: Sequence[str], tokens: int, top: int, reader: StateReader | None = None
     ) -> list[Sight]:
         self._forget_former_weights()
-        return recall_sights(self, self._sights, images, prompts, tokens, top, reader)
+        return self._sights.recall(self, images, prompts, tokens, top, reader)
 
     def use_router(self, router: Router) -> AbstractContextManager[None]:
         return self.routers.use(router)

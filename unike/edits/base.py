@@ -202,9 +202,12 @@ class Edit(ABC):
         """The query as the edited model gets it: the same, unless the edit is part of the prompt."""
         return query
 
+    def rewrite_all(self, queries: Sequence[Query]) -> list[Query]:
+        """As ``rewrite`` for each query."""
+        return [self.rewrite(query) for query in queries]
+
     def changes_prefix(self, backbone: Backbone, first: int) -> bool:
-        """Whether the edit changes what enters decoder layer ``first``: cached states of the base model are
-        then none of the edited model's."""
+        """Whether the edit changes what enters decoder layer ``first``: no cached state is then its."""
         return False
 
     @property

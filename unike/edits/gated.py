@@ -6,64 +6,32 @@ edits apply are computed together under these edits alone, the others by the bas
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cached_property, partial
 from weakref import ref
 
 import torch
 
-from unike.backbones.base import Backbone, Sight
+from unike.backbones.base import Backbone, Sight, StateReader
 from unike.backbones.hooks import guard
 from unike.backbones.images import content_key
 from unike.backbones.routing import RowGroup
 from unike.edits.activity import UNKNOWN, Activity, Decisions
-from unike.edits.base import Edit, Inspection, Unit, compose, find_kind
+from unike.edits.base import Edit, EditBatch, Inspection, Unit, compose, find_kind
 from unike.edits.content import Content, merge_contents
+from unike.edits.gate import OVERLAP, SIMILARITY, Gate, Measured, make_reader, observe_prompts, read_gate
 from unike.edits.shares import Shared, sign_scope
 from unike.knowledge.overlap import NextTokens, measure_overlap
 from unike.knowledge.scope import TrainedScope
 from unike.system.cache import BoundedCache
 from unike.types import EditRequest, ImageLike, Query
 
-# The names of what the gate measures.
-OVERLAP, SIMILARITY = "overlap", "similarity"
-# How many of the most probable next tokens are compared.
-TOP = 64
 # Of how many rewritten prompts the decision is kept.
 REWRITTEN = 20_000
-_FORMER_GATE = ("overlap", "tokens", "nearest")
 # A prompt's overlap with itself, or its similarity, may come out a little below 1.
 _ROUNDING = 1e-5
-
-
-@dataclass(frozen=True)
-class Gate:
-    """When an edit applies to a prompt; all that is given must hold.
-
-    ``overlap``: the base model's next tokens, at most ``tokens`` along its answer, overlap with those at the
-    edit's own prompt by so much or more. ``layer``: a scope classifier that reads the input of this decoder
-    layer finds the two prompts as similar as ``similarity``; where that is None, as ``recall`` of the prompts
-    in an edit's scope are, or ``recall_few`` where few answers are possible; where that is None, too, as its
-    own threshold for so many edits. ``nearest``: no edit is nearer, by the classifier if there is one.
-    ``weighs``: an edit's in-context knowledge gets as much of a prompt's attention as the overlap lets it,
-    ``alpha * overlap``.
-    """
-
-    overlap: float | None = None
-    tokens: int = 1
-    nearest: bool = False
-    layer: int | None = None
-    similarity: float | None = None
-    recall: float | None = None
-    recall_few: float | None = None
-    weighs: bool = False
-
-    @property
-    def measure(self) -> str:
-        """What decides which edit is nearest."""
-        return OVERLAP if self.layer is None else SIMILARITY
 
 
 @dataclass(frozen=True)
@@ -75,32 +43,6 @@ class GatedMember:
     edit: Edit
     key: NextTokens
     vector: torch.Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Measured:
-    """Each of ``B`` prompts with each of ``E`` edits, ``(B, E)``: which are ``open``, and the values that
-    decided, by name."""
-
-    open: torch.Tensor
-    values: Mapping[str, torch.Tensor]
-
-
-@dataclass(frozen=True)
-class _ScopeReader:
-    """Reads a prompt's states with a scope classifier's encoder."""
-
-    scope: TrainedScope
-    layer: int
-
-    @property
-    def key(self) -> Hashable:
-        return self.scope.encoder
-
-    def read(self, states: torch.Tensor) -> torch.Tensor:
-        mask = torch.ones(1, len(states), dtype=torch.bool, device=states.device)
-        vector: torch.Tensor = self.scope.encoder(states[None], mask)[0]
-        return vector
 
 
 def _key_image(image: ImageLike | None) -> str | None:
@@ -145,7 +87,7 @@ class GatedEdit(Edit):
     ) -> GatedEdit:
         """One edit, made for a ``request`` of the backbone, with a gate around it."""
         query = request.query
-        (sight,) = observe_prompts(backbone, [query.image], [query.prompt], gate, scope)
+        (sight,) = observe_prompts(backbone, [query.image], [query.prompt], gate, make_reader(gate, scope))
         key = NextTokens(sight.ids, sight.probabilities)
         return cls((GatedMember(request.id, edit, key, sight.vector),), gate, backbone, scope)
 
@@ -160,17 +102,23 @@ class GatedEdit(Edit):
         """The members that apply to each prompt of a backbone, by default the one that the edit was made on;
         keeps what was ``measured``."""
         backbone = backbone or self._get_backbone()
-        asked = [self._find_original(image, prompt) for image, prompt in zip(images, prompts, strict=True)]
-        sights = observe_prompts(backbone, images, asked, self.gate, self.scope)
-        measured = self.measured = self._measure(sights)
+        asked = [self.find_original(image, prompt) for image, prompt in zip(images, prompts, strict=True)]
+        sights = observe_prompts(backbone, images, asked, self.gate, self.reader)
+        measured = self.measured = self.measure(sights)
         return [tuple(row.nonzero()[:, 0].tolist()) for row in measured.open]
 
-    def _find_original(self, image: ImageLike | None, prompt: str) -> str:
+    @cached_property
+    def reader(self) -> StateReader | None:
+        """What reads a prompt's states for the gate."""
+        return make_reader(self.gate, self.scope)
+
+    def find_original(self, image: ImageLike | None, prompt: str) -> str:
         """What a prompt was before this edit rewrote it."""
         found = self._rewritten.get((_key_image(image), prompt))
         return prompt if found is None else found
 
-    def _measure(self, sights: Sequence[Sight]) -> Measured:
+    def measure(self, sights: Sequence[Sight]) -> Measured:
+        """What the gate makes of prompts that the unedited model sees so."""
         values, allowed = {}, []
         if self.gate.overlap is not None:
             keys = [member.key for member in self.members]
@@ -230,13 +178,26 @@ class GatedEdit(Edit):
             yield
 
     def rewrite(self, query: Query) -> Query:
-        (members,) = self.choose([query.image], [query.prompt])
+        return self.rewrite_all([query])[0]
+
+    def rewrite_all(self, queries: Sequence[Query]) -> list[Query]:
+        chosen = self.choose([query.image for query in queries], [query.prompt for query in queries])
+        return [self._rewrite(query, members) for query, members in zip(queries, chosen, strict=True)]
+
+    def _rewrite(self, query: Query, members: tuple[int, ...]) -> Query:
         whole = self.join_members(members)
         changed = query if whole is None else whole.rewrite(query)
         if changed.prompt != query.prompt:
-            original = self._find_original(query.image, query.prompt)
+            original = self.find_original(query.image, query.prompt)
             self._rewritten.put((_key_image(changed.image), changed.prompt), original)
         return changed
+
+    def batch(self, edits: Sequence[Edit]) -> EditBatch | None:
+        same = [e for e in edits if isinstance(e, GatedEdit) and len(e.members) == 1 and e.gate == self.gate]
+        if len(same) < len(edits) or any(e.scope is not self.scope for e in same):
+            return None
+        inner = same[0].members[0].edit.batch([e.members[0].edit for e in same])
+        return None if inner is None else GatedBatch(same, inner)
 
     def changes_prefix(self, backbone: Backbone, first: int) -> bool:
         return any(member.edit.changes_prefix(backbone, first) for member in self.members)
@@ -293,7 +254,7 @@ class GatedEdit(Edit):
 
     @classmethod
     def unpack(cls, content: Content, backbone: Backbone, shared: Shared) -> GatedEdit:
-        gate = _read_gate(content)
+        gate = read_gate(content)
         scope = None if gate.layer is None else shared.scope
         if gate.layer is not None and scope is None:
             raise ValueError(
@@ -344,9 +305,7 @@ class GatedEdit(Edit):
         return tuple(_describe_member(member, inspection) for member in self.members)
 
     def explain(self) -> Decisions:
-        if self.measured is None:
-            return {}
-        return {name: values.amax(1).tolist() for name, values in self.measured.values.items()}
+        return _explain(self.measured)
 
 
 @dataclass(frozen=True)
@@ -390,6 +349,80 @@ class _AppliedGate:
             yield
 
 
+class GatedBatch(EditBatch):
+    """Independent gated edits of one member each, batched: a row's own edit applies where its gate is open.
+
+    ``inner`` are the same edits without their gates.
+    """
+
+    def __init__(self, edits: Sequence[GatedEdit], inner: EditBatch) -> None:
+        self.edits, self.inner = edits, inner
+        # Of the rows that were decided on last, each with its own edit, (B, 1).
+        self.measured: Measured | None = None
+
+    @contextmanager
+    def applied(self, backbone: Backbone, owners: torch.Tensor) -> Iterator[None]:
+        last = backbone.layout.layer(len(backbone.layout) - 1)
+        with (
+            backbone.use_router(_BatchGate(self, backbone, tuple(owners.tolist()))),
+            guard(last, backbone.prompt.require_announced),
+        ):
+            yield
+
+    def decide(
+        self,
+        images: Sequence[ImageLike | None],
+        prompts: Sequence[str],
+        owners: Sequence[int],
+        backbone: Backbone,
+    ) -> Measured:
+        """What each row's own gate makes of it; keeps what was ``measured``."""
+        first, rows = self.edits[0], list(zip(owners, images, prompts, strict=True))
+        asked = [self.edits[owner].find_original(image, prompt) for owner, image, prompt in rows]
+        sights = observe_prompts(backbone, images, asked, first.gate, first.reader)
+        found = [self.edits[owner].measure([sight]) for owner, sight in zip(owners, sights, strict=True)]
+        values = {name: torch.cat([one.values[name] for one in found]) for name in found[0].values}
+        self.measured = Measured(torch.cat([one.open for one in found]), values)
+        return self.measured
+
+    def explain(self) -> Decisions:
+        return _explain(self.measured)
+
+
+@dataclass(frozen=True)
+class _BatchGate:
+    """A batch's gates, for rows that belong to ``owners``. Equal for equal ones, as ``_AppliedGate``."""
+
+    batch: GatedBatch
+    backbone: Backbone
+    owners: tuple[int, ...]
+
+    def group(self, images: Sequence[ImageLike | None], prompts: Sequence[str]) -> list[RowGroup]:
+        """The rows to which their own edits apply, and the others."""
+        measured = self.batch.decide(images, prompts, self.owners, self.backbone)
+        is_open = measured.open[:, 0].tolist()
+        weighs = self.batch.edits[0].gate.weighs
+        weights = measured.values[OVERLAP][:, 0] if weighs else None
+        inside, outside = ([i for i, own in enumerate(is_open) if own is side] for side in (True, False))
+        groups = [RowGroup(inside, partial(self._apply, inside, weights)), RowGroup(outside, nullcontext)]
+        return [group for group in groups if group.rows]
+
+    @contextmanager
+    def _apply(self, rows: list[int], weights: torch.Tensor | None) -> Iterator[None]:
+        owners = torch.tensor([self.owners[i] for i in rows], device=self.backbone.device)
+        with (
+            self.batch.inner.applied(self.backbone, owners),
+            self.backbone.prompt.weigh(None if weights is None else weights[rows]),
+        ):
+            yield
+
+
+def _explain(measured: Measured | None) -> Decisions:
+    if measured is None:
+        return {}
+    return {name: values.amax(1).tolist() for name, values in measured.values.items()}
+
+
 def _describe_member(member: GatedMember, inspection: Inspection) -> Activity:
     whole, place = inspection.locate(member)
     assert isinstance(whole, GatedEdit)
@@ -399,56 +432,7 @@ def _describe_member(member: GatedMember, inspection: Inspection) -> Activity:
     return Activity(bool(whole.measured.open[0, place]), value)
 
 
-def observe_prompts(
-    backbone: Backbone,
-    images: Sequence[ImageLike | None],
-    prompts: Sequence[str],
-    gate: Gate,
-    scope: TrainedScope | None,
-) -> list[Sight]:
-    """Each prompt as the unedited model sees it, with what the gate looks at."""
-    reader = None if scope is None or gate.layer is None else _ScopeReader(scope, gate.layer)
-    return backbone.observe(images, prompts, gate.tokens, TOP, reader)
-
-
 def _require_vector(vector: torch.Tensor | None) -> torch.Tensor:
     if vector is None:
         raise ValueError("gate: an edit or a prompt was not read by the scope classifier")
     return vector
-
-
-def _read_gate(content: Content) -> Gate:
-    if isinstance(content.values.get("gate"), list):
-        # Overlap, tokens and nearest, as gates without a classifier were first written.
-        former = content.take_value("gate", list)
-        content.values["gate"] = asdict(Gate()) | dict(zip(_FORMER_GATE, former, strict=True))
-    values = content.take_value("gate", dict)
-    if values.keys() != Gate.__dataclass_fields__.keys():
-        raise ValueError(f"gate: expected {', '.join(Gate.__dataclass_fields__)}")
-    overlap, similarity = (_read_bound(values[name], name) for name in ("overlap", "similarity"))
-    tokens, nearest, layer = values["tokens"], values["nearest"], values["layer"]
-    if not _is_count(tokens, 1) or not isinstance(nearest, bool):
-        raise ValueError("gate: expected a number of tokens, and whether the nearest edit alone applies")
-    if layer is not None and not _is_count(layer, 0):
-        raise ValueError("gate: layer: expected a number or null")
-    weighs = values["weighs"]
-    if overlap is None and (layer is None or weighs):
-        raise ValueError("gate: expected an overlap, a layer, or both, and an overlap where alpha has it")
-    if not isinstance(weighs, bool):
-        raise ValueError("gate: weighs: expected true or false")
-    assert isinstance(tokens, int)
-    assert layer is None or isinstance(layer, int)
-    recall, recall_few = (_read_bound(values[name], name) for name in ("recall", "recall_few"))
-    return Gate(overlap, tokens, nearest, layer, similarity, recall, recall_few, weighs)
-
-
-def _read_bound(value: object, name: str) -> float | None:
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not -1 <= value <= 1:
-        raise ValueError(f"gate: {name}: expected a number in [-1, 1], or null")
-    return float(value)
-
-
-def _is_count(value: object, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least

@@ -167,8 +167,10 @@ class Reader:
         self, cases: Sequence[Case], edits: Sequence[Edit], together: EditBatch, drafts: Sequence[str | None]
     ) -> list[CasePredictions]:
         owner = [i for i, case in enumerate(cases) for _ in case.probes]
-        probes = [p.query for case in cases for p in case.probes]
-        queries = [edits[i].rewrite(q) for i, q in zip(owner, probes, strict=True)]
+        rewritten = (
+            edit.rewrite_all([p.query for p in case.probes]) for edit, case in zip(edits, cases, strict=True)
+        )
+        queries = [query for own in rewritten for query in own]
         self._fill(queries, drafts, self.generated)
 
         def under(rows: Sequence[int]) -> AbstractContextManager[None]:
@@ -188,7 +190,7 @@ class Reader:
     def _predict_under(
         self, cases: Sequence[Case], edit: Edit, drafts: Sequence[str | None], generated: bool
     ) -> list[CasePredictions]:
-        queries = [edit.rewrite(p.query) for case in cases for p in case.probes]
+        queries = edit.rewrite_all([p.query for case in cases for p in case.probes])
         whole = edit.changes_prefix(self.backbone, self.prefixes.first)
         if not whole:
             self._fill(queries, drafts, generated)

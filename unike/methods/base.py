@@ -16,7 +16,8 @@ from unike.config.hparams import HyperParams
 from unike.config.sections import LayerOptions
 from unike.edits import Edit, LayerKnowledge, Origin
 from unike.edits.conflicts import find_contradicted, share_origins
-from unike.edits.gated import Gate, GatedEdit
+from unike.edits.gate import Gate
+from unike.edits.gated import GatedEdit
 from unike.edits.shares import Shared
 from unike.knowledge.scope import TrainedScope
 from unike.methods.catalogue import CaseSource
