@@ -1,9 +1,9 @@
 """One training loop for the meta-learned methods: KE, MEND, SERAC.
 
 Only the edited layers run: the activations below them are constants of the queries. A run that is
-killed at any point and started again gives the same editor, bit for bit: random draws depend on the
-seed and the step alone, and lower-layer activations are computed one query at a time. Several processes
-share the cases of each step and add up their gradients.
+killed at any point and started again gives the same editor: random draws depend on the seed and the step
+alone. With ``batch_invariant: true`` it is the same bit for bit, as lower-layer activations are computed one
+query at a time. Several processes share the cases of each step and add up their gradients.
 """
 
 from __future__ import annotations
@@ -238,7 +238,7 @@ def meta_train(
     called for every train case (1) and held-out one (0). Raises FloatingPointError where a loss is no longer
     a number.
     """
-    prefixes = open_prefixes(hparams, backbone, method.layers(backbone)[0], batch=1)
+    prefixes = open_prefixes(hparams, backbone, method.layers(backbone)[0])
     lessons = Lessons(backbone, prefixes)
     method.start(backbone)
     run = _EditorTraining(method, hparams, folder, {"facts": facts or {}, "cases": _identify(cases)})
