@@ -39,7 +39,7 @@ class RowPlan:
 
     ``paper`` is its name in the paper's figures (None: it has none). ``ours`` marks the rows whose best is
     compared with the best of the others, ``gate_of`` names the row around which this one has our gate.
-    ``tuned`` names an entry of the plan's tuned options. ``line`` and ``x`` place it in a figure.
+    ``tuned`` names entries of the plan's tuned options, of which later ones come first. ``line`` and ``x`` place it in a figure.
     """
 
     name: str
@@ -48,7 +48,7 @@ class RowPlan:
     paper: str | None = None
     ours: bool = False
     gate_of: str | None = None
-    tuned: str | None = None
+    tuned: tuple[str, ...] = ()
     line: str | None = None
     x: float | None = None
 
@@ -132,7 +132,9 @@ class PlanFile:
         drawn = {}
         if self.benchmark is not None and seed is not None:
             drawn = self.benchmark.list_changes(seed, backbone, family)
-        tuned = self.tuned.get(row.tuned or "", {}).get(backbone, {})
+        tuned: dict[str, Any] = {}
+        for name in row.tuned:
+            tuned |= self.tuned.get(name, {}).get(backbone, {})
         return plan.list_changes(row, length, drawn, tuned)
 
 
@@ -256,15 +258,19 @@ def _check_tuned(tuned: Any, plans: Mapping[str, TablePlan], path: Path) -> list
         return [f"{path}: tuned: expected options by name, then by backbone"]
     known = f"expected {', '.join(map(str, tuned))}" if tuned else "`tuned` of the plan has none"
     return [
-        f"{path}: {name}: {row.name}: tuned: {row.tuned}; {known}"
+        f"{path}: {name}: {row.name}: tuned: {wanted}; {known}"
         for name, plan in plans.items()
         for row in plan.rows
-        if row.tuned is not None and row.tuned not in tuned
+        for wanted in row.tuned
+        if wanted not in tuned
     ]
 
 
 def _parse_row(entry: Any, at: str) -> RowPlan:
+    if isinstance(entry, dict) and isinstance(entry.get("tuned"), str):
+        entry = {**entry, "tuned": [entry["tuned"]]}
     values = _check_keys(entry, RowPlan, at)
+    values["tuned"] = tuple(values.get("tuned") or ())
     values["set"] = dict(values.get("set") or {})
     values.setdefault("paper", values["name"])
     return RowPlan(**values)

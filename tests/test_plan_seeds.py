@@ -101,6 +101,11 @@ def test_tuned_options_come_after_the_tables_and_before_the_rows_own(copied: Pro
     tuned = {"ft": {"other": {"lr": 0.125}}}
     path = write_plan(copied, {"rows": rows, "set": {"lr": 0.0625}}, tuned=tuned)
     assert {r.row.name: r.hparams.lr for r in read(copied, path)} == {"FT": 0.0625, "own": 0.5}
+    tuned = {"ft": {"small": {"lr": 0.25, "max_steps": 3}}, "gate": {"small": {"lr": 0.75}}}
+    path = write_plan(copied, {"rows": [FT | {"tuned": ["ft", "gate"]}]}, tuned=tuned)
+    assert [(r.hparams.lr, r.hparams.max_steps) for r in read(copied, path)] == [(0.75, 3)]
+    (line,) = refuse(copied, write_plan(copied, {"rows": [FT | {"tuned": ["ft", "gaet"]}]}, tuned=tuned))
+    assert line.endswith("tuned: gaet; expected ft, gate")
 
 
 def test_what_the_plan_draws_is_where_the_benchmark_puts_it(copied: Project) -> None:

@@ -13,6 +13,7 @@ BEFORE_OPTIONS: dict[str, object] = {
     "alpha_overlap": False,
     "answer_end": "none",
     "benchmark_version": 1,
+    "editor_queries": None,
     "ike_patches": False,
     "mend_scale_lr": None,
     "scope_layer": None,

@@ -381,6 +381,11 @@ class EditorTrainingOptions(MethodOptions, ClipOptions, AnswerOptions, SeedOptio
         whole(low=0), "most training steps, a cap: training should end by editor_patience", 2000
     )
     editor_batch: int = option(whole(low=1), "records per training step, gradients summed", 4)
+    editor_queries: int | None = option(
+        nullable(whole(low=2)),
+        "probes of a train record in a training step, half of them in scope, drawn anew each time; null: all",
+        None,
+    )
     editor_val_every: int = option(whole(low=1), "training steps between validations", 100)
     editor_val_cases: int = option(whole(low=1), "held-out train records in a validation", 60)
     editor_patience: int = option(

@@ -43,8 +43,8 @@ def name_request(request: EditRequest) -> tuple[str, str, str | None]:
 
 
 def name_case(case: Case) -> tuple[str, ...]:
-    """What tells a training's cases apart."""
-    return case.task, *map(str, name_request(case.request))
+    """What tells a training's cases apart, of which some probes may have been drawn."""
+    return case.task, *map(str, name_request(case.request)), *(probe.name for probe in case.probes)
 
 
 def _count_bytes(value: object) -> int:

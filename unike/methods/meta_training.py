@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -113,6 +114,20 @@ def split_by_scope(case: Case, probes: str = "five", end: str = "none") -> tuple
     used = [p for p in case.probes if _is_used(p.name, probes)]
     inside = [p.query for p in used if p.expect == "target"] or [case.request.query]
     return [replace(q, end=end) for q in inside], [p.query for p in used if p.expect == "unchanged"]
+
+
+def draw_probes(case: Case, count: int | None, probes: str, rng: random.Random) -> Case:
+    """The case with ``count`` of the probes that are trained on, half of them, rounded up, in the edit's
+    scope; more of one side where the other has too few. All of them where ``count`` is None."""
+    used = [p for p in case.probes if _is_used(p.name, probes)]
+    if count is None or len(used) <= count:
+        return case
+    sides = [[p for p in used if (p.expect == "target") is inside] for inside in (True, False)]
+    most = max((count + 1) // 2, count - len(sides[1]))
+    drawn = rng.sample(sides[0], min(most, len(sides[0])))
+    drawn += rng.sample(sides[1], count - len(drawn))
+    chosen = {id(p) for p in drawn}
+    return replace(case, probes=tuple(p for p in used if id(p) in chosen))
 
 
 def _is_used(name: str, probes: str) -> bool:
@@ -266,12 +281,14 @@ def meta_train(
 
 def _take_step(run: _EditorTraining, lessons: Lessons, cases: Sequence[Case], tick: Tick) -> None:
     run.optimiser.zero_grad(set_to_none=True)
-    batch = _draw_batch(cases, run.progress.step, run.hparams)
+    batch, hparams = _draw_batch(cases, run.progress.step, run.hparams), run.hparams
     for case in processes.share(batch):
-        loss = run.method.loss(lessons.backbone, lessons.adapt(case), lessons.prefixes)
+        rng = random.Random(f"{hparams.seed}/{run.progress.step}/{case.task}:{case.request.id}")
+        drawn = draw_probes(lessons.adapt(case), hparams.editor_queries, hparams.editor_probes, rng)
+        loss = run.method.loss(lessons.backbone, drawn, lessons.prefixes)
         if not math.isfinite(loss.item()):
             raise FloatingPointError(f"the loss is {loss.item()} after {run.progress.step} steps")
-        (loss / run.hparams.editor_batch).backward()
+        (loss / hparams.editor_batch).backward()
         tick(TRAINING, 1)
     if others := len(batch) - len(processes.share(batch)):
         tick(TRAINING, others)

@@ -139,9 +139,10 @@ def list_editor_options(hparams: EditorTrainingOptions) -> Facts:
         # Editors from before this option existed have none.
         shared["answer_end"] = hparams.answer_end
     own = hparams.get_values(EditorTrainingOptions)
-    if hparams.mend_scale_lr is None:
+    for name in ("editor_queries", "mend_scale_lr"):
         # Likewise.
-        del own["mend_scale_lr"]
+        if own[name] is None:
+            del own[name]
     return shared | {
         n: v
         for n, v in own.items()
