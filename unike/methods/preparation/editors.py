@@ -23,7 +23,7 @@ from unike.methods.preparation.folders import (
     list_editor_options,
     require_own_files,
 )
-from unike.methods.preparation.hard_cases import harden_cases
+from unike.methods.preparation.hard_cases import harden_cases, open_answers
 from unike.methods.preparation.training_cases import make_training_cases
 from unike.system import processes
 from unike.system.files import check_tensors, replace_atomically, write_index
@@ -89,7 +89,10 @@ def ensure_editor(
         if hparams.editor_probes in ("recombined", "hard"):
             records = make_training_cases(records)
         if hparams.editor_probes == "hard":
-            records = processes.run_once(lambda: harden_cases(records, backbone, hparams.seed, tick))
+            store = open_answers(hparams, backbone)
+            records = processes.run_once(
+                lambda: harden_cases(records, backbone, hparams.seed, tick, store=store)
+            )
         held_out = [case for i, case in enumerate(records) if i % HELD_OUT == HELD_OUT - 1]
         train = [case for i, case in enumerate(records) if i % HELD_OUT != HELD_OUT - 1]
         if not held_out:

@@ -20,9 +20,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 
 from unike.backbones.base import Backbone
 from unike.backbones.images import content_key
+from unike.backbones.prefix import GB
+from unike.backbones.store import Row, RowStore, row_key
+from unike.config.sections import PrefixOptions
 from unike.datasets.answers import normalise_answer
 from unike.datasets.changed_images import HALVES, make_thumbnail, replace_half, restyle
 from unike.system.progress import Tick, ignore_progress
@@ -89,13 +93,26 @@ def _name_image(image: ImageLike) -> str:
     return os.fspath(image) if isinstance(image, (str, os.PathLike)) else content_key(image)
 
 
+def open_answers(hparams: PrefixOptions, backbone: Backbone) -> RowStore | None:
+    """Where the base model's answers to mixed images are kept on disk; None without a ``prefix_dir``."""
+    if hparams.prefix_dir is None:
+        return None
+    return RowStore(hparams.prefix_dir, f"{backbone.identity}/answers", int(hparams.prefix_disk_gb * GB))
+
+
 def harden_cases(
-    cases: Sequence[Case], backbone: Backbone, seed: int, tick: Tick = ignore_progress, batch: int = 32
+    cases: Sequence[Case],
+    backbone: Backbone,
+    seed: int,
+    tick: Tick = ignore_progress,
+    batch: int = 32,
+    store: RowStore | None = None,
 ) -> list[Case]:
     """``make_training_cases``'s records, with harder probes of both kinds; the same number in each.
 
-    ``batch`` prompts share a forward pass. UserError for a record without an image, for one whose image no
-    other record's differs from, and where an image cannot be read.
+    ``batch`` prompts share a forward pass; answers in the ``store`` are not asked for again. UserError for a
+    record without an image, for one whose image no other record's differs from, and where an image cannot be
+    read.
     """
     names = [_name_image(_require_image(case)) for case in cases]
     known = {name: _require_image(case) for name, case in zip(names, cases, strict=True)}
@@ -109,7 +126,7 @@ def harden_cases(
             raise UserError(f"{at}: all images look like its own; {expected}")
         rng = random.Random(zlib.crc32(f"{seed} {case.task} {case.request.id}".encode()))
         hard.append(_harden(case, rng, alike, places[name]))
-    return _keep_other_answers(hard, backbone, tick, batch)
+    return _keep_other_answers(hard, backbone, tick, batch, store)
 
 
 def _require_image(case: Case) -> ImageLike:
@@ -148,14 +165,16 @@ def _name(name: str, queries: Sequence[Query], expect: Expectation) -> list[Prob
     return [Probe(f"{name} {number}", query, expect) for number, query in enumerate(queries, 1)]
 
 
-def _keep_other_answers(cases: Sequence[Case], backbone: Backbone, tick: Tick, batch: int) -> list[Case]:
+def _keep_other_answers(
+    cases: Sequence[Case], backbone: Backbone, tick: Tick, batch: int, store: RowStore | None
+) -> list[Case]:
     """The cases with a spare look-alike in place of each mixed image at which the base model says what it
     says about the edit: the half that was asked about may be the one that stayed."""
     mixed = [[p for p in case.probes if p.name.startswith("mixed")] for case in cases]
     asked = [
         q for c, own in zip(cases, mixed, strict=True) for q in (c.request.query, *(p.query for p in own))
     ]
-    answers = iter(_answer(backbone, asked, tick, batch))
+    answers = iter(_answer(backbone, asked, tick, batch, store))
     out = []
     for case, own in zip(cases, mixed, strict=True):
         said = next(answers)
@@ -166,10 +185,34 @@ def _keep_other_answers(cases: Sequence[Case], backbone: Backbone, tick: Tick, b
     return out
 
 
-def _answer(backbone: Backbone, queries: Sequence[Query], tick: Tick, batch: int) -> list[str]:
+def _answer(
+    backbone: Backbone, queries: Sequence[Query], tick: Tick, batch: int, store: RowStore | None
+) -> list[str]:
+    keys: list[str] = []
+    if store is not None:
+        keys = [row_key((_name_content(q), q.prompt, backbone.max_new_tokens)) for q in queries]
+    known = {} if store is None else {key: _read_text(row) for key, row in store.get(keys).items()}
     found: list[str] = []
     for start in range(0, len(queries), batch):
-        part = queries[start : start + batch]
-        found += backbone.generate([q.image for q in part], [q.prompt for q in part])
+        part, own = queries[start : start + batch], keys[start : start + batch]
+        if store is None or any(key not in known for key in own):
+            answers = backbone.generate([q.image for q in part], [q.prompt for q in part])
+            if store is not None:
+                store.put({key: _write_text(text) for key, text in zip(own, answers, strict=True)})
+        else:
+            answers = [known[key] for key in own]
+        found += answers
         tick(MIXING, len(part))
     return [normalise_answer(answer) for answer in found]
+
+
+def _name_content(query: Query) -> str | None:
+    return None if query.image is None else content_key(query.image)
+
+
+def _write_text(text: str) -> dict[str, torch.Tensor]:
+    return {"text": torch.tensor(list(text.encode()), dtype=torch.uint8)}
+
+
+def _read_text(row: Row) -> str:
+    return bytes(row["text"].tolist()).decode()

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from unike.backbones.base import Backbone
 from unike.backbones.hooks import capture
 from unike.backbones.prefix import PrefixCache
+from unike.backbones.store import RowStore
 from unike.config.combined import ScopePreparationOptions
 from unike.config.scope_sections import ScopeTrainingOptions
 from unike.knowledge.overlap import NextTokens
@@ -39,7 +40,7 @@ from unike.methods.preparation.folders import (
     hash_facts,
     require_own_files,
 )
-from unike.methods.preparation.hard_cases import harden_cases
+from unike.methods.preparation.hard_cases import harden_cases, open_answers
 from unike.methods.preparation.training_cases import INSIDE, OUTSIDE, make_training_cases
 from unike.system import processes
 from unike.system.files import check_tensors, read_index, replace_atomically, write_index
@@ -56,12 +57,15 @@ def make_scope_cases(
     backbone: Backbone,
     hparams: ScopeTrainingOptions,
     tick: Tick = ignore_progress,
+    store: RowStore | None = None,
 ) -> list[Case]:
     """The records as the classifier is trained on them, with as many probes each: those in scope first, the
     edit itself at their head. UserError where a record lacks a probe."""
     taught = make_training_cases(cases)
     # Whoever trains the classifier is one process already.
-    return harden_cases(taught, backbone, hparams.seed, tick) if hparams.scope_probes == "hard" else taught
+    if hparams.scope_probes != "hard":
+        return taught
+    return harden_cases(taught, backbone, hparams.seed, tick, store=store)
 
 
 @torch.no_grad()
@@ -207,7 +211,7 @@ def train_scope(
     )
     with open_preparation(hparams, backbone, first) as prefixes:
         size, tokens = hparams.states_batch, hparams.scope_tokens
-        taught = make_scope_cases(records, backbone, hparams, tick)
+        taught = make_scope_cases(records, backbone, hparams, tick, open_answers(hparams, backbone))
         samples = collect_scope_samples(backbone, taught, first, size, tick, prefixes, rows, tokens)
     stop = None
     if hparams.scope_patience is not None:
