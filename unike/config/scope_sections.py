@@ -33,7 +33,9 @@ class OverlapGateOptions(Section):
         None,
     )
     scope_recall_few: float | None = option(
-        nullable(number(low=0, high=1)), "the same where few answers are possible, as with yes and no", None
+        nullable(number(low=0, high=1)),
+        "the same where few answers are possible, as with yes and no, as far as scope_overlap_tokens go",
+        None,
     )
     scope_layer: int | None = option(
         nullable(whole(low=0)),
