@@ -1,6 +1,6 @@
-"""One table of all benchmarks in ``docs/performance.md``, from the files of their ``--json``.
+"""One table of all benchmarks in ``docs/performance_figures.md``, from the files of their ``--json``.
 
-``python -m benchmarks.report results/benchmarks/*.json --write docs/performance.md``
+``python -m benchmarks.report results/benchmarks/*.json --write docs/performance_figures.md``
 """
 
 from __future__ import annotations

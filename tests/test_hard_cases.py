@@ -15,6 +15,7 @@ from PIL import Image
 from worlds import BASE, World, world_of
 
 from unike.backbones.images import FeatureCache, content_key, take_image
+from unike.backbones.prefix import AnswerCache
 from unike.backbones.store import RowStore
 from unike.config.hparams import HyperParams
 from unike.datasets import changed_images
@@ -172,8 +173,6 @@ class Speaker:
     """A backbone that only answers: about a mixed image by the list ``kept``, which of them change nothing;
     about each other image that it is another one."""
 
-    max_new_tokens = 16
-
     def __init__(self, same: bool = False) -> None:
         self.same, self.asked = same, list[tuple[object, str]]()
 
@@ -256,8 +255,8 @@ def test_answers_that_are_kept_are_not_asked_for_again(tmp_path: Path) -> None:
     cases = [make_case(i) for i in range(6)]
     taught = make_training_cases(cases)
     for expected in (18, 0, 6):
-        speaker, store = Speaker(), RowStore(tmp_path, "a/answers", 10**9)
-        found = harden_cases(taught, speaker, 0, batch=6, store=store)
+        speaker, kept = Speaker(), AnswerCache(RowStore(tmp_path, "a/answers", 10**9), 16)
+        found = harden_cases(taught, speaker, 0, batch=6, kept=kept)
         assert len(speaker.asked) == expected
         if expected == 0:
             # A batch of which answers are lost is asked again.
@@ -265,9 +264,8 @@ def test_answers_that_are_kept_are_not_asked_for_again(tmp_path: Path) -> None:
     assert [name_content(c) for c in found] == [name_content(c) for c in harden(cases)]
     # Another model, and another length of answers, say something else.
     for name, most in (("b/answers", 16), ("a/answers", 17)):
-        speaker = Speaker(same=True)
-        speaker.max_new_tokens = most
-        found = harden_cases(taught, speaker, 0, batch=6, store=RowStore(tmp_path, name, 10**9))
+        speaker, kept = Speaker(same=True), AnswerCache(RowStore(tmp_path, name, 10**9), most)
+        found = harden_cases(taught, speaker, 0, batch=6, kept=kept)
         assert len(speaker.asked) == 18
     assert [name_content(c) for c in found] == [name_content(c) for c in harden(cases, Speaker(same=True))]
 

@@ -21,6 +21,8 @@ from unike.types import ImageLike, TooLongError
 SightKey = tuple[str | None, ...]
 # How many prompts are observed in one pass, where they need not be alone: all of its logits are kept.
 TOGETHER = 16
+# Of how many prompts what was seen is kept in memory.
+SIGHTS = 20_000
 
 
 class SightCache:
@@ -30,8 +32,8 @@ class SightCache:
     itself. Where somebody's hook is in the model, nothing on disk is its.
     """
 
-    def __init__(self, size: int) -> None:
-        self._known = BoundedCache[SightKey, Sight](size)
+    def __init__(self) -> None:
+        self._known = BoundedCache[SightKey, Sight](SIGHTS)
         self.store: RowStore | None = None
         self.alone = True
 

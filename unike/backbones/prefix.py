@@ -193,6 +193,34 @@ def open_prefixes(
     return PrefixCache(backbone, first, kept, batch or hparams.eval_batch, store, alone)
 
 
+class AnswerCache:
+    """The unedited model's answers to queries, kept in a ``store``."""
+
+    def __init__(self, store: RowStore, most: int) -> None:
+        self._store, self._most = store, most
+
+    @classmethod
+    def open(cls, hparams: PrefixOptions, backbone: Backbone) -> AnswerCache | None:
+        """The cache that the YAML describes; None without a ``prefix_dir``."""
+        if hparams.prefix_dir is None:
+            return None
+        store = RowStore(hparams.prefix_dir, f"{backbone.identity}/answers", int(hparams.prefix_disk_gb * GB))
+        return cls(store, backbone.max_new_tokens)
+
+    def read(self, queries: Sequence[Query]) -> list[str | None]:
+        """Their answers; None for those that are not kept."""
+        keys = [self._name(query) for query in queries]
+        rows = self._store.get(keys)
+        return [bytes(rows[key]["text"].tolist()).decode() if key in rows else None for key in keys]
+
+    def write(self, queries: Sequence[Query], answers: Sequence[str]) -> None:
+        texts = (torch.tensor(list(answer.encode()), dtype=torch.uint8) for answer in answers)
+        self._store.put({self._name(q): {"text": text} for q, text in zip(queries, texts, strict=True)})
+
+    def _name(self, query: Query) -> str:
+        return row_key((*_make_key(query)[:2], self._most))
+
+
 def _make_key(query: Query) -> QueryKey:
     image = None if query.image is None else content_key(query.image)
     return image, query.prompt, query.target, *([] if query.end == "none" else [query.end])

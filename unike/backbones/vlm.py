@@ -38,8 +38,6 @@ Images = Sequence[ImageLike | None]
 MASKS = 32
 # Number of texts whose token ids are kept.
 TEXTS = 100_000
-# Number of prompts of which the unedited model's sight is kept.
-SIGHTS = 20_000
 
 
 class VisionLanguageBackbone:
@@ -70,7 +68,7 @@ class VisionLanguageBackbone:
         self._epoch = 0
         self._vision_modules: tuple[int, list[torch.nn.Module]] | None = None
         self._layer_inputs = BoundedCache[Hashable, dict[str, object]](MASKS)
-        self._sights = SightCache(SIGHTS)
+        self._sights = SightCache()
         self.routers = Routers()
 
     def __getstate__(self) -> dict[str, Any]:

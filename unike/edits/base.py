@@ -222,8 +222,7 @@ class Edit(ABC):
 
     @property
     def gates(self) -> Mapping[str, float]:
-        """The similarity from which on the edit applies to a prompt, by the name of what measures it; empty
-        where it always does."""
+        """The similarity from which on the edit applies to a prompt, by what measures it; empty: always."""
         return {}
 
     def list_retrieved(self, inspection: Inspection) -> tuple[LayerRetrieval, ...]:

@@ -1,7 +1,8 @@
 """T-Patcher as published (Huang et al. 2023): one neuron for each wrong token of the target.
 
 ``tpatcher`` is our form of it. Here the neurons' number and start, losses, optimiser, end of training and
-growing memory are those of the paper and of its release. The differences that are left are in docs/paper.md.
+growing memory are those of the paper and of its release. The differences that are left are in
+docs/decisions_rivals.md.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 
 from unike.backbones.base import Backbone
+from unike.backbones.prefix import AnswerCache
 from unike.methods.meta_training import CAP, Progress, TrainableMethod, copy_tensors, meta_train
 from unike.methods.preparation.folders import (
     Facts,
@@ -23,7 +24,7 @@ from unike.methods.preparation.folders import (
     list_editor_options,
     require_own_files,
 )
-from unike.methods.preparation.hard_cases import harden_cases, open_answers
+from unike.methods.preparation.hard_cases import harden_cases
 from unike.methods.preparation.training_cases import make_training_cases
 from unike.system import processes
 from unike.system.files import check_tensors, replace_atomically, write_index
@@ -89,9 +90,9 @@ def ensure_editor(
         if hparams.editor_probes in ("recombined", "hard"):
             records = make_training_cases(records)
         if hparams.editor_probes == "hard":
-            store = open_answers(hparams, backbone)
+            kept = AnswerCache.open(hparams, backbone)
             records = processes.run_once(
-                lambda: harden_cases(records, backbone, hparams.seed, tick, store=store)
+                lambda: harden_cases(records, backbone, hparams.seed, tick, kept=kept)
             )
         held_out = [case for i, case in enumerate(records) if i % HELD_OUT == HELD_OUT - 1]
         train = [case for i, case in enumerate(records) if i % HELD_OUT != HELD_OUT - 1]

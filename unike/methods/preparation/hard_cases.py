@@ -20,13 +20,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
 
 from unike.backbones.base import Backbone
 from unike.backbones.images import content_key
-from unike.backbones.prefix import GB
-from unike.backbones.store import Row, RowStore, row_key
-from unike.config.sections import PrefixOptions
+from unike.backbones.prefix import AnswerCache
 from unike.datasets.answers import normalise_answer
 from unike.datasets.changed_images import HALVES, make_thumbnail, replace_half, restyle
 from unike.system.progress import Tick, ignore_progress
@@ -93,24 +90,17 @@ def _name_image(image: ImageLike) -> str:
     return os.fspath(image) if isinstance(image, (str, os.PathLike)) else content_key(image)
 
 
-def open_answers(hparams: PrefixOptions, backbone: Backbone) -> RowStore | None:
-    """Where the base model's answers to mixed images are kept on disk; None without a ``prefix_dir``."""
-    if hparams.prefix_dir is None:
-        return None
-    return RowStore(hparams.prefix_dir, f"{backbone.identity}/answers", int(hparams.prefix_disk_gb * GB))
-
-
 def harden_cases(
     cases: Sequence[Case],
     backbone: Backbone,
     seed: int,
     tick: Tick = ignore_progress,
     batch: int = 32,
-    store: RowStore | None = None,
+    kept: AnswerCache | None = None,
 ) -> list[Case]:
     """``make_training_cases``'s records, with harder probes of both kinds; the same number in each.
 
-    ``batch`` prompts share a forward pass; answers in the ``store`` are not asked for again. UserError for a
+    ``batch`` prompts share a forward pass; answers that are ``kept`` are not asked for again. UserError for a
     record without an image, for one whose image no other record's differs from, and where an image cannot be
     read.
     """
@@ -126,7 +116,7 @@ def harden_cases(
             raise UserError(f"{at}: all images look like its own; {expected}")
         rng = random.Random(zlib.crc32(f"{seed} {case.task} {case.request.id}".encode()))
         hard.append(_harden(case, rng, alike, places[name]))
-    return _keep_other_answers(hard, backbone, tick, batch, store)
+    return _keep_other_answers(hard, backbone, tick, batch, kept)
 
 
 def _require_image(case: Case) -> ImageLike:
@@ -166,7 +156,7 @@ def _name(name: str, queries: Sequence[Query], expect: Expectation) -> list[Prob
 
 
 def _keep_other_answers(
-    cases: Sequence[Case], backbone: Backbone, tick: Tick, batch: int, store: RowStore | None
+    cases: Sequence[Case], backbone: Backbone, tick: Tick, batch: int, kept: AnswerCache | None
 ) -> list[Case]:
     """The cases with a spare look-alike in place of each mixed image at which the base model says what it
     says about the edit: the half that was asked about may be the one that stayed."""
@@ -174,45 +164,29 @@ def _keep_other_answers(
     asked = [
         q for c, own in zip(cases, mixed, strict=True) for q in (c.request.query, *(p.query for p in own))
     ]
-    answers = iter(_answer(backbone, asked, tick, batch, store))
+    answers = iter(_answer(backbone, asked, tick, batch, kept))
     out = []
     for case, own in zip(cases, mixed, strict=True):
         said = next(answers)
         same = [probe.name for probe in own if next(answers) == said]
         spares = {f"spare {name.split()[1]}" for name in same}
-        kept = [p for p in case.probes if p.name not in same and (p.name in spares or "spare" not in p.name)]
-        out.append(replace(case, probes=tuple(kept)))
+        left = [p for p in case.probes if p.name not in same and (p.name in spares or "spare" not in p.name)]
+        out.append(replace(case, probes=tuple(left)))
     return out
 
 
 def _answer(
-    backbone: Backbone, queries: Sequence[Query], tick: Tick, batch: int, store: RowStore | None
+    backbone: Backbone, queries: Sequence[Query], tick: Tick, batch: int, kept: AnswerCache | None
 ) -> list[str]:
-    keys: list[str] = []
-    if store is not None:
-        keys = [row_key((_name_content(q), q.prompt, backbone.max_new_tokens)) for q in queries]
-    known = {} if store is None else {key: _read_text(row) for key, row in store.get(keys).items()}
+    known = [None] * len(queries) if kept is None else kept.read(queries)
     found: list[str] = []
     for start in range(0, len(queries), batch):
-        part, own = queries[start : start + batch], keys[start : start + batch]
-        if store is None or any(key not in known for key in own):
+        part = queries[start : start + batch]
+        answers = [text for text in known[start : start + batch] if text is not None]
+        if len(answers) < len(part):
             answers = backbone.generate([q.image for q in part], [q.prompt for q in part])
-            if store is not None:
-                store.put({key: _write_text(text) for key, text in zip(own, answers, strict=True)})
-        else:
-            answers = [known[key] for key in own]
+            if kept is not None:
+                kept.write(part, answers)
         found += answers
         tick(MIXING, len(part))
     return [normalise_answer(answer) for answer in found]
-
-
-def _name_content(query: Query) -> str | None:
-    return None if query.image is None else content_key(query.image)
-
-
-def _write_text(text: str) -> dict[str, torch.Tensor]:
-    return {"text": torch.tensor(list(text.encode()), dtype=torch.uint8)}
-
-
-def _read_text(row: Row) -> str:
-    return bytes(row["text"].tolist()).decode()

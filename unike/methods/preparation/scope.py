@@ -15,8 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from unike.backbones.base import Backbone
 from unike.backbones.hooks import capture
-from unike.backbones.prefix import PrefixCache
-from unike.backbones.store import RowStore
+from unike.backbones.prefix import AnswerCache, PrefixCache
 from unike.config.combined import ScopePreparationOptions
 from unike.config.scope_sections import ScopeTrainingOptions
 from unike.knowledge.overlap import NextTokens
@@ -40,7 +39,7 @@ from unike.methods.preparation.folders import (
     hash_facts,
     require_own_files,
 )
-from unike.methods.preparation.hard_cases import harden_cases, open_answers
+from unike.methods.preparation.hard_cases import harden_cases
 from unike.methods.preparation.training_cases import INSIDE, OUTSIDE, make_training_cases
 from unike.system import processes
 from unike.system.files import check_tensors, read_index, replace_atomically, write_index
@@ -57,7 +56,7 @@ def make_scope_cases(
     backbone: Backbone,
     hparams: ScopeTrainingOptions,
     tick: Tick = ignore_progress,
-    store: RowStore | None = None,
+    kept: AnswerCache | None = None,
 ) -> list[Case]:
     """The records as the classifier is trained on them, with as many probes each: those in scope first, the
     edit itself at their head. UserError where a record lacks a probe."""
@@ -65,7 +64,7 @@ def make_scope_cases(
     # Whoever trains the classifier is one process already.
     if hparams.scope_probes != "hard":
         return taught
-    return harden_cases(taught, backbone, hparams.seed, tick, store=store)
+    return harden_cases(taught, backbone, hparams.seed, tick, kept=kept)
 
 
 @torch.no_grad()
@@ -211,7 +210,7 @@ def train_scope(
     )
     with open_preparation(hparams, backbone, first) as prefixes:
         size, tokens = hparams.states_batch, hparams.scope_tokens
-        taught = make_scope_cases(records, backbone, hparams, tick, open_answers(hparams, backbone))
+        taught = make_scope_cases(records, backbone, hparams, tick, AnswerCache.open(hparams, backbone))
         samples = collect_scope_samples(backbone, taught, first, size, tick, prefixes, rows, tokens)
     stop = None
     if hparams.scope_patience is not None:
