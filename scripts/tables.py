@@ -28,6 +28,7 @@ from unike.report.paper.averages import average_blocks
 from unike.report.paper.grids import write_latex, write_markdown
 from unike.report.paper.short import write_short
 from unike.report.paper.tables import FORMATS, LEGEND, Block, csv_rows, latex, markdown
+from unike.system.arguments import ArgumentParser
 from unike.system.findings import collect_problems
 from unike.system.launching import count_most_processes, run_guarded
 from unike.system.paths import check_path
@@ -157,7 +158,7 @@ def report_outcome(outcome: WorkOutcome) -> int:
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = ArgumentParser(description=(__doc__ or "").split("\n")[0])
     add = parser.add_argument
     add("--table", nargs="+", required=True, metavar="NAME", help="1 to 5, collaboration, lifelong, or all")
     add("--backbones", nargs="+", default=list(BACKBONES), metavar="NAME", help="YAMLs, by name")

@@ -56,9 +56,7 @@ def test_every_probe_is_drawn_now_and_then_and_only_what_is_trained_on() -> None
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_training_sees_so_many_and_validation_all(
-    world: World, name: str, monkeypatch, tmp_path
-) -> None:
+def test_training_sees_so_many_and_validation_all(world: World, name: str, monkeypatch, tmp_path) -> None:
     method = build(hparams(name, editor_probes="recombined", editor_queries=4, editor_steps=6))
     seen: dict[bool, list[tuple[str, ...]]] = {True: [], False: []}
     losses = {"loss": type(method).loss, "validation": type(method).validation}
