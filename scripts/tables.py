@@ -33,6 +33,7 @@ from unike.system.findings import collect_problems
 from unike.system.launching import count_most_processes, run_guarded
 from unike.system.paths import check_path
 from unike.system.places import require_folder
+from unike.system.shipped import find_shipped
 from unike.types import UserError
 
 TASK_TITLES = {"vqa": "E-VQA", "caption": "E-IC", "cross": "E-VQA and E-IC interleaved"}
@@ -177,6 +178,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--plan", type=Path, default=PLAN, metavar="FILE", help="the runs")
     add("overrides", nargs="*", metavar="key=value", help="changes to every row")
     args = parser.parse_intermixed_args(argv)
+    args.plan = Path(find_shipped(str(args.plan)))
     # Lists of names take what follows them, overrides too.
     for names in (args.table, args.backbones, args.seeds):
         args.overrides += [name for name in names if "=" in name]

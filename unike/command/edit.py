@@ -23,6 +23,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add(
         "--hparams_dir",
+        "--hparams",
         required=True,
         metavar="FILE",
         help="YAML of hyper-parameters, or the name of a shipped one",

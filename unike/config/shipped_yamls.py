@@ -19,7 +19,7 @@ def list_names() -> list[str]:
     folder = _find_folder()
     if folder is None:
         return []
-    found = [path for path in folder.rglob("*.yaml") if _OWN_KEY.search(path.read_text(encoding="utf-8"))]
+    found = [path for path in folder.rglob("*.yaml") if _has_hparams(path)]
     names = [path.relative_to(folder).with_suffix("").as_posix() for path in found]
     return sorted(names, key=lambda name: ("/" in name, name))
 
@@ -35,7 +35,7 @@ def find_yaml(path: str) -> str:
         return path
     parts = Path(path.removesuffix(".yaml")).parts
     name = "/".join(parts[1:] if parts[:1] == (_FOLDER,) else parts)
-    if not re.fullmatch(r"\w+(/\w+)?", name) or not (file := folder / f"{name}.yaml").is_file():
+    if not re.fullmatch(r"\w+(/\w+)?", name) or not _has_hparams(file := folder / f"{name}.yaml"):
         return path
     here = Path.cwd()
     return str(file.relative_to(here)) if file.is_relative_to(here) else str(file)
@@ -45,6 +45,10 @@ def suggest_name(path: str) -> str | None:
     """The shipped YAML whose name is nearest to ``path``; None where none is near."""
     name = path.removesuffix(".yaml").removeprefix(f"{_FOLDER}/")
     return next(iter(difflib.get_close_matches(name, list_names(), n=1, cutoff=0.6)), None)
+
+
+def _has_hparams(file: Path) -> bool:
+    return file.is_file() and _OWN_KEY.search(file.read_text(encoding="utf-8")) is not None
 
 
 def _find_folder() -> Path | None:
