@@ -50,4 +50,4 @@ COMMANDS = {
 }
 # ``unike edit`` with one of these options edits without a YAML: another module's work.
 OWN_START = "unike.own:run"
-OWN_OPTIONS = ("--model", "--image", "--question", "--answer", "--data")
+OWN_OPTIONS = ("--model", "--image", "--question", "--answer", "--edits")
