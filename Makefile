@@ -37,15 +37,16 @@ help:  ## shows this list
 	@echo '  WORKERS=logical     test processes; 0: one process, in which --pdb works'
 	@echo '  CI=true             make test runs the slow tests too'
 
-demo: $(DEMO_READY)  ## edits both toy models, on E-VQA and E-IC; results in results/demo
+demo: $(DEMO_READY)  ## edits both toy models by UniKE + scope gate, then compares methods; results in results/demo
 	@set -e; for backbone in tiny_blip2 tiny_minigpt4; do for task in vqa caption; do \
 		run=results/demo/$$backbone-$$task; \
 		rm -f $(RUN_FILES:%=$$run/%); \
 		set -x; \
-		$(BIN)/python run_edit.py --hparams_dir hparams/$$backbone.yaml --task $$task \
-			--size $(DEMO_SIZE) --output $$run; \
+		$(BIN)/unike edit --hparams scoped/$$backbone --task $$task --size $(DEMO_SIZE) --output $$run; \
 		{ set +x; } 2>/dev/null; \
 	done; done
+	@rm -f $(foreach method,ft paper_preset gate,$(RUN_FILES:%=results/demo/methods/$(method)/%))
+	$(BIN)/unike demo --size $$(( $(DEMO_SIZE) < 20 ? $(DEMO_SIZE) : 20 )) --output results/demo/methods
 	@echo 'All of it is installed in .venv; to go on: source .venv/bin/activate'
 
 demo-page: $(PAGE_READY)  ## serves a page to try editing, on this computer only

@@ -85,6 +85,11 @@ ROOMS: dict[str, tuple[str, str]] = {
     "ask": ("`run_edit.py ask`", "only this command"),
     "tables": ("`python -m unike.tables`", "only this command"),
     "demo": ("the web page of `python -m unike.demo`", "only this page"),
+    "command": (
+        "the command `unike`: its table of subcommands, `unike edit` (which `run_edit.py` is), `unike list`, "
+        "`unike demo`",
+        "another subcommand: a line of `table.py`",
+    ),
 }
 Arrows = dict[str, set[str]]
 
@@ -94,7 +99,7 @@ Arrows = dict[str, set[str]]
 def list_rooms(root: Path) -> list[str]:
     """The folders and loose modules of ``root/unike``, ground first; UserError where ``ROOMS`` differs."""
     folders = [p.parent.name for p in root.glob("unike/*/__init__.py")]
-    found = {*folders, *(p.stem for p in root.glob("unike/*.py") if p.stem != "__init__")}
+    found = {*folders, *(p.stem for p in root.glob("unike/*.py") if not p.stem.startswith("__"))}
     problems = [f"unike/{name}: ROOMS in scripts/architecture.py lacks it" for name in found - ROOMS.keys()]
     problems += [f"unike/{name}: ROOMS in scripts/architecture.py has it" for name in ROOMS.keys() - found]
     if problems:

@@ -166,7 +166,7 @@ def report_scope(hparams: HyperParams) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--hparams_dir", required=True, metavar="FILE")
+    parser.add_argument("--hparams_dir", "--hparams", required=True, metavar="FILE", help="YAML, or its name")
     parser.add_argument("--skip_broken", action="store_true")
     parser.add_argument("--check", action="store_true", help="check the inputs and estimate what it takes")
     parser.add_argument("--num_processes", type=int, metavar="N", help="processes that share the work")

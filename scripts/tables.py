@@ -28,10 +28,12 @@ from unike.report.paper.averages import average_blocks
 from unike.report.paper.grids import write_latex, write_markdown
 from unike.report.paper.short import write_short
 from unike.report.paper.tables import FORMATS, LEGEND, Block, csv_rows, latex, markdown
+from unike.system.arguments import ArgumentParser
 from unike.system.findings import collect_problems
 from unike.system.launching import count_most_processes, run_guarded
 from unike.system.paths import check_path
 from unike.system.places import require_folder
+from unike.system.shipped import find_shipped
 from unike.types import UserError
 
 TASK_TITLES = {"vqa": "E-VQA", "caption": "E-IC", "cross": "E-VQA and E-IC interleaved"}
@@ -157,7 +159,7 @@ def report_outcome(outcome: WorkOutcome) -> int:
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = ArgumentParser(description=(__doc__ or "").split("\n")[0])
     add = parser.add_argument
     add("--table", nargs="+", required=True, metavar="NAME", help="1 to 5, collaboration, lifelong, or all")
     add("--backbones", nargs="+", default=list(BACKBONES), metavar="NAME", help="YAMLs, by name")
@@ -176,6 +178,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--plan", type=Path, default=PLAN, metavar="FILE", help="the runs")
     add("overrides", nargs="*", metavar="key=value", help="changes to every row")
     args = parser.parse_intermixed_args(argv)
+    args.plan = Path(find_shipped(str(args.plan)))
     # Lists of names take what follows them, overrides too.
     for names in (args.table, args.backbones, args.seeds):
         args.overrides += [name for name in names if "=" in name]

@@ -7,12 +7,14 @@ import re
 import shlex
 import subprocess
 import sys
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
 
 from scripts import reference
+from unike.command import edit
+from unike.command.main import main
 from unike.system import launching
 from unike.types import UserError
 
@@ -190,8 +192,13 @@ def test_a_method_of_ones_own_appears_in_a_table(tmp_path: Path) -> None:
 
 
 def test_the_installed_command_is_the_script() -> None:
-    (point,) = (p for p in entry_points(group="console_scripts") if p.name == "unike-edit")
-    assert Path(sys.modules[point.load().__module__].__file__ or "") == ROOT / "run_edit.py"
+    import run_edit
+
+    section = (ROOT / "pyproject.toml").read_text(encoding="utf-8").partition("[project.scripts]\n")[2]
+    named = dict(re.findall(r'^([\w-]+) = "(.+)"', section.partition("\n[")[0], re.M))
+    points = {name: EntryPoint(name, value, "console_scripts").load() for name, value in named.items()}
+    assert points == {"unike": main, "unike-edit": edit.main}
+    assert run_edit.arguments is edit.parse_arguments
 
 
 def test_a_clone_does_not_hide_the_package_from_its_parent_folder(tmp_path: Path) -> None:

@@ -406,10 +406,13 @@ def test_paths_beside_the_yaml(copied: Project, monkeypatch, tmp_path: Path) -> 
     found = HyperParams.from_hparams(copied.yaml)
     assert (found.name, found.image_root) == (str(copied.root / "model"), str(copied.data))
     assert found.data["vqa"]["eval"] == str(copied.data / "vqa_eval.json")
-    # The working folder comes first, and an override means the working folder.
+    # The YAML's own place comes before the working folder, and an override means the working folder.
     (tmp_path / "empty" / "data").mkdir()
     found = HyperParams.from_hparams(copied.yaml, ["knowledge_dir=knowledge"])
-    assert (found.image_root, found.knowledge_dir) == ("data", "knowledge")
+    assert (found.image_root, found.knowledge_dir) == (str(copied.data), "knowledge")
+    copied.data.rename(copied.root / "elsewhere")
+    found = HyperParams.from_hparams(copied.yaml)
+    assert (found.image_root, found.name) == ("data", str(copied.root / "model"))
 
 
 def test_a_hub_name_stays_one(tmp_path: Path, monkeypatch) -> None:

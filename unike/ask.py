@@ -35,7 +35,9 @@ if TYPE_CHECKING:
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = ArgumentParser("run_edit.py ask", description=__doc__)
     add = parser.add_argument
-    add("--hparams_dir", required=True, metavar="FILE", help="YAML that the edits were made with")
+    add(
+        "--hparams_dir", "--hparams", required=True, metavar="FILE", help="YAML that the edits were made with"
+    )
     add("--edits", required=True, metavar="DIR", help="a store of edits: all of them are attached, in order")
     add("--only", action="append", metavar="ID", help="attach only this edit; may be given again")
     add("--image", metavar="FILE", help="the image; without one only the language model answers")

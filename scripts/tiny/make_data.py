@@ -63,12 +63,14 @@ from unike.system.findings import require
 from unike.system.launching import run_guarded
 from unike.system.paths import check_path
 from unike.system.places import lock
+from unike.system.shipped import choose_writable
 from unike.types import UserError
 
 VERSION = 1
 Style = Callable[[Image.Image], Image.Image]
-# In the project, whatever the working folder is: there it would lie among files of the user's.
-TEXTURES = Path(__file__).resolve().parents[2] / "data/cache/openmoji.safetensors"
+# In the project, or an installed package's cache folder: in the working folder it would lie among files of
+# the user's.
+TEXTURES = choose_writable(Path(__file__).resolve().parents[2] / "data/cache/openmoji.safetensors")
 SPLITS = ("train", "val", "eval")
 # What the backbone gets wrong by itself: rare objects, disturbed images.
 RARE_SHARE, DISTURBED_SHARE = 0.5, 0.35

@@ -14,6 +14,7 @@ from unike.config import combined, easyedit, release, scope_sections, sections
 from unike.config.locating import locate_paths
 from unike.config.options import OPTIONS
 from unike.config.sections import SPEED
+from unike.config.shipped_yamls import find_yaml, suggest_name
 from unike.config.yaml_reader import parse_yaml, read_yaml
 from unike.system.text import shorten
 from unike.types import UserError
@@ -70,14 +71,19 @@ class HyperParams(
     def from_hparams(
         cls, path: str | os.PathLike[str], overrides: Sequence[str] = (), legacy: bool = False
     ) -> HyperParams:
-        """Read a YAML file; ``overrides`` are ``key=value``, ``legacy`` takes the release's own file.
+        """Read a YAML file, or a shipped one by its name (``scoped/tiny_blip2``); ``overrides`` are
+        ``key=value``, ``legacy`` takes the release's own file.
 
         EasyEdit's YAMLs of MEND, SERAC, IKE and FT are known by their keys, with ``legacy`` or without.
-        Relative paths of the file are looked for in the working folder, in the file's, and in its
-        project; those of ``overrides`` in the working folder alone. All problems of the file and the
-        overrides are raised together, as one ``UserError``.
+        Relative paths of the file are looked for in its folder, in its project, in the working folder, and
+        among the files that come with this code; those of ``overrides`` in the working folder alone. All
+        problems of the file and the overrides are raised together, as one ``UserError``.
         """
-        source = _check_path(path)
+        source = find_yaml(_check_path(path))
+        if not os.path.lexists(source) and (near := suggest_name(source)) is not None:
+            raise UserError(
+                f"{shorten(source)}: no such file, nor a shipped YAML; the nearest one is {near} (unike list)"
+            )
         values, where, problems = read_yaml(source)
         return cls._build(values, source, where, [] if legacy else problems, overrides, legacy)
 

@@ -1,4 +1,5 @@
-"""Where the relative paths of a YAML lead: from the working folder, the YAML's folder, or the project's."""
+"""Where the relative paths of a YAML lead: from the YAML's folder and its project, the working folder, or
+the files that come with this code."""
 
 from __future__ import annotations
 
@@ -6,29 +7,33 @@ import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from unike.system.shipped import CHECKOUT_FILE, choose_writable, find_home, is_there
+
 # What is read. Folders of results and of caches stay relative to the working folder.
 _FILES = ("name", "state_dict_file", "qformer_checkpoint", "pretrained_ckpt", "ike_model")
 _FOLDERS = ("knowledge_dir", "scope_dir", "editor_dir", "image_root", "rephrase_root")
-_PROJECT_HAS = "run_edit.py"
+# The working folder as a base: its paths stay as they are written.
+_HERE = Path()
 
 
 def locate_paths(values: Mapping[object, object], yaml: str) -> dict[object, object]:
-    """The values of a YAML file, each relative path that is not in the working folder replaced by the one
-    in the YAML's folder or its project, where it is there.
+    """The values of a YAML file, each relative path replaced by the one in the YAML's folder or its project
+    where it is there, else left to the working folder where it is there, else replaced by the one among the
+    files that come with this code.
 
     Folders and annotations that are nowhere yet, such as a benchmark that is drawn on first use, belong to
-    the project in which another path was found.
+    the place in which another path was found; in an installed package, to the cache folder.
     """
     bases = list(_list_bases(Path(yaml)))
     found: dict[str, Path] = {}
     for path in _list_paths(values):
-        if not os.path.isabs(path) and not _exists(path):
-            base = next((b for b in bases if _exists(b / path)), None)
+        if not os.path.isabs(path):
+            base = next((b for b in bases if is_there(b / path)), None)
             if base is not None:
-                found[path] = base
-    if not found:
+                found[path] = _HERE if _is_here(base, path) else base
+    home = next((base for base in found.values() if base != _HERE), None)
+    if home is None:
         return dict(values)
-    home = next(iter(found.values()))
     located: dict[object, object] = dict(values)
     for key in _FILES:
         located |= {key: _join(found.get(str(values[key])), values[key])} if key in values else {}
@@ -49,21 +54,24 @@ def describe_search(path: str, source: str) -> str:
     """Where a relative path was looked for, for a message; empty for an absolute one."""
     if os.path.isabs(path):
         return ""
-    places = [os.getcwd(), *(str(base) for base in _list_bases(Path(source)))]
+    places = [os.path.abspath(base) for base in _list_bases(Path(source))] or [os.getcwd()]
     return f" (looked for in {', '.join(dict.fromkeys(places))})"
 
 
 def _list_bases(yaml: Path) -> Iterator[Path]:
-    """The YAML's folder and its project: the nearest folder above with ``run_edit.py``, else this code's."""
+    """The YAML's folder and its project, the nearest folder above with ``run_edit.py``; the working folder;
+    the project's own files. None for values that are in no file."""
     if not os.path.isfile(yaml):
         return
     folder = Path(os.path.abspath(yaml)).parent
     yield folder
-    project = next((p for p in folder.parents if (p / _PROJECT_HAS).is_file()), None)
-    own = Path(__file__).resolve().parents[2]
-    for base in (project, own):
-        if base is not None and (base / _PROJECT_HAS).is_file():
-            yield base
+    own = find_home()
+    tops = (p for p in folder.parents if p == own or (p / CHECKOUT_FILE).is_file())
+    if (project := next(tops, None)) is not None:
+        yield project
+    yield _HERE
+    if own is not None:
+        yield own
 
 
 def _list_paths(values: Mapping[object, object]) -> Iterator[str]:
@@ -74,19 +82,18 @@ def _list_paths(values: Mapping[object, object]) -> Iterator[str]:
     yield from (path for path in wanted if isinstance(path, str) and path)
 
 
-def _exists(path: str | os.PathLike[str]) -> bool:
-    try:
-        return os.path.exists(path)
-    except ValueError:
-        return False
+def _is_here(base: Path, path: str) -> bool:
+    """Whether a path in ``base`` is the working folder's."""
+    return base == _HERE or (is_there(path) and os.path.samefile(base / path, path))
 
 
 def _join(base: Path | None, path: object) -> object:
-    return path if base is None else os.path.normpath(base / str(path))
+    return path if base is None or base == _HERE else os.path.normpath(base / str(path))
 
 
 def _place(path: object, found: Mapping[str, Path], home: Path) -> object:
     """The path in the base where it was found, or at home where it is nowhere."""
-    if not isinstance(path, str) or os.path.isabs(path) or (path not in found and _exists(path)):
-        return path
-    return _join(found.get(path, home), path)
+    if not isinstance(path, str) or os.path.isabs(path) or path in found:
+        return _join(found.get(str(path)), path)
+    placed = _join(home, path)
+    return placed if placed == path else str(choose_writable(str(placed)))

@@ -19,7 +19,6 @@ I1 its right answer would be the edit's, so it is no T2.
 
 from __future__ import annotations
 
-import argparse
 import math
 import random
 import sys
@@ -41,6 +40,7 @@ from unike.datasets.probe_files import (
     describe_probes,
     sign_file,
 )
+from unike.system.arguments import ArgumentParser
 from unike.system.files import write_text
 from unike.system.text import one_line
 from unike.types import DERIVED_METRICS, HARD_METRICS, UserError
@@ -245,7 +245,7 @@ def _take_sound(record: object, index: int) -> Annotation | None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns 0, or 2 with one line for unusable input or an output that is there."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m unike.datasets.derive",
         description="Derive hard probes from annotations in MMEdit's layout, once. "
         "data.<task>.probes: FILE in a YAML asks them.",
@@ -261,9 +261,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         help=f"similarity from which a question is a rephrasing; default {MOST_ALIKE}",
     )
     parser.add_argument("--output", metavar="FILE", help="default: FILE's name with .probes.json")
-    arguments = parser.parse_args(argv)
-    output = Path(arguments.output or Path(arguments.file).with_suffix(".probes.json"))
     try:
+        arguments = parser.parse_args(argv)
+        output = Path(arguments.output or Path(arguments.file).with_suffix(".probes.json"))
         if not 0 < arguments.most_alike <= 1:
             raise UserError(f"--most_alike: expected a number above 0, at most 1, got {arguments.most_alike}")
         if output.exists():

@@ -23,7 +23,8 @@ HOST, EXAMPLES = "127.0.0.1", 8
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = ArgumentParser(prog="python -m unike.demo", description=(__doc__ or "").split("\n")[0])
     add = parser.add_argument
-    add("--hparams_dir", default="hparams/tiny_blip2.yaml", metavar="FILE", help="YAML; default: %(default)s")
+    text = "YAML, or the name of a shipped one; default: %(default)s"
+    add("--hparams_dir", "--hparams", default="hparams/tiny_blip2.yaml", metavar="FILE", help=text)
     add("--port", type=int, metavar="N", help="default: the first free one from 7860 on")
     add("--no_browser", action="store_true", help="only print the page's address")
     add("overrides", nargs="*", metavar="key=value", help="changes to the YAML")

@@ -64,7 +64,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     apply = command("apply", text)
     apply.add_argument(
-        "--hparams_dir", required=True, metavar="FILE", help="YAML that the edits were made with"
+        *("--hparams_dir", "--hparams"),
+        required=True,
+        metavar="FILE",
+        help="YAML that the edits were made with",
     )
     apply.add_argument("--edits", nargs="+", metavar="ID", help="only these")
     apply.add_argument("--prompt", help="ask this instead of the edits' own questions")

@@ -22,6 +22,7 @@ from unike.knowledge.disk import ABOUT, LOCK, DiskPairs
 from unike.knowledge.memory import GrowingRows, KnowledgeMemory, Retrieved, merge_retrieved
 from unike.system.files import replace_atomically
 from unike.system.places import lock
+from unike.system.shipped import name_extra
 from unike.types import UserError
 
 logger = logging.getLogger("unike")
@@ -318,7 +319,7 @@ def _wants_faiss(items: int, retrieval: str, exact_up_to: int) -> bool:
     if retrieval == "auto" and items > exact_up_to:
         if _has_faiss():
             return True
-        logger.warning("%d items are searched exactly; pip install '.[scale]' is faster", items)
+        logger.warning("%d items are searched exactly; pip install %s is faster", items, name_extra("scale"))
     return retrieval == "faiss" and items > 0
 
 
@@ -329,7 +330,9 @@ def _has_faiss() -> bool:
 def check_faiss(retrieval: str, source: str = "hparams") -> None:
     """UserError where the YAML names FAISS and it is not installed."""
     if retrieval == "faiss" and not _has_faiss():
-        raise UserError(f"{source}: retrieval: faiss needs the package faiss-cpu; pip install '.[scale]'")
+        raise UserError(
+            f"{source}: retrieval: faiss needs the package faiss-cpu; pip install {name_extra('scale')}"
+        )
 
 
 def _import_faiss() -> Any:

@@ -17,6 +17,7 @@ from unike.system import launching, processes
 from unike.system.files import compute_sha256
 from unike.system.findings import collect_problems, require
 from unike.system.places import check_lock, require_folder, require_own
+from unike.system.shipped import name_extra
 from unike.types import UserError
 
 # Each split is drawn for both, so many records of each.
@@ -172,7 +173,7 @@ def check_drawing(hparams: DataOptions, undrawn: Sequence[str]) -> None:
             problems += collect_problems(lambda: check_lock(get_drawing_lock(out)))
     lost = [package for module, package in _PACKAGES.items() if find_spec(module) is None]
     if is_missing and lost:
-        problems.append(f"drawing the data needs {', '.join(lost)}; pip install '.[demo]'")
+        problems.append(f"drawing the data needs {', '.join(lost)}; pip install {name_extra('demo')}")
     if problems:
         raise UserError(*problems)
 

@@ -17,6 +17,7 @@ from unike.evaluation.record import Record
 from unike.evaluation.summary import RunningMeans
 from unike.runs.records import RecordWriter
 from unike.system import processes
+from unike.system.shipped import name_extra
 from unike.system.text import one_line
 from unike.types import UserError
 
@@ -51,7 +52,10 @@ def check_trackers(hparams: OutputOptions) -> None:
     lost = [name for name in hparams.log_to if importlib.util.find_spec(name) is None]
     if lost:
         raise UserError(
-            *(f"{hparams.source}: log_to: {n} is not installed; pip install '.[logging]'" for n in lost)
+            *(
+                f"{hparams.source}: log_to: {n} is not installed; pip install {name_extra('logging')}"
+                for n in lost
+            )
         )
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from unike.system.text import one_line
@@ -29,11 +31,28 @@ class _StoreOnce(argparse.Action):
         setattr(namespace, self.dest, values)
 
 
+# How the next parser is called in its help, where that is not its own name.
+_names: list[str] = []
+
+
+@contextmanager
+def called_as(name: str) -> Iterator[None]:
+    """The first parser that is made inside the block has this name in its help and messages, such as
+    ``unike report`` in place of ``python -m unike.report``."""
+    _names[:] = [name]
+    try:
+        yield
+    finally:
+        _names.clear()
+
+
 class ArgumentParser(argparse.ArgumentParser):
     """As argparse's; an option that is given twice with different values is a UserError. Parse where
     ``run_guarded`` reports it."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if _names:
+            self.prog = _names.pop()
         self.register("action", None, _StoreOnce)
         self.register("action", "store", _StoreOnce)

@@ -18,6 +18,7 @@ from types import ModuleType
 
 from unike.system.faults import describe_fault
 from unike.system.processes import LostError, SharedError, count_planned, has_joined, is_main, leave, listen
+from unike.system.shipped import find_home
 from unike.types import UserError
 
 _LAUNCHED = "UNIKE_LAUNCHED"
@@ -258,7 +259,7 @@ def share_cores(number: int) -> Iterator[None]:
 
 
 def import_from_checkout(name: str) -> ModuleType:
-    """A module that the project's folder has and an installed package has not; UserError without it."""
+    """A module of the project's folder, which a wheel has inside the package; UserError without it."""
     require_checkout(name)
     return import_module(name)
 
@@ -266,6 +267,11 @@ def import_from_checkout(name: str) -> ModuleType:
 def require_checkout(name: str) -> None:
     """UserError where ``import_from_checkout`` would not find the module, which is not imported."""
     parts = name.split(".")
+    home = find_home()
+    if home is not None and str(home) not in sys.path:
+        # First, so that a folder of the same name in the working folder does not hide it. Processes that are
+        # spawned have the path, too.
+        sys.path.insert(0, str(home))
     # ``find_spec`` imports the parents: the first one that is missing ends the search.
     if not all(find_spec(".".join(parts[: n + 1])) for n in range(len(parts))):
         raise UserError(

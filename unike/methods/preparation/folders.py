@@ -24,6 +24,7 @@ from unike.methods.catalogue import uses_recall
 from unike.methods.registry import MethodNeeds
 from unike.system.files import read_index
 from unike.system.places import check_name, is_index, is_tensor_file, require_folder, require_own
+from unike.system.shipped import choose_writable
 from unike.types import UserError
 
 if TYPE_CHECKING:
@@ -68,11 +69,13 @@ def find_shipped_model(folder: str | os.PathLike[str]) -> Path | None:
 
 def choose_place(folder: str | os.PathLike[str]) -> Path:
     """Where what belongs into ``folder`` is written. Nothing is added to what is shipped: that goes to the
-    same place in ``<model>.trained``, next to the shipped model's folder."""
+    same place in ``<model>.trained``, next to the shipped model's folder; from an installed package into the
+    cache folder."""
     shipped = find_shipped_model(folder)
     if shipped is None:
         return Path(folder)
-    return shipped.with_name(shipped.name + _TRAINED) / Path(os.path.abspath(folder)).relative_to(shipped)
+    trained = shipped.with_name(shipped.name + _TRAINED) / Path(os.path.abspath(folder)).relative_to(shipped)
+    return choose_writable(trained)
 
 
 def require_place(at: str, folder: str | os.PathLike[str], is_written: bool = True) -> None:
