@@ -83,6 +83,10 @@ ROOMS: dict[str, tuple[str, str]] = {
     "editor": ("`MultimodalEditor`", "a call for notebooks and programs"),
     "easyedit": ("[EasyEdit's names](easyedit.md)", "a name that its scripts import"),
     "ask": ("`run_edit.py ask`", "only this command"),
+    "own": (
+        "`python -m unike.own`: edits, and a benchmark, of one's own model and images",
+        "a form of own data",
+    ),
     "tables": ("`python -m unike.tables`", "only this command"),
     "demo": ("the web page of `python -m unike.demo`", "only this page"),
 }

@@ -25,6 +25,7 @@ from unike.backbones.checkpoint_files import (
 )
 from unike.config.locating import describe_search
 from unike.system.findings import Finding
+from unike.system.hub import is_hub_id
 from unike.system.text import shorten
 from unike.types import BackboneSpec, UserError
 
@@ -107,6 +108,11 @@ def get_original_files(spec: BackboneSpec) -> Mapping[str, OriginalFile]:
 def list_decoders(spec: BackboneSpec) -> tuple[str, ...]:
     """The families of language models that the backbone may have."""
     return _WHOLE[spec.model_name].decoders
+
+
+def list_kinds() -> dict[str, tuple[str, tuple[str, ...]]]:
+    """The ``model_type`` and the decoders that the config.json of each family's folder may name."""
+    return {family: (folder.kind, folder.decoders) for family, folder in _WHOLE.items()}
 
 
 def _check_file(key: str, value: str | None, kind: OriginalFile) -> Finding:
@@ -198,8 +204,7 @@ def _check_folder(spec: BackboneSpec, whole: bool) -> list[Finding]:
     origin = f"{model.origin} from the Hugging Face hub" if whole else _LANGUAGE[spec.model_name][1]
     at, expected = f"name: {spec.name}", f"expected {origin}"
     if not folder.exists():
-        # Hub owners have no underscore, and a folder that is there makes `a/b` a path.
-        if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9-]*/[\w.-]+", spec.name) and not folder.parent.is_dir():
+        if is_hub_id(spec.name):
             what = f"{at}: is no local folder; the Hugging Face hub will be asked for it"
             return [Finding(True, what, "to stay offline, name the folder of a download")]
         absent = f"{at}: does not exist{describe_search(spec.name, spec.source)}"
