@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+
+from unike.system.hub import is_hub_id
 
 # What is read. Folders of results and of caches stay relative to the working folder.
 _FILES = ("name", "state_dict_file", "qformer_checkpoint", "pretrained_ckpt", "ike_model")
 _FOLDERS = ("knowledge_dir", "scope_dir", "editor_dir", "image_root", "rephrase_root")
 _PROJECT_HAS = "run_edit.py"
+# Where the hub's models are downloaded to, each into a folder of its own.
+_DOWNLOADS = "hugging_cache"
 
 
 def locate_paths(values: Mapping[object, object], yaml: str) -> dict[object, object]:
@@ -20,6 +24,7 @@ def locate_paths(values: Mapping[object, object], yaml: str) -> dict[object, obj
     the project in which another path was found.
     """
     bases = list(_list_bases(Path(yaml)))
+    values = {**values, "name": find_download(values["name"], bases)} if "name" in values else values
     found: dict[str, Path] = {}
     for path in _list_paths(values):
         if not os.path.isabs(path) and not _exists(path):
@@ -43,6 +48,16 @@ def locate_paths(values: Mapping[object, object], yaml: str) -> dict[object, obj
             for task, files in data.items()
         }
     return located
+
+
+def find_download(name: object, bases: Iterable[Path] = ()) -> object:
+    """In place of an id of the Hugging Face hub, the folder of its download, where there is one:
+    ``hugging_cache/`` and the model's name, in the working folder or in one of the ``bases``."""
+    if not isinstance(name, str) or not is_hub_id(name):
+        return name
+    folder = f"./{_DOWNLOADS}/{name.partition('/')[2]}"
+    places = (folder, *(os.path.normpath(base / folder) for base in bases))
+    return next((place for place in places if os.path.isfile(os.path.join(place, "config.json"))), name)
 
 
 def describe_search(path: str, source: str) -> str:

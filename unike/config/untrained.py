@@ -17,7 +17,7 @@ UNTRAINED: dict[str, object] = {
     "alpha_overlap": True,
     "scope_gate": "nearest",
     "scope_measure": "overlap",
-    "scope_overlap": 0.5,
+    "scope_overlap": 0.3,
     "scope_overlap_tokens": 16,
     "max_new_tokens": 32,
 }

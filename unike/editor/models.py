@@ -7,6 +7,7 @@ import os
 from unike.backbones.families import find_published
 from unike.backbones.placement import pick_device
 from unike.config.hparams import HyperParams
+from unike.config.locating import find_download
 from unike.config.untrained import make_untrained
 from unike.types import BACKBONES, UserError
 
@@ -30,10 +31,11 @@ def describe_model(
         raise UserError("model: expected the folder of a Hugging Face model, or its id on the hub")
     if model_name is not None and model_name not in BACKBONES:
         raise UserError(f"model_name: {model_name!r} is unknown; expected one of {', '.join(BACKBONES)}")
-    published = find_published(os.fspath(name), model_name)
+    place = str(find_download(os.fspath(name)))
+    published = find_published(place, model_name)
     values: dict[str, object] = {
         "model_name": published.model_name,
-        "name": os.fspath(name),
+        "name": place,
         "device": device,
         "dtype": dtype or published.dtype,
         "answer_end": published.answer_end,

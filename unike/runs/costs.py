@@ -21,6 +21,7 @@ from unike.methods.preparation.folders import (
 )
 from unike.methods.registry import MethodNeeds
 from unike.system.findings import Finding
+from unike.system.hub import find_model_folder
 from unike.types import UserError
 
 GB = 10**9
@@ -56,7 +57,7 @@ class ModelSize:
 def read_model_size(hparams: HyperParams) -> ModelSize | None:
     """From the config.json in the YAML's folder; None where it is missing or tells no width."""
     try:
-        config = json.loads((Path(hparams.name) / "config.json").read_text(encoding="utf-8"))
+        config = json.loads((find_model_folder(hparams.name) / "config.json").read_text(encoding="utf-8"))
         text = config.get("text_config") or config
         width, vision = int(text["hidden_size"]), config.get("vision_config") or {}
         decoder = _count_decoder(text, width)

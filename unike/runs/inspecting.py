@@ -30,6 +30,7 @@ from unike.methods.registry import MethodNeeds, resolve_needs, resolve_needs_if_
 from unike.runs.records import RECORDS, read_records
 from unike.system.files import compute_sha256
 from unike.system.findings import collect_problems
+from unike.system.hub import find_model_folder
 from unike.system.text import one_line
 from unike.types import BackboneSpec, Case, UserError
 
@@ -155,7 +156,7 @@ def check_shapes(hparams: HyperParams) -> None:
     """UserError, a line for each, for layers that the decoder has not, and for images smaller than a patch,
     as far as the model's folder shows."""
     try:
-        config = json.loads((Path(hparams.name) / "config.json").read_text(encoding="utf-8"))
+        config = json.loads((find_model_folder(hparams.name) / "config.json").read_text(encoding="utf-8"))
         text = config.get("text_config") or config
         count, patch = text.get("num_hidden_layers"), (config.get("vision_config") or {}).get("patch_size")
     except (OSError, ValueError, AttributeError, RecursionError):
@@ -207,7 +208,7 @@ def check_folders(hparams: HyperParams, needs: MethodNeeds) -> None:
 def _require_same_model(hparams: HyperParams, key: str, folder: str) -> None:
     """UserError where what is shipped was made for another model than the YAML's."""
     shipped = find_shipped_model(folder)
-    if shipped is None or _are_same_models(shipped, Path(hparams.name)):
+    if shipped is None or _are_same_models(shipped, find_model_folder(hparams.name)):
         return
     at = f"{hparams.source}: {key}: {folder}"
     raise UserError(
