@@ -266,4 +266,4 @@ def test_every_command_and_block_of_the_page_runs(tmp_path: Path) -> None:
     (example, *_) = (text for _, text in blocks(PAGE, "python"))
     assert sum(bool(line.strip()) for line in example.splitlines()) <= 12
     # The doctor finds no error in what the page's last command wrote.
-    start("-m", "unike.datasets.doctor", "my_benchmark/vqa_eval.json", "--images", "photos")
+    start("-m", "unike.datasets.doctor", "my_benchmark/vqa_eval.json")
