@@ -1,4 +1,4 @@
-"""Before anything of a model is there: what ``--check`` says of disk, memory, minutes, and what it refuses."""
+"""Before anything of a model is there: what ``--check`` says of disk, memory and minutes, and refuses."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ from helpers import Project
 from test_run_edit import ROOT
 
 import run_edit
+from unike import own
 from unike.backbones import downloads
 from unike.backbones.checking import check_spec, list_kinds
+from unike.backbones.families import find_published
 from unike.backbones.published import PUBLISHED
 from unike.config.hparams import HyperParams
 from unike.methods.preparation.folders import read_knowledge_width
@@ -107,6 +109,21 @@ def test_the_check_says_disk_memory_minutes_and_what_to_paste(room: Any, capsys,
     yaml = ROOT / "hparams" / "llava.yaml"
     assert lines[-1] == f"  python run_edit.py --hparams_dir {yaml} --task vqa --size 50"
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_own_edits_know_a_published_model_before_it_is_there(room: Any, capsys) -> None:
+    room(100e9)
+    for name, known in PUBLISHED.items():
+        if known.config["model_type"] in CLASSES:
+            assert own.run(["--model", name, "--check", "--device", "cpu"]) == 0
+            shown = capsys.readouterr().out
+            assert f"{known.disk / 1e9:.1f} GB of disk" in shown
+            assert shown.splitlines()[-1] == f"  hf download {name}"
+    ends = {name: find_published(name).answer_end for name in PUBLISHED if name != "Vision-CAIR/vicuna-7b"
+            and name != "facebook/opt-2.7b"}  # fmt: skip
+    assert {name for name, end in ends.items() if end == "line_break"} == {"Salesforce/blip2-opt-2.7b"}
+    room(1e9)
+    assert own.run(["--model", LLAVA, "--check"]) == 2
 
 
 def test_a_full_disk_is_a_problem_before_the_download(room: Any, capsys) -> None:

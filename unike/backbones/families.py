@@ -8,7 +8,8 @@ from typing import Any
 
 from unike.backbones.checking import list_kinds
 from unike.backbones.checkpoint_files import DTYPE_BYTES
-from unike.system.hub import read_model_config
+from unike.backbones.published import PUBLISHED
+from unike.system.hub import find_model_folder, read_model_config
 from unike.system.text import one_line
 from unike.types import UserError
 
@@ -32,12 +33,19 @@ def find_published(name: str, model_name: str | None = None) -> Published:
 
     UserError, in one line, for a model that belongs to no family, and where there is no such file.
     """
-    config = read_model_config(name)
+    config = _read_config(name)
     text = config.get("text_config")
     text = text if isinstance(text, Mapping) else config
     family = model_name or _find_family(name, config, text)
     is_opt = text.get("model_type") == "opt" and text.get("eos_token_id") == _OPT_LINE_BREAK
     return Published(family, _read_dtype(config, text), "line_break" if is_opt else "eos")
+
+
+def _read_config(name: str) -> Mapping[str, Any]:
+    known = PUBLISHED.get(name)
+    if known is not None and not (find_model_folder(name) / "config.json").is_file():
+        return {**known.config, "dtype": known.stored}
+    return read_model_config(name)
 
 
 def _find_family(name: str, config: Mapping[str, Any], text: Mapping[str, Any]) -> str:

@@ -51,6 +51,8 @@ _OPT = {
     "vocab_size": 50304,
     "word_embed_proj_dim": 2560,
 }
+# A line break ends BLIP2-OPT's answers.
+_BLIP2_OPT = {**_OPT, "eos_token_id": 50118}
 _QWEN = _describe(3584, 28, 28, 18944, 152064, kept=4)
 _EVA = {
     "hidden_size": 1408,
@@ -77,7 +79,7 @@ PUBLISHED = {
     "Salesforce/blip2-opt-2.7b": PublishedModel(
         3_744_761_856,
         "float32",
-        {"model_type": "blip-2", "num_query_tokens": 32, "vision_config": _EVA, "text_config": _OPT},
+        {"model_type": "blip-2", "num_query_tokens": 32, "vision_config": _EVA, "text_config": _BLIP2_OPT},
     ),
     "Salesforce/instructblip-vicuna-7b": PublishedModel(
         7_913_786_880,

@@ -93,6 +93,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--model_name", metavar="FAMILY", help="family of the model; default: from its config.json")
     add("--device", default="auto", help="where the model runs: %(default)s")
     add("--dtype", help="float32, bfloat16 or float16; default: that of the weights")
+    add("--check", action="store_true", help="say what the model needs of disk and memory; load nothing")
     add("--json", action="store_true", help="print everything as JSON")
     add("overrides", nargs="*", metavar="key=value", help="options, e.g. lr=1e-3 (docs/hparams.md)")
     return parser.parse_intermixed_args(argv)
@@ -102,18 +103,25 @@ def run(argv: Sequence[str]) -> int:
     """Checks all that can be checked without a model, edits, and asks; returns the exit code."""
     args = parse_arguments(argv)
     edits: list[OwnEdit] = []
+    # What the model needs can be asked before there is an edit.
+    is_asked = args.check and not (args.edits or args.image or args.question or args.answer)
     require(
-        lambda: edits.extend(read_edits(args)),
+        lambda: edits.extend(() if is_asked else read_edits(args)),
         lambda: _check_template(args.template),
         lambda: args.save is None or EditStore(args.save),
     )
     # Imported late, as torch comes with it: a missing image should not wait for it.
     from unike.editor import MultimodalEditor
     from unike.editor.models import describe_model
+    from unike.runs import check
+    from unike.runs.checks import MODEL_CHECKS
+    from unike.runs.request import RunRequest
 
     hparams = describe_model(args.model, args.model_name, args.dtype, args.device)
     if args.overrides:
         hparams = HyperParams.from_dict(hparams.to_dict(), hparams.source, args.overrides)
+    if args.check:
+        return check.report(RunRequest(hparams), checks=MODEL_CHECKS)
     editor = MultimodalEditor.from_hparams(hparams, progress=not args.json)
     if args.save is not None:
         _require_same_model(editor, args.save)

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from unike.backbones.checking import get_original_files
-from unike.runs.checks import RunRequest, find_all
+from unike.runs.checks import CHECKS, Check, RunRequest, find_all
 from unike.system.findings import Finding
 from unike.system.hub import find_model_folder, is_hub_id
 
@@ -22,10 +22,10 @@ _ADDRESS = re.compile(r"https://\S+\.pth\b")
 _MMEDIT = os.path.join("data", "mmedit")
 
 
-def report(request: RunRequest, argv: Sequence[str] = ()) -> int:
+def report(request: RunRequest, argv: Sequence[str] = (), checks: Sequence[Check] = CHECKS) -> int:
     """Runs all checks, prints what they find, and gives the exit code: 0, or 2 where the run would end
     before it starts. ``argv`` is the command line, of which the last line is made."""
-    found = find_all(request)
+    found = find_all(request, checks)
     print(*format_findings(found), sep="\n")
     if commands := list_commands(request, argv):
         print("to paste:", *(f"  {command}" for command in commands), sep="\n")
