@@ -83,6 +83,10 @@ ROOMS: dict[str, tuple[str, str]] = {
     "editor": ("`MultimodalEditor`", "a call for notebooks and programs"),
     "easyedit": ("[EasyEdit's names](easyedit.md)", "a name that its scripts import"),
     "ask": ("`run_edit.py ask`", "only this command"),
+    "own": (
+        "`python -m unike.own`: one's own model, images and answers",
+        "a form of own data",
+    ),
     "tables": ("`python -m unike.tables`", "only this command"),
     "demo": ("the web page of `python -m unike.demo`", "only this page"),
     "command": (
@@ -148,7 +152,7 @@ def drop_implied(arrows: Arrows) -> Arrows:
 
 # ---------------------------------------------------------------- figure
 
-WIDTH, PITCH, BOX, GAP, MARGIN = 502, 62, (108, 34), 14, 14
+WIDTH, PITCH, BOX, GAP, MARGIN = 624, 62, (108, 34), 14, 14
 STYLE = """
 .page { fill: #ffffff } .box { fill: #e3f2fd; stroke: #1565c0 } .arrow { stroke: #546e7a; fill: none }
 .head { fill: #546e7a } text { fill: #102027; font: 600 15px system-ui, Helvetica, Arial, sans-serif }

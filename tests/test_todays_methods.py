@@ -30,6 +30,7 @@ from unike.backbones.layout import DecoderLayout
 from unike.backbones.placement import map_devices
 from unike.config.hparams import HyperParams
 from unike.runs.records import read_lines
+from unike.system.hub import is_hub_id
 from unike.types import BACKBONES, Query, UserError
 
 ROOT = Path(__file__).parents[1]
@@ -206,11 +207,33 @@ def test_states_are_kept_apart_by_all_that_is_read_beside_the_weights(
 
 
 @pytest.mark.parametrize("family", TODAY)
-def test_an_hparams_file_names_its_folder(family: str) -> None:
+def test_an_hparams_file_names_its_id_on_the_hub(family: str, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = {HyperParams.from_hparams(path).name for path in ROOT.glob(f"hparams/**/{family}.yaml")}
+    (name,) = names
     hparams = HyperParams.from_hparams(ROOT / "hparams" / f"{family}.yaml")
     assert hparams.model_name == family
-    folder = hparams.name.removeprefix("./")
-    assert f"`{folder}/`" in (ROOT / "hugging_cache/README.md").read_text("utf-8")
+    assert is_hub_id(name)
+    row = f"| `hparams/{family}.yaml` | `{name}` | {hparams.dtype} |"
+    assert row in (ROOT / "hugging_cache/README.md").read_text("utf-8")
+
+
+@pytest.mark.parametrize("family", TODAY)
+def test_a_downloaded_folder_is_taken_in_place_of_the_id(family: str, tmp_path, monkeypatch) -> None:
+    (tmp_path / "hparams").mkdir()
+    path = shutil.copy(ROOT / "hparams" / f"{family}.yaml", tmp_path / "hparams")
+    name = HyperParams.from_hparams(path).name
+    folder = tmp_path / "hugging_cache" / name.partition("/")[2]
+    folder.mkdir(parents=True)
+    # A folder that holds no model is none.
+    assert HyperParams.from_hparams(path).name == name
+    (folder / "config.json").write_text("{}")
+    (tmp_path / "run_edit.py").touch()
+    assert HyperParams.from_hparams(path).name == str(folder)
+    monkeypatch.chdir(tmp_path)
+    assert HyperParams.from_hparams(path).name == f"./hugging_cache/{folder.name}"
+    # What the command line names stays as it is.
+    assert HyperParams.from_hparams(path, [f"name={name}"]).name == name
 
 
 @pytest.mark.parametrize("family", TODAY)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +20,7 @@ from unike.datasets.lengths import check_question
 from unike.datasets.mmedit import VQA_TEMPLATE, wrap_prompt
 from unike.edits.store import EditStore
 from unike.runs.checks import require_backbone
+from unike.system import launching
 from unike.system.arguments import ArgumentParser
 from unike.system.console import Console
 from unike.system.findings import require
@@ -35,9 +37,8 @@ if TYPE_CHECKING:
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = ArgumentParser("run_edit.py ask", description=__doc__)
     add = parser.add_argument
-    add(
-        "--hparams_dir", "--hparams", required=True, metavar="FILE", help="YAML that the edits were made with"
-    )
+    add("--hparams_dir", "--hparams", metavar="FILE", help="YAML that the edits were made with")
+    add("--model", metavar="ID", help="folder or id of the model, for edits of unike edit --model")
     add("--edits", required=True, metavar="DIR", help="a store of edits: all of them are attached, in order")
     add("--only", action="append", metavar="ID", help="attach only this edit; may be given again")
     add("--image", metavar="FILE", help="the image; without one only the language model answers")
@@ -52,7 +53,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 def run(argv: Sequence[str]) -> int:
     """Checks all that can be checked without a model, then asks; returns the exit code."""
     args = parse_arguments(argv)
-    hparams = HyperParams.from_hparams(args.hparams_dir, args.overrides)
+    hparams = _read_hparams(args)
     folders: list[Path] = []
     require(
         lambda: require_backbone(hparams),
@@ -72,6 +73,16 @@ def run(argv: Sequence[str]) -> int:
     else:
         print_explanation(explanation, args.top)
     return 0
+
+
+def _read_hparams(args: argparse.Namespace) -> HyperParams:
+    if (args.model is None) == (args.hparams_dir is None):
+        raise UserError("--hparams_dir, --model: expected one of them")
+    if args.model is None:
+        return HyperParams.from_hparams(args.hparams_dir, args.overrides)
+    from unike.editor.models import describe_model
+
+    return HyperParams.from_dict(describe_model(args.model).to_dict(), "model", args.overrides)
 
 
 def _check_question(args: argparse.Namespace) -> None:
@@ -159,3 +170,7 @@ def _tabulate_items(explanation: Explanation) -> Table:
             texts = (*first, f"{item.weight:.3f}", f"{item.similarity:.3f}", describe_item(item))
             table.add_row(*map(Text, texts), end_section=n == len(layer.items) - 1)
     return table
+
+
+if __name__ == "__main__":
+    sys.exit(launching.run_guarded(lambda: run(sys.argv[1:])))

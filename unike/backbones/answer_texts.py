@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection
-from pathlib import Path
 
+from unike.system.hub import find_model_folder
 from unike.system.text import one_line
 
 # A generated answer ends at the first of these, by family; of the others at a line break.
@@ -35,7 +35,7 @@ def explain_unreachable(target: str, stops: Collection[str], specials: Collectio
 def read_special_texts(folder: str) -> tuple[str, ...]:
     """The texts of the special tokens in a folder's ``tokenizer.json``; empty where there is no such file."""
     try:
-        found = json.loads(Path(folder, "tokenizer.json").read_text(encoding="utf-8"))
+        found = json.loads((find_model_folder(folder) / "tokenizer.json").read_text(encoding="utf-8"))
         return tuple(str(t["content"]) for t in found["added_tokens"] if t["special"])
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return ()

@@ -23,8 +23,11 @@ from unike.backbones.checkpoint_files import (
     load_state,
     peek,
 )
+from unike.backbones.downloads import describe_download
+from unike.backbones.published import PUBLISHED
 from unike.config.locating import describe_search
 from unike.system.findings import Finding
+from unike.system.hub import find_model_folder, is_hub_id
 from unike.system.text import shorten
 from unike.types import BackboneSpec, UserError
 
@@ -107,6 +110,11 @@ def get_original_files(spec: BackboneSpec) -> Mapping[str, OriginalFile]:
 def list_decoders(spec: BackboneSpec) -> tuple[str, ...]:
     """The families of language models that the backbone may have."""
     return _WHOLE[spec.model_name].decoders
+
+
+def list_kinds() -> dict[str, tuple[str, tuple[str, ...]]]:
+    """The ``model_type`` and the decoders that the config.json of each family's folder may name."""
+    return {family: (folder.kind, folder.decoders) for family, folder in _WHOLE.items()}
 
 
 def _check_file(key: str, value: str | None, kind: OriginalFile) -> Finding:
@@ -198,10 +206,8 @@ def _check_folder(spec: BackboneSpec, whole: bool) -> list[Finding]:
     origin = f"{model.origin} from the Hugging Face hub" if whole else _LANGUAGE[spec.model_name][1]
     at, expected = f"name: {spec.name}", f"expected {origin}"
     if not folder.exists():
-        # Hub owners have no underscore, and a folder that is there makes `a/b` a path.
-        if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9-]*/[\w.-]+", spec.name) and not folder.parent.is_dir():
-            what = f"{at}: is no local folder; the Hugging Face hub will be asked for it"
-            return [Finding(True, what, "to stay offline, name the folder of a download")]
+        if is_hub_id(spec.name):
+            return _check_id(spec, whole, expected)
         absent = f"{at}: does not exist{describe_search(spec.name, spec.source)}"
         return [Finding(False, absent, expected)]
     if not folder.is_dir():
@@ -226,6 +232,21 @@ def _check_folder(spec: BackboneSpec, whole: bool) -> list[Finding]:
         what = f"{at}: has a context of {context} tokens, like Vicuna v1.5"
         findings.append(Finding(True, what, f"pretrained_minigpt4_7b.pth belongs to {origin}"))
     return findings
+
+
+def _check_id(spec: BackboneSpec, whole: bool, expected: str) -> list[Finding]:
+    """A model named by its id on the hub: in the hub's cache, or still to be downloaded."""
+    folder = find_model_folder(spec.name)
+    try:
+        if os.path.isdir(folder):
+            if wrong := _describe_mismatch(spec, _read_json(folder / "config.json"), whole):
+                return [Finding(False, f"name: {spec.name}: {wrong}", expected)]
+            _list_weight_files(folder)
+            return [Finding(True, f"name: {spec.name}: is in the Hugging Face hub's cache")]
+    except UserError:
+        # Its configuration alone is there.
+        pass
+    return [describe_download(spec.name)]
 
 
 def _list_missing_parts(spec: BackboneSpec, whole: bool) -> list[Finding]:
@@ -327,13 +348,21 @@ def _measure_free_memory() -> int | None:
 def _count_stored_numbers(spec: BackboneSpec) -> int:
     """How many numbers the spec's weight files hold."""
     originals = get_original_files(spec) if spec.original_files else {}
-    states = (load_state(getattr(spec, key) or "", kind.title) for key, kind in originals.items())
-    count = sum(tensor.numel() for state in states for tensor in state.values())
-    folder = Path(spec.name)
+    count = sum(_count_original(getattr(spec, key), kind) for key, kind in originals.items())
+    folder = find_model_folder(spec.name)
+    if not os.path.isdir(folder) and spec.name in PUBLISHED:
+        return count + PUBLISHED[spec.name].parameters
     config = _read_json(folder / "config.json")
     stored = _STORED_TYPE.fullmatch(str(config.get("dtype") or config.get("torch_dtype") or "float32"))
     width = int(stored[1]) // 8 if stored else 4
     return count + sum(file.stat().st_size // width for file in _list_weight_files(folder))
+
+
+def _count_original(path: str | None, kind: OriginalFile) -> int:
+    """How many numbers an original file holds: as published, where it is not there."""
+    if path is not None and not os.path.exists(path) and kind.parameters:
+        return kind.parameters
+    return sum(tensor.numel() for tensor in load_state(path or "", kind.title).values())
 
 
 def _format_size(count: int) -> str:

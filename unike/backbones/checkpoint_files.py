@@ -47,32 +47,38 @@ BROKEN = (
 
 @dataclass(frozen=True)
 class OriginalFile:
-    """A kind of original file: what it is, the keys that give it away, where it comes from."""
+    """A kind of original file: what it is, the keys that give it away, where it comes from, and how many of
+    its numbers become part of a model."""
 
     title: str
     keys: tuple[str, ...]
     remedy: str
+    parameters: int = 0
 
 
 EVA = OriginalFile(
     "EVA ViT-g of LAVIS (eva_vit_g.pth)",
     ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight"),
     f"get {_LAVIS}eva_vit_g.pth",
+    986_000_000,
 )
 QFORMER_OPT = OriginalFile(
     "BLIP-2's Q-Former for OPT (blip2_pretrained_opt2.7b.pth)",
     (*_QFORMER_KEYS, "opt_proj.weight"),
     f"get {_LAVIS}blip2_pretrained_opt2.7b.pth",
+    107_000_000,
 )
 QFORMER_T5 = OriginalFile(
     "BLIP-2's Q-Former for FlanT5-xxl (blip2_pretrained_flant5xxl.pth)",
     (*_QFORMER_KEYS, "t5_proj.weight"),
     f"get {_LAVIS}blip2_pretrained_flant5xxl.pth",
+    105_000_000,
 )
 MINIGPT4 = OriginalFile(
     "MiniGPT-4's projection (pretrained_minigpt4_7b.pth)",
     ("llama_proj.weight", "llama_proj.bias"),
     "get the `MiniGPT-4 (Vicuna 7B)` checkpoint linked in https://github.com/Vision-CAIR/MiniGPT-4",
+    3_150_000,
 )
 
 

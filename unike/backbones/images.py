@@ -18,6 +18,7 @@ from unike.datasets.image_inputs import Drawn, resolve_image
 from unike.datasets.images import open_image
 from unike.system.cache import BoundedCache
 from unike.system.faults import release_memory
+from unike.system.hub import is_hub_id
 from unike.system.text import one_line
 from unike.types import ImageLike, UserError
 
@@ -34,10 +35,20 @@ def load_image_processor(folder: str | None, size: int) -> Any:
     from transformers import BlipImageProcessorPil
 
     square = {"height": size, "width": size}
-    if folder is not None and (Path(folder) / "preprocessor_config.json").is_file():
+    if folder is not None and _has_settings(folder):
         with explain_read_errors(f"{folder}: preprocessor_config.json cannot be read"):
             return BlipImageProcessorPil.from_pretrained(folder, size=square)
     return BlipImageProcessorPil(size=square, image_mean=CLIP_MEAN, image_std=CLIP_STD)
+
+
+def _has_settings(folder: str) -> bool:
+    """Whether a folder, or an id of the hub, has an image processor's settings."""
+    if not is_hub_id(folder):
+        return (Path(folder) / "preprocessor_config.json").is_file()
+    from transformers.utils import cached_file
+
+    missing = {"_raise_exceptions_for_missing_entries": False}
+    return cached_file(folder, "preprocessor_config.json", **missing) is not None
 
 
 def normalise(image: ImageLike, read: Callable[[Image.Image], torch.Tensor]) -> torch.Tensor:

@@ -57,7 +57,7 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
 
     request = runs.RunRequest.from_arguments(hparams, args)
     if args.check:
-        return check.report(request)
+        return check.report(request, argv)
     processes.join(hparams.device)
     checks.require_aloud(request)
     if launching.wants_launch(args.num_processes):

@@ -4,9 +4,10 @@ the files that come with this code."""
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
+from unike.system.hub import is_hub_id
 from unike.system.shipped import CHECKOUT_FILE, choose_writable, find_home, is_there
 
 # What is read. Folders of results and of caches stay relative to the working folder.
@@ -14,6 +15,8 @@ _FILES = ("name", "state_dict_file", "qformer_checkpoint", "pretrained_ckpt", "i
 _FOLDERS = ("knowledge_dir", "scope_dir", "editor_dir", "image_root", "rephrase_root")
 # The working folder as a base: its paths stay as they are written.
 _HERE = Path()
+# Where the hub's models are downloaded to, each into a folder of its own.
+_DOWNLOADS = "hugging_cache"
 
 
 def locate_paths(values: Mapping[object, object], yaml: str) -> dict[object, object]:
@@ -25,6 +28,7 @@ def locate_paths(values: Mapping[object, object], yaml: str) -> dict[object, obj
     the place in which another path was found; in an installed package, to the cache folder.
     """
     bases = list(_list_bases(Path(yaml)))
+    values = {**values, "name": find_download(values["name"], bases)} if "name" in values else values
     found: dict[str, Path] = {}
     for path in _list_paths(values):
         if not os.path.isabs(path):
@@ -48,6 +52,16 @@ def locate_paths(values: Mapping[object, object], yaml: str) -> dict[object, obj
             for task, files in data.items()
         }
     return located
+
+
+def find_download(name: object, bases: Iterable[Path] = ()) -> object:
+    """In place of an id of the Hugging Face hub, the folder of its download, where there is one:
+    ``hugging_cache/`` and the model's name, in the working folder or in one of the ``bases``."""
+    if not isinstance(name, str) or not is_hub_id(name):
+        return name
+    folder = f"./{_DOWNLOADS}/{name.partition('/')[2]}"
+    places = (folder, *(os.path.normpath(base / folder) for base in bases))
+    return next((place for place in places if os.path.isfile(os.path.join(place, "config.json"))), name)
 
 
 def describe_search(path: str, source: str) -> str:

@@ -8,10 +8,10 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, TypeVar
 
 from unike.datasets.images import PathLike
+from unike.system.hub import find_model_folder
 from unike.types import Case, Query, UserError
 
 logger = logging.getLogger("unike")
@@ -57,8 +57,8 @@ class TextLimit:
 
 @lru_cache(maxsize=4)
 def read_limit(folder: str) -> TextLimit | None:
-    """The limit of the model in a Hugging Face folder; None where its files do not tell."""
-    path = Path(folder)
+    """The limit of the model in a Hugging Face folder, or of an id; None where its files do not tell."""
+    path = find_model_folder(folder)
     tokens, config = path / "tokenizer.json", path / "config.json"
     try:
         if not tokens.is_file() or max(tokens.stat().st_size, config.stat().st_size) > _FILE_BYTES:

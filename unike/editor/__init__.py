@@ -26,6 +26,7 @@ from unike.editor.arguments import (
 )
 from unike.editor.cases import read_cases
 from unike.editor.metrics import METRIC_KEYS, describe_metric, merge_probes
+from unike.editor.models import describe_model
 from unike.editor.requests import Images, Texts, Values, locate_image, make_cases, read_columns
 from unike.edits import Edit, compose
 from unike.edits.attached import EditedModel, Slot
@@ -87,6 +88,24 @@ class MultimodalEditor:
             hparams = HyperParams.from_hparams(hparams)
         checks.require_backbone(hparams)
         return cls(hparams, load_backbone(hparams), progress)
+
+    @classmethod
+    def from_model(
+        cls,
+        name: str | os.PathLike[str],
+        model_name: str | None = None,
+        dtype: str | None = None,
+        device: str = "auto",
+        progress: bool = True,
+        **options: object,
+    ) -> MultimodalEditor:
+        """Loads the model in a Hugging Face folder, or of an id of the hub; its edits need no data at all.
+
+        There is no YAML, no train split and nothing trained beforehand. The family comes from config.json,
+        ``dtype`` from the weights. ``options`` change those of ``unike.config.untrained``. UserError, before
+        anything is loaded, for a model of no known family and for values that do not fit.
+        """
+        return cls.from_hparams(describe_model(name, model_name, dtype, device, **options), progress)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without memory, encoders and networks: a copy reads its own."""

@@ -26,7 +26,7 @@ from unike.methods.preparation.folders import (
     list_changed_options,
 )
 from unike.methods.registry import check_method
-from unike.runs.costs import describe_costs
+from unike.runs.costs import describe_costs, describe_run_costs
 from unike.runs.drawing import DRAWING_SCRIPT, SIZES, check_drawing
 from unike.runs.folders import check_edit_store, describe_run
 from unike.runs.inputs import (
@@ -376,6 +376,12 @@ def _inspect_train_cases(request: RunRequest) -> list[Finding]:
     return find_problems(lambda: read_method_cases(request.hparams, request.skip_broken), what)
 
 
+def _inspect_run(request: RunRequest) -> list[Finding]:
+    """How long the run will take, or an edit of it where the number of records is not known yet."""
+    count = len(request.cases) if request.are_cases_there else request.size
+    return describe_run_costs(request.hparams, count)
+
+
 # ---------------------------------------------------------------- the list
 
 
@@ -402,6 +408,7 @@ DATA_CHECKS = (
     Check("knowledge", lambda r: r.needs.knowledge, _inspect_knowledge),
     Check("scope", lambda r: r.needs.scope, _inspect_scope),
     Check("costs", _apply_always, lambda r: describe_costs(r.hparams, r.needs), only_notes=True),
+    Check("run", _apply_always, _inspect_run, only_notes=True),
     Check("editor", lambda r: r.needs.training, _inspect_editor),
     Check("train cases", lambda r: r.needs.cases, _inspect_train_cases),
 )

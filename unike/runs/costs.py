@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from unike.backbones.published import PUBLISHED
 from unike.config.hparams import HyperParams
 from unike.methods.preparation.folders import (
     choose_inner_width,
@@ -21,6 +22,7 @@ from unike.methods.preparation.folders import (
 )
 from unike.methods.registry import MethodNeeds
 from unike.system.findings import Finding
+from unike.system.hub import find_model_folder
 from unike.types import UserError
 
 GB = 10**9
@@ -28,6 +30,10 @@ GB = 10**9
 TEXT_TOKENS = 60
 # EVA-CLIP ViT-g and the Q-Former after it, of the backbones that come as original files.
 EVA_PARAMETERS, EVA_PATCH, QUERY_TOKENS = 1_011_000_000, 14, 32
+# Probes of a record: the five metrics', and the hard ones.
+PROBES = 8
+# Floating-point operations a second of a device that has no arithmetic of its own for a precision.
+_SLOW = 20e9
 # Images of a train record: its own, a rephrased and an unrelated one.
 RECORD_IMAGES = 3
 
@@ -54,9 +60,9 @@ class ModelSize:
 
 
 def read_model_size(hparams: HyperParams) -> ModelSize | None:
-    """From the config.json in the YAML's folder; None where it is missing or tells no width."""
+    """From the config.json of the YAML's model, or as published; None where there is none, or no width."""
     try:
-        config = json.loads((Path(hparams.name) / "config.json").read_text(encoding="utf-8"))
+        config = _read_config(hparams.name)
         text = config.get("text_config") or config
         width, vision = int(text["hidden_size"]), config.get("vision_config") or {}
         decoder = _count_decoder(text, width)
@@ -67,6 +73,14 @@ def read_model_size(hparams: HyperParams) -> ModelSize | None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         # The check of the weights says what is wrong with the folder.
         return None
+
+
+def _read_config(name: str) -> Mapping[str, Any]:
+    path = find_model_folder(name) / "config.json"
+    if not path.is_file() and name in PUBLISHED:
+        return PUBLISHED[name].config
+    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return config
 
 
 def _count_decoder(text: Mapping[str, Any], width: int) -> int:
@@ -211,6 +225,33 @@ def describe_costs(hparams: HyperParams, needs: MethodNeeds) -> list[Finding]:
     pace = f"estimated from the config for {TEXT_TOKENS} tokens of text a prompt, {pace}"
     lines = _describe_knowledge(hparams, size, speed, pace) if knowledge else []
     return lines + (_describe_scope(hparams, size, speed, pace) if scope else [])
+
+
+def describe_run_costs(hparams: HyperParams, edits: int | None) -> list[Finding]:
+    """A note of the seconds of a run of so many edits, at most, or of one where their number is not known:
+    each edit's training up to ``max_steps``, and all probes before and after, in both evaluation modes."""
+    if (size := read_model_size(hparams)) is None:
+        return []
+    step = 3 * size.prompt_flops * _count_trained_share(hparams)
+    answers = 2 * size.decoder * hparams.max_new_tokens
+    probe = 2 * (2 * size.prompt_flops + answers)
+    flops = hparams.max_steps * step + PROBES * probe + RECORD_IMAGES * size.image_flops
+    speed = measure_speed(hparams)
+    pace = f"estimated for {PROBES} probes an edit"
+    if speed is not None:
+        pace += f", at {speed / 1e9:.3g} GFLOP/s"
+        if hparams.dtype == "float16" and speed < _SLOW:
+            pace += "; this device computes float16 slowly: try dtype=bfloat16"
+    what = f"run: {edits} edits" if edits else "run: each edit"
+    return [Finding(True, f"{what}, at most {_format_seconds((edits or 1) * flops, speed)}", pace)]
+
+
+def _count_trained_share(hparams: HyperParams) -> float:
+    """The share of the decoder that a training step runs through: the edited layers, and the head."""
+    config = _read_config(hparams.name)
+    depth = int((config.get("text_config") or config)["num_hidden_layers"])
+    layers = hparams.layers if isinstance(hparams.layers, int) else depth - min(hparams.layers)
+    return min(1.0, (layers + 1) / depth)
 
 
 def _describe_knowledge(

@@ -25,11 +25,19 @@ from unike.datasets.images import open_image
 from unike.datasets.lengths import find_long_texts, list_queries, may_be_long, read_limit
 from unike.evaluation.sequences import draw_run_sequences
 from unike.methods.catalogue import uses_own_gate
-from unike.methods.preparation.folders import find_shipped_model, require_place, require_shares
+from unike.methods.preparation.folders import (
+    find_shipped_knowledge,
+    find_shipped_model,
+    read_knowledge_width,
+    require_place,
+    require_shares,
+)
 from unike.methods.registry import MethodNeeds, resolve_needs, resolve_needs_if_valid
+from unike.runs.costs import read_model_size
 from unike.runs.records import RECORDS, read_records
 from unike.system.files import compute_sha256
 from unike.system.findings import collect_problems
+from unike.system.hub import find_model_folder
 from unike.system.text import one_line
 from unike.types import BackboneSpec, Case, UserError
 
@@ -155,7 +163,7 @@ def check_shapes(hparams: HyperParams) -> None:
     """UserError, a line for each, for layers that the decoder has not, and for images smaller than a patch,
     as far as the model's folder shows."""
     try:
-        config = json.loads((Path(hparams.name) / "config.json").read_text(encoding="utf-8"))
+        config = json.loads((find_model_folder(hparams.name) / "config.json").read_text(encoding="utf-8"))
         text = config.get("text_config") or config
         count, patch = text.get("num_hidden_layers"), (config.get("vision_config") or {}).get("patch_size")
     except (OSError, ValueError, AttributeError, RecursionError):
@@ -196,6 +204,8 @@ def check_folders(hparams: HyperParams, needs: MethodNeeds) -> None:
             is_kept = os.path.isdir(folder) and any(any(Path(folder).glob(p)) for p in _KEPT[key])
             require_place(f"{hparams.source}: {key}: ", folder, is_written=not is_kept)
             _require_same_model(hparams, key, folder)
+            if key == "knowledge_dir":
+                _require_same_width(hparams)
             if key == "scope_dir" and needs.gate_scope:
                 require_shares(hparams)
         except UserError as error:
@@ -207,12 +217,25 @@ def check_folders(hparams: HyperParams, needs: MethodNeeds) -> None:
 def _require_same_model(hparams: HyperParams, key: str, folder: str) -> None:
     """UserError where what is shipped was made for another model than the YAML's."""
     shipped = find_shipped_model(folder)
-    if shipped is None or _are_same_models(shipped, Path(hparams.name)):
+    if shipped is None or _are_same_models(shipped, find_model_folder(hparams.name)):
         return
     at = f"{hparams.source}: {key}: {folder}"
     raise UserError(
         f"{at}: was made for the model in {shipped.name}, not for name: {hparams.name}; name another {key}"
     )
+
+
+def _require_same_width(hparams: HyperParams) -> None:
+    """UserError where ``knowledge_dir`` holds knowledge of a decoder of another width, such as a copy of what
+    is shipped with a toy. Only loading shows whether it is of the same weights."""
+    folder, size = find_shipped_knowledge(hparams), read_model_size(hparams)
+    width = None if folder is None else read_knowledge_width(folder)
+    if size is not None and width is not None and width != size.width:
+        at = f"{hparams.source}: knowledge_dir: {folder}"
+        raise UserError(
+            f"{at}: was made for a decoder of width {width}, and that of name: {hparams.name} has "
+            f"{size.width}; name another knowledge_dir"
+        )
 
 
 def _are_same_models(one: Path, other: Path) -> bool:

@@ -37,6 +37,9 @@ SHIPPED = ".shipped"
 # 4 M parameters then, and 118 M with attention as wide as the decoder.
 WIDEST = 512
 _TRAINED = ".trained"
+# Of each layer's semantic encoder: hidden width times the decoder's.
+_FIRST_WEIGHT = "encoders.semantic.0.weight"
+_HEADER_BYTES = 1 << 24
 
 
 def hash_facts(facts: Facts) -> str:
@@ -130,6 +133,18 @@ def list_changed_options(folder: Path, hparams: HyperParams) -> list[str]:
     if not isinstance(options, dict):
         raise UserError(f"{index}: is damaged: it has no options; delete the folder")
     return [name for name, value in options.items() if getattr(hparams, name, None) != value]
+
+
+def read_knowledge_width(folder: Path) -> int | None:
+    """The width of the decoder that a folder of knowledge was made for, from the header of its tensors; None
+    where that does not tell."""
+    try:
+        with open(folder / "knowledge.safetensors", "rb") as file:
+            header = json.loads(file.read(min(int.from_bytes(file.read(8), "little"), _HEADER_BYTES)))
+        shapes = (entry["shape"] for name, entry in header.items() if name.endswith(_FIRST_WEIGHT))
+        return int(next(shapes)[1])
+    except (OSError, ValueError, LookupError, TypeError, StopIteration, RecursionError):
+        return None
 
 
 # ---------------------------------------------------------------- meta-learned editors
