@@ -84,6 +84,14 @@ ROOMS: dict[str, tuple[str, str]] = {
     "easyedit": ("[EasyEdit's names](easyedit.md)", "a name that its scripts import"),
     "ask": ("`run_edit.py ask`", "only this command"),
     "tables": ("`python -m unike.tables`", "only this command"),
+    "fetch": (
+        "`unike fetch`: the catalogue of models and benchmarks, downloads that go on, checksums",
+        "a model or benchmark to fetch (in `catalogue.json`), or another kind of source",
+    ),
+    "hub": (
+        "`unike push` and `unike pull`: knowledge, editors and scope classifiers on the Hugging Face hub",
+        "another kind of trained part, or a line of the model card",
+    ),
     "demo": ("the web page of `python -m unike.demo`", "only this page"),
 }
 Arrows = dict[str, set[str]]

@@ -59,3 +59,17 @@ def show_progress(totals: Mapping[str, int], progress: bool = True) -> Iterator[
     finally:
         for bar in drawn.values():
             bar.close()
+
+
+@contextmanager
+def show_bytes(
+    what: str, total: int | None, done: int, progress: bool = True
+) -> Iterator[Callable[[int], object]]:
+    """A callback ``count(n)`` that draws a bar of bytes, of which so many are ``done`` already."""
+    bar = tqdm(
+        desc=what, total=total, initial=done, unit="B", unit_scale=True, disable=None if progress else True
+    )
+    try:
+        yield bar.update
+    finally:
+        bar.close()
