@@ -159,6 +159,10 @@ class _Handler(BaseHTTPRequestHandler):
         stated = self.state.stated.get(path, data)
         md5 = base64.b64encode(hashlib.md5(stated).digest()).decode()
         headers = {"ETag": f'"{hashlib.md5(data).hexdigest()}"', "x-goog-hash": f"crc32c=AAAAAA==,md5={md5}"}
+        if path.startswith("/drive/"):
+            # As the drive sends a file, and not a page that asks first.
+            headers["Content-Type"] = "application/octet-stream"
+            headers["Content-Disposition"] = 'attachment; filename="a.bin"'
         if self.headers.get("If-Range") not in (None, headers["ETag"]):
             del self.headers["Range"]
         return self._send_bytes(path, data, with_body, headers)

@@ -94,5 +94,5 @@ class _Explained:
         if error is None or isinstance(error, UserError) or not isinstance(error, Exception):
             return
         # The package's own errors have no common base in all of its versions.
-        reason = describe_fault(error) or one_line(error, 200)
+        reason = describe_fault(error) or one_line(str(error).partition("\n")[0], 200)
         raise UserError(f"{self.name}: Google Drive: {reason}; {GO_ON}") from error
