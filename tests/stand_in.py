@@ -40,6 +40,7 @@ class StandIn:
 
     ``cuts`` holds by the end of a path how many bytes the next answers send before the connection breaks;
     ``codes`` a status that is answered instead. ``stated`` changes what is stated of a file's content.
+    ``stalls`` holds how many bytes are sent before the server waits for ``go_on``.
     """
 
     address: str
@@ -48,6 +49,8 @@ class StandIn:
     cuts: dict[str, list[int]] = field(default_factory=dict)
     codes: dict[str, int] = field(default_factory=dict)
     stated: dict[str, bytes] = field(default_factory=dict)
+    stalls: dict[str, int] = field(default_factory=dict)
+    go_on: threading.Event = field(default_factory=threading.Event)
     licence: str | None = "mit"
     is_gated: bool = False
     asked: list[Request] = field(default_factory=list)
@@ -187,6 +190,12 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.flush()
             self.close_connection = True
             self.connection.close()
+            return None
+        if stall := next((n for end, n in self.state.stalls.items() if path.endswith(end)), 0):
+            self.wfile.write(body[:stall])
+            self.wfile.flush()
+            self.state.go_on.wait(60)
+            self.close_connection = True
             return None
         self.wfile.write(body)
         return None

@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -111,6 +112,38 @@ def test_ctrl_c_is_130_and_a_second_run_goes_on(hub: StandIn, monkeypatch, capsy
     assert fetch(NAME) == 0
     assert hub.starts("model.safetensors")[-1] == 100_000
     assert Path(PLACE, "model.safetensors").read_bytes() == WEIGHTS
+
+
+def test_killed_it_leaves_no_final_name_and_a_second_run_goes_on(hub: StandIn) -> None:
+    hub.repositories[NAME] = {"model.safetensors": WEIGHTS}
+    hub.stalls["model.safetensors"] = 200_000
+    code = "from unike.fetch import web, run; web._BLOCK = 50_000; run(['--yes', 'some/model'])"
+    started = subprocess.Popen(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    end = time.monotonic() + 60
+    while sum(p.stat().st_size for p in Path().glob("hugging_cache/.*/parts/*")) < 150_000:
+        assert time.monotonic() < end
+        assert started.poll() is None
+        time.sleep(0.02)
+    started.kill()
+    started.wait()
+    hub.stalls.clear()
+    hub.go_on.set()
+    assert not Path(PLACE).exists()
+    assert fetch(NAME) == 0
+    assert 150_000 <= hub.starts("model.safetensors")[-1] <= 200_000
+    assert Path(PLACE, "model.safetensors").read_bytes() == WEIGHTS
+
+
+def test_offline_mode_is_named(hub: StandIn, monkeypatch, capsys) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.is_offline_mode", lambda: True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert fetch(NAME) == 2
+    assert only_line(capsys) == "error: some/model: HF_HUB_OFFLINE is set; unset it to use 127.0.0.1"
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])

@@ -55,11 +55,13 @@ def find_endpoint() -> str:
 
 def list_repository(repository: str, kind: str = "model", revision: str | None = None) -> Repository:
     """A repository's files, at the newest revision or at another one. UserError where it can't be read."""
-    from huggingface_hub import get_token, hf_hub_url
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.utils import build_hf_headers
 
     with explain_hub_errors(repository):
         info: Any = open_api().repo_info(repository, repo_type=kind, revision=revision, files_metadata=True)
-    token = get_token()
+    # As the library itself would send it, or not.
+    login = build_hf_headers().get("authorization")
 
     def make(sibling: Any) -> Remote:
         url = hf_hub_url(
@@ -70,7 +72,7 @@ def list_repository(repository: str, kind: str = "model", revision: str | None =
         size = sibling.size
 
         def save(part: Path, count: Count) -> None:
-            save_file(url, sibling.rfilename, part, size, count, token=token)
+            save_file(url, sibling.rfilename, part, size, count, login=login)
 
         version = next(iter(sums.values()), info.sha)
         return Remote(sibling.rfilename, size, sums, version, save)

@@ -49,12 +49,13 @@ def save_file(
     size: int | None,
     count: Count,
     resuming: Mapping[str, str] | None = None,
-    token: str | None = None,
+    login: str | None = None,
 ) -> None:
     """Brings a file to ``part``, going on after the bytes that are there.
 
     A connection that breaks is opened anew as long as bytes arrive. ``resuming`` are headers of a request
-    that goes on; ``token`` is sent to the address's own host alone. UserError where the file cannot be had.
+    that goes on; ``login`` is a header that is sent to the address's own host alone. UserError where the file
+    cannot be had.
     """
     while True:
         had = part.stat().st_size if part.exists() else 0
@@ -65,7 +66,7 @@ def save_file(
             return
         headers = {"Range": f"bytes={had}-", **(resuming or {})} if had else {}
         try:
-            _receive(url, name, part, had, headers, count, token)
+            _receive(url, name, part, had, headers, count, login)
             return
         except _BrokenError as error:
             if not part.exists() or part.stat().st_size <= had:
@@ -73,9 +74,9 @@ def save_file(
 
 
 def _receive(
-    url: str, name: str, part: Path, had: int, headers: dict[str, str], count: Count, token: str | None
+    url: str, name: str, part: Path, had: int, headers: dict[str, str], count: Count, login: str | None
 ) -> None:
-    with _open(url, name, headers, token=token) as response:
+    with _open(url, name, headers, login=login) as response:
         if had and not _goes_on(response, had):
             # The server sends all of it, or has another file by now.
             had = 0
@@ -101,21 +102,21 @@ def _goes_on(response: http.client.HTTPResponse, had: int) -> bool:
 
 
 def _open(
-    url: str, name: str, headers: Mapping[str, str], method: str = "GET", token: str | None = None
+    url: str, name: str, headers: Mapping[str, str], method: str = "GET", login: str | None = None
 ) -> http.client.HTTPResponse:
     host = urlsplit(url).hostname
     request = Request(
         url, headers={"Accept-Encoding": "identity", "User-Agent": "unike", **headers}, method=method
     )
-    if token is not None:
+    if login is not None:
         # Not sent on when the hub redirects to where it stores large files.
-        request.add_unredirected_header("Authorization", f"Bearer {token}")
+        request.add_unredirected_header("Authorization", login)
     try:
         response: http.client.HTTPResponse = urlopen(request, timeout=TIMEOUT)
     except HTTPError as error:
         error.close()
         if error.code == _RANGE_REFUSED and "Range" in headers:
-            return _open(url, name, {}, method, token)
+            return _open(url, name, {}, method, login)
         raise UserError(
             f"{name}: {host}: answers {error.code} {one_line(error.reason, 80)}; {GO_ON}"
         ) from error
