@@ -88,6 +88,14 @@ ROOMS: dict[str, tuple[str, str]] = {
         "a form of own data",
     ),
     "tables": ("`python -m unike.tables`", "only this command"),
+    "fetch": (
+        "`unike fetch`: the catalogue of models and benchmarks, downloads that go on, checksums",
+        "a model or benchmark to fetch (in `catalogue.json`), or another kind of source",
+    ),
+    "hub": (
+        "`unike push` and `unike pull`: knowledge, editors and scope classifiers on the Hugging Face hub",
+        "another kind of trained part, or a line of the model card",
+    ),
     "demo": ("the web page of `python -m unike.demo`", "only this page"),
     "command": (
         "the command `unike`: its table of subcommands, `unike edit` (which `run_edit.py` is), `unike list`, "

@@ -39,7 +39,8 @@ class RowPlan:
 
     ``paper`` is its name in the paper's figures (None: it has none). ``ours`` marks the rows whose best is
     compared with the best of the others, ``gate_of`` names the row around which this one has our gate.
-    ``tuned`` names entries of the plan's tuned options, of which later ones come first. ``line`` and ``x`` place it in a figure.
+    ``tuned`` names entries of the plan's tuned options, of which later ones come first. ``line`` and ``x``
+    place it in a figure.
     """
 
     name: str

@@ -35,7 +35,7 @@ TEXT = files(
 # package's public names stand at the end, where nothing imports them.
 ROOMS = (
     "types", "system", "config", "datasets", "knowledge", "backbones", "edits", "methods", "evaluation",
-    "runs", "report", "editor", "easyedit", "ask", "own", "tables", "demo", "command", "",
+    "runs", "report", "editor", "easyedit", "ask", "own", "tables", "fetch", "hub", "demo", "command", "",
 )  # fmt: skip
 # Methods and edits see of a backbone its protocol, never a concrete one.
 SEES_PROTOCOL = ("edits", "methods")

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = sorted(
     p for p in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("*/README.md")] if p.is_file()
 )
-SUBCOMMANDS = (["ask"], ["compare"], ["show"], ["list"], ["diff"], ["remove"], ["apply"])
+SUBCOMMANDS = (["ask"], ["compare"], ["show"], ["list"], ["diff"], ["remove"], ["apply"], ["push"], ["pull"])
 METHOD_PAGE = ROOT / "docs" / "adding_a_method.md"
 
 

@@ -11,7 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from unike.system.files import check_tensors, read_index, replace_atomically, write_index, write_text
+from unike.system.files import (
+    check_tensors,
+    move_into_place,
+    read_index,
+    replace_atomically,
+    write_index,
+    write_text,
+)
+from unike.types import UserError
 
 
 def names(folder: Path) -> list[str]:
@@ -76,6 +84,23 @@ def test_a_folder_in_the_way_is_named(tmp_path: Path) -> None:
     with pytest.raises(IsADirectoryError):
         write_text(tmp_path, "text")
     assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("there", ["file", "folder", "link"])
+def test_nothing_is_moved_over_what_is_there(tmp_path: Path, there: str) -> None:
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "a").write_text("new")
+    target = tmp_path / "deep" / "target"
+    move_into_place(tmp_path / "new", target)
+    assert (target / "a").read_text() == "new"
+    (tmp_path / "newer").write_text("newer")
+    place = {"file": target / "a", "folder": target, "link": tmp_path / "link"}[there]
+    if there == "link":
+        place.symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="is there already; move it away"):
+        move_into_place(tmp_path / "newer", place)
+    assert (target / "a").read_text() == "new"
+    assert (tmp_path / "newer").is_file()
 
 
 def test_two_calls_in_one_process_do_not_meet(tmp_path: Path) -> None:

@@ -37,6 +37,12 @@ COMMANDS = {
     "Your data": (
         Command("doctor", "audits annotations", "data.json --images images/", "unike.datasets.doctor:main"),
         Command("derive", "makes hard probes", "data.json", "unike.datasets.derive:main"),
+        Command("benchmark", "makes one of your images", "photos/ --into mine", "unike.own.benchmark:run"),
+    ),
+    "Downloads and sharing": (
+        Command("fetch", "gets models and benchmarks", "llava", "unike.fetch:run"),
+        Command("push", "shares trained parts", "me/parts hugging_cache/x", "unike.hub.push:run"),
+        Command("pull", "gets shared parts", "me/parts", "unike.hub.pull:run"),
     ),
     "Finished runs": (
         Command("report", "writes an HTML report", _RUN_B, "unike.report.__main__:main"),

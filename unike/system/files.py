@@ -74,6 +74,20 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
+def move_into_place(source: Path, target: Path) -> None:
+    """Moves a whole file or folder to a free name on the same disk, once all of it is on that disk.
+
+    UserError where something is there already.
+    """
+    if os.path.lexists(target):
+        raise UserError(f"{target}: is there already; move it away")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for path in (*source.rglob("*"), source):
+        _sync(path)
+    os.replace(source, target)
+    _sync(target.parent)
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes a text file atomically."""
     with replace_atomically(path) as temporary:

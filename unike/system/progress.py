@@ -20,6 +20,20 @@ def ignore_progress(stage: str, count: int) -> None:
     """A ``Tick`` that shows nothing."""
 
 
+@contextmanager
+def show_bytes(
+    what: str, total: int | None, done: int, progress: bool = True
+) -> Iterator[Callable[[int], object]]:
+    """A callback ``count(n)`` that draws a bar of bytes, of which so many are ``done`` already."""
+    bar = tqdm(
+        desc=what, total=total, initial=done, unit="B", unit_scale=True, disable=None if progress else True
+    )
+    try:
+        yield bar.update
+    finally:
+        bar.close()
+
+
 def _describe_time(seconds: float) -> str:
     minutes = max(1, round(seconds / 60))
     return f"{minutes} minutes" if minutes < 120 else f"{minutes / 60:.0f} hours"

@@ -1,0 +1,1 @@
+"""Knowledge, meta-learned editors and scope classifiers on the Hugging Face hub."""
