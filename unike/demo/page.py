@@ -38,8 +38,9 @@ CSS = """
 #examples .grid-container {padding-top: 2rem; grid-template-columns: repeat(4, minmax(0, 1fr));
   grid-template-rows: none; grid-auto-flow: row; width: 100%; height: auto; overflow: visible}
 @media (max-width: 640px) {
-  #result {position: fixed; left: 0; right: 0; bottom: 0; z-index: 1000; gap: .3rem; padding: .3rem .6rem .6rem;
-    background: var(--body-background-fill); border-top: 2px solid var(--border-color-primary)}
+  #result {position: fixed; left: 0; right: 0; bottom: 0; z-index: 1000; gap: .3rem;
+    padding: .3rem .6rem .6rem; background: var(--body-background-fill);
+    border-top: 2px solid var(--border-color-primary)}
   #active {margin-bottom: 11rem}
 }
 #image img {width: 100%; height: 100%; object-fit: contain}
