@@ -1,6 +1,9 @@
 """A headless Chromium for pages, and axe-core, if both are installed.
 
-python -m benchmarks.browser results/run/report.html docs/figures   # the documentation's screenshots
+The documentation's screenshots, of a report and of a comparison:
+
+    python -m benchmarks.browser results/run/report.html docs/figures
+    python -m benchmarks.browser compared.html docs/figures --name compare
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +29,8 @@ FLAGS = (
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
 )  # fmt: skip
 AXE = Path("node_modules", "axe-core", "axe.min.js")
-SHOWN = {"desktop": "charts", "phone": "found"}
-DESKTOP, PHONE = (1200, 900, 1, False), (390, 844, 2, True)
+DESKTOP, TABLET, PHONE = (1280, 800, 1, False), (768, 1024, 1, False), (390, 844, 2, True)
+SCREENS = {"desktop": DESKTOP, "tablet": TABLET, "phone": PHONE}
 
 
 def find_axe() -> Path | None:
@@ -114,16 +118,16 @@ def open_browser(profile: Path) -> Iterator[Browser]:
         driver.quit()
 
 
-def take_screenshots(page: Path, folder: Path) -> None:
-    """Writes ``report-desktop.png``, charts and cases, and ``report-phone.png``, an open case."""
+def take_screenshots(page: Path, folder: Path, name: str) -> None:
+    """Writes ``NAME-SCREEN.png``, the page's top, and ``NAME-cases-SCREEN.png``, for each of ``SCREENS``."""
     with tempfile.TemporaryDirectory() as profile, open_browser(Path(profile)) as tab:
-        for name, screen in (("desktop", DESKTOP), ("phone", PHONE)):
-            tab.open(page, screen)
-            tab.run("document.querySelectorAll('.case details')[0].open = true")
-            tab.run("document.getElementById(arguments[0]).scrollIntoView()", SHOWN[name])
+        for (screen, size), part in product(SCREENS.items(), ("", "cases-")):
+            tab.open(page, size)
+            if part:
+                tab.run("document.getElementById('found').scrollIntoView()")
             # Images load when they are near the screen.
             time.sleep(3)
-            file = folder / f"report-{name}.png"
+            file = folder / f"{name}-{part}{screen}.png"
             tab.driver.save_screenshot(str(file))
             Image.open(file).convert("P", palette=Image.Palette.ADAPTIVE, colors=128).save(
                 file, optimize=True
@@ -132,14 +136,15 @@ def take_screenshots(page: Path, folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="takes the documentation's screenshots of a report")
-    parser.add_argument("page", type=Path, help="report.html of a run")
-    parser.add_argument("folder", type=Path, help="where report-desktop.png and report-phone.png go")
+    parser.add_argument("page", type=Path, help="report.html of a run, or a comparison")
+    parser.add_argument("folder", type=Path, help="where NAME-desktop.png and the others go")
+    parser.add_argument("--name", default="report", help="default: %(default)s")
     args = parser.parse_args()
     if missing := list_missing(axe=False):
         parser.error(f"not installed: {missing}")
     if not args.page.is_file() or not args.folder.is_dir():
         parser.error(f"{args.page}, {args.folder}: expected a file and a folder")
-    take_screenshots(args.page.resolve(), args.folder)
+    take_screenshots(args.page.resolve(), args.folder, args.name)
 
 
 if __name__ == "__main__":

@@ -156,12 +156,12 @@ def test_a_bar_moves_when_a_batch_is_done(copied: Project, monkeypatch, size: st
 
     moves: list[int] = []
 
-    class Bar(module.tqdm):  # type: ignore[misc]
+    class Bar(module.BatchBar):
         def update(self, n: float | None = 1) -> bool | None:
             moves.append(int(n or 0))
             return super().update(n)
 
-    monkeypatch.setattr(module, "tqdm", Bar)
+    monkeypatch.setattr(module, "BatchBar", Bar)
     assert start(copied, "--no_generated", f"edit_batch_size={size}") == 0
     assert moves == ([1, 1, 1, 1] if size == "1" else [3, 1])
 

@@ -10,7 +10,7 @@ from finished_runs import ended, save_run
 from test_report import HOSTILE, hostile
 
 from benchmarks import pages
-from benchmarks.browser import PHONE, Browser, list_missing, open_browser
+from benchmarks.browser import DESKTOP, PHONE, TABLET, Browser, list_missing, open_browser
 from benchmarks.report import read
 from unike.report import write_report
 from unike.tables import main as compare_main
@@ -105,6 +105,27 @@ def test_nobody_is_left_out(tab: Browser, page: Path, dark: bool) -> None:
     tab.run("document.querySelector('h1').remove(); document.querySelector('label').replaceWith('x')")
     tab.run("document.querySelectorAll('.prompt').forEach((p) => p.setAttribute('role', 'nonsense'))")
     assert tab.find_violations() != [], "axe finds what is wrong"
+
+
+@pytest.mark.parametrize("screen", [PHONE, TABLET, DESKTOP])
+def test_the_columns_after_the_edit_are_in_sight(
+    tab: Browser, tmp_path: Path, page: Path, screen: tuple[int, int, int, bool]
+) -> None:
+    """On every screen no table needs to be scrolled sideways, also those of a comparison."""
+    other = save_run(tmp_path / "b", [ended(i, [m for m in FIVE_METRICS if m != "joint"]) for i in range(3)])
+    compared = tmp_path / "page.html"
+    assert compare_main(["compare", str(page.parent), str(other), "--html", str(compared)]) == 0
+    for shown in (page, compared):
+        tab.open(shown, screen)
+        tab.run("document.querySelectorAll('details').forEach((d) => { d.open = true; })")
+        wide = "return [...document.querySelectorAll('.wide')].map((e) => e.scrollWidth - e.clientWidth)"
+        assert set(tab.run(wide)) == {0}
+        right = "return [...document.querySelectorAll('td')].map((e) => e.getBoundingClientRect().right)"
+        assert max(tab.run(right)) <= screen[0]
+        top = "return document.querySelector('.verdict').getBoundingClientRect().bottom"
+        assert 0 < tab.run(top) < screen[1] / 2, "the verdict is read before anything is scrolled"
+    tab.run("document.querySelectorAll('td').forEach((e) => { e.textContent = 'long'.repeat(200); })")
+    assert max(tab.run(wide)) > 0, "what does not fit is found"
 
 
 def test_a_phone_shows_all_without_scrolling_sideways(tab: Browser, page: Path) -> None:

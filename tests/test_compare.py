@@ -134,6 +134,7 @@ def test_the_page_has_the_flips_with_their_pictures(runs: tuple[Path, Path], tmp
     assert "another image and question" in read.text
     assert len([a for a in read.of("li") if a.get("class") == "case"]) == 3
     assert len([a for a in read.of("img") if a.get("alt")]) == 3
+    assert "Neither run is certainly better. 4 records: too few, 8 are needed." in read.text
     found = compare(*runs)
     tags = [view.tags for view in build_comparison_page(found, {}).cases]
     assert [(GAINED in t, LOST in t) for t in tags] == [(False, True), (True, False), (True, False)]

@@ -136,6 +136,49 @@ def test_the_page_is_readable_by_everybody(page: Browser, served: tuple[Desk, st
         page.wait("return document.querySelectorAll('#edits input').length === 0")
 
 
+@pytest.mark.parametrize("screen", [PHONE, (768, 1024, 1, False), (1280, 800, 1, False)])
+def test_the_gallery_is_whole_and_on_a_phone_the_result_stays_in_sight(
+    page: Browser, served: tuple[Desk, str], screen: tuple[int, int, int, bool]
+) -> None:
+    page.open(served[1], screen)
+    page.wait(READY)
+    press(page, "#examples button:has(img)")
+    page.wait("return document.querySelector('#before textarea').value !== ''")
+    press(page, "#edit")
+    says(page, "Edited.")
+    inside = "const r = document.querySelector(arguments[0]).getBoundingClientRect();"
+    inside += "return r.top >= 0 && r.bottom <= innerHeight && r.left >= 0 && r.right <= innerWidth"
+    for button in ("#edit", "#ask", "#undo-all") if screen == PHONE else ():
+        page.run("document.querySelector(arguments[0]).scrollIntoView({block: 'center'})", button)
+        assert page.run(inside, "#before"), button
+        assert page.run(inside, "#after"), button
+        assert page.run(inside, button)
+    page.run("scrollTo(0, 1e6)")
+    end = "return document.querySelector('#active').getBoundingClientRect().bottom"
+    top = "return document.querySelector('#result').getBoundingClientRect().top"
+    assert screen != PHONE or page.run(end) <= page.run(top), "nothing is hidden below the result"
+    assert page.run("return document.documentElement.scrollWidth <= window.innerWidth")
+    # Every example lies within the gallery, and the gallery has no scroll bar.
+    cut = (
+        "const g = document.querySelector('#examples').getBoundingClientRect();"
+        "return [...document.querySelectorAll('#examples button:has(img)')].filter((b) => {"
+        "const r = b.getBoundingClientRect(); return r.bottom > g.bottom || r.right > g.right}).length"
+    )
+    assert page.run(cut) == 0
+    scrolls = "return [...document.querySelectorAll('#examples, #examples div')].filter((e) =>"
+    scrolls += " ['auto', 'scroll'].includes(getComputedStyle(e).overflowY)"
+    scrolls += " && e.scrollHeight > e.clientHeight + 1).length"
+    assert page.run(scrolls) == 0
+
+
+def test_the_steps_are_numbered(page: Browser) -> None:
+    press(page, "#examples button:has(img)")
+    page.wait("return document.querySelectorAll('#follow-ups input').length > 0")
+    text = page.run("return document.body.innerText")
+    places = [text.index(step) for step in ("1. ", "2. Question", "3. Right answer", "4. Ask next")]
+    assert places == sorted(places)
+
+
 def test_uploads(page: Browser, served: tuple[Desk, str], blip2_project: Project, tmp_path: Path) -> None:
     (tmp_path / "large.png").write_bytes(bytes(11_000_000))
     (tmp_path / "bad.png").write_bytes(b"no picture")

@@ -23,7 +23,16 @@ from PIL import Image
 from unike.report import images, write_report
 from unike.report.__main__ import main
 from unike.report.charts import draw_curve, draw_histogram, draw_shares
-from unike.report.page import AnswerView, CaseView, HtmlPage, ProbeView, TableView, render
+from unike.report.page import (
+    AnswerView,
+    CaseView,
+    Cell,
+    DotsView,
+    HtmlPage,
+    ProbeView,
+    TableView,
+    render,
+)
 from unike.report.run_page import build_run_page
 from unike.runs.records import MANIFEST, RECORDS, read_manifest
 from unike.types import FIVE_METRICS, UserError
@@ -136,11 +145,14 @@ def test_sequences_have_a_curve_and_their_final_cases_alone(tmp_path: Path) -> N
         "former": dict.fromkeys(FIVE_METRICS, 1.0),
         "former_cases": 1,
     }
+    last = later | {"id": "0/3/step", "position": 3, "former_cases": 2}
     final = ended(4, id="0/1/final", position=1, kind="final") | place
-    page = build_run_page(save_run(tmp_path / "run", [step, later, final], tmp_path / "data"))
+    page = build_run_page(save_run(tmp_path / "run", [step, later, last, final], tmp_path / "data"))
     assert [view.id for view in page.cases] == ["0/1/final"]
     assert page.cases[0].image == 0, "found by the id of its case"
     assert any("accumulate" in chart.title for chart in page.charts)
+    short = build_run_page(save_run(tmp_path / "short", [step, later, final], tmp_path / "data"))
+    assert not any("accumulate" in chart.title for chart in short.charts), "one point is no curve"
 
 
 def test_missing_and_changed_pictures_are_said(tmp_path: Path) -> None:
@@ -255,16 +267,30 @@ def test_hostile_texts_are_shown_and_inert(tmp_path: Path) -> None:
 def page_of(text: str) -> HtmlPage:
     answers = (AnswerView(text, text, True, text),)
     probe = ProbeView(text, text, text, text, answers, None, text, ((text, text),))
-    case = CaseView(text, text, text, False, {text: 1.0}, (text,), (probe,), ((text, text),), None, text)
-    charts = (
-        draw_shares(text, {text: [1, 2]}, (text, "b")),
-        draw_curve(text, {text: [1.0, 2.0]}, 2),
-        draw_histogram(text, {text: [1.0]}),
-    )
-    return HtmlPage(
-        text, text, (TableView(text, (text,), ((text, text),)),), [case], {text: text}, {text: text}, [text],
-        tuple(c for c in charts if c), (text,), ((text, text),),
+    dots = DotsView(((text, True), (text, None)), text, text)
+    case = CaseView(
+        text, text, text, False, {text: 1.0}, (text,), (probe,), ((text, text),), None, text, text, (text,),
+        (dots,),
     )  # fmt: skip
+    charts = (
+        draw_shares(text, {text: [1, 2], f"{text}2": [1, 2]}, (text, "b")),
+        draw_curve(text, {text: [1.0, 2.0]}, 2, text, text),
+        draw_histogram(text, {text: [1.0, 2.0]}, text, text),
+    )
+    cell = Cell(text, (text,), 50.0, "good")
+    table = TableView(text, (cell,), ((cell, cell),), ((cell, cell),), text, text, text)
+    return HtmlPage(
+        text, text, (table,), [case], {text: text}, {text: text}, [text],
+        tuple(c for c in charts if c), (text,), ((text, text),), text, (text,), (text,),
+    )  # fmt: skip
+
+
+def test_the_page_of_every_text_is_whole() -> None:
+    """What ``page_of`` makes has all of a page's parts: else the next test would pass without them."""
+    read = Read(render(page_of("plain")))
+    assert len([a for a in read.of("svg") if a.get("role") == "img"]) == 3
+    for kind in ("verdict", "hint", "rest", "more", "dots", "fails", "thumb", "gauge", "interval"):
+        assert [a for _, a in read.tags if kind in str(a.get("class")).split()], kind
 
 
 @settings(max_examples=60, deadline=None)

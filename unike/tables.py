@@ -12,6 +12,7 @@ from unike.evaluation.summary import TITLES, summarise
 from unike.report.compare import build_flip_table, build_table, compare
 from unike.report.page import check_page
 from unike.report.terminal import as_text, summary_table
+from unike.report.verdict import judge_comparison
 from unike.system import launching
 from unike.system.arguments import ArgumentParser
 from unike.types import UserError
@@ -39,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.html is not None:
             check_page(args.html)
         found = compare(args.a, args.b, args.seed)
-        print(f"A: {found.names[0]}\nB: {found.names[1]}")
+        print(f"A: {found.names[0]}\nB: {found.names[1]}\n{judge_comparison(found)}")
         print(as_text(build_table(found)))
         if found.flips and args.most:
             print(as_text(build_flip_table(found, args.most)))

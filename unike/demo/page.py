@@ -23,8 +23,8 @@ LARGEST_UPLOAD = "10mb"
 LIFETIME = 3600
 TITLE = "UniKE: correct one answer of a vision-language model"
 INTRODUCTION = f"""# {TITLE}
-Choose an image, ask, enter the right answer, edit. Then ask other questions: does the edit carry over,
-and is everything else unchanged?
+Four steps: choose an image, ask, edit, and ask other questions: does the edit carry over, and is everything
+else unchanged?
 """
 CSS = """
 .gradio-container table {border-collapse: collapse; font-size: .85rem; margin: .5rem 0; width: 100%}
@@ -34,7 +34,15 @@ CSS = """
 .status {min-height: 1.5em; margin: 0}
 .status.bad {color: #b91c1c; font-weight: 600}
 .dark .status.bad {color: #fca5a5}
-#examples .grid-container {padding-top: 2rem}
+#examples .grid-wrap {min-height: 0; max-height: none; height: auto; overflow: visible}
+#examples .grid-container {padding-top: 2rem; grid-template-columns: repeat(4, minmax(0, 1fr));
+  grid-template-rows: none; grid-auto-flow: row; width: 100%; height: auto; overflow: visible}
+@media (max-width: 640px) {
+  #result {position: fixed; left: 0; right: 0; bottom: 0; z-index: 1000; gap: .3rem;
+    padding: .3rem .6rem .6rem; background: var(--body-background-fill);
+    border-top: 2px solid var(--border-color-primary)}
+  #active {margin-bottom: 11rem}
+}
 #image img {width: 100%; height: 100%; object-fit: contain}
 #image .or {color: inherit}
 """
@@ -73,9 +81,9 @@ class DemoPage:
         examples = [str(example.question.image) for example in self.desk.examples]
         self.gallery = gr.Gallery(
             examples,
-            label="Examples",
+            label="1. Choose an example",
             columns=4,
-            height=265,
+            height="auto",
             allow_preview=False,
             interactive=False,
             visible=bool(examples),
@@ -83,7 +91,7 @@ class DemoPage:
             elem_id="examples",
         )
         self.image = gr.Image(
-            label="Image",
+            label="Image: from an example, or upload one" if examples else "1. Upload an image",
             type="filepath",
             sources=["upload"],
             height=220,
@@ -93,17 +101,19 @@ class DemoPage:
         )
         # As uploaded: Gradio would convert it, and raise for a file that is no image.
         self.image.preprocess = lambda payload: None if payload is None else payload.path  # type: ignore[method-assign]
-        self.question = gr.Textbox(label="Question", max_lines=3, elem_id="question")
+        self.question = gr.Textbox(label="2. Question", max_lines=3, elem_id="question")
         self.ask = gr.Button("Ask", elem_id="ask")
-        self.right = gr.Textbox(label="Right answer", max_lines=3, elem_id="right")
+        self.right = gr.Textbox(label="3. Right answer", max_lines=3, elem_id="right")
         self.edit = gr.Button("Edit", variant="primary", elem_id="edit")
 
     def _build_answers(self) -> None:
-        self.status = gr.HTML(_render_status("Choose an example, or upload an image."), elem_id="status")
-        with gr.Row():
-            self.before = gr.Textbox(label="Without edits", interactive=False, elem_id="before")
-            self.after = gr.Textbox(label="With edits", interactive=False, elem_id="after")
-        self.follow_ups = gr.Radio([], label="Ask next", type="index", visible=False, elem_id="follow-ups")
+        # On a phone it stays at the lower edge of the screen, whichever step is in sight.
+        with gr.Column(elem_id="result"):
+            self.status = gr.HTML(_render_status("Choose an example, or upload an image."), elem_id="status")
+            with gr.Row():
+                self.before = gr.Textbox(label="Without edits", interactive=False, elem_id="before")
+                self.after = gr.Textbox(label="With edits", interactive=False, elem_id="after")
+        self.follow_ups = gr.Radio([], label="4. Ask next", type="index", visible=False, elem_id="follow-ups")
         self.edits = gr.Radio([], label="Attached edits", visible=False, elem_id="edits")
         with gr.Row():
             self.undo = gr.Button("Undo the chosen edit", interactive=False, elem_id="undo")

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from unike.evaluation.summary import TITLES, find_passes
-from unike.report.compare import HEADER, Comparison, build_rows, describe_flips
+from unike.evaluation.summary import HARMONIC_TITLES, TITLES, find_passes
+from unike.report.compare import Comparison, Difference, describe_flips
 from unike.report.images import Album, ProbeImages, find_images
-from unike.report.page import AnswerView, CaseView, HtmlPage, TableView, write_page
+from unike.report.page import AnswerView, CaseView, Cell, HtmlPage, TableView, write_page
 from unike.report.run_page import (
     MOST_CASES,
+    build_dots,
     build_probe,
     clip,
+    list_evaluated,
     list_filters,
     list_sorts,
     list_tags,
     make_album,
     make_title,
     order_probes,
+    shorten_probe,
 )
+from unike.report.verdict import differs, is_certain, judge_comparison
 from unike.runs.records import read_manifest
 from unike.system.text import one_line
 
@@ -38,7 +42,8 @@ def build_comparison_page(
     """What the page shows; ``note`` says why there are no images."""
     flipped = list(dict.fromkeys(flip.id for flip in found.flips))
     album = make_album((found.a[name] for name in flipped[:most]), images)
-    views = [_build_case(found, name, images, album, i) for i, name in enumerate(flipped[:most])]
+    probes = list_evaluated([*found.a.values(), *found.b.values()], found.mode)
+    views = [_build_case(found, name, images, album, i, probes) for i, name in enumerate(flipped[:most])]
     notes = [note] if note else album.list_notes()
     if len(flipped) > most:
         notes.append(f"The first {most} of {len(flipped)} cases that flipped are shown.")
@@ -46,16 +51,53 @@ def build_comparison_page(
     return HtmlPage(
         title="Two runs compared",
         lead=f"A is {a}, B is {b}. {describe_flips(found)}",
-        tables=(TableView("Metrics after the edit, in percent", HEADER, tuple(build_rows(found))),),
+        tables=(_build_table(found),),
         cases=views,
         sorts=list_sorts(views),
         filters={tag: tag for tag in (GAINED, LOST)} | list_filters(views),
         images=album.uris,
         notes=tuple(notes),
+        verdict=judge_comparison(found),
+        probes=tuple(map(shorten_probe, probes)),
     )
 
 
-def _build_case(found: Comparison, name: str, images: ProbeImages, album: Album, order: int) -> CaseView:
+def _build_table(found: Comparison) -> TableView:
+    """Differences: certain ones first, then other rows that differ, the largest of each first; those with
+    equal means are folded."""
+    apart = sorted(
+        filter(differs, found.differences), key=lambda d: (not is_certain(found, d), -abs(d.value))
+    )
+    alike = [d for d in found.differences if not differs(d)]
+    return TableView(
+        "Metrics after the edit, in percent",
+        (Cell("metric"), Cell("A"), Cell("B"), Cell("B - A", ("[95% interval]",))),
+        tuple(_build_row(found, d) for d in apart),
+        tuple(_build_row(found, d) for d in alike),
+        f"{len(alike)} rows with equal means",
+        "Better: the 95% interval of the difference excludes 0. Not certain: it includes 0, or there are too "
+        "few records.",
+        "All means are equal.",
+    )
+
+
+def _build_row(found: Comparison, difference: Difference) -> tuple[Cell, ...]:
+    title = TITLES.get(difference.measure) or HARMONIC_TITLES[difference.measure]
+    look, words = "", "not certain" if differs(difference) else "equal"
+    if is_certain(found, difference):
+        look, words = ("b", "B is better") if difference.value > 0 else ("a", "A is better")
+    ends = f"[{difference.low:+.1f}, {difference.high:+.1f}]"
+    return (
+        Cell(title, (f"{difference.mode.replace('_', '-')}, n {difference.n}",)),
+        Cell(f"{difference.a:.1f}"),
+        Cell(f"{difference.b:.1f}"),
+        Cell(f"{difference.value:+.1f}", (ends, words), look=look),
+    )
+
+
+def _build_case(
+    found: Comparison, name: str, images: ProbeImages, album: Album, order: int, evaluated: Sequence[str]
+) -> CaseView:
     """The probes that flipped, first those that B gained."""
     a, b = found.a[name], found.b[name]
     own = {flip.probe: flip.to_b for flip in found.flips if flip.id == name}
@@ -79,6 +121,8 @@ def _build_case(found: Comparison, name: str, images: ProbeImages, album: Album,
         tags=tuple(gains),
         probes=tuple(views),
         image=views[0].image,
+        label=views[0].title,
+        dots=tuple(build_dots(each, evaluated, who) for who, each in zip("AB", passes, strict=True)),
     )
 
 

@@ -55,9 +55,22 @@ class ProbeView:
 
 
 @dataclass(frozen=True)
+class DotsView:
+    """A case's probes as dots: a title for each, and whether it passes, None where it was not evaluated.
+    ``description`` says the same in words; ``who`` is whose answers they are, empty where that is clear.
+    The dots after the first ``standard`` ones stand apart."""
+
+    dots: tuple[tuple[str, bool | None], ...]
+    description: str
+    who: str = ""
+    standard: int = 8
+
+
+@dataclass(frozen=True)
 class CaseView:
     """A case: a line to scan, which opens to its probes. ``good`` marks the ``outcome``, ``keys`` are what
-    the case is sorted by, ``tags`` what it is filtered by."""
+    the case is sorted by, ``tags`` what it is filtered by. ``label`` names the probe that ``image`` is of,
+    ``fails`` the probes that fail."""
 
     id: str
     title: str
@@ -69,20 +82,41 @@ class CaseView:
     facts: tuple[tuple[str, str], ...] = ()
     image: int | None = None
     error: str = ""
+    label: str = ""
+    fails: tuple[str, ...] = ()
+    dots: tuple[DotsView, ...] = ()
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A text and, smaller, ``notes`` to it. ``share`` draws a bar of so many percent below; ``look`` colours
+    both, and says nothing that they do not: ``good``, ``fair``, ``bad``, ``a`` or ``b``."""
+
+    text: str
+    notes: tuple[str, ...] = ()
+    share: float | None = None
+    look: str = ""
 
 
 @dataclass(frozen=True)
 class TableView:
-    """A table; the first cell of a row names it."""
+    """A table; the first cell of a row names it. The ``rest`` of the rows is folded below ``rest_title``;
+    ``key`` explains the colours, ``empty`` stands in place of ``rows`` where there are none."""
 
     caption: str
-    header: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
+    header: tuple[Cell, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+    rest: tuple[tuple[Cell, ...], ...] = ()
+    rest_title: str = ""
+    key: str = ""
+    empty: str = ""
 
 
 @dataclass(frozen=True)
 class HtmlPage:
-    """``sorts`` and ``filters`` are titles by the cases' keys and tags, in the order they are offered."""
+    """``sorts`` and ``filters`` are titles by the cases' keys and tags, in the order they are offered.
+    ``verdict`` is what the page comes to, ``constants`` what would be charts of one bar, in sentences,
+    ``probes`` the titles of the cases' dots, in their order."""
 
     title: str
     lead: str
@@ -94,6 +128,9 @@ class HtmlPage:
     charts: tuple[Chart, ...] = ()
     notes: tuple[str, ...] = ()
     about: tuple[tuple[str, str], ...] = ()
+    verdict: str = ""
+    constants: tuple[str, ...] = ()
+    probes: tuple[str, ...] = ()
 
 
 def render(page: HtmlPage) -> str:

@@ -12,22 +12,33 @@ from unike.evaluation.summary import (
     SHORT_TITLES,
     TITLES,
     UNCHANGED_PROBES,
+    Estimate,
     Summary,
     choose_mode,
     find_passes,
     summarise,
 )
-from unike.report.charts import Chart, draw_curve, draw_histogram, draw_shares
+from unike.report.charts import Chart, describe_constant, draw_curve, draw_histogram, draw_shares
 from unike.report.images import Album, ProbeImages, find_images
-from unike.report.page import AnswerView, CaseView, HtmlPage, ProbeView, TableView, write_page
+from unike.report.page import (
+    AnswerView,
+    CaseView,
+    Cell,
+    DotsView,
+    HtmlPage,
+    ProbeView,
+    TableView,
+    write_page,
+)
 from unike.report.terminal import (
-    SUMMARY_HEADER,
     as_text,
-    build_summary_rows,
     describe_costs,
+    format_before,
     list_failures,
+    list_summary_rows,
     summary_table,
 )
+from unike.report.verdict import judge_run
 from unike.runs.records import read_manifest, read_records, read_seed
 from unike.system.text import one_line
 from unike.types import FIVE_METRICS, METRIC_PRESETS, METRICS
@@ -62,6 +73,12 @@ _DECISIONS = {
     "similarity": "similarity of the best retrieved item",
     "scope": "similarity that the scope gate compares with its threshold",
 }
+# The least percentage of a look of the table's cells.
+_LOOKS = {"good": 90.0, "fair": 50.0, "bad": 0.0}
+_TABLE_KEY = (
+    "Bars: the share after the edit; green from 90%, brown from 50%, red below. "
+    "In brackets: the 95% interval."
+)
 
 
 def write_report(
@@ -91,7 +108,9 @@ def build_run_page(folder: Path, most: int = MOST_CASES) -> HtmlPage:
     mode, cases = choose_mode(ends), ends[:most]
     images, note = find_images(manifest)
     album = make_album(cases, images)
-    views = [build_case(record, mode, images, album, i) for i, record in enumerate(cases)]
+    probes = list_evaluated(ends, mode)
+    views = [build_case(record, mode, images, album, i, probes) for i, record in enumerate(cases)]
+    charts, constants = _draw_charts(ends, summary)
     notes = [note] if note else album.list_notes()
     notes += list_failures(summary)
     if len(ends) > most:
@@ -99,14 +118,17 @@ def build_run_page(folder: Path, most: int = MOST_CASES) -> HtmlPage:
     return HtmlPage(
         title=one_line(folder.resolve().name, 80),
         lead=_write_lead(summary, hparams, mode),
-        tables=(TableView("Metrics, in percent", SUMMARY_HEADER, tuple(build_summary_rows(summary))),),
-        charts=tuple(_draw_charts(ends, summary)),
+        tables=(_build_table(summary),),
+        charts=tuple(charts),
         cases=views,
         sorts=list_sorts(views),
         filters=list_filters(views),
         images=album.uris,
         notes=tuple(notes),
         about=tuple(_list_origins(manifest, hparams)),
+        verdict=judge_run(ends, mode),
+        constants=tuple(constants),
+        probes=tuple(map(shorten_probe, probes)),
     )
 
 
@@ -118,8 +140,39 @@ def make_album(records: Iterable[Record], images: ProbeImages) -> Album:
     return Album(len({path for record in records for path in images.get(record.case, {}).values()}))
 
 
-def build_case(record: Record, mode: str, images: ProbeImages, album: Album, order: int) -> CaseView:
-    """A case with its answers before and after the edit."""
+def list_evaluated(records: Iterable[Record], mode: str) -> list[str]:
+    """The probes that some of the records have scores of."""
+    return order_probes(name for record in records if record.ok for name in find_passes(record, mode))
+
+
+def name_probe(name: str) -> str:
+    """A probe's title, also of one that we do not know."""
+    return TITLES.get(name, clip(name))
+
+
+def shorten_probe(name: str) -> str:
+    """A probe's title in the head of a column."""
+    return SHORT_TITLES.get(name, clip(name))
+
+
+def build_dots(passes: Mapping[str, bool], probes: Sequence[str], who: str = "") -> DotsView:
+    """A dot for each of the run's ``probes``, those of the eight metrics first."""
+    fails = [name_probe(name) for name in probes if passes.get(name) is False]
+    words = f"{len(passes) - len(fails)} of {len(passes)} probes pass"
+    words += f"; {', '.join(fails)} {'fails' if len(fails) == 1 else 'fail'}" if fails else ""
+    return DotsView(
+        dots=tuple((name_probe(name), passes.get(name)) for name in probes),
+        description=f"{who}: {words}" if who else words,
+        who=who,
+        standard=sum(name in METRICS for name in probes),
+    )
+
+
+def build_case(
+    record: Record, mode: str, images: ProbeImages, album: Album, order: int, evaluated: Sequence[str]
+) -> CaseView:
+    """A case with its answers before and after the edit, and a dot for each probe that the run
+    ``evaluated``."""
     passes, probes = find_passes(record, mode), []
     for name in order_probes(record.answers):
         answer = record.answers[name]
@@ -150,6 +203,9 @@ def build_case(record: Record, mode: str, images: ProbeImages, album: Album, ord
         facts=tuple(_list_facts(record)),
         image=probes[0].image if probes else None,
         error="" if record.ok else clip(record.error),
+        label=probes[0].title if probes else "",
+        fails=tuple(name_probe(name) for name in order_probes(fails)),
+        dots=(build_dots(passes, evaluated),) if record.ok and passes else (),
     )
 
 
@@ -275,33 +331,80 @@ def _list_origins(manifest: Mapping[str, object], hparams: Mapping[str, object])
             yield key, clip(" ".join(map(str, value)) if isinstance(value, list) else value)
 
 
-def _draw_charts(records: Sequence[Record], summary: Summary) -> Iterable[Chart]:
+def _build_table(summary: Summary) -> TableView:
+    """The summary's table; evaluation modes that the run lacks have no column."""
+    found = list_summary_rows(summary)
+    titles = ("after, teacher-forced", "after, generated")
+    kept = [i for i in range(len(MODES)) if any(row.after[i] for row in found)] or list(range(len(MODES)))
+    header = (
+        Cell("metric"),
+        Cell("before", ("forced / gen.",)),
+        *(Cell(titles[i], ("[95% interval]",)) for i in kept),
+    )
+    rows: dict[bool, list[tuple[Cell, ...]]] = {False: [], True: []}
+    for row in found:
+        cells = (Cell(row.title), Cell(format_before(row)), *(_build_cell(row.after[i]) for i in kept))
+        rows[row.further].append(cells)
+    return TableView(
+        "Metrics, in percent",
+        header,
+        tuple(rows[False]),
+        tuple(rows[True]),
+        f"{len(rows[True])} further rows: other probes, other definitions of locality, means of these",
+        _TABLE_KEY,
+        "No record has scores.",
+    )
+
+
+def _build_cell(found: Estimate | None) -> Cell:
+    if found is None:
+        return Cell("-")
+    look = next(name for name, least in _LOOKS.items() if found["mean"] >= least)
+    ends = f"[{found['low']:.1f}, {found['high']:.1f}]"
+    return Cell(f"{found['mean']:.1f}", (ends,), found["mean"], look)
+
+
+def _draw_charts(records: Sequence[Record], summary: Summary) -> tuple[list[Chart], list[str]]:
+    """The charts, and sentences in place of those that would have one bar."""
     done = [record for record in records if record.ok]
     scores = [record.get_scores(MODES[0]) for record in done]
     rows = {
         SHORT_TITLES.get(m, m): _count_parts(by_metric[m].after for by_metric in scores if m in by_metric)
         for m in summary["metrics"]
     }
-    if rows:
-        yield draw_shares("Token accuracy per probe, teacher-forced: cases by share of tokens", rows, _PARTS)
-    if "curve" in summary:
-        former = [point["former"] for point in summary["curve"] if point["former"]]
-        lines = {
-            TITLES[m]: [point[m] for point in former] for m in FIVE_METRICS if all(m in p for p in former)
-        }
-        if former and lines:
-            yield draw_curve("Edits before the newest, as edits accumulate, %", lines, len(summary["curve"]))
-    for what, title in _DECISIONS.items():
-        groups: dict[str, list[float]] = {TARGET: [], UNCHANGED: []}
-        for record in done:
-            for name, value in record.decisions.get(what, {}).items():
-                if value is not None:
-                    groups[UNCHANGED if name in UNCHANGED_PROBES else TARGET].append(value)
-        yield from filter(None, [draw_histogram(title[:1].upper() + title[1:], groups)])
+    title = "Token accuracy per probe, teacher-forced: cases by share of tokens"
+    charts, constants = [draw_shares(title, rows, _PARTS), _draw_curve(summary)], []
     seconds = [float(r.seconds) for r in done if r.seconds is not None]
     steps = [float(r.steps) for r in done if r.steps is not None]
-    for title, values in (("Seconds per edit", seconds), ("Steps per edit", steps)):
-        yield from filter(None, [draw_histogram(title, {"edits": values}) if values else None])
+    histograms = [
+        *((title, _group_decisions(done, what), what, "probes") for what, title in _DECISIONS.items()),
+        ("seconds per edit", {"edits": seconds}, "seconds", "edits"),
+        ("steps per edit", {"edits": steps}, "steps", "edits"),
+    ]
+    for title, groups, across, up in histograms:
+        whole = title[:1].upper() + title[1:]
+        charts.append(draw_histogram(whole, groups, across, up))
+        constants.append(describe_constant(whole, groups))
+    return [chart for chart in charts if chart], [line for line in constants if line]
+
+
+def _draw_curve(summary: Summary) -> Chart | None:
+    former = [point["former"] for point in summary.get("curve", []) if point["former"]]
+    lines = {TITLES[m]: [point[m] for point in former] for m in FIVE_METRICS if all(m in p for p in former)}
+    if not former or not lines:
+        return None
+    title = "Edits before the newest, as edits accumulate, %"
+    return draw_curve(title, lines, len(summary["curve"]), "edits so far", "%")
+
+
+def _group_decisions(done: Sequence[Record], what: str) -> dict[str, list[float]]:
+    """What edits decided for the probes, by what these should give."""
+    groups: dict[str, list[float]] = {TARGET: [], UNCHANGED: []}
+    for record in done:
+        for name, value in record.decisions.get(what, {}).items():
+            if value is not None:
+                groups[UNCHANGED if name in UNCHANGED_PROBES else TARGET].append(value)
+    return groups
 
 
 def _count_parts(values: Iterable[float]) -> list[int]:

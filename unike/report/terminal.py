@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping
+from dataclasses import dataclass
 from itertools import product
 
 from rich import box
@@ -13,15 +14,18 @@ from rich.text import Text
 
 from unike.evaluation.summary import (
     CELL_GROUPS,
+    HARMONIC,
     HARMONIC_TITLES,
     LOCALITY,
     MODES,
     TITLES,
+    WHEN,
     BeforeAfter,
     Estimate,
     Summary,
     get_estimate,
 )
+from unike.types import METRICS
 
 _NOTHING = "-"
 MOST_REASONS = 5
@@ -39,38 +43,63 @@ SUMMARY_HEADER = (
 )
 
 
+@dataclass(frozen=True)
+class SummaryRow:
+    """A row of a summary's table: estimates ``before`` and ``after`` the edit by ``MODES``, None where there
+    is none. ``further`` rows are of other probes than the eight, or scored in another way."""
+
+    title: str
+    before: tuple[Estimate | None, ...] | None
+    after: tuple[Estimate | None, ...]
+    further: bool = False
+
+
 def build_summary_rows(summary: Summary) -> list[tuple[str, ...]]:
     """The texts of a summary's table below ``SUMMARY_HEADER``: a row per metric, preset and mean."""
+    return [
+        (row.title, format_before(row), *map(_format_interval, row.after))
+        for row in list_summary_rows(summary)
+    ]
+
+
+def list_summary_rows(summary: Summary) -> list[SummaryRow]:
+    """A row per metric, preset and mean, in the order of the table."""
     rows = []
     for metric, modes in summary["metrics"].items():
-        rows.append((TITLES.get(metric, metric), *_format_before_and_after(modes)))
+        title = TITLES.get(metric, metric)
+        rows.append(_build_row(title, modes, metric not in METRICS))
     for name, preset in summary.get("presets", {}).items():
         for metric in LOCALITY if name != "paper" else ():
             if entry := preset["metrics"].get(metric):
-                rows.append((f"{TITLES[metric]}, {name}", _NOTHING, _format_interval(entry), _NOTHING))
+                rows.append(SummaryRow(f"{TITLES[metric]}, {name}", None, (entry, None), further=True))
     rows += _build_cell_rows(summary)
     for name, title in HARMONIC_TITLES.items():
         means = {mode: v[name] for mode, v in summary.get("harmonic_mean", {}).items() if name in v}
         if means:
-            rows.append((title, *_format_before_and_after(means)))
+            rows.append(_build_row(title, means, name not in HARMONIC))
     return rows
 
 
-def _build_cell_rows(summary: Summary) -> list[tuple[str, ...]]:
+def _build_row(title: str, modes: Mapping[str, BeforeAfter], further: bool) -> SummaryRow:
+    before, after = ([get_estimate(modes, mode, when) for mode in MODES] for when in WHEN)
+    return SummaryRow(title, tuple(before), tuple(after), further)
+
+
+def _build_cell_rows(summary: Summary) -> list[SummaryRow]:
     """Published means of derived cells: agreement with the base, and the share that is not the target."""
     found = summary.get("de_vqa", {})
     rows = []
     for group, way in product(CELL_GROUPS, ("unchanged", "not_target")):
-        values = [found.get(mode, {}).get(way, {}).get(group) for mode in MODES]
+        values = tuple(found.get(mode, {}).get(way, {}).get(group) for mode in MODES)
         if any(values):
             words = "unchanged" if way == "unchanged" else "not the target"
-            rows.append((f"{group}, {words}", _NOTHING, *map(_format_interval, values)))
+            rows.append(SummaryRow(f"{group}, {words}", None, values, further=True))
     return rows
 
 
-def _format_before_and_after(modes: Mapping[str, BeforeAfter]) -> tuple[str, ...]:
-    before = " / ".join(_format_percent(get_estimate(modes, mode, "before")) for mode in MODES)
-    return (before, *(_format_interval(get_estimate(modes, mode, "after")) for mode in MODES))
+def format_before(row: SummaryRow) -> str:
+    """The means before the edit, by evaluation mode."""
+    return _NOTHING if row.before is None else " / ".join(map(_format_percent, row.before))
 
 
 def summary_table(summary: Summary, title: str) -> Table:

@@ -32,7 +32,8 @@ class Batches:
 
     ``order`` has the ids of the run's records. A progress bar counts to ``total`` edits, from ``already`` on.
     ``pending`` outcomes of the batch at hand are still to come: they took their time together, so that a bar
-    that moved for each of them would expect the first one's time of all.
+    that moved for each of them would expect the first one's time of all. ``sizes`` are the edits that each
+    batch makes, also those that are recorded already.
     """
 
     pending = 0
@@ -47,6 +48,7 @@ class Batches:
         batches = [cases[start : start + size] for start in range(0, len(cases), size)]
         left = [batch for batch in batches if any(case.request.id not in done for case in batch)]
         self.batches = processes.share(left)
+        self.sizes = [len(batch) for batch in self.batches]
         self.already = sum(name in done for name in self.order)
         self.total = self.already + sum(c.request.id not in done for batch in self.batches for c in batch)
 

@@ -6,8 +6,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from tqdm import tqdm
-
 from unike.config.hparams import HyperParams
 from unike.edits import EditStore
 from unike.evaluation.protocols import Outcome
@@ -26,6 +24,7 @@ from unike.runs.sharing import SharedRun
 from unike.runs.tracking import track
 from unike.system import processes
 from unike.system.files import compute_sha256
+from unike.system.progress import BatchBar
 from unike.types import Case, UserError
 
 # ---------------------------------------------------------------- the run and its folder
@@ -82,6 +81,7 @@ class _Work(Protocol):
     total: int
     already: int
     pending: int
+    sizes: list[int]
 
     def run(self, shared: SharedRun) -> Iterator[Outcome]: ...
 
@@ -121,7 +121,7 @@ def run_cases(
     hidden = not (progress and processes.is_main())
     with (
         track(hp, writer) as tracker,
-        tqdm(total=work.total, initial=work.already, desc="edits", disable=hidden) as bar,
+        BatchBar(work.sizes, total=work.total, initial=work.already, desc="edits", disable=hidden) as bar,
         shared.catch_end(),
     ):
         moved = 0
@@ -136,7 +136,7 @@ def run_cases(
                     tracker.add(record, means)
                     bar.set_postfix_str(str(means), refresh=False)
             moved += record.place is None or record.is_step
-            if not work.pending:
-                bar.update(moved)
+            if moved and not work.pending:
+                bar.advance(moved)
                 moved = 0
     return shared.sum_up(hp.seed, hp.metric_presets, work.order)

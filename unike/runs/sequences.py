@@ -19,7 +19,7 @@ class Sequences:
 
     An unfinished one is edited from its start, since edits are not kept. ``order`` has the ids of the run's
     records. A progress bar counts to ``total`` edits, from ``already`` on. Each outcome takes its own time:
-    none is ``pending``.
+    none is ``pending``, and ``sizes`` are of one edit each.
     """
 
     pending = 0
@@ -34,7 +34,8 @@ class Sequences:
         whole = [i for i in range(count) if name_record(i, length, "final") in done]
         self.numbers = processes.share([i for i in range(count) if i not in whole])
         self.already = len(whole) * length
-        self.total = self.already + len(self.numbers) * length
+        self.sizes = [1] * (len(self.numbers) * length)
+        self.total = self.already + len(self.sizes)
         self.order = [
             name_record(number, position, kind)
             for number in range(count)
