@@ -50,4 +50,5 @@ COMMANDS = {
 }
 # ``unike edit`` with one of these options edits without a YAML: another module's work.
 OWN_START = "unike.own:run"
+OWN_EXAMPLE = "unike edit --model ID --image FILE --question Q --answer A"
 OWN_OPTIONS = ("--model", "--image", "--question", "--answer", "--edits")
