@@ -227,12 +227,24 @@ def _list_pairs(arrows: Arrows) -> list[tuple[str, str]]:
     return [(start, end) for start in arrows for end in sorted(arrows[start], key=list(arrows).index)]
 
 
+def list_widths(row: Sequence[Place]) -> list[int]:
+    """The widths of a floor's places in pixels."""
+    return [BOX[0] if isinstance(place, str) else GAP for place in row]
+
+
+def measure_width(rows: Sequence[Sequence[Place]]) -> int:
+    """The figure's width in pixels: ``WIDTH``, or more where a floor needs it."""
+    needed = (sum(list_widths(row)) + GAP * (len(row) - 1) + 2 * MARGIN for row in rows)
+    return max(WIDTH, *needed)
+
+
 def locate(rows: Sequence[Sequence[Place]]) -> dict[Place, tuple[float, float]]:
     """The centre of each place in pixels, the ground at the bottom."""
     out: dict[Place, tuple[float, float]] = {}
+    whole = measure_width(rows)
     for floor, row in enumerate(rows):
-        widths = [BOX[0] if isinstance(place, str) else GAP for place in row]
-        left = (WIDTH - sum(widths) - GAP * (len(row) - 1)) / 2
+        widths = list_widths(row)
+        left = (whole - sum(widths) - GAP * (len(row) - 1)) / 2
         y = MARGIN + BOX[1] / 2 + (len(rows) - 1 - floor) * PITCH
         for place, width in zip(row, widths, strict=True):
             out[place] = (left + width / 2, y)
@@ -244,22 +256,23 @@ def draw(arrows: Arrows) -> str:
     """The figure as SVG, readable in light and dark and at the width of a phone."""
     shown = drop_implied(arrows)
     floors = assign_floors(shown)
-    at = locate(arrange(shown, floors))
+    rows = arrange(shown, floors)
+    at, width = locate(rows), measure_width(rows)
     height = 2 * MARGIN + BOX[1] + max(floors.values()) * PITCH
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" '
         f'height="{height}" role="img" aria-labelledby="t">',
         f'<title id="t">{describe(shown)}</title>',
         f"<style>{STYLE}</style>",
         '<defs><marker id="head" viewBox="0 0 10 10" refX="9" refY="5" markerWidth="7" markerHeight="7" '
         'orient="auto"><path class="head" d="M0 0 10 5 0 10z"/></marker></defs>',
-        f'<rect class="page" width="{WIDTH}" height="{height}"/>',
+        f'<rect class="page" width="{width}" height="{height}"/>',
     ]
     for start, end in _list_pairs(shown):
         parts.append(_draw_arrow([at[place] for place in list_places(start, end, floors)]))
     for room in arrows:
-        (x, y), (width, tall) = at[room], BOX
-        box = f'x="{x - width / 2:.1f}" y="{y - tall / 2:.1f}" width="{width}" height="{tall}" rx="8"'
+        (x, y), (wide, tall) = at[room], BOX
+        box = f'x="{x - wide / 2:.1f}" y="{y - tall / 2:.1f}" width="{wide}" height="{tall}" rx="8"'
         parts.append(f'<rect class="box" {box} stroke-width="1.5"/>')
         parts.append(f'<text x="{x:.1f}" y="{y + 5:.1f}" text-anchor="middle">{room}</text>')
     return "\n".join([*parts, "</svg>", ""])

@@ -13,7 +13,7 @@ from dataclasses import replace
 from importlib import import_module
 from importlib.util import find_spec
 
-from unike.command.table import COMMANDS, OWN_OPTIONS, OWN_START, Command
+from unike.command.table import COMMANDS, OWN_EXAMPLE, OWN_OPTIONS, OWN_START, Command
 from unike.system.arguments import called_as
 from unike.system.launching import require_checkout, run_guarded
 from unike.system.text import shorten
@@ -84,7 +84,8 @@ def format_help() -> str:
     for group, commands in COMMANDS.items():
         lines += ["", f"{group}:"]
         lines += [f"  {text:<{width}}  {c.help}" for text, c in zip(shown[group], commands, strict=True)]
-    lines += ["", f"{_NAME} COMMAND --help explains one command, {_NAME} --version names versions."]
+    lines += ["", f"{OWN_EXAMPLE} needs no YAML."]
+    lines += [f"{_NAME} COMMAND --help explains one command, {_NAME} --version names versions."]
     return "\n".join(lines)
 
 

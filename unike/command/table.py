@@ -54,6 +54,7 @@ COMMANDS = {
         Command("edits", "lists, shows, applies edits", "list edits/", "unike.edits.__main__:main"),
     ),
 }
-# ``unike edit`` with one of these options edits without a YAML: another module's work.
+# ``unike edit`` with one of these options edits without a YAML.
 OWN_START = "unike.own:run"
+OWN_EXAMPLE = "unike edit --model ID --image FILE --question Q --answer A"
 OWN_OPTIONS = ("--model", "--image", "--question", "--answer", "--edits")
