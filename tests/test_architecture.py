@@ -389,8 +389,8 @@ RULES = (
         wired_in, SHIPPED, METHOD,
         caught=("model.cuda()", "x.to('cuda:0')", "nn.Linear(2560, n)"),
         passed=("x.to(device)", "f'cuda:{number}'", "nn.Linear(width, n)"),
-        # EVA ViT-g is known by its width: the published file has a block more than LAVIS builds.
-        but=("unike/backbones/original.py",),
+        # EVA ViT-g is known by its width, as published models are: its file has one block too many.
+        but=("unike/backbones/original.py", "unike/backbones/published.py"),
     ),
     Rule(
         copied_models, SHIPPED, METHOD,
