@@ -15,6 +15,7 @@ import pytest
 from scripts import reference
 from unike.command import edit
 from unike.command.main import main
+from unike.command.table import OWN_OPTIONS
 from unike.system import launching
 from unike.types import UserError
 
@@ -98,8 +99,11 @@ def commands() -> list[tuple[str, list[str]]]:
     for page in PAGES:
         for _, text in blocks(page, "bash"):
             for line in text.replace("\\\n", " ").splitlines():
-                if line.startswith(("python ", "accelerate ")):
-                    out.append((str(page.relative_to(ROOT)), shlex.split(line, comments=True)))
+                words = shlex.split(line, comments=True)
+                if words[:1] == ["unike"]:
+                    words = ["python", "-m", *words]
+                if words[:1] in (["python"], ["accelerate"]):
+                    out.append((str(page.relative_to(ROOT)), words))
     return out
 
 
@@ -107,6 +111,10 @@ def program(words: list[str]) -> list[str]:
     """What a command starts: a module with ``-m``, or a script; with its subcommand, where it has one."""
     start = next(i for i, word in enumerate(words) if word == "-m" or word.endswith(".py"))
     stop = start + (2 if words[start] == "-m" else 1)
+    if words[start : start + 3] == ["-m", "unike", "edit"] and set(words) & set(OWN_OPTIONS):
+        return ["-m", "unike.own"]
+    if words[start : start + 2] == ["-m", "unike"]:
+        return words[start : stop + 1]
     return words[start : stop + (words[stop : stop + 1] in SUBCOMMANDS)]
 
 
@@ -122,7 +130,7 @@ def test_commands_of_the_docs_know_their_options() -> None:
             assert done.returncode == 0, f"{page}: {' '.join(name)}: {done.stderr}"
             known[name] = set(re.findall(r"(?<![\w-])--[\w-]+", done.stdout))
         # What stands before the program is the launcher's.
-        after = words[words.index(name[-1]) + 1 :]
+        after = words[words.index(name[-1]) + 1 :] if name[-1] in words else words
         own = {word.partition("=")[0] for word in after if word.startswith("--")} - known[name]
         wrong += [f"{page}: {' '.join(name)}: {flag}" for flag in own]
     assert len(known) > 5
@@ -137,7 +145,7 @@ def environment(**more: str) -> dict[str, str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["README.md", "docs/quickstart.md"])
+@pytest.mark.parametrize("name", ["README.md", "docs/quickstart.md", "docs/python.md", "docs/caching.md"])
 def test_python_blocks_run(name: str, tmp_path: Path) -> None:
     """All of a page in one go, in a folder that sees the project's YAMLs and weights."""
     for shared in ("hparams", "hugging_cache", "data"):
@@ -150,7 +158,33 @@ def test_python_blocks_run(name: str, tmp_path: Path) -> None:
         [sys.executable, "-c", code], cwd=tmp_path, env=environment(), capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert "kangaroo" in done.stdout
+    assert "kangaroo" in done.stdout or "print(" not in code
+    if name == "README.md":
+        # A printed answer stands beside each line of the example.
+        promised = re.findall(r"print\(.*\)  # ([\w ]+?)(?:, as before)?$", code, re.M)
+        assert done.stdout.split("\n")[:3] == promised
+
+
+# ---------------------------------------------------------------- length
+
+
+def count_words(page: Path) -> int:
+    return len(page.read_text(encoding="utf-8").split())
+
+
+def test_pages_are_short() -> None:
+    """A page that is written by hand; those of results and of options are written by commands."""
+    written = {"docs/hparams.md", "docs/performance_figures.md", "CHANGELOG.md"}
+    own = {str(page.relative_to(ROOT)): page for page in PAGES}
+    long = {
+        name: words
+        for name, page in own.items()
+        if name not in written
+        and not name.startswith("docs/results/")
+        and (words := count_words(page)) > 1500
+    }
+    assert long == {}
+    assert count_words(ROOT / "README.md") <= 900
 
 
 @pytest.mark.slow
