@@ -179,6 +179,16 @@ def test_the_looks_thresholds(tmp_path: Path, kept: int, look: str) -> None:
     assert {row[0].text: row[-1].look for row in table.rows}["M-Locality"] == look
 
 
+def test_scores_out_of_their_range_have_a_bar_within_the_cell(tmp_path: Path) -> None:
+    record = ended(0)
+    for scores in record["scores"].values():
+        scores["reliability"]["after"], scores["t_generality"]["after"] = -3.0, 7.0
+        del scores["m_locality"]
+    (table,) = build_run_page(save_run(tmp_path / "run", [record])).tables
+    shares = {row[0].text: (row[-1].share, row[-1].look) for row in table.rows}
+    assert (shares["Reliability"], shares["T-Generality"]) == ((0.0, "bad"), (100.0, "good"))
+
+
 def test_further_rows_are_folded(tmp_path: Path) -> None:
     asked = [*METRICS, "minimal_pair"]
     (table,) = build_run_page(save_run(tmp_path / "run", [passing(0, METRICS, asked)])).tables

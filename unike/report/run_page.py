@@ -359,9 +359,9 @@ def _build_table(summary: Summary) -> TableView:
 def _build_cell(found: Estimate | None) -> Cell:
     if found is None:
         return Cell("-")
-    look = next(name for name, least in _LOOKS.items() if found["mean"] >= least)
+    look = next((name for name, least in _LOOKS.items() if found["mean"] >= least), "bad")
     ends = f"[{found['low']:.1f}, {found['high']:.1f}]"
-    return Cell(f"{found['mean']:.1f}", (ends,), found["mean"], look)
+    return Cell(f"{found['mean']:.1f}", (ends,), min(100.0, max(0.0, found["mean"])), look)
 
 
 def _draw_charts(records: Sequence[Record], summary: Summary) -> tuple[list[Chart], list[str]]:
