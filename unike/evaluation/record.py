@@ -19,6 +19,8 @@ ByProbe = Mapping[str, float | None]
 ABSENT: Mapping[str, Any] = MappingProxyType({})
 # Beyond any that is measured, and low enough to be summed up.
 _LARGEST = 1e100
+# A mean of ones may come out a little above 1.
+_ROUNDING = 1e-6
 
 
 def _get_absent() -> Mapping[str, Any]:
@@ -149,10 +151,10 @@ class Record:
             bytes=read("bytes", _read_number, None),
             place=_read_place(values) if placed else None,
             scores=read("scores", _read_each(_read_each(_read_score)), ABSENT),
-            former=read("former", _read_each(_read_measured), ABSENT),
+            former=read("former", _read_each(_read_measured_share), ABSENT),
             former_cases=read("former_cases", _read_number, None),
-            presets=read("presets", _read_each(_read_each(_read_number)), ABSENT),
-            base_right=read("base_right", _read_each(_read_each(_read_number)), ABSENT),
+            presets=read("presets", _read_each(_read_each(_read_share)), ABSENT),
+            base_right=read("base_right", _read_each(_read_each(_read_share)), ABSENT),
             decisions=read("decisions", _read_each(_read_each(_read_number)), ABSENT),
             retrieved=read("retrieved", _read_each(_read_each(_read_number)), ABSENT),
             answers=read("answers", _read_each(_read_answer), ABSENT),
@@ -243,6 +245,18 @@ def _read_measured(value: object) -> float:
     return number
 
 
+def _read_share(value: object) -> float | None:
+    """A number in [0, 1], as scores are, or null."""
+    number = _read_number(value)
+    if number is not None and not 0 <= number <= 1 + _ROUNDING:
+        raise ValueError("expected a number from 0 to 1")
+    return number
+
+
+def _read_measured_share(value: object) -> float:
+    return _read_measured(_read_share(value))
+
+
 def _find_number(values: Mapping[str, object], key: str) -> float | None:
     try:
         return _read_number(values[key])
@@ -276,7 +290,7 @@ def _read_status(value: object) -> Status | None:
 
 
 def _read_score(value: object) -> Score:
-    values = _read_each(_read_number)(value)
+    values = _read_each(_read_share)(value)
     return Score(values["before"], _read_measured(values["after"]))
 
 
