@@ -51,8 +51,6 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
     hparams = HyperParams.from_hparams(args.hparams_dir, [*args.overrides, *args.named])
     # Imported late: a typing error in the YAML should not wait for it, nor a missing file for torch.
     from unike import report, runs
-    from unike.backbones.loading import load_backbone
-    from unike.editor import MultimodalEditor
     from unike.runs import check, checks
 
     request = runs.RunRequest.from_arguments(hparams, args)
@@ -65,6 +63,9 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
     directory = processes.run_once(request.choose_directory)
     store = runs.open_edit_store(hparams, args.save_edits)
     checks.draw_data(request)
+    from unike.backbones.loading import load_backbone
+    from unike.editor import MultimodalEditor
+
     editor = MultimodalEditor(hparams, processes.run_everywhere(lambda: load_backbone(hparams)))
     parts = editor.prepare(skip_broken=args.skip_broken)
     with runs.open_run(parts, request.task, directory, args.resume, args.generated) as writer:
