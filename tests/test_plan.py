@@ -236,7 +236,8 @@ def test_ctrl_c_keeps_what_is_there(copied: Project, capsys, monkeypatch) -> Non
 
 
 def shell(project: Project, path: Path, output: str) -> subprocess.Popen[str]:
-    arguments = [*command(project, path, "--jobs", "2", output=output), "--table", "all"]
+    arguments = command(project, path, "--jobs", "2", output=output)
+    arguments[:2] = ["--table", "all"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"}
     return subprocess.Popen(
         [sys.executable, str(ROOT / "scripts" / "tables.py"), *arguments],
