@@ -323,9 +323,9 @@ def test_the_lock_of_those_who_draw_is_looked_at_first(tmp_path: Path) -> None:
 def test_the_demo_replaces_its_own_runs_alone(tmp_path: Path) -> None:
     shutil.copy(ROOT / "Makefile", tmp_path)
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
-    for name in (".ready-demo", "bin/python"):
+    for name in (".ready-demo", "bin/python", "bin/unike"):
         (tmp_path / ".venv" / name).write_text("#!/bin/sh\n")
-    (tmp_path / ".venv" / "bin" / "python").chmod(0o755)
+        (tmp_path / ".venv" / name).chmod(0o755)
     run = tmp_path / "results" / "demo" / "tiny_blip2-vqa"
     run.mkdir(parents=True)
     mine, former = [run.parent / "notes.md", run / "notes.md"], [run / "manifest.json", run / "records.jsonl"]

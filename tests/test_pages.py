@@ -24,7 +24,7 @@ from unike.report.page import TEMPLATES
 from unike.report.run_page import build_run_page
 from unike.report.verdict import LEAST_UNITS, format_number, judge_comparison, judge_run
 from unike.tables import main as compare_main
-from unike.types import FIVE_METRICS, METRICS
+from unike.types import FIVE_METRICS, METRICS, UserError
 
 
 def passing(number: int, names: Sequence[str], asked: Sequence[str] = METRICS) -> dict[str, Any]:
@@ -179,14 +179,14 @@ def test_the_looks_thresholds(tmp_path: Path, kept: int, look: str) -> None:
     assert {row[0].text: row[-1].look for row in table.rows}["M-Locality"] == look
 
 
-def test_scores_out_of_their_range_have_a_bar_within_the_cell(tmp_path: Path) -> None:
+@pytest.mark.parametrize("value", [-3.0, 7.0])
+@pytest.mark.parametrize("side", ["before", "after"])
+def test_scores_out_of_their_range_are_refused(tmp_path: Path, value: float, side: str) -> None:
     record = ended(0)
     for scores in record["scores"].values():
-        scores["reliability"]["after"], scores["t_generality"]["after"] = -3.0, 7.0
-        del scores["m_locality"]
-    (table,) = build_run_page(save_run(tmp_path / "run", [record])).tables
-    shares = {row[0].text: (row[-1].share, row[-1].look) for row in table.rows}
-    assert (shares["Reliability"], shares["T-Generality"]) == ((0.0, "bad"), (100.0, "good"))
+        scores["reliability"][side] = value
+    with pytest.raises(UserError, match="scores is not as a run writes it"):
+        build_run_page(save_run(tmp_path / "run", [record]))
 
 
 def test_further_rows_are_folded(tmp_path: Path) -> None:

@@ -41,8 +41,10 @@ def read(project: Project, path: Path, **more: Any) -> list[plan.Run]:
 
 
 def command(project: Project, path: Path, *more: str, output: str = "out") -> list[str]:
-    places = ["--plan", str(path), "--output", str(project.root / output)]
-    return ["--table", "1", "--backbones", "small", *places, *more]
+    """A command line; what ``more`` has takes the place of what is here."""
+    given = [["--table", "1"], ["--backbones", "small"], ["--plan", str(path)]]
+    given.append(["--output", str(project.root / output)])
+    return [*(word for words in given if words[0] not in more for word in words), *more]
 
 
 def errors(capsys: pytest.CaptureFixture[str]) -> list[str]:
@@ -236,8 +238,7 @@ def test_ctrl_c_keeps_what_is_there(copied: Project, capsys, monkeypatch) -> Non
 
 
 def shell(project: Project, path: Path, output: str) -> subprocess.Popen[str]:
-    arguments = command(project, path, "--jobs", "2", output=output)
-    arguments[:2] = ["--table", "all"]
+    arguments = command(project, path, "--jobs", "2", "--table", "all", output=output)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"}
     return subprocess.Popen(
         [sys.executable, str(ROOT / "scripts" / "tables.py"), *arguments],

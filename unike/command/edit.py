@@ -63,7 +63,7 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
     directory = processes.run_once(request.choose_directory)
     store = runs.open_edit_store(hparams, args.save_edits)
     checks.draw_data(request)
-    from unike.backbones.loading import load_backbone
+    from unike.backbones import load_backbone
     from unike.editor import MultimodalEditor
 
     editor = MultimodalEditor(hparams, processes.run_everywhere(lambda: load_backbone(hparams)))
