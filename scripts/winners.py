@@ -8,7 +8,6 @@ Exit code 0, 2 for problems with the input (one line each).
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from scripts.plan import BACKBONES
 from scripts.tuning import GRID, LOGS, Entry, TuningPlan, get_log, read_log, read_tuning
 from unike.report.paper.tables import rewrite_blocks
+from unike.system.arguments import ArgumentParser
 from unike.system.files import write_text
 from unike.system.launching import run_guarded
 from unike.types import UserError
@@ -75,11 +75,11 @@ def _write(value: Any) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--write", type=Path, metavar="FILE", help="the page with the table's markers")
-    args = parser.parse_args(argv)
 
     def run() -> int:
+        args = parser.parse_args(argv)
         shown = render(find_winners(), read_tuning(GRID))
         if args.write is None:
             print(shown)

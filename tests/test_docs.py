@@ -172,7 +172,7 @@ def test_python_blocks_run(name: str, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "kangaroo" in done.stdout or "print(" not in code
     if name == "README.md":
-        # A printed answer stands beside each line of the example.
+        # Each line of the example states its printed answer.
         promised = re.findall(r"print\(.*\)  # ([\w ]+?)(?:, as before)?$", code, re.M)
         assert done.stdout.split("\n")[:3] == promised
 

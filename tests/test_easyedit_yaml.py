@@ -53,7 +53,7 @@ def test_a_trained_editors_options_are_taken_over(tmp_path: Path) -> None:
     assert (found.c_edit, found.c_loc, found.editor_steps, found.editor_batch) == (0.1, 1.0, 30000, 2)
     assert (found.editor_val_every, found.editor_patience, found.editor_val_cases) == (5000, 4, 500)
     assert (found.clip_norm, found.seed) == (100.0, 42)
-    # Beside what was found, which here is the folder above the YAML's.
+    # In the place of what was found, which here is the folder above the YAML's.
     assert Path(str(found.editor_dir)).parts[-2:] == ("results", "models")
     assert not {"inner_params", "archive", "lr", "edit_lr", "rank", "cedit"} & set(found.ignored)
     serac = HyperParams.from_hparams(write(tmp_path / "b.yaml", make_values("SERAC", training=True)))

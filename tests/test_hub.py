@@ -202,7 +202,7 @@ def test_a_damaged_part_is_one_line_and_nothing_is_put_in_place(pushed: StandIn,
     assert expected in line
     assert line.endswith("nothing was put in place")
     assert not Path("got").exists()
-    # With the repository mended, nothing of the damaged file is left.
+    # With the repository repaired, nothing of the damaged file is left.
     pushed.repositories[NAME][path] = data
     assert run_pull("--into", "got") == 0
 

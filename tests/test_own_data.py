@@ -198,9 +198,9 @@ BAD: list[tuple[Any, str]] = [
 @pytest.mark.parametrize(("rows", "line"), BAD, ids=[line for _, line in BAD])
 def test_bad_rows_are_one_line_and_nothing_is_written(photos: Path, rows: Any, line: str, capsys) -> None:
     assert build(photos, rows) == 2
-    (told,) = capsys.readouterr().err.splitlines()
-    assert told.startswith("error: ")
-    assert line in told
+    (shown,) = capsys.readouterr().err.splitlines()
+    assert shown.startswith("error: ")
+    assert line in shown
     assert not (photos.parent / "out").exists()
 
 

@@ -35,7 +35,7 @@ def toy(name: str = "tiny-blip2-opt") -> str:
 
 
 @pytest.fixture
-def picture(tmp_path: Path) -> str:
+def photo(tmp_path: Path) -> str:
     image = Image.new("RGB", (64, 64), "lightblue")
     image.paste("orange", (16, 16, 48, 48))
     image.save(tmp_path / "x.png")
@@ -139,41 +139,41 @@ def test_half_precision_becomes_single_on_a_cpu(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", TOYS)
-def test_an_edit_without_data_is_made_and_undone(name: str, picture: str) -> None:
+def test_an_edit_without_data_is_made_and_undone(name: str, photo: str) -> None:
     editor = MultimodalEditor.from_model(toy(name), progress=False)
     weights = {k: v.clone() for k, v in editor.backbone.model.state_dict().items()}
     asked, plain = "Question: What is this? Short answer:", Image.new("RGB", (64, 64), "navy")
-    before = editor.generate(picture, asked), editor.generate(plain, asked)
-    metrics, edited, _ = editor.edit(asked, "kangaroo", picture)
+    before = editor.generate(photo, asked), editor.generate(plain, asked)
+    metrics, edited, _ = editor.edit(asked, "kangaroo", photo)
     assert "error" not in metrics[0]
-    assert before[0] != edited.generate(picture, asked) == "kangaroo"
+    assert before[0] != edited.generate(photo, asked) == "kangaroo"
     assert edited.generate(plain, asked) == before[1]
     edited.remove()
-    assert editor.generate(picture, asked, edited=True) == before[0]
+    assert editor.generate(photo, asked, edited=True) == before[0]
     now = editor.backbone.model.state_dict()
     assert all(torch.equal(now[k], tensor) for k, tensor in weights.items())
 
 
-def test_lists_are_edited_one_on_top_of_the_other(picture: str) -> None:
+def test_lists_are_edited_one_on_top_of_the_other(photo: str) -> None:
     editor = MultimodalEditor.from_model(toy(), progress=False)
     questions = [
         "Question: What is this? Short answer:",
         "Question: What color is the background? Short answer:",
     ]
-    _, edited, _ = editor.edit(questions, ["kangaroo", "red"], [picture] * 2, sequential_edit=True)
-    assert edited.generate(picture, questions) == ["kangaroo", "red"]
+    _, edited, _ = editor.edit(questions, ["kangaroo", "red"], [photo] * 2, sequential_edit=True)
+    assert edited.generate(photo, questions) == ["kangaroo", "red"]
     assert len(edited.edits) == 2
     # Of independent edits the last one is attached alone.
-    before = editor.generate(picture, questions[0])
-    _, edited, _ = editor.edit(questions, ["kangaroo", "red"], [picture] * 2)
-    assert edited.generate(picture, questions) == [before, "red"]
+    before = editor.generate(photo, questions[0])
+    _, edited, _ = editor.edit(questions, ["kangaroo", "red"], [photo] * 2)
+    assert edited.generate(photo, questions) == [before, "red"]
 
 
 @pytest.mark.parametrize("family", TODAY)
-def test_every_family_takes_this_path(family: str, tmp_path: Path, picture: str) -> None:
+def test_every_family_takes_this_path(family: str, tmp_path: Path, photo: str) -> None:
     folder = save_folder(tmp_path / "model", family)
     editor = MultimodalEditor.from_model(folder, progress=False, max_steps=200, stop_loss=0.01)
-    metrics, edited, _ = editor.edit("what is it?", "two dogs", picture)
+    metrics, edited, _ = editor.edit("what is it?", "two dogs", photo)
     assert "error" not in metrics[0]
     assert metrics[0]["post"]["rewrite_acc"] == 1.0
     assert metrics[0]["pre"]["rewrite_acc"] < 1.0
@@ -183,7 +183,7 @@ def test_every_family_takes_this_path(family: str, tmp_path: Path, picture: str)
 
 @pytest.mark.parametrize("family", ["blip2", "qwen2_5_vl"])
 def test_an_id_of_the_hub_is_its_folder(
-    family: str, tmp_path: Path, picture: str, monkeypatch: pytest.MonkeyPatch
+    family: str, tmp_path: Path, photo: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = Path(toy()) if family == "blip2" else save_folder(tmp_path / "model", family)
     put_into_hub_cache(folder, tmp_path / "hub", "some-one/some.model", monkeypatch)
@@ -193,9 +193,9 @@ def test_an_id_of_the_hub_is_its_folder(
     for name in ("some-one/some.model", folder):
         editor = MultimodalEditor.from_model(name, progress=False)
         identities.append(editor.backbone.identity)
-        answers.append(editor.generate(picture, "Question: What is this? Short answer:"))
+        answers.append(editor.generate(photo, "Question: What is this? Short answer:"))
     assert answers[0] == answers[1]
-    # Weights and all that is read beside them, the image processor too.
+    # Weights and all that is read with them, the image processor too.
     assert identities[0] == identities[1]
 
 
@@ -213,13 +213,13 @@ def test_an_id_that_cannot_be_had_is_one_line(
 # ---------------------------------------------------------------- the command
 
 
-def test_the_command_shows_what_changed_and_what_stayed(picture: str, tmp_path: Path, capsys) -> None:
+def test_the_command_shows_what_changed_and_what_stayed(photo: str, tmp_path: Path, capsys) -> None:
     store = tmp_path / "edits"
-    given = ["--model", toy(), "--image", picture, "--question", "What is this?", "--answer", "kangaroo"]
+    given = ["--model", toy(), "--image", photo, "--question", "What is this?", "--answer", "kangaroo"]
     more = ["--rephrase", "Which object is this?", "--save", str(store), "--json"]
     assert command(*given, *more) == 0
-    (told,) = json.loads(capsys.readouterr().out)
-    rows = {row["about"]: row for row in told["asked"]}
+    (shown,) = json.loads(capsys.readouterr().out)
+    rows = {row["about"]: row for row in shown["asked"]}
     assert set(rows) == {"the question", "in other words", "another question", "a plain image", "no image"}
     for about in ("the question", "in other words"):
         assert rows[about]["after"] == "kangaroo" != rows[about]["before"]
@@ -235,7 +235,7 @@ def test_the_command_shows_what_changed_and_what_stayed(picture: str, tmp_path: 
         "--edits",
         str(store),
         "--image",
-        picture,
+        photo,
         "--json",
         "Which object is this?",
     ]
@@ -248,8 +248,8 @@ def test_the_command_shows_what_changed_and_what_stayed(picture: str, tmp_path: 
     assert "✓ edited" in capsys.readouterr().out
 
 
-def test_an_edit_that_does_not_hold_is_said(picture: str, capsys) -> None:
-    given = ["--model", toy(), "--image", picture, "--question", "What is this?", "--answer", "kangaroo"]
+def test_an_edit_that_does_not_hold_is_said(photo: str, capsys) -> None:
+    given = ["--model", toy(), "--image", photo, "--question", "What is this?", "--answer", "kangaroo"]
     assert command(*given, "max_steps=1", "external=none", "alpha_overlap=false") == 0
     shown = capsys.readouterr().out
     assert "✗ not edited" in shown
@@ -264,7 +264,7 @@ WRITERS: dict[str, Callable[[list[dict[str, str]]], str]] = {
 
 
 @pytest.mark.parametrize("suffix", WRITERS)
-def test_three_lines_of_a_file_are_three_edits(suffix: str, picture: str, tmp_path: Path, capsys) -> None:
+def test_three_lines_of_a_file_are_three_edits(suffix: str, photo: str, tmp_path: Path, capsys) -> None:
     rows = [
         {"image": "x.png", "question": "What is this?", "answer": "kangaroo"},
         {"image": "y.png", "question": "What is this?", "answer": "fox"},
@@ -274,11 +274,11 @@ def test_three_lines_of_a_file_are_three_edits(suffix: str, picture: str, tmp_pa
     path = tmp_path / f"edits.{suffix}"
     path.write_text(WRITERS[suffix](rows))
     assert command("--model", toy(), "--edits", str(path), "--json") == 0
-    told = json.loads(capsys.readouterr().out)
-    assert [edit["image"] for edit in told] == [str(tmp_path / row["image"]) for row in rows]
-    assert [edit["asked"][0]["after"] for edit in told] == ["kangaroo", "fox", "red"]
+    shown = json.loads(capsys.readouterr().out)
+    assert [edit["image"] for edit in shown] == [str(tmp_path / row["image"]) for row in rows]
+    assert [edit["asked"][0]["after"] for edit in shown] == ["kangaroo", "fox", "red"]
     # The second edit of an image is not held against the first.
-    assert [[row["about"] for row in edit["asked"]][1] for edit in told] == [
+    assert [[row["about"] for row in edit["asked"]][1] for edit in shown] == [
         "a plain image", "another question", "a plain image",
     ]  # fmt: skip
 
@@ -312,17 +312,17 @@ def test_bad_input_is_one_line_before_a_model_is_loaded(
     (tmp_path / "rows.csv").write_text("image,question\nx.png,What?\n")
     (tmp_path / "near.csv").write_text("imag,question,answer\nx.png,What?,this\n")
     assert command("--model", toy(), *arguments) == 2
-    (told,) = capsys.readouterr().err.splitlines()
-    assert told.startswith("error: ")
-    assert line in told
+    (shown,) = capsys.readouterr().err.splitlines()
+    assert shown.startswith("error: ")
+    assert line in shown
 
 
 def test_a_store_of_another_model_is_refused_before_the_edit(
-    blip2_project: Project, picture: str, tmp_path: Path, capsys
+    blip2_project: Project, photo: str, tmp_path: Path, capsys
 ) -> None:
     given = [
         "--image",
-        picture,
+        photo,
         "--question",
         "what?",
         "--answer",

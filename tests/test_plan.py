@@ -65,11 +65,14 @@ def measured(folder: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 @pytest.mark.parametrize(
-    ("name", "figures", "collaboration"),
-    [("tables.yaml", ["figure2a", "figure4a"], "collaboration"), ("tables_v1.yaml", ["figure4a"], "5")],
+    ("name", "figures", "collaboration", "preset"),
+    [
+        ("tables.yaml", ["figure2a", "figure4a"], "collaboration", "UniKE, paper preset"),
+        ("tables_v1.yaml", ["figure4a"], "5", "UniKE"),
+    ],
 )
 def test_the_shipped_plans_are_valid(
-    name: str, figures: list[str], collaboration: str, monkeypatch: pytest.MonkeyPatch
+    name: str, figures: list[str], collaboration: str, preset: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)
     runs = plan.read_plan(Path("hparams") / name, tables=["all", *figures, "figure4b"])
@@ -77,7 +80,7 @@ def test_the_shipped_plans_are_valid(
     by_name = {(r.table, r.row.name, r.backbone, r.task, r.length, r.seed): r for r in runs}
     assert len(by_name) == len(runs)
     at = ("tiny_blip2", "vqa", 1, runs[0].seed)
-    assert by_name[("1", "UniKE", *at)].folder == by_name[("4", "UniKE", *at)].folder
+    assert by_name[("1", preset, *at)].folder == by_name[("4", preset, *at)].folder
     assert by_name[("lifelong", "MEND", *at)].folder == by_name[("1", "MEND", *at)].folder
     assert len({run.folder for run in runs if run.table == "1"}) == sum(run.table == "1" for run in runs)
     sequential = by_name["2", "UniKE", "tiny_blip2", "vqa", 20, runs[0].seed].hparams

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
 FILES = "pyproject.toml setup.py MANIFEST.in README.md LICENSE CHANGELOG.md CITATION.cff run_edit.py"
 FOLDERS = "unike scripts hparams data/example hugging_cache/tiny-blip2-opt hugging_cache/tiny-minigpt4"
-# What a clone has beside them, and a wheel must not.
+# What a clone has in the same folders, and a wheel must not.
 OTHERS = ("hugging_cache/opt-2.7b/a.json", "hugging_cache/tiny-blip2-opt.trained/b.json", "data/tiny/c.json")
 INSIDE = "unike/shipped/"
 # Packages of the extra `demo`, hidden from the wheel's environment.

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from scripts import winners
-from scripts.plan import BACKBONES
+from scripts.plan import BACKBONES, read_plan
 from scripts.tuning import read_tuning
 from unike.types import UserError
 
@@ -39,6 +39,19 @@ def test_the_tables_run_the_best_of_each_methods_trials() -> None:
     for backbone in BACKBONES:
         own = {k: v for k, v in tuned["scoped"][backbone].items() if k.startswith("scope_")}
         assert tuned["gate"][backbone] == own
+
+
+def test_zeta_can_show_where_it_is_compared() -> None:
+    """UniKE's tuned beta is 0, with which rows of any zeta are one row: where zeta is what a table compares,
+    they have the preset's."""
+    tuned = yaml.safe_load((ROOT / "hparams/tables.yaml").read_text("utf-8"))["tuned"]
+    assert {tuned["unike"][backbone]["beta"] for backbone in BACKBONES} == {0.0}
+    compared = {"collaboration": 8, "4": 5, "figure4b": 6}
+    for table, count in compared.items():
+        runs = [r for r in read_plan(tables=[table]) if r.hparams.method == "unike"]
+        rows = {r.row.name for r in runs if r.hparams.scope_gate == "none"}
+        assert len(rows) >= count
+        assert all(r.hparams.beta > 0 for r in runs if r.row.name in rows), table
 
 
 def test_the_page_says_what_the_logs_hold(tmp_path: Path) -> None:

@@ -91,6 +91,7 @@ def observe_prompts(
 
 
 def read_gate(content: Content) -> Gate:
+    """The gate of a saved edit; ValueError, in one line, where it is none."""
     if isinstance(content.values.get("gate"), list):
         # Overlap, tokens and nearest, as gates without a classifier were first written.
         former = content.take_value("gate", list)

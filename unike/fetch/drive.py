@@ -60,7 +60,7 @@ def _save(identifier: str, name: str, part: Path, count: Count) -> None:
         arrived = so_far
 
     with _Explained(name):
-        # Interrupted, it leaves a file beside ``part``, which it goes on with.
+        # Interrupted, it leaves a file next to ``part``, which it goes on with.
         done = require_gdown().download(
             id=identifier,
             output=str(part),

@@ -1,4 +1,4 @@
-"""Where files arrive: in a hidden folder beside their place, until all of them are whole and checked."""
+"""Where files arrive: in a hidden folder next to their place, until all of them are whole and checked."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ class Ask:
 
 
 @dataclass(frozen=True)
-class Told:
+class Reply:
     """What the model said to an ``Ask`` before and after, and whether that ``is_right``."""
 
     about: str
@@ -126,12 +126,14 @@ def run(argv: Sequence[str]) -> int:
     if args.save is not None:
         _require_same_model(editor, args.save)
     failures = apply_edits(editor, edits, args.template)
-    told = [ask_all(editor, list_asks(edits, i), edit.answer, args.template) for i, edit in enumerate(edits)]
+    replies = [
+        ask_all(editor, list_asks(edits, i), edit.answer, args.template) for i, edit in enumerate(edits)
+    ]
     if args.save is not None:
         store = EditStore(args.save)
         for made in editor.edits:
             store.add(made, replace=True)
-    _print_results(edits, told, failures, args)
+    _print_results(edits, replies, failures, args)
     return 1 if failures else 0
 
 
@@ -213,7 +215,7 @@ def list_asks(edits: Sequence[OwnEdit], number: int) -> list[Ask]:
     return asks
 
 
-def ask_all(editor: MultimodalEditor, asks: Sequence[Ask], answer: str, template: str) -> list[Told]:
+def ask_all(editor: MultimodalEditor, asks: Sequence[Ask], answer: str, template: str) -> list[Reply]:
     """Each question before and after what is attached."""
     out = []
     for asked in asks:
@@ -223,7 +225,7 @@ def ask_all(editor: MultimodalEditor, asks: Sequence[Ask], answer: str, template
         image = os.fspath(asked.image) if isinstance(asked.image, (str, os.PathLike)) else None
         about = "a plain image" if asked.image is not None and image is None else asked.about
         is_right = normalise_answer(after) == normalise_answer(wanted)
-        out.append(Told(about, asked.question, image, asked.expect, before, after, is_right))
+        out.append(Reply(about, asked.question, image, asked.expect, before, after, is_right))
     return out
 
 
@@ -232,28 +234,28 @@ def ask_all(editor: MultimodalEditor, asks: Sequence[Ask], answer: str, template
 
 def _print_results(
     edits: Sequence[OwnEdit],
-    told: Sequence[Sequence[Told]],
+    replies: Sequence[Sequence[Reply]],
     failures: dict[int, str],
     args: argparse.Namespace,
 ) -> None:
     if args.json:
-        print(json.dumps(_describe(edits, told, failures), indent=1, ensure_ascii=False))
+        print(json.dumps(_describe(edits, replies, failures), indent=1, ensure_ascii=False))
         return
     out = Console()
-    for i, (edit, rows) in enumerate(zip(edits, told, strict=True)):
+    for i, (edit, rows) in enumerate(zip(edits, replies, strict=True)):
         where = "no image" if edit.image is None else os.path.basename(os.fspath(edit.image))
         out.print(Text(f"\n{where}: {edit.question} -> {edit.answer}", style="bold"))
         if i in failures:
             print(f"error: edit {i + 1}: {failures[i]}", file=sys.stderr)
         out.print(_tabulate(rows))
-    right = [row.is_right for rows in told for row in rows]
+    right = [row.is_right for rows in replies for row in rows]
     out.print(f"{sum(right)} of {len(right)} answers are as they should be")
     if args.save is not None:
         ask = f"python -m unike.ask --model {args.model} --edits {args.save} --image FILE 'QUESTION'"
         out.print(Text(f"saved in {args.save}; to ask: {ask}"))
 
 
-def _tabulate(rows: Sequence[Told]) -> Table:
+def _tabulate(rows: Sequence[Reply]) -> Table:
     table = Table(box=box.SIMPLE_HEAD)
     for name in ("", "asked", "before", "after", ""):
         table.add_column(name, overflow="fold")
@@ -265,7 +267,7 @@ def _tabulate(rows: Sequence[Told]) -> Table:
 
 
 def _describe(
-    edits: Sequence[OwnEdit], told: Sequence[Sequence[Told]], failures: dict[int, str]
+    edits: Sequence[OwnEdit], replies: Sequence[Sequence[Reply]], failures: dict[int, str]
 ) -> list[dict[str, Any]]:
     return [
         {
@@ -275,5 +277,5 @@ def _describe(
             "error": failures.get(i),
             "asked": [asdict(row) for row in rows],
         }
-        for i, (edit, rows) in enumerate(zip(edits, told, strict=True))
+        for i, (edit, rows) in enumerate(zip(edits, replies, strict=True))
     ]

@@ -236,7 +236,7 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _describe_options(model: str, images: Path) -> Row:
-    """A YAML of edits that need no data, for this model and benchmark; its own files lie beside it."""
+    """A YAML of edits that need no data, for this model and benchmark; its files are next to it."""
     # Imported late, as torch comes with it.
     from unike.editor.models import describe_model
 
