@@ -26,6 +26,7 @@ from unike.report.measures import Row
 from unike.report.paper import published
 from unike.report.paper.averages import average_blocks
 from unike.report.paper.grids import write_latex, write_markdown
+from unike.report.paper.home import write_home
 from unike.report.paper.short import write_short
 from unike.report.paper.tables import FORMATS, LEGEND, Block, csv_rows, latex, markdown
 from unike.system.arguments import ArgumentParser
@@ -36,6 +37,8 @@ from unike.system.places import require_folder
 from unike.system.shipped import find_shipped
 from unike.types import UserError
 
+# The table that the README shows six rows of.
+HOME = "1"
 TASK_TITLES = {"vqa": "E-VQA", "caption": "E-IC", "cross": "E-VQA and E-IC interleaved"}
 
 
@@ -218,7 +221,8 @@ def run(args: argparse.Namespace) -> int:
     code = report_outcome(outcome)
     if args.write is not None and code == 0:
         sections, shorts = render_sections(blocks, plans), render_shorts(blocks, plans, args.plan)
-        for page, text in rewrite_pages(args.write, sections, shorts).items():
+        homes = {HOME: write_home([b for b in blocks if b.table == HOME], "docs/results/table1.md")}
+        for page, text in rewrite_pages(args.write, sections, shorts, homes).items():
             page.write_text(text, encoding="utf-8")
     return code
 

@@ -37,6 +37,7 @@ from unike.report.paper.claims import (
     check_gate,
     judge_distance,
 )
+from unike.report.paper.home import write_home
 from unike.report.paper.short import write_short
 from unike.report.paper.tables import NOT_COMPARABLE, Block, csv_rows, latex, markdown
 from unike.types import FIVE_METRICS, METRICS, STYLE_METRICS, UserError
@@ -357,6 +358,45 @@ def test_a_table_in_short_says_what_is_lost_and_how_to_see_it() -> None:
     assert write_short([block(better)], "python -m x") == ""
 
 
+def test_the_readme_shows_six_rows_with_the_strongest_rival_found_by_hm8() -> None:
+    ours = [row("UniKE, paper preset", second(40.0), ours=True), row(SUBJECT, second(70.0), ours=True)]
+    rivals = [row("FT (last layer)", second(50.0)), row("MEND", second(90.0)), row("KE", second(60.0))]
+    first = block(*rivals, row("T-Patcher", second(80.0, joint=20.0)), *ours)
+    other = block(*rivals, row("T-Patcher", second(100.0)), *ours)
+    gated = row("T-Patcher + gate", second(95.0), gate_of="T-Patcher")
+    text = write_home([first, replace(other, rows=(*other.rows, gated))], "table1.md")
+    names = [line.split(" | ")[0].strip("| ") for line in text.splitlines() if line.startswith("| ")][2:]
+    strongest = "T-Patcher (the strongest rival)"
+    assert names == ["the unedited model", "FT (last layer)", "MEND", strongest, *(r.name for r in ours)]
+    assert "the mean of tiny_blip2 on vqa, 20 edits each." in text
+    shown = {line.split(" | ")[0].strip("| "): line for line in text.splitlines()}
+    assert shown["the unedited model"] == "| the unedited model |" + " 25.0 |" * 6
+    assert shown[ours[0].name] == f"| {ours[0].name} |" + " 40.0 |" * 6
+    hm8 = (100.0 + harmonic_mean([20.0 if m == "joint" else 80.0 for m in MINIMAL_METRICS])) / 2
+    assert shown[strongest].split(" | ")[-1].strip(" |<u>/*") == f"{hm8:.1f}"
+    assert shown["MEND"].endswith("**90.0** |")
+    # Where T-Patcher falls behind KE, KE is the strongest.
+    weak = block(*rivals, row("T-Patcher", second(30.0)), *ours)
+    assert "KE (the strongest rival)" in write_home([weak], "table1.md")
+    assert write_home([block(*rivals, ours[0])], "table1.md") == ""
+    assert write_home([first, block(*rivals, *ours[:1], replace(ours[1], complete=False))], "x") == ""
+    assert write_home([], "x") == ""
+
+
+def test_the_readme_is_written_where_the_docs_are_a_projects(tmp_path: Path) -> None:
+    folder = tmp_path / "docs" / "results"
+    folder.mkdir(parents=True)
+    assert pages.rewrite_pages(folder, {}, {}, {"1": "six rows"}) == {}
+    readme = tmp_path / "README.md"
+    readme.write_text("a\n<!-- home 1 -->\n<!-- end of home 1 -->\n")
+    (text,) = pages.rewrite_pages(folder, {}, {}, {"1": "six rows"}).values()
+    assert text == "a\n<!-- home 1 -->\n\nsix rows\n\n<!-- end of home 1 -->\n"
+    assert pages.rewrite_pages(folder, {}, {}, {"1": ""}) == {}
+    readme.write_text("no marker")
+    with pytest.raises(UserError, match="end of home 1"):
+        pages.rewrite_pages(folder, {}, {}, {"1": "six rows"})
+
+
 def test_a_folder_has_a_page_for_each_table_and_the_first_page_beside_it(tmp_path: Path) -> None:
     folder = tmp_path / "results"
     folder.mkdir()
@@ -379,4 +419,5 @@ def test_the_shipped_pages_have_a_place_for_each_table() -> None:
     names = ["1", "2", "3", "4", "5", "collaboration", "lifelong"]
     pages.check_pages(root / "docs" / "results", names)
     shorts = dict.fromkeys(("1", "2", "3", "4", "lifelong"), "text")
-    assert root / "docs" / "results.md" in pages.rewrite_pages(root / "docs" / "results", {}, shorts)
+    written = pages.rewrite_pages(root / "docs" / "results", {}, shorts, {"1": "six rows"})
+    assert {root / "docs" / "results.md", root / "README.md"} <= set(written)
