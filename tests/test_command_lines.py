@@ -288,7 +288,7 @@ def test_nothing_is_drawn_for_such_arguments(
     tmp_path: Path, capsys, monkeypatch, arguments: list[str], expected: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(make_data, "load_backbone", None)
+    monkeypatch.setattr("unike.backbones.load_backbone", None)
     assert draw(*arguments) == 2
     assert expected in errors(capsys)[0]
     assert list_all(tmp_path) == {}
@@ -296,7 +296,7 @@ def test_nothing_is_drawn_for_such_arguments(
 
 def test_drawing_leaves_the_working_folder_alone(tmp_path: Path, monkeypatch) -> None:
     made_in: list[Path] = []
-    monkeypatch.setattr(make_data, "load_backbone", lambda _: None)
+    monkeypatch.setattr("unike.backbones.load_backbone", lambda _: None)
     monkeypatch.setattr(scenes, "load_textures", lambda cache: made_in.append(cache) or {})
     monkeypatch.setattr(make_data.Artist, "__init__", lambda *_: (_ for _ in ()).throw(UserError("enough")))
     monkeypatch.chdir(tmp_path)
