@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from scripts.base_styles import measure_styles
 from scripts.pages import check_pages, rewrite_pages
 from scripts.plan import BACKBONES, OUTPUT, PLAN, Run, TablePlan, pool_runs, read_plan, read_tables
+from scripts.trainings import read_trainings
 from scripts.workers import WorkOutcome, ensure
 from unike.report.measures import Row
 from unike.report.paper import published
@@ -68,6 +69,8 @@ def _make_block(group: Sequence[Run], plan: TablePlan, styles: Styles) -> Block:
     title = (
         f"{published.FAMILY_TITLES[hp.model_name]} ({run.backbone}), {TASK_TITLES[run.task]}, {edits}{drawn}"
     )
+    # A backbone's tasks and lengths share what is trained.
+    once = run.task == plan.tasks[0] and run.length == min(plan.lengths)
     last = plan.paper == published.LIFELONG and run.task == "vqa" and run.length == max(plan.lengths)
     return Block(
         run.table,
@@ -75,7 +78,7 @@ def _make_block(group: Sequence[Run], plan: TablePlan, styles: Styles) -> Block:
         run.backbone,
         run.task,
         run.length,
-        tuple(_make_row(some, figures) for some in by_row.values()),
+        tuple(_make_row(some, figures, once) for some in by_row.values()),
         label=published.choose_label(plan.paper) if plan.paper else "paper",
         reference=plan.reference,
         extras=plan.extras,
@@ -87,7 +90,7 @@ def _make_block(group: Sequence[Run], plan: TablePlan, styles: Styles) -> Block:
     )
 
 
-def _make_row(planned: Sequence[Run], figures: published.Figures) -> Row:
+def _make_row(planned: Sequence[Run], figures: published.Figures, with_trainings: bool) -> Row:
     run, pool = planned[0], pool_runs(planned)
     return Row(
         run.row.name,
@@ -100,6 +103,7 @@ def _make_row(planned: Sequence[Run], figures: published.Figures) -> Row:
         pool.strata,
         pool.by_seed,
         run.row.gate_of,
+        read_trainings(planned) if with_trainings else (),
     )
 
 

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from scripts import pages
+from scripts import pages, trainings
+from unike.config.hparams import HyperParams
 from unike.evaluation.metrics import harmonic_mean
 from unike.evaluation.record import Record
 from unike.evaluation.summary import MINIMAL_METRICS, summarise
-from unike.report.measures import Row, average, compare_rows, count_least_sequences
+from unike.report.measures import Row, Training, average, compare_rows, count_least_sequences
 from unike.report.paper import published
 from unike.report.paper.averages import average_blocks
 from unike.report.paper.breakdowns import (
@@ -26,6 +29,7 @@ from unike.report.paper.breakdowns import (
     list_kinds,
     list_seeds,
     list_styles,
+    list_trainings,
 )
 from unike.report.paper.claims import (
     AS_PUBLISHED,
@@ -338,6 +342,50 @@ def test_each_seeds_figure_is_shown_with_their_spread() -> None:
     assert grid.title.startswith("by seed (43, 44, 45)")
     assert grid.rows[0][1][0].text == "90.0 / 80.0 / 70.0, SD 10.0"
     assert list_seeds([row("FT", second(80.0), by_seed={43: summaries[43]})]).rows == ()
+
+
+def test_what_rows_trained_is_shown_once_with_what_ended_it() -> None:
+    own = Training("editor", 700, 2800, 343.4, 300, "patience")
+    shared = [
+        Training("scope classifier", n, 64 * n, 930.0, n, end) for n, end in ((9000, "cap"), (50, "patience"))
+    ]
+    rows = [row("KE", second(80.0), trainings=[own]), row("FT", second(80.0))]
+    rows += [row(name, second(80.0), trainings=shared) for name in ("FT + gate", SUBJECT)]
+    grid = list_trainings(
+        [*rows, row("SERAC + gate", second(80.0), trainings=[own._replace(steps=1), *shared])]
+    )
+    assert [(name, [cell.text for cell in cells]) for name, cells in grid.rows] == [
+        ("KE", ["editor", "2,800", "700", "300", "343", "patience"]),
+        (
+            "FT + gate (and 2 other rows)",
+            [
+                "scope classifier",
+                "576,000 / 3,200",
+                "9,000 / 50",
+                "9,000 / 50",
+                "930 / 930",
+                "cap / patience",
+            ],
+        ),
+        ("SERAC + gate", ["editor", "2,800", "1", "300", "343", "patience"]),
+    ]
+    assert list_trainings([row("FT", second(80.0))]).rows == ()
+    text = markdown(block(*rows, extras=("trainings",)))
+    assert "| KE | editor | 2,800 |" in text
+    assert "| KE | editor |" not in markdown(block(*rows))
+
+
+def test_trainings_are_read_from_the_files_beside_the_tensors(tmp_path: Path, monkeypatch) -> None:
+    told = {"step": 5, "visits": 20, "seconds": 1.5, "best_step": 4, "stopped": "patience"}
+    (tmp_path / "editor.json").write_text(json.dumps({"training": told}))
+    monkeypatch.setattr(trainings, "find_editor", lambda _: tmp_path)
+    monkeypatch.setattr(trainings, "find_scope_classifier", lambda _: None)
+    hparams = HyperParams(model_name="blip2", name="x", method="ke", editor_dir=str(tmp_path))
+    found = trainings.read_trainings([SimpleNamespace(hparams=hparams)])
+    assert found == [Training("editor", 5, 20, 1.5, 4, "patience")]
+    assert trainings.read_trainings([SimpleNamespace(hparams=replace(hparams, editor_dir=None))]) == []
+    (tmp_path / "editor.json").write_text(json.dumps({"training": {"steps": 3}}))
+    assert trainings.read_trainings([SimpleNamespace(hparams=hparams)]) == []
 
 
 # ---------------------------------------------------------------- in short, and pages

@@ -17,6 +17,7 @@ from unike.report.paper.breakdowns import (
     list_parts,
     list_seeds,
     list_styles,
+    list_trainings,
 )
 from unike.report.paper.claims import Verdict, check_best_of_ours, check_gate, check_order, choose_hm8
 from unike.report.paper.grids import (
@@ -52,7 +53,7 @@ __all__ = [
 
 BASE = "Base"
 FORMATS = ("md", "latex", "csv")
-EXTRAS = ("presets", "means", "alpha", "best", "baselines")
+EXTRAS = ("presets", "means", "alpha", "best", "baselines", "trainings")
 LEGEND = (
     "In percent, with the 95% bootstrap interval in brackets where it is not a single point; with several "
     "seeds of the whole pipeline, seeds are resampled first, then the records of each. "
@@ -88,7 +89,7 @@ class Block:
 
     ``label`` is whose figures are shown with ours, ``beside`` lists more of them by number of edits.
     ``reference`` is the row whose order the paper states, ``subject`` that of ours which the others are
-    compared with. ``extras`` adds grids (``presets``, ``means``, ``alpha``) and verdicts (``best``,
+    compared with. ``extras`` adds grids (``presets``, ``means``, ``alpha``, ``trainings``) and verdicts (``best``,
     ``baselines``). ``toy``: the model is too small to compare with published figures, which is said with
     each.
     ``base_styles`` has the base's accuracy by image style.
@@ -125,6 +126,7 @@ class Block:
             "alpha": self._list_alpha,
             "best": lambda: list_differences(self.rows, self.subject, self.seed),
             "baselines": self._list_distances,
+            "trainings": lambda: list_trainings(self.rows),
         }
         after += [make() for name, make in extra.items() if name in self.extras]
         return [grid for grid in after if grid.rows] + [
