@@ -89,10 +89,9 @@ class Block:
 
     ``label`` is whose figures are shown with ours, ``beside`` lists more of them by number of edits.
     ``reference`` is the row whose order the paper states, ``subject`` that of ours which the others are
-    compared with. ``extras`` adds grids (``presets``, ``means``, ``alpha``, ``trainings``) and verdicts (``best``,
-    ``baselines``). ``toy``: the model is too small to compare with published figures, which is said with
-    each.
-    ``base_styles`` has the base's accuracy by image style.
+    compared with. ``extras`` adds grids (``presets``, ``means``, ``alpha``, ``trainings``) and verdicts
+    (``best``, ``baselines``). ``toy``: the model is too small to compare with published figures, which is
+    said with each. ``base_styles`` has the base's accuracy by image style.
     """
 
     table: str
