@@ -18,7 +18,7 @@ from unike.command.main import main
 from unike.command.main import main as unike_main
 from unike.command.table import OWN_OPTIONS
 from unike.system import launching
-from unike.types import UserError
+from unike.types import BACKBONES, UserError
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(
@@ -197,6 +197,20 @@ def test_pages_are_short() -> None:
     }
     assert long == {}
     assert count_words(ROOT / "README.md") <= 900
+    assert count_words(ROOT / "docs" / "compared.md") <= 1000
+
+
+def test_the_comparison_has_no_gap() -> None:
+    """Each row has a cell for each tool, and says what was not found; ours names no more than there is."""
+    lines = (ROOT / "docs" / "compared.md").read_text(encoding="utf-8").splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    assert rows[0] == ["", "unike", "EasyEdit", "peft", "lm-evaluation-harness", "pyvene"]
+    assert len(rows) > 18
+    assert all(len(row) == len(rows[0]) and all(row) for row in rows[1:])
+    (ours,) = (row[1] for row in rows if row[0] == "methods x vision-language models")
+    kinds = {path.parent.name.removesuffix("_multimodal") for path in ROOT.glob("hparams/*/llava.yaml")}
+    # A gate is around a method, and UniKE's own YAMLs lie above.
+    assert ours == f"{len(kinds - {'scoped'}) + 1} x {len(BACKBONES)}"
 
 
 @pytest.mark.slow
