@@ -171,7 +171,7 @@ def _describe_mismatch(spec: BackboneSpec, config: Mapping[str, Any], whole: boo
         if text is not config and text.get("model_type", wanted.decoders[0]) not in wanted.decoders:
             return f"has a `{text['model_type']}` language model, which does not fit {spec.model_name}"
         if text.get("use_sliding_window"):
-            return "has layers with a sliding window beside others, which no edit can tell apart"
+            return "mixes layers with and without a sliding window, which edits cannot distinguish"
         return None
     if kind == "blip-2":
         return "holds a whole BLIP-2 model; leave out state_dict_file and qformer_checkpoint to use it"
