@@ -3,6 +3,7 @@
 python -m scripts.memory                           # prints the table
 python -m scripts.memory --write docs/devices.md   # writes it between the page's markers
 python -m scripts.memory --check                   # exit code 1 where the page is out of date
+python -m scripts.memory --short                   # 16 bit alone, a row for each model
 
 What was measured is read from docs/performance_figures.md (benchmarks/full_size.py).
 """
@@ -63,20 +64,19 @@ def read_measured(text: str) -> dict[str, float]:
     return {family: float(match[1]) for family, match in found.items() if match}
 
 
-def render_table() -> str:
-    """Markdown: a row for each model and precision, in GB."""
-    lines = [f"| {' | '.join((*COLUMNS, 'measured'))} |", "| --- | --- |" + " ---: |" * (len(COLUMNS) - 1)]
+def render_table(short: bool = False) -> str:
+    """Markdown: a row for each model and precision, in GB; ``short``: for each model, in 16 bit."""
+    rows = [(*COLUMNS, "measured"), ("---", "---", *["---:"] * (len(COLUMNS) - 1))]
     measured = read_measured(FIGURES.read_text(encoding="utf-8"))
     for family in BACKBONES:
-        for dtype, precision in PRECISIONS.items():
+        for dtype in [*PRECISIONS][-1:] if short else PRECISIONS:
             kinds = [*read_hparams(family, dtype)]
             found = [estimate(hparams) for hparams in kinds]
             sizes = [found[0].weights, *(memory.peak for memory in found)]
             known = measured.get(family) if dtype == "bfloat16" else None
             cells = [*(f"{size / 1e9:.1f}" for size in sizes), f"{known:.1f}" if known else "-"]
-            model = f"{FAMILY_TITLES[family]}, `{kinds[0].name}`"
-            lines.append(f"| {' | '.join((model, precision, *cells))} |")
-    return "\n".join(lines)
+            rows.append((f"{FAMILY_TITLES[family]}, `{kinds[0].name}`", PRECISIONS[dtype], *cells))
+    return "\n".join(f"| {' | '.join(row[:1] + row[2:] if short else row)} |" for row in rows)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -91,9 +91,12 @@ def run(argv: Sequence[str] | None) -> int:
     parser.add_argument(
         "--check", action="store_true", help="write nothing; report whether the page is up to date"
     )
+    parser.add_argument(
+        "--short", action="store_true", help="16 bit alone, between the markers `memory short`"
+    )
     args = parser.parse_args(argv)
     page = args.write or PAGE
-    table = render_table()
+    table = render_table(args.short)
     if not args.write and not args.check:
         print(table)
         return 0
@@ -101,7 +104,7 @@ def run(argv: Sequence[str] | None) -> int:
         before = page.read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"{page}: cannot be read: {error.strerror}") from error
-    after = rewrite_blocks(before, str(page), {"edit": table}, "memory")
+    after = rewrite_blocks(before, str(page), {"short" if args.short else "edit": table}, "memory")
     if args.check:
         print(f"{page.name}: {'up to date' if before == after else 'out of date; run --write'}")
         return 0 if before == after else 1

@@ -278,12 +278,17 @@ def test_what_a_checkout_alone_has_is_said_in_one_line() -> None:
 @pytest.mark.slow
 def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
     pytest.importorskip("mkdocs")
+    pytest.importorskip("mkdocstrings")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
     done = subprocess.run(
         command, cwd=ROOT, env=environment(NO_MKDOCS_2_WARNING="1"), capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     # What a reader's browser would fetch from elsewhere.
-    page = (tmp_path / "site" / "method.html").read_text(encoding="utf-8")
-    assert re.findall(r'<(?:script|img|iframe)[^>]+src="(https?:[^"]+)', page) == []
-    assert re.findall(r'<link[^>]+rel="stylesheet"[^>]+href="(https?:[^"]+)', page) == []
+    for name in ("method.html", "api.html"):
+        page = (tmp_path / "site" / name).read_text(encoding="utf-8")
+        assert re.findall(r'<(?:script|img|iframe)[^>]+src="(https?:[^"]+)', page) == []
+        assert re.findall(r'<link[^>]+rel="stylesheet"[^>]+href="(https?:[^"]+)', page) == []
+    # The reference is filled from the docstrings.
+    assert "Edits a vision-language model with the method that the hyper-parameters name." in page
+    assert "sequential_edit" in page

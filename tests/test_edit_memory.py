@@ -153,7 +153,9 @@ def test_the_check_says_the_peak(room: Any, capsys: pytest.CaptureFixture[str]) 
     hparams = HyperParams.from_hparams(ROOT / "hparams" / "llava.yaml")
     found = estimate_edit_memory(hparams, count_parameters(hparams.backbone))
     assert found is not None
-    assert f"at most {found.peak / 1e9:.1f} GB: the weights, {found.knowledge / 1e9:.1f} GB the know" in line
+    assert (
+        f"at most {found.peak / 1e9:.1f} GB: the weights, {found.knowledge / 1e9:.1f} GB for the know" in line
+    )
 
 
 # ---------------------------------------------------------------- the table
@@ -174,6 +176,9 @@ def test_the_page_has_what_the_command_prints(capsys: pytest.CaptureFixture[str]
         full == pytest.approx(2 * half, abs=0.11) for full, half in zip(sizes[::2], sizes[1::2], strict=True)
     )
     assert sum(not row.endswith("| - |") for row in rows) == len(script.MEASURED)
+    assert script.main(["--short"]) == 0
+    short = capsys.readouterr().out.strip().splitlines()[2:]
+    assert short == [row.replace("| 16 bit ", "") for row in rows[1::2]]
 
 
 def test_a_page_that_is_out_of_date_is_noticed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -125,5 +125,5 @@ def describe_edit_memory(hparams: HyperParams) -> list[Finding]:
         "activations": found.working,
         "torch and transformers": RUNTIME,
     }
-    parts = ", ".join(f"{format_size(count)} {name}" for name, count in more.items() if count)
+    parts = ", ".join(f"{format_size(count)} for {name}" for name, count in more.items() if count)
     return [Finding(True, f"one edit: at most {format_size(found.peak)}: the weights, {parts}", _BASIS)]
