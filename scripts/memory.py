@@ -91,9 +91,7 @@ def run(argv: Sequence[str] | None) -> int:
     parser.add_argument(
         "--check", action="store_true", help="write nothing; report whether the page is up to date"
     )
-    parser.add_argument(
-        "--short", action="store_true", help="16 bit alone, between the markers `memory short`"
-    )
+    parser.add_argument("--short", action="store_true", help="16 bit alone; the markers are `memory short`")
     args = parser.parse_args(argv)
     page = args.write or PAGE
     table = render_table(args.short)
