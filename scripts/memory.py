@@ -30,7 +30,14 @@ PAGE, FIGURES = ROOT / "docs" / "devices.md", ROOT / "docs" / "performance_figur
 PRECISIONS = {"float32": "32 bit", "bfloat16": "16 bit"}
 # In the benchmark's rows, by family.
 MEASURED = {"blip2": "BLIP2-OPT-2.7B", "minigpt4": "MiniGPT-4-7B"}
-COLUMNS = ("model", "precision", "weights", "edit without data", "UniKE, paper preset", "FT, last layer")
+COLUMNS = (
+    "model, parameters",
+    "precision",
+    "weights",
+    "edit without data",
+    "UniKE, paper preset",
+    "FT, last layer",
+)
 # Where the weights are, in a YAML of a model.
 _PLACES = ("name", "state_dict_file", "qformer_checkpoint", "pretrained_ckpt", "image_size")
 
@@ -75,7 +82,9 @@ def render_table(short: bool = False) -> str:
             sizes = [found[0].weights, *(memory.peak for memory in found)]
             known = measured.get(family) if dtype == "bfloat16" else None
             cells = [*(f"{size / 1e9:.1f}" for size in sizes), f"{known:.1f}" if known else "-"]
-            rows.append((f"{FAMILY_TITLES[family]}, `{kinds[0].name}`", PRECISIONS[dtype], *cells))
+            parameters = count_published_parameters(kinds[0].backbone) or 0
+            model = f"{FAMILY_TITLES[family]}, {parameters / 1e9:.1f} B"
+            rows.append((model, PRECISIONS[dtype], *cells))
     return "\n".join(f"| {' | '.join(row[:1] + row[2:] if short else row)} |" for row in rows)
 
 

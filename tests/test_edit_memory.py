@@ -17,6 +17,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 from scripts import memory as script
 from unike import MultimodalEditor
 from unike.backbones.checking import count_parameters, count_published_parameters
+from unike.backbones.published import PUBLISHED
 from unike.config.hparams import HyperParams
 from unike.knowledge.encoders import Disentangler
 from unike.knowledge.memory import KnowledgeMemory
@@ -190,7 +191,7 @@ def test_a_page_that_is_out_of_date_is_noticed(tmp_path: Path, capsys: pytest.Ca
     text = page.read_text()
     assert text.startswith("# A\n")
     assert text.endswith("more\n")
-    assert LLAVA in text
+    assert f"| LLaVA-1.5, {PUBLISHED[LLAVA].parameters / 1e9:.1f} B |" in text
     assert not re.search(r"^old$", text, re.M)
     assert script.main(["--write", str(tmp_path / "none.md")]) == 2
     with pytest.raises(UserError, match=r"has no peak resident of BLIP2-OPT-2\.7B"):
