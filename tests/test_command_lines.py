@@ -263,8 +263,8 @@ def test_edits_of_which_no_question_can_be_asked(copied: Project, capsys) -> Non
     capsys.readouterr()
     assert edits_main(command) == 1
     shown = capsys.readouterr()
-    assert "0 of 0 questions get their target; 1 left out" in shown.out
-    assert shown.err.splitlines()[-1] == "error: no question could be asked"
+    assert "0 of 0 answers equal the target; 1 left out" in shown.out
+    assert shown.err.splitlines()[-1] == "error: no question could be evaluated"
     # Another question needs none of theirs.
     assert edits_main([*command, "--prompt", "fox"]) == 0
 
