@@ -29,7 +29,7 @@ from unike.report.paper.averages import average_blocks
 from unike.report.paper.grids import write_latex, write_markdown
 from unike.report.paper.home import write_home
 from unike.report.paper.short import write_short
-from unike.report.paper.tables import FORMATS, LEGEND, Block, csv_rows, latex, markdown
+from unike.report.paper.tables import FORMATS, LEGEND, TASK_TITLES, Block, csv_rows, latex, markdown
 from unike.system.arguments import ArgumentParser
 from unike.system.findings import collect_problems
 from unike.system.launching import count_most_processes, run_guarded
@@ -40,7 +40,6 @@ from unike.types import UserError
 
 # The table that the README shows six rows of.
 HOME = "1"
-TASK_TITLES = {"vqa": "E-VQA", "caption": "E-IC", "cross": "E-VQA and E-IC interleaved"}
 
 
 Styles = Mapping[str, Mapping[str, float]]

@@ -414,9 +414,9 @@ def test_the_readme_shows_six_rows_with_the_strongest_rival_found_by_hm8() -> No
     gated = row("T-Patcher + gate", second(95.0), gate_of="T-Patcher")
     text = write_home([first, replace(other, rows=(*other.rows, gated))], "table1.md")
     names = [line.split(" | ")[0].strip("| ") for line in text.splitlines() if line.startswith("| ")][2:]
-    strongest = "T-Patcher (the strongest rival)"
+    strongest = "T-Patcher (best of the other rivals)"
     assert names == ["the unedited model", "FT (last layer)", "MEND", strongest, *(r.name for r in ours)]
-    assert "the mean of tiny_blip2 on vqa, 20 edits each." in text
+    assert "the mean of `tiny_blip2` on E-VQA, 20 edits each." in text
     shown = {line.split(" | ")[0].strip("| "): line for line in text.splitlines()}
     assert shown["the unedited model"] == "| the unedited model |" + " 25.0 |" * 6
     assert shown[ours[0].name] == f"| {ours[0].name} |" + " 40.0 |" * 6
@@ -425,7 +425,7 @@ def test_the_readme_shows_six_rows_with_the_strongest_rival_found_by_hm8() -> No
     assert shown["MEND"].endswith("**90.0** |")
     # Where T-Patcher falls behind KE, KE is the strongest.
     weak = block(*rivals, row("T-Patcher", second(30.0)), *ours)
-    assert "KE (the strongest rival)" in write_home([weak], "table1.md")
+    assert "KE (best of the other rivals)" in write_home([weak], "table1.md")
     assert write_home([block(*rivals, ours[0])], "table1.md") == ""
     assert write_home([first, block(*rivals, *ours[:1], replace(ours[1], complete=False))], "x") == ""
     assert write_home([], "x") == ""

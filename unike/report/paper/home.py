@@ -9,7 +9,7 @@ from unike.evaluation.summary import MODES, WHEN
 from unike.report.measures import MEASURE_TITLES, Row
 from unike.report.paper.claims import choose_hm8
 from unike.report.paper.grids import Cell, Grid, mark_best, write_markdown
-from unike.report.paper.tables import Block
+from unike.report.paper.tables import TASK_TITLES, Block
 
 # Shown by name; the strongest of all other rivals is shown besides.
 RIVALS = ("FT (last layer)", "MEND")
@@ -31,7 +31,7 @@ def write_home(blocks: Sequence[Block], link: str) -> str:
     order = [*RIVALS, *([strongest] if strongest else []), *OURS]
     cells = [_fill([_find_row(block, name) for block in blocks], measures, WHEN[1]) for name in order]
     columns = [mark_best(column) for column in map(list, zip(*cells, strict=True))]
-    titles = [f"{name} (the strongest rival)" if name == strongest else name for name in order]
+    titles = [f"{name} (best of the other rivals)" if name == strongest else name for name in order]
     base = _fill([block.rows[0] for block in blocks], measures, WHEN[0])
     lines = [("the unedited model", base), *zip(titles, zip(*columns, strict=True), strict=True)]
     header = ("method", *(MEASURE_TITLES[measure] for measure in measures))
@@ -45,10 +45,10 @@ def _describe_settings(blocks: Sequence[Block], link: str) -> str:
     seeds = sorted({seed for block in blocks for row in block.rows for seed in row.by_seed})
     drawn = f", seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}" if seeds else ""
     models = " and ".join(dict.fromkeys(block.backbone for block in blocks))
-    tasks = " and ".join(dict.fromkeys(block.task for block in blocks))
+    tasks = " and ".join(TASK_TITLES[task] for task in dict.fromkeys(block.task for block in blocks))
     return (
-        f"One edit at a time, in percent: the mean of {models} on {tasks}, {edits} edits each{drawn}. "
-        f"Intervals, and all rows: [Table 1]({link})."
+        f"One edit at a time, in percent: the mean of `{models}` on {tasks}, {edits} edits each{drawn}. "
+        f"Intervals, all rows, and what the columns mean: [Table 1]({link})."
     )
 
 

@@ -41,6 +41,7 @@ __all__ = [
     "FORMATS",
     "LEGEND",
     "NOT_COMPARABLE",
+    "TASK_TITLES",
     "Block",
     "Cell",
     "Grid",
@@ -52,6 +53,7 @@ __all__ = [
 ]
 
 BASE = "Base"
+TASK_TITLES = {"vqa": "E-VQA", "caption": "E-IC", "cross": "E-VQA and E-IC interleaved"}
 FORMATS = ("md", "latex", "csv")
 EXTRAS = ("presets", "means", "alpha", "best", "baselines", "trainings")
 LEGEND = (
