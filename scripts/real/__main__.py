@@ -18,8 +18,8 @@ import torch
 
 from scripts.real import folder as place
 from scripts.real.language import open_gguf, read_config, read_tokenizer, read_weights
-from scripts.real.names import PROJECTOR_HIDDEN, SLOTS, embed_names, make_projector, read_class_names
-from scripts.real.packages import CLASSES, LANGUAGE, PARTS, TOWER, find_part, require_gguf
+from scripts.real.names import PROJECTOR_HIDDEN, SLOTS, start_projector
+from scripts.real.packages import LANGUAGE, PARTS, TOWER, find_part, require_gguf
 from scripts.real.tower import convert_tower
 from unike.backbones.checkpoint_files import load_state
 from unike.fetch.archives import require_room
@@ -67,23 +67,19 @@ def convert(into: Path, found: dict[str, Path], sources: dict[str, str]) -> None
     for stale in (place.INDEX, place.RECORD):
         (into / stale).unlink(missing_ok=True)
     with show_progress({"vision tower": 1, "reading GGUF": 1, "language model": 272}) as tick:
-        tower, classifier = convert_tower(load_state(found[TOWER.module], "EfficientNet-Lite2's weights"))
+        tower, _ = convert_tower(load_state(found[TOWER.module], "EfficientNet-Lite2's weights"))
         place.save_shard(into, place.VISION, tower)
         tick("vision tower", 1)
-        config, embeddings = _convert_language(into, found[LANGUAGE.module], tick)
+        config = _convert_language(into, found[LANGUAGE.module], tick)
     if not (into / place.PROJECTOR).is_file() or not (into / place.ABOUT).is_file():
-        from transformers import AutoTokenizer
-
-        names = read_class_names(found[CLASSES.module])
-        words = embed_names(names, AutoTokenizer.from_pretrained(into), embeddings, SLOTS)
-        about = place.About(names, SLOTS, PROJECTOR_HIDDEN, grid=2)
-        place.save_projector(into, make_projector(classifier, words, PROJECTOR_HIDDEN), about)
+        state, names = start_projector(into)
+        place.save_projector(into, state, place.About(names, SLOTS, PROJECTOR_HIDDEN, grid=2))
     place.write_record(into, sources)
     place.write_config(into, config)
 
 
-def _convert_language(into: Path, file: Path, tick: Tick) -> tuple[dict[str, object], torch.Tensor]:
-    """Writes the language model and its tokenizer; its configuration's values, and its token embeddings."""
+def _convert_language(into: Path, file: Path, tick: Tick) -> dict[str, object]:
+    """Writes the language model and its tokenizer; its configuration's values."""
     reader = open_gguf(file)
     tick("reading GGUF", 1)
     config, tensors = read_config(reader), dict[str, torch.Tensor]()
@@ -92,7 +88,7 @@ def _convert_language(into: Path, file: Path, tick: Tick) -> tuple[dict[str, obj
         tensors[name] = tensor
         tick("language model", 1)
     place.save_shard(into, place.LANGUAGE, tensors)
-    return config, tensors["model.embed_tokens.weight"]
+    return config
 
 
 if __name__ == "__main__":

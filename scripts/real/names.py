@@ -11,8 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from scripts.real.folder import LANGUAGE, load_shard
+from scripts.real.packages import CLASSES, TOWER, find_part
+from scripts.real.tower import convert_tower
+from unike.backbones.checkpoint_files import load_state
 from unike.types import UserError
 
 # Tokens that write a name; 96% of ImageNet's names have no more.
@@ -60,3 +64,16 @@ def make_projector(
         "inner.bias": torch.zeros(hidden),
         "outer.weight": torch.zeros(out.shape[1], hidden),
     }
+
+
+def start_projector(folder: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """A projector that nobody has trained, and its names, from the packages and the folder's language model.
+
+    UserError where a package or the language model is missing.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    embeddings = load_shard(folder, LANGUAGE)["model.embed_tokens.weight"]
+    _, classifier = convert_tower(load_state(find_part(TOWER), "EfficientNet-Lite2's weights"))
+    names = read_class_names(find_part(CLASSES))
+    words = embed_names(names, tokenizer, embeddings, SLOTS)
+    return make_projector(classifier, words, PROJECTOR_HIDDEN), names
