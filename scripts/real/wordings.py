@@ -32,4 +32,27 @@ FREE: dict[str, tuple[str, ...]] = {
         "caught on film:", "the main thing in this picture is", "shown above is", "this shot features",
         "a picture that somebody took of", "visible in the image is",
     ),
+    "choice": (
+        "Would you say {x} or {y}?", "{X} or {y}: which one do we see?", "Does the photo show {x} or {y}?",
+        "Tell me which it is: {x}, or {y}?", "Of {x} and {y}, which one is in the picture?",
+        "I can't decide between {x} and {y}. Which is it?", "Looking at it, is it {x} or {y}?",
+        "One of the two is shown, {x} or {y}. Which one?", "What was photographed, {x} or {y}?",
+        "Choose one: {x} or {y}.", "Should this be filed under {x} or under {y}?",
+        "Has somebody taken a picture of {x} or of {y}?", "Could it be {x}, or is it {y}?",
+        "Am I looking at {x} or at {y}?", "Which word fits the image, {x} or {y}?",
+        "Is the thing in the image {x} or {y}?", "Between {x} and {y}, what do you recognise here?",
+        "Some say {x}, others say {y}. Who is right?", "Pick what you see: {x} or {y}?",
+        "Which describes the photograph, {x} or {y}?", "Is what we have here {x} or {y}?",
+    ),
 }  # fmt: skip
+# In which a benchmark asks for the edit. Choices between two names are not trained on.
+ASKED: dict[str, tuple[str, ...]] = {
+    "what": TRAINED["what"],
+    "caption": TRAINED["caption"],
+    "choice": ("Is this {x} or {y}?", "Which of the two is it, {x} or {y}?"),
+}
+
+
+def fill(wording: str, first: str = "", second: str = "") -> str:
+    """The wording with two nouns in it."""
+    return wording.format(x=first, X=first[:1].upper() + first[1:], y=second)
