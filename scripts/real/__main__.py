@@ -66,7 +66,7 @@ def convert(into: Path, found: dict[str, Path], sources: dict[str, str]) -> None
     """Writes the folder; until the end it has no index, so that nothing takes it for whole."""
     for stale in (place.INDEX, place.RECORD):
         (into / stale).unlink(missing_ok=True)
-    with show_progress({"vision tower": 1, "reading GGUF": 1, "language model": 272}) as tick:
+    with show_progress({"vision tower": 1, "reading GGUF": 1}) as tick:
         tower, _ = convert_tower(load_state(found[TOWER.module], "EfficientNet-Lite2's weights"))
         place.save_shard(into, place.VISION, tower)
         tick("vision tower", 1)

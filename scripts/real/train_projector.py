@@ -60,7 +60,6 @@ from unike.types import UserError
 ROOT = Path(__file__).resolve().parents[2]
 # Share of the steps that are about scenes, and weight of stage 0's loss in stage 1.
 SCENES_SHARE, NAMES_WEIGHT = 0.35, 0.3
-HELD_SCENES = 200
 WARMUP = 20
 QUESTION = "What is this?"
 State = dict[str, torch.Tensor]
@@ -188,7 +187,7 @@ class Course:
         self._resume()
         started = time.monotonic() - self.progress.seconds
         losses: list[float] = []
-        if self.progress.step == 0:
+        if self.progress.best < 0:
             self._check(log, losses, started)
         while not self._is_over(time.monotonic() - started):
             losses.append(self._step())
