@@ -2,8 +2,8 @@
 
     python -m scripts.real.seeing --images photos --json seen.json
 
-Photographs are split as in the projector's training, by what its ``projector.json`` says. An answer is right if
-it is the name, as VQA compares answers; it is among the five if one of the five likeliest answers is (beam
+Photographs are split as in the projector's training, by what its ``projector.json`` says. An answer is right
+if it is the name, as VQA compares answers; it is among the five if one of the five likeliest answers is (beam
 search). Scenes are drawn for this, of common objects; they are asked about in trained and in other wordings.
 """
 
@@ -45,7 +45,7 @@ OBJECT_KINDS = ("what", "left", "right", "category")
 
 @dataclass(frozen=True)
 class Seen:
-    """The share of right answers ``exact`` to ``count`` questions, and of those with the right one among five.
+    """The share of right answers ``exact`` to ``count`` questions, and of those with one among five.
     ``low`` and ``high`` are the 95% interval of ``exact`` (Wilson 1927)."""
 
     about: str
