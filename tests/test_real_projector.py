@@ -10,12 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from todays import save_folder, todays_spec
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from scripts.real import wordings
+from scripts.real import train_projector, wordings
 from scripts.real.answering import Lesson, Teacher
+from scripts.real.folder import read_about
 from scripts.real.names import embed_names, make_projector, read_class_names
 from scripts.real.photos import SPLITS, read_photos, split_photos
 from scripts.real.scoring import (
@@ -299,6 +301,37 @@ def test_a_course_ends_with_its_patience_and_its_time(backbone, tmp_path: Path) 
     late = make_course(backbone, tmp_path / "b", 40, max_seconds=0.0)
     late.run(tmp_path / "b" / "log.jsonl")
     assert late.progress.step == 0
+
+
+def test_the_command_trains_and_goes_on(backbone, tmp_path: Path, monkeypatch, capsys) -> None:
+    """Whole runs on a random backbone, whose projector stands in for the packages' one."""
+    names = [f"thing {i}" for i in range(20)]
+    state = {k: v.detach().clone() for k, v in backbone.projection.state_dict().items()}
+    monkeypatch.setattr(train_projector, "start_projector", lambda home: (dict(state), list(names)))
+    yaml = tmp_path / "mini.yaml"
+    folder = save_folder(tmp_path / "smol", "smol")
+    yaml.write_text(f"model_name: smol\nname: {folder}\nmethod: ft\nlayers: 1\n")
+    photos = save_photos(tmp_path / "photos", ("goldfish", "red_fox", "harp", "thing_3", "owl"))
+    argv = ["--images", str(photos), "--hparams_dir", str(yaml), "--work", str(tmp_path / "work"), "--scenes"]
+    argv += ["0", "--views", "2", "--held_names", "0", "--epochs", "2", "--check_every", "2", "--batch", "3"]
+    argv += ["--out", str(tmp_path / "out"), "--dtype", "float32", "--patience", "99"]
+    assert train_projector.run([*argv, "--steps", "2"]) == 0
+    about = read_about(tmp_path / "out")
+    assert list(about.names[:20]) == names
+    assert set(about.names[20:]) == {"goldfish", "red fox", "harp", "owl"}
+    assert about.trained["photographs"] == {"train": 10, "held_photographs": 5, "held_names": 0}
+    tensors = load_file(tmp_path / "out" / "projector.safetensors")
+    assert tensors["multi_modal_projector.scores.weight"].shape == (24, 24)
+    assert not [text for text in (str(photos), str(tmp_path)) if text in str(about.trained)]
+    assert train_projector.run([*argv, "--steps", "4"]) == 0
+    assert [line["step"] for line in read_log(tmp_path / "work" / "seed-0")] == [0, 2, 4]
+    assert read_about(tmp_path / "out").trained["steps_done"] == 4
+    # Of the features, nothing was computed again.
+    assert len(list((tmp_path / "work" / "features").rglob("rows-*"))) == 3
+    llava = str(Path(__file__).parents[1] / "hparams/llava.yaml")
+    wrong = [llava if word == str(yaml) else word for word in argv]
+    with pytest.raises(UserError, match="model_name: llava; expected smol"):
+        train_projector.run(wrong)
 
 
 def test_a_lesson_asks_one_question_with_each_images_own_answer() -> None:

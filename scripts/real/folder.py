@@ -51,13 +51,13 @@ def save_shard(folder: Path, file: str, tensors: Mapping[str, torch.Tensor]) -> 
         save_file(named, temporary, metadata={"format": "pt"})
 
 
-def load_shard(folder: Path, file: str) -> dict[str, torch.Tensor]:
-    """A shard's tensors in float32, without their prefix. UserError where it is missing."""
+def load_tensor(folder: Path, file: str, name: str) -> torch.Tensor:
+    """A tensor of a shard in float32. UserError where the shard is missing."""
     if not (folder / file).is_file():
         raise UserError(f"{folder / file}: is missing; run python -m scripts.real")
     with safe_open(folder / file, framework="pt") as opened:
-        names = list(opened.keys())
-        return {name.removeprefix(_PREFIXES[file]): opened.get_tensor(name).float() for name in names}
+        tensor: torch.Tensor = opened.get_tensor(f"{_PREFIXES[file]}{name}")
+        return tensor.float()
 
 
 def save_projector(folder: Path, tensors: Mapping[str, torch.Tensor], about: About) -> None:

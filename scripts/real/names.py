@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from scripts.real.folder import LANGUAGE, load_shard
+from scripts.real.folder import LANGUAGE, load_tensor
 from scripts.real.packages import CLASSES, TOWER, find_part
 from scripts.real.tower import convert_tower
 from unike.backbones.checkpoint_files import load_state
@@ -72,7 +72,7 @@ def start_projector(folder: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
     UserError where a package or the language model is missing.
     """
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    embeddings = load_shard(folder, LANGUAGE)["model.embed_tokens.weight"]
+    embeddings = load_tensor(folder, LANGUAGE, "model.embed_tokens.weight")
     _, classifier = convert_tower(load_state(find_part(TOWER), "EfficientNet-Lite2's weights"))
     names = read_class_names(find_part(CLASSES))
     words = embed_names(names, tokenizer, embeddings, SLOTS)

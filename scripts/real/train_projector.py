@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 
 from scripts.real import folder as place
 from scripts.real.answering import Lesson, Teacher
-from scripts.real.names import PROJECTOR_HIDDEN, SLOTS, embed_names, start_projector
+from scripts.real.names import embed_names, start_projector
 from scripts.real.photos import SPLITS, Photo, read_photos, split_photos
 from scripts.real.scenes import DrawnScene, draw_scenes, group_facts, word_question
 from scripts.real.scoring import (
@@ -50,6 +50,7 @@ from unike.datasets.answers import normalise_answer
 from unike.datasets.images import open_image
 from unike.datasets.mmedit import VQA_TEMPLATE, wrap_prompt
 from unike.system.arguments import ArgumentParser
+from unike.system.faults import release_memory
 from unike.system.files import replace_atomically, write_json
 from unike.system.findings import require
 from unike.system.launching import run_guarded
@@ -295,8 +296,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--views", type=int, default=4, help="views of each photograph: %(default)s")
     add("--scenes", type=int, default=1500, help="drawn scenes: %(default)s")
     add("--held_names", type=float, default=0.08, help="share of names kept from training: %(default)s")
-    add("--epochs", type=int, default=12, help="of stage 0: %(default)s")
-    add("--steps", type=int, default=2000, help="most steps of stage 1: %(default)s")
+    add("--epochs", type=int, default=30, help="of stage 0: %(default)s")
+    add("--steps", type=int, default=1200, help="most steps of stage 1: %(default)s")
     add("--batch", type=int, default=16, help="images in a step of stage 1: %(default)s")
     add("--lr", type=float, default=1e-3, help="of stage 1: %(default)s")
     add("--dropout", type=float, default=0.1, help="of features: %(default)s")
@@ -334,6 +335,8 @@ def run(argv: Sequence[str]) -> int:
     found = gather(ViewStore(work / "features", backbone), split, args)
     state, names = start_projector(home)
     state, names, material = _add_all_names(backbone, state, names, found, split)
+    # What the tower used.
+    release_memory()
     state, accuracies = train_scores(
         state, material.views, material.held, ScoringOptions(epochs=args.epochs), args.seed
     )
@@ -349,7 +352,10 @@ def run(argv: Sequence[str]) -> int:
         "kept_step": course.progress.best_step,
         "held_exact": course.progress.best,
     }
-    about = place.About(names, SLOTS, PROJECTOR_HIDDEN, backbone.vision.tower.grid, trained)
+    projector = course.projector
+    about = place.About(
+        names, projector.slots, projector.inner.out_features, backbone.vision.tower.grid, trained
+    )
     out.mkdir(parents=True, exist_ok=True)
     place.save_projector(out, course.best, about)
     write_json(folder / "trained.json", trained)
@@ -376,7 +382,8 @@ def _add_all_names(
     material = make_material(photos, shown, held, scenes, split, index)
     if new:
         embeddings = backbone.decoder.get_input_embeddings().weight
-        words = embed_names(new, backbone.tokenizer, embeddings, SLOTS)
+        slots = len(state["words.weight"]) // embeddings.shape[1]
+        words = embed_names(new, backbone.tokenizer, embeddings, slots)
         state = add_names(state, words, material.views[0])
     return state, [*names, *new], material
 
