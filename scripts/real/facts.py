@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -47,14 +47,17 @@ def list_facts(seed: int = 0) -> list[Fact]:
     return [*FACTS, *_MORE, *((fact.ask(rng), fact.answer) for fact in list_text_facts())]
 
 
-def keep_known(backbone: Backbone, facts: Sequence[Fact]) -> list[Fact]:
-    """The facts whose answer is in what the backbone says."""
+def keep_known(
+    backbone: Backbone, facts: Sequence[Fact], tick: Callable[[int], object] = lambda n: None
+) -> list[Fact]:
+    """The facts whose answer is in what the backbone says; ``tick`` is called with how many were asked."""
     known = []
     for start in range(0, len(facts), BATCH):
         part = facts[start : start + BATCH]
         prompts = [wrap_prompt(VQA_TEMPLATE, question) for question, _ in part]
         said = backbone.generate([None] * len(part), prompts)
         known += [fact for fact, text in zip(part, said, strict=True) if mentions(text, fact[1])]
+        tick(len(part))
     return known
 
 

@@ -62,7 +62,9 @@ def make(
     backbone: VisionLanguageBackbone, photos: Sequence[Photo], root: Path, into: Path, count: int, seed: int
 ) -> dict[str, Counter[str]]:
     """Writes the benchmark into a new folder; the number of records by file and kind."""
-    facts = keep_known(backbone, list_facts(seed))
+    asked = list_facts(seed)
+    with show_progress({"facts": len(asked)}) as tick:
+        facts = keep_known(backbone, asked, lambda n: tick("facts", n))
     if len(facts) < len(SHARES):
         raise UserError(f"facts: the language model knows {len(facts)}; expected {len(SHARES)} or more")
     counts: dict[str, Counter[str]] = {}
