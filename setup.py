@@ -19,7 +19,7 @@ SHIPPED = (
     "data/example/**/*",
     # Commands of a checkout that ``unike`` starts, and the drawing code, with what these import.
     *(f"scripts/{name}.py" for name in ("__init__", "base_styles", "pages", "plan", "plan_file", "prepare")),
-    *(f"scripts/{name}.py" for name in ("tables", "workers")),
+    *(f"scripts/{name}.py" for name in ("tables", "trainings", "workers")),
     "scripts/tiny/*.py",
     "scripts/tiny/objects.tsv",
 )

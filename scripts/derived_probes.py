@@ -69,7 +69,7 @@ def make_table(counts: Mapping[str, CellCount], total: int, edited: int) -> Tabl
     title = f"{edited} of {total} records edited, stand-in images"
     table = Table(title=title, box=box.SIMPLE_HEAD)
     table.add_column("cell")
-    for column in ("records with it", "of those edited", "asked, forced", "asked, generated"):
+    for column in ("records with it", "of those edited", "scored, forced", "scored, generated"):
         table.add_column(column, justify="right")
     for cell, count in counts.items():
         table.add_row(cell, *map(str, (count.derived, count.wanted, count.forced, count.generated)))
@@ -111,7 +111,7 @@ def run(args: argparse.Namespace) -> int:
     if lost := [
         cell for cell, count in counts.items() if not count.wanted == count.forced == count.generated
     ]:
-        print(f"not asked of every record that has them: {', '.join(lost)}", file=sys.stderr)
+        print(f"not scored for every record that has them: {', '.join(lost)}", file=sys.stderr)
         return 1
     return 0
 

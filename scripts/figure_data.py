@@ -5,21 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 
 from scripts.plan import Run, load_records
 from unike import runs
-from unike.backbones import load_backbone
 from unike.config.hparams import HyperParams
 from unike.datasets.mmedit import VQA_TEMPLATE
 from unike.datasets.triplets import Triplet, make_triplets
 from unike.evaluation.metrics import bootstrap_interval
 from unike.evaluation.record import Record
-from unike.methods import build, resolve_needs
-from unike.methods.preparation.knowledge import extract_states, find_knowledge, load_states
+from unike.methods import resolve_needs
 from unike.report.paper import published
 from unike.report.paper.figures import (
     EditedAnswer,
@@ -35,6 +32,9 @@ from unike.runs import checks, inputs
 from unike.runs.drawing import wants_drawing
 from unike.system import findings
 from unike.types import Case, UserError
+
+if TYPE_CHECKING:
+    import torch
 
 GENERALITY, LOCALITY = ("t_generality", "m_generality"), ("t_locality", "m_locality")
 MEANS = {"generality": GENERALITY, "locality": LOCALITY}
@@ -174,6 +174,13 @@ def compute_spaces(
 ) -> tuple[dict[str, Space], int, int]:
     """The raw, semantic and truthfulness space of one edited layer (default: the last), the number of
     triplets in them, and the layer. UserError if ``layer`` is not an edited one."""
+    # On first use, as below: bad input is said before the seconds that they take.
+    import torch
+
+    from unike.backbones import load_backbone
+    from unike.methods import build
+    from unike.methods.preparation.knowledge import extract_states, find_knowledge, load_states
+
     backbone = load_backbone(hparams)
     layers = build(hparams).layers(backbone)
     if layer is not None and layer not in layers:
@@ -199,6 +206,9 @@ def compute_spaces(
 def embed(right: torch.Tensor, wrong: torch.Tensor, seed: int) -> Space:
     """``right`` and ``wrong`` ``(n, d)`` in the plane by t-SNE over cosine distance. The note has figures of
     the space itself, before the embedding."""
+    import torch
+    import torch.nn.functional as F
+
     points = torch.cat([right, wrong]).double().cpu()
     sklearn = require("sklearn.manifold")
     perplexity = min(30.0, (len(points) - 1) / 3)
@@ -213,6 +223,9 @@ def count_neighbours(right: torch.Tensor, wrong: torch.Tensor) -> tuple[float, f
     """Two shares of all states, by cosine, in percent: those whose nearest state is the same question's
     other answer; and, with that one excluded, the ``NEIGHBOURS`` nearest that have the same truth (50 by
     chance). Both arguments ``(n, d)``, at least two rows."""
+    import torch
+    import torch.nn.functional as F
+
     n = len(right)
     points = F.normalize(torch.cat([right, wrong]).double(), dim=-1)
     near = (points @ points.T).fill_diagonal_(-torch.inf)

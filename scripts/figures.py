@@ -41,11 +41,14 @@ TABLES = {
     "4c": "collaboration",
     "5b": "figure5b",
     "7": "figure5b",
+    "hero": "figure5b",
 }
 NAMES = ("2a", "4a", "4b", "4c", "5a", "5b", "7")
+# The README's: ``--figures hero --backbones tiny_blip2 --write README.md``.
+HERO = "hero"
 VARIANTS = {"UniKE + scope gate": "with gate", "UniKE": "preset"}
 # The edits of each task's file that are shown as examples, by figure.
-EXAMPLES = {"5b": (0, 2), "7": (2, 5)}
+EXAMPLES = {"5b": (0, 2), "7": (2, 5), HERO: (0, 1)}
 NOT_COMPARABLE = "full-size models, not comparable with these toy models"
 BARS = "bars are 95% bootstrap intervals over records"
 MEANS = "generality is the mean of T-Gen and M-Gen, locality of T-Loc and M-Loc"
@@ -57,6 +60,7 @@ class PaperFigure:
 
     images: Mapping[str, Any]
     caption: str
+    alt: str = ""
 
 
 def plan_runs(args: argparse.Namespace) -> dict[str, list[Run]]:
@@ -144,15 +148,22 @@ def draw_examples(planned: Sequence[Run], name: str = "5b") -> PaperFigure:
         own = [run for run in planned if run.backbone == backbone]
         found = data.collect_examples(own, VARIANTS, first, last)
         images[f"figure{name}-{backbone}"] = figures.draw_examples(found)
+    count = f"edits {first + 1} to {last}" if last > first + 1 else f"edit {last}"
     shown = ", ".join(data.name_backbone(h) for h in {r.backbone: r.hparams for r in planned}.values())
     seeds = ", ".join(str(s) for s in sorted({run.hparams.seed for run in planned}))
     caption = (
-        f"edits {first + 1} to {last} of each task's eval split ({shown}), answers generated before and "
-        f"after; the first three columns should give the target, the last two the answer before the edit; "
+        f"{count} of each task's eval split ({shown}), answers generated before and after; the first three "
+        f"columns should give the target, the last two the answer before the edit; "
         f"{figures.PASS_MARK}: passes, {figures.FAIL_MARK}: fails; with gate: the row UniKE + scope "
         f"gate; preset: the paper's settings; seed {seeds}"
     )
     return PaperFigure(images, caption)
+
+
+def draw_hero(planned: Sequence[Run]) -> PaperFigure:
+    drawn = draw_examples(planned, HERO)
+    alt = "An edit of each task: image, question, the answers before and after, and what should not change"
+    return PaperFigure(drawn.images, drawn.caption, alt)
 
 
 DRAW: Mapping[str, Callable[[Sequence[Run]], PaperFigure]] = {
@@ -162,17 +173,20 @@ DRAW: Mapping[str, Callable[[Sequence[Run]], PaperFigure]] = {
     "4c": draw_zeta,
     "5b": draw_examples,
     "7": functools.partial(draw_examples, name="7"),
+    HERO: draw_hero,
 }
 
 
 def format_block(name: str, drawn: PaperFigure, files: Sequence[Path], document: Path) -> str:
     """Markdown of a figure: its images, linked from the document, and its caption."""
     links = [
-        f"![Figure {name}]({Path(os.path.relpath(f, document.parent)).as_posix()})"
+        f"![{drawn.alt or f'Figure {name}'}]({Path(os.path.relpath(f, document.parent)).as_posix()})"
         for f in files
         if f.suffix == ".png"
     ]
-    return "\n\n".join([*links, f"Figure {name}: {drawn.caption}."])
+    # The README's has no number.
+    title = "" if name == HERO else f"Figure {name}: "
+    return "\n\n".join([*links, f"{title}{drawn.caption}."])
 
 
 def insert_blocks(document: Path, blocks: Mapping[str, str]) -> str:
@@ -241,10 +255,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--figures",
         nargs="+",
-        choices=NAMES,
+        choices=(*NAMES, HERO),
         default=list(NAMES),
         metavar="NAME",
-        help=f"which ones: {' '.join(NAMES)} (default: all)",
+        help=f"which ones: {' '.join(NAMES)} (default: all of them), or the README's: {HERO}",
     )
     parser.add_argument("--backbones", nargs="+", default=list(BACKBONES), metavar="NAME")
     parser.add_argument("--size", type=int, metavar="N", help="records of each run and triplets of figure 5a")

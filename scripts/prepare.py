@@ -13,7 +13,7 @@ import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.table import Table
@@ -21,12 +21,9 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from unike import runs
-from unike.backbones import Backbone, load_backbone
 from unike.config.hparams import HyperParams
-from unike.methods import MethodNeeds, build, resolve_needs
+from unike.methods import MethodNeeds, resolve_needs
 from unike.methods.preparation.folders import find_editor, find_scope_classifier, wants_cases
-from unike.methods.preparation.knowledge import find_knowledge
-from unike.methods.preparation.wrong_answers import describe_sources
 from unike.methods.registry import resolve_needs_if_valid
 from unike.report.terminal import as_text
 from unike.runs import checks, inputs
@@ -37,6 +34,9 @@ from unike.system import launching, processes
 from unike.system.arguments import ArgumentParser
 from unike.system.findings import Finding, collect_problems, require
 from unike.types import UserError
+
+if TYPE_CHECKING:
+    from unike.backbones import Backbone
 
 
 def make_fit_table(fits: Mapping[str, Mapping[str, float]], title: str) -> Table:
@@ -82,6 +82,9 @@ def report_check(hparams: HyperParams) -> int:
 
 def load(hparams: HyperParams) -> Backbone:
     """Loads the backbone in every process, and draws its train data in one of them."""
+    # On first use, as below: bad input is said before the seconds that they take.
+    from unike.backbones import load_backbone
+
     backbone = processes.run_everywhere(lambda: load_backbone(hparams))
     if wants_drawing(hparams):
         from scripts.tiny import make_data
@@ -127,6 +130,10 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
     needs = resolve_needs(hparams)
     if needs.training:
         return train_editor(hparams, needs, args.skip_broken)
+    from unike.methods import build
+    from unike.methods.preparation.knowledge import find_knowledge
+    from unike.methods.preparation.wrong_answers import describe_sources
+
     if not needs.knowledge and not needs.scope:
         raise UserError(f"{hparams.source}: method: {hparams.method} with these options needs no knowledge")
     backbone = load(hparams)

@@ -21,13 +21,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from scripts.base_styles import measure_styles
 from scripts.pages import check_pages, rewrite_pages
 from scripts.plan import BACKBONES, OUTPUT, PLAN, Run, TablePlan, pool_runs, read_plan, read_tables
+from scripts.trainings import read_trainings
 from scripts.workers import WorkOutcome, ensure
 from unike.report.measures import Row
 from unike.report.paper import published
 from unike.report.paper.averages import average_blocks
 from unike.report.paper.grids import write_latex, write_markdown
+from unike.report.paper.home import write_home
 from unike.report.paper.short import write_short
-from unike.report.paper.tables import FORMATS, LEGEND, Block, csv_rows, latex, markdown
+from unike.report.paper.tables import FORMATS, LEGEND, TASK_TITLES, Block, csv_rows, latex, markdown
 from unike.system.arguments import ArgumentParser
 from unike.system.findings import collect_problems
 from unike.system.launching import count_most_processes, run_guarded
@@ -36,7 +38,8 @@ from unike.system.places import require_folder
 from unike.system.shipped import find_shipped
 from unike.types import UserError
 
-TASK_TITLES = {"vqa": "E-VQA", "caption": "E-IC", "cross": "E-VQA and E-IC interleaved"}
+# The table that the README shows six rows of.
+HOME = "1"
 
 
 Styles = Mapping[str, Mapping[str, float]]
@@ -65,6 +68,8 @@ def _make_block(group: Sequence[Run], plan: TablePlan, styles: Styles) -> Block:
     title = (
         f"{published.FAMILY_TITLES[hp.model_name]} ({run.backbone}), {TASK_TITLES[run.task]}, {edits}{drawn}"
     )
+    # A backbone's tasks and lengths share what is trained.
+    once = run.task == plan.tasks[0] and run.length == min(plan.lengths)
     last = plan.paper == published.LIFELONG and run.task == "vqa" and run.length == max(plan.lengths)
     return Block(
         run.table,
@@ -72,7 +77,7 @@ def _make_block(group: Sequence[Run], plan: TablePlan, styles: Styles) -> Block:
         run.backbone,
         run.task,
         run.length,
-        tuple(_make_row(some, figures) for some in by_row.values()),
+        tuple(_make_row(some, figures, once) for some in by_row.values()),
         label=published.choose_label(plan.paper) if plan.paper else "paper",
         reference=plan.reference,
         extras=plan.extras,
@@ -84,7 +89,7 @@ def _make_block(group: Sequence[Run], plan: TablePlan, styles: Styles) -> Block:
     )
 
 
-def _make_row(planned: Sequence[Run], figures: published.Figures) -> Row:
+def _make_row(planned: Sequence[Run], figures: published.Figures, with_trainings: bool) -> Row:
     run, pool = planned[0], pool_runs(planned)
     return Row(
         run.row.name,
@@ -97,6 +102,7 @@ def _make_row(planned: Sequence[Run], figures: published.Figures) -> Row:
         pool.strata,
         pool.by_seed,
         run.row.gate_of,
+        read_trainings(planned) if with_trainings else (),
     )
 
 
@@ -218,7 +224,8 @@ def run(args: argparse.Namespace) -> int:
     code = report_outcome(outcome)
     if args.write is not None and code == 0:
         sections, shorts = render_sections(blocks, plans), render_shorts(blocks, plans, args.plan)
-        for page, text in rewrite_pages(args.write, sections, shorts).items():
+        homes = {HOME: write_home([b for b in blocks if b.table == HOME], "docs/results/table1.md")}
+        for page, text in rewrite_pages(args.write, sections, shorts, homes).items():
             page.write_text(text, encoding="utf-8")
     return code
 

@@ -27,7 +27,6 @@ from scripts.tables import report_outcome
 from scripts.tuning import Entry, Trial, TuningPlan
 from scripts.workers import WorkOutcome, count_jobs, ensure
 from unike.config.hparams import HyperParams
-from unike.methods.meta_training import CAP
 from unike.methods.registry import resolve_needs
 from unike.runs.drawing import check_drawing, get_drawing_folder, list_missing_splits, wants_drawing
 from unike.system.findings import collect_problems
@@ -142,6 +141,8 @@ def render(work: Work, plan: TuningPlan) -> str:
         *(_render_row(trial, entry, names, plan.mode) for trial, entry in found),
         "",
     ]
+    from unike.methods.meta_training import CAP
+
     winner = choose_winner([entry for _, entry in found if entry is not None])
     if winner is None:
         lines.append("no winner: no trial is finished")

@@ -20,24 +20,24 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from tqdm import tqdm
 
 from scripts.plan import Run, is_complete, name_protocol
 from unike import runs
-from unike.backbones import load_backbone
-from unike.backbones.prefix import PrefixCache
 from unike.config.hparams import OPTIONS
-from unike.evaluation.reader import Reader
 from unike.runs import checks, inputs
 from unike.runs.drawing import wants_drawing
-from unike.runs.parts import Parts
 from unike.runs.records import read_manifest
 from unike.system import findings
 from unike.system.launching import count_cores, die_with_parent, ignore_interrupts, share_cores
 from unike.types import UserError
+
+if TYPE_CHECKING:
+    from unike.backbones.prefix import PrefixCache
+    from unike.evaluation.reader import Reader
+    from unike.runs.parts import Parts
 
 PATIENCE = 60.0
 # Groups of options whose numbers decide how an edit is made, not which inputs it needs.
@@ -93,6 +93,8 @@ def ensure(
 
 def count_jobs() -> int:
     """One process per core that this one may use; a GPU is not shared."""
+    import torch
+
     return 1 if torch.cuda.is_available() else count_cores()
 
 
@@ -197,6 +199,9 @@ class _Readers:
 
 def run_group(group: Sequence[Run], lock: Any, report: Report, stopped: Callable[[], bool]) -> None:
     """Runs a group's rows one by one; a row that fails is reported, and the next one follows."""
+    # On first use, as torch above: bad input is said before the seconds that they take.
+    from unike.backbones import load_backbone
+
     first = group[0]
     try:
         backbone = load_backbone(first.hparams)

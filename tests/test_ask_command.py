@@ -57,7 +57,7 @@ def test_the_command_says_what_the_editor_says(
     assert json.loads(done.stdout) == json.loads(json.dumps(asked.to_dict()))
     shown = command(blip2_project, "--edits", str(folder), "--image", picture, "what is it?")
     assert shown.returncode == 0, shown.stderr
-    for text in (f"before  {asked.before}", f"after   {asked.after}", "2 of 2 edits", asked.edits[0].id):
+    for text in (f"before   {asked.before}", f"after    {asked.after}", "2 of 2 edits", asked.edits[0].id):
         assert text in shown.stdout
 
 

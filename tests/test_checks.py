@@ -12,7 +12,6 @@ from helpers import Project, record
 from test_run_edit import BAD as BAD_INPUT
 from test_run_edit import no_picture, no_weights, start, unknown_method
 
-from scripts.tiny import make_data
 from unike.runs import checks, packages
 from unike.runs.records import MANIFEST, RecordWriter
 from unike.system.files import write_index
@@ -423,7 +422,6 @@ def loading(monkeypatch: pytest.MonkeyPatch) -> None:
         "unike.system.launching.launch",
     ):
         monkeypatch.setattr(place, load)
-    monkeypatch.setattr(make_data, "load_backbone", load)
 
 
 def list_files(root: Path) -> dict[Path, bytes | None]:

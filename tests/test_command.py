@@ -159,6 +159,18 @@ def test_a_list_does_not_wait_for_torch() -> None:
     assert done.stdout.splitlines()[-1] == "[0, 0, 2] False"
 
 
+def test_commands_of_a_checkout_do_not_wait_for_torch() -> None:
+    code = (
+        "import sys; from scripts import derived_probes, figures, prepare, tables, tune, winners; "
+        "print('torch' in sys.modules); "
+        "from scripts import workers; workers.count_jobs(); print('torch' in sys.modules); "
+        "import scripts.tiny.make_data; print('transformers' in sys.modules)"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.stdout.split() == ["False", "True", "False"]
+
+
 def test_the_package_shows_its_public_names() -> None:
     assert dir(unike) == sorted(unike.__all__)
     assert all(getattr(unike, name) is not None for name in dir(unike))

@@ -263,8 +263,8 @@ def test_edits_of_which_no_question_can_be_asked(copied: Project, capsys) -> Non
     capsys.readouterr()
     assert edits_main(command) == 1
     shown = capsys.readouterr()
-    assert "0 of 0 questions get their target; 1 left out" in shown.out
-    assert shown.err.splitlines()[-1] == "error: no question could be asked"
+    assert "0 of 0 answers equal the target; 1 left out" in shown.out
+    assert shown.err.splitlines()[-1] == "error: no question could be evaluated"
     # Another question needs none of theirs.
     assert edits_main([*command, "--prompt", "fox"]) == 0
 
@@ -288,7 +288,7 @@ def test_nothing_is_drawn_for_such_arguments(
     tmp_path: Path, capsys, monkeypatch, arguments: list[str], expected: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(make_data, "load_backbone", None)
+    monkeypatch.setattr("unike.backbones.load_backbone", None)
     assert draw(*arguments) == 2
     assert expected in errors(capsys)[0]
     assert list_all(tmp_path) == {}
@@ -296,7 +296,7 @@ def test_nothing_is_drawn_for_such_arguments(
 
 def test_drawing_leaves_the_working_folder_alone(tmp_path: Path, monkeypatch) -> None:
     made_in: list[Path] = []
-    monkeypatch.setattr(make_data, "load_backbone", lambda _: None)
+    monkeypatch.setattr("unike.backbones.load_backbone", lambda _: None)
     monkeypatch.setattr(scenes, "load_textures", lambda cache: made_in.append(cache) or {})
     monkeypatch.setattr(make_data.Artist, "__init__", lambda *_: (_ for _ in ()).throw(UserError("enough")))
     monkeypatch.chdir(tmp_path)

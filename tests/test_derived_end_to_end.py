@@ -143,7 +143,7 @@ def test_a_cell_that_was_not_asked_is_reported(annotations, tmp_path, capsys, mo
 
     monkeypatch.setattr(derived_probes, "read_records", read_without)
     assert run_command(annotations, tmp_path / "made", "--size", "2") == 1
-    assert capsys.readouterr().err.endswith("not asked of every record that has them: t1_i2\n")
+    assert capsys.readouterr().err.endswith("not scored for every record that has them: t1_i2\n")
 
 
 def test_cells_are_counted_by_the_records_that_were_edited(annotations: Path) -> None:

@@ -211,7 +211,7 @@ def test_preparing_checks_before_it_loads(copied: Project, capsys, monkeypatch, 
     from scripts import prepare
 
     monkeypatch.chdir(copied.root)
-    monkeypatch.setattr(prepare, "load_backbone", None)
+    monkeypatch.setattr("unike.backbones.load_backbone", None)
     gone = copied.root / "nope"
     assert prepare.main(["--hparams_dir", str(copied.yaml), *more, f"image_root={gone}"]) == 2
     assert any(f"image_root: {gone}: no such folder" in line for line in errors(capsys))

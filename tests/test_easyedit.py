@@ -348,7 +348,7 @@ def test_questions_without_a_template_are_said_to_be_wrapped(
     theirs = MultimodalEditor(editor.hparams, editor.backbone, progress=False)
     ds = VQADataset(str(blip2_project.data / "vqa_eval.json"), 1, editor.hparams)
     metrics, _, _ = theirs.edit_dataset(ds, generated=False)
-    assert "EasyEdit asks them bare" in caplog.text
+    assert "EasyEdit uses bare ones" in caplog.text
     bare, _, _ = theirs.edit_dataset(ds, template="{}", generated=False)
     assert bare[0]["requested_rewrite"]["prompt"] == "what is number 5?"
     assert metrics[0]["requested_rewrite"]["prompt"] == TEMPLATE.replace("{}", "what is number 5?")

@@ -215,11 +215,11 @@ def test_a_run_keeps_its_edits_and_they_apply(copied: Project, capsys) -> None:
     assert tuple(str(next(column.cells)) for column in table.columns) == tuple(map(one_line, row))
     assert answers["before"] != answers["after"]
     assert words.startswith("1 edits attached; ")
-    assert words.endswith("of 1 questions get their target")
+    assert words.endswith("of 1 answers equal the target")
     Path(store.read(told["id"]).origins[0].image or "").rename(copied.root / "moved.png")
     table, words = apply_edits(store, parse_arguments(command))
     assert str(next(table.columns[3].cells)) == "(its image is gone)"
-    assert words == "1 edits attached; 0 of 0 questions get their target; 1 left out"
+    assert words == "1 edits attached; 0 of 0 answers equal the target; 1 left out"
     other = [*options[:3], str(copied.root / "other"), *options[4:]]
     assert start(copied, *other, "protocol=sequential", "sequence_length=2", "sequences=2") == 2
     assert "expected sequences: 1" in errors(capsys)[0]

@@ -284,7 +284,7 @@ def test_sizes_and_licences_come_before_the_question(hub: StandIn, monkeypatch, 
 def test_where_nobody_can_be_asked_nothing_is_fetched(hub: StandIn, monkeypatch, capsys) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("y\n"))
     assert run_guarded(lambda: run([NAME])) == 2
-    assert only_line(capsys) == "error: nobody can be asked here: agree to sizes and licences with --yes"
+    assert only_line(capsys) == "error: no terminal to confirm in: agree to sizes and licences with --yes"
     assert not list_files()
 
 

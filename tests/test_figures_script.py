@@ -280,6 +280,15 @@ def test_all_figures_are_drawn_from_runs_and_written_into_a_document(copied: Pro
     folders = {r.folder for r in read_plan(plan, tables, ["small"], 3, copied.root / "runs")}
     assert len(folders) == 4
     before = {p: p.read_bytes() for p in (copied.root / "figures").iterdir()}
+    readme = copied.root / "README.md"
+    readme.write_text("<!-- figure hero -->\n<!-- end of figure hero -->\n")
+    assert script.main([*given[:-1], str(readme), "--figures", "hero"]) == 0
+    assert (
+        "answers before and after, and what should not change](figures/figurehero-small.png)\n\nedit 1 of"
+        in (readme.read_text())
+    )
+    for file in (copied.root / "figures").glob("figurehero-*"):
+        file.unlink()
     capsys.readouterr()
     assert script.main([*given, "--layer", "0", "--figures", "5a"]) == 2
     assert "--layer: 0" in capsys.readouterr().err

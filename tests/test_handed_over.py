@@ -344,7 +344,7 @@ def test_prompts_of_rows_stand_as_they_are_and_that_is_said(
 ) -> None:
     metrics, _, _ = editor.edit_dataset(mmedit_rows(1), generated=False)
     assert metrics[0]["requested_rewrite"]["prompt"] == "what is number 5?"
-    assert "prompts are asked as they stand" in caplog.text
+    assert "prompts are used without a template" in caplog.text
 
 
 def test_train_rows_are_taken_too(editor: MultimodalEditor, project: Project, tmp_path: Path) -> None:

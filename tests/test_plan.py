@@ -121,7 +121,7 @@ def test_rows_that_mean_the_same_run_share_it(copied: Project) -> None:
 def test_a_bad_plan_is_refused_line_by_line(
     copied: Project, rows: list, needles: list[str], capsys, monkeypatch
 ) -> None:
-    monkeypatch.setattr(workers, "load_backbone", None)
+    monkeypatch.setattr("unike.backbones.load_backbone", None)
     assert tables.main(command(copied, write_plan(copied, rows))) == 2
     lines = errors(capsys)
     assert len(lines) == len(needles)
@@ -142,7 +142,7 @@ def test_a_bad_plan_is_refused_line_by_line(
     ],
 )
 def test_bad_input_is_one_line(copied: Project, more: list[str], needle: str, capsys, monkeypatch) -> None:
-    monkeypatch.setattr(workers, "load_backbone", None)
+    monkeypatch.setattr("unike.backbones.load_backbone", None)
     assert tables.main(command(copied, write_plan(copied, [UNIKE]), *more)) == 2
     (line,) = errors(capsys)
     assert needle in line
@@ -151,7 +151,7 @@ def test_bad_input_is_one_line(copied: Project, more: list[str], needle: str, ca
 def test_missing_data_and_editors_are_found_together_before_a_model_is_loaded(
     copied: Project, capsys, monkeypatch
 ) -> None:
-    monkeypatch.setattr(workers, "load_backbone", None)
+    monkeypatch.setattr("unike.backbones.load_backbone", None)
     (copied.data / "vqa_eval.json").unlink()
     path = write_plan(copied, [UNIKE, {"name": "MEND", "yaml": "small.yaml", "set": {"method": "mend"}}])
     assert tables.main(command(copied, path)) == 2
@@ -177,7 +177,7 @@ def test_a_table_is_run_once_and_then_read(copied: Project, capsys, monkeypatch)
     assert text.startswith("prose\n<!-- table 1 -->\n\nIn percent")
     assert text.endswith("<!-- end of table 1 -->\nmore prose\n")
     assert "| UniKE |" in text
-    monkeypatch.setattr(workers, "load_backbone", None)
+    monkeypatch.setattr("unike.backbones.load_backbone", None)
     assert tables.main(whole) == 0
     assert capsys.readouterr().out == first.out
     assert page.read_text() == text

@@ -157,7 +157,7 @@ def test_a_model_in_the_hubs_cache_is_looked_at(room: Any, tmp_path: Path) -> No
     # Its configuration alone is not the model.
     os.remove(place / "snapshots" / ("a" * 40) / "model.safetensors")
     (found,) = check_spec(HyperParams(model_name="blip2", name=LLAVA).backbone)
-    assert "will be asked for it" in found.what
+    assert "will be looked for on the Hugging Face hub" in found.what
 
 
 def test_a_runs_time_grows_with_what_it_does() -> None:

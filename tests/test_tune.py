@@ -133,7 +133,7 @@ def test_settings_are_drawn_without_repetition_and_each_can_be(project: Project)
 def test_a_bad_plan_is_refused_before_a_model_is_loaded(
     project: Project, changes: dict, needles: list[str], capsys, monkeypatch
 ) -> None:
-    monkeypatch.setattr(workers, "load_backbone", None)
+    monkeypatch.setattr("unike.backbones.load_backbone", None)
     assert tune.main(command(project, write(project, **changes))) == 2
     lines = errors(capsys)
     assert len(lines) == len(needles)
@@ -156,14 +156,14 @@ def test_a_bad_plan_is_refused_before_a_model_is_loaded(
     ],
 )
 def test_bad_input_is_one_line(project: Project, more: list[str], needle: str, capsys, monkeypatch) -> None:
-    monkeypatch.setattr(workers, "load_backbone", None)
+    monkeypatch.setattr("unike.backbones.load_backbone", None)
     assert tune.main(command(project, write(project), "ft", *more)) == 2
     (line,) = errors(capsys)
     assert needle in line
 
 
 def test_the_eval_split_is_refused(project: Project, capsys, monkeypatch) -> None:
-    monkeypatch.setattr(workers, "load_backbone", None)
+    monkeypatch.setattr("unike.backbones.load_backbone", None)
     path, data = write(project), project.data
     assert tune.main(command(project, path, "ft", "--val", f"vqa={data / 'vqa_eval.json'}")) == 2
     assert "is the eval split, data.vqa.eval" in errors(capsys)[0]
@@ -228,7 +228,7 @@ def test_trials_are_run_once_and_logged(project: Project, capsys, monkeypatch) -
         assert entry["data"].keys() == {f"{t}.{s}" for t in ("vqa", "caption") for s in ("train", "val")}
     assert "| 1 | " in first
     assert f"winner: trial {tune.choose_winner(entries)['trial']}: editor_lr=" in first
-    monkeypatch.setattr(workers, "load_backbone", None)
+    monkeypatch.setattr("unike.backbones.load_backbone", None)
     assert tune.main(command(project, path, "serac")) == 0
     assert capsys.readouterr().out == first
     assert log(project, "serac") == entries
@@ -257,7 +257,7 @@ def test_what_was_computed_before_a_kill_is_logged_by_the_next_call(project: Pro
         patch.setattr(tuning, "log_finished", lambda *_: None)
         assert tune.main(command(project, path)) == 0
     assert not log(project)
-    monkeypatch.setattr(workers, "load_backbone", None)
+    monkeypatch.setattr("unike.backbones.load_backbone", None)
     assert tune.main(command(project, path)) == 0
     assert [entry["trial"] for entry in log(project)] == [1, 2]
 
@@ -345,7 +345,7 @@ def test_a_manifest_says_that_validation_was_read(project: Project) -> None:
 
 @pytest.mark.parametrize("text", ["{", "[1]\n", '{"key": 1}\n'])
 def test_a_damaged_log_is_named(project: Project, text: str, capsys, monkeypatch) -> None:
-    monkeypatch.setattr(workers, "load_backbone", None)
+    monkeypatch.setattr("unike.backbones.load_backbone", None)
     (project.root / "log").mkdir()
     (project.root / "log/small-ft.jsonl").write_text(text)
     assert tune.main(command(project, write(project))) == 2

@@ -226,7 +226,7 @@ def test_a_training_script_replaces_nothing(script: str, tmp_path: Path, monkeyp
 
 
 def test_drawing_by_hand_replaces_nothing(own: Path, capsys, monkeypatch) -> None:
-    monkeypatch.setattr(make_data, "load_backbone", None)
+    monkeypatch.setattr("unike.backbones.load_backbone", None)
     files = list_all(own)
     assert make_data.main(["--out", str(own)]) == 2
     assert any("vqa_eval.json: is there already" in line for line in errors(capsys))

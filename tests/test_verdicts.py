@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from scripts import pages
+from scripts import pages, trainings
+from unike.config.hparams import HyperParams
 from unike.evaluation.metrics import harmonic_mean
 from unike.evaluation.record import Record
 from unike.evaluation.summary import MINIMAL_METRICS, summarise
-from unike.report.measures import Row, average, compare_rows, count_least_sequences
+from unike.report.measures import Row, Training, average, compare_rows, count_least_sequences
 from unike.report.paper import published
 from unike.report.paper.averages import average_blocks
 from unike.report.paper.breakdowns import (
@@ -26,6 +29,7 @@ from unike.report.paper.breakdowns import (
     list_kinds,
     list_seeds,
     list_styles,
+    list_trainings,
 )
 from unike.report.paper.claims import (
     AS_PUBLISHED,
@@ -37,6 +41,7 @@ from unike.report.paper.claims import (
     check_gate,
     judge_distance,
 )
+from unike.report.paper.home import write_home
 from unike.report.paper.short import write_short
 from unike.report.paper.tables import NOT_COMPARABLE, Block, csv_rows, latex, markdown
 from unike.types import FIVE_METRICS, METRICS, STYLE_METRICS, UserError
@@ -339,6 +344,50 @@ def test_each_seeds_figure_is_shown_with_their_spread() -> None:
     assert list_seeds([row("FT", second(80.0), by_seed={43: summaries[43]})]).rows == ()
 
 
+def test_what_rows_trained_is_shown_once_with_what_ended_it() -> None:
+    own = Training("editor", 700, 2800, 343.4, 300, "patience")
+    shared = [
+        Training("scope classifier", n, 64 * n, 930.0, n, end) for n, end in ((9000, "cap"), (50, "patience"))
+    ]
+    rows = [row("KE", second(80.0), trainings=[own]), row("FT", second(80.0))]
+    rows += [row(name, second(80.0), trainings=shared) for name in ("FT + gate", SUBJECT)]
+    grid = list_trainings(
+        [*rows, row("SERAC + gate", second(80.0), trainings=[own._replace(steps=1), *shared])]
+    )
+    assert [(name, [cell.text for cell in cells]) for name, cells in grid.rows] == [
+        ("KE", ["editor", "2,800", "700", "300", "343", "patience"]),
+        (
+            "FT + gate (and 2 other rows)",
+            [
+                "scope classifier",
+                "576,000 / 3,200",
+                "9,000 / 50",
+                "9,000 / 50",
+                "930 / 930",
+                "cap / patience",
+            ],
+        ),
+        ("SERAC + gate", ["editor", "2,800", "1", "300", "343", "patience"]),
+    ]
+    assert list_trainings([row("FT", second(80.0))]).rows == ()
+    text = markdown(block(*rows, extras=("trainings",)))
+    assert "| KE | editor | 2,800 |" in text
+    assert "| KE | editor |" not in markdown(block(*rows))
+
+
+def test_trainings_are_read_from_the_files_beside_the_tensors(tmp_path: Path, monkeypatch) -> None:
+    told = {"step": 5, "visits": 20, "seconds": 1.5, "best_step": 4, "stopped": "patience"}
+    (tmp_path / "editor.json").write_text(json.dumps({"training": told}))
+    monkeypatch.setattr(trainings, "find_editor", lambda _: tmp_path)
+    monkeypatch.setattr(trainings, "find_scope_classifier", lambda _: None)
+    hparams = HyperParams(model_name="blip2", name="x", method="ke", editor_dir=str(tmp_path))
+    found = trainings.read_trainings([SimpleNamespace(hparams=hparams)])
+    assert found == [Training("editor", 5, 20, 1.5, 4, "patience")]
+    assert trainings.read_trainings([SimpleNamespace(hparams=replace(hparams, editor_dir=None))]) == []
+    (tmp_path / "editor.json").write_text(json.dumps({"training": {"steps": 3}}))
+    assert trainings.read_trainings([SimpleNamespace(hparams=hparams)]) == []
+
+
 # ---------------------------------------------------------------- in short, and pages
 
 
@@ -355,6 +404,45 @@ def test_a_table_in_short_says_what_is_lost_and_how_to_see_it() -> None:
     held = write_short([block(ours, row("FT", second(10.0)))], "python -m x")
     assert "- none" in held.split("Lost to")[1].split("Cannot be told from")[0]
     assert write_short([block(better)], "python -m x") == ""
+
+
+def test_the_readme_shows_six_rows_with_the_strongest_rival_found_by_hm8() -> None:
+    ours = [row("UniKE, paper preset", second(40.0), ours=True), row(SUBJECT, second(70.0), ours=True)]
+    rivals = [row("FT (last layer)", second(50.0)), row("MEND", second(90.0)), row("KE", second(60.0))]
+    first = block(*rivals, row("T-Patcher", second(80.0, joint=20.0)), *ours)
+    other = block(*rivals, row("T-Patcher", second(100.0)), *ours)
+    gated = row("T-Patcher + gate", second(95.0), gate_of="T-Patcher")
+    text = write_home([first, replace(other, rows=(*other.rows, gated))], "table1.md")
+    names = [line.split(" | ")[0].strip("| ") for line in text.splitlines() if line.startswith("| ")][2:]
+    strongest = "T-Patcher (best of the other rivals)"
+    assert names == ["the unedited model", "FT (last layer)", "MEND", strongest, *(r.name for r in ours)]
+    assert "the mean of `tiny_blip2` on E-VQA, 20 edits each." in text
+    shown = {line.split(" | ")[0].strip("| "): line for line in text.splitlines()}
+    assert shown["the unedited model"] == "| the unedited model |" + " 25.0 |" * 6
+    assert shown[ours[0].name] == f"| {ours[0].name} |" + " 40.0 |" * 6
+    hm8 = (100.0 + harmonic_mean([20.0 if m == "joint" else 80.0 for m in MINIMAL_METRICS])) / 2
+    assert shown[strongest].split(" | ")[-1].strip(" |<u>/*") == f"{hm8:.1f}"
+    assert shown["MEND"].endswith("**90.0** |")
+    # Where T-Patcher falls behind KE, KE is the strongest.
+    weak = block(*rivals, row("T-Patcher", second(30.0)), *ours)
+    assert "KE (best of the other rivals)" in write_home([weak], "table1.md")
+    assert write_home([block(*rivals, ours[0])], "table1.md") == ""
+    assert write_home([first, block(*rivals, *ours[:1], replace(ours[1], complete=False))], "x") == ""
+    assert write_home([], "x") == ""
+
+
+def test_the_readme_is_written_where_the_docs_are_a_projects(tmp_path: Path) -> None:
+    folder = tmp_path / "docs" / "results"
+    folder.mkdir(parents=True)
+    assert pages.rewrite_pages(folder, {}, {}, {"1": "six rows"}) == {}
+    readme = tmp_path / "README.md"
+    readme.write_text("a\n<!-- home 1 -->\n<!-- end of home 1 -->\n")
+    (text,) = pages.rewrite_pages(folder, {}, {}, {"1": "six rows"}).values()
+    assert text == "a\n<!-- home 1 -->\n\nsix rows\n\n<!-- end of home 1 -->\n"
+    assert pages.rewrite_pages(folder, {}, {}, {"1": ""}) == {}
+    readme.write_text("no marker")
+    with pytest.raises(UserError, match="end of home 1"):
+        pages.rewrite_pages(folder, {}, {}, {"1": "six rows"})
 
 
 def test_a_folder_has_a_page_for_each_table_and_the_first_page_beside_it(tmp_path: Path) -> None:
@@ -379,4 +467,5 @@ def test_the_shipped_pages_have_a_place_for_each_table() -> None:
     names = ["1", "2", "3", "4", "5", "collaboration", "lifelong"]
     pages.check_pages(root / "docs" / "results", names)
     shorts = dict.fromkeys(("1", "2", "3", "4", "lifelong"), "text")
-    assert root / "docs" / "results.md" in pages.rewrite_pages(root / "docs" / "results", {}, shorts)
+    written = pages.rewrite_pages(root / "docs" / "results", {}, shorts, {"1": "six rows"})
+    assert {root / "docs" / "results.md", root / "README.md"} <= set(written)

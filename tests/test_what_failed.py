@@ -151,7 +151,8 @@ def test_a_row_of_a_table_without_a_success_has_failed(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, done: int
 ) -> None:
     found = {"n": done, "failed": 2, "failures": [{"reason": "nan", "n": 2}], "interrupted": False}
-    for name in ("load_backbone", "inputs.open_datasets", "runs.assemble", "_Readers.get"):
+    monkeypatch.setattr("unike.backbones.load_backbone", lambda *_: None)
+    for name in ("inputs.open_datasets", "runs.assemble", "_Readers.get"):
         monkeypatch.setattr(f"scripts.workers.{name}", lambda *_, **__: None)
     monkeypatch.setattr(workers.runs, "open_run", lambda *_, **__: nullcontext())
     monkeypatch.setattr(workers.runs, "run_cases", lambda *_, **__: found)

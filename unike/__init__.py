@@ -6,6 +6,7 @@ from unike.system.lazy import load_attribute
 from unike.system.moved import forward_moved_modules
 
 __version__ = "0.1.0"
+"""The version of this package, as ``MAJOR.MINOR.PATCH``."""
 __all__ = [
     "HyperParams",
     "MultimodalEditor",

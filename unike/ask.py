@@ -118,11 +118,11 @@ def print_explanation(explanation: Explanation, top: int, console: Console | Non
 
     out = console or Console()
     for name, value in (
-        ("asked", explanation.prompt),
+        ("question", explanation.prompt),
         ("before", explanation.before),
         ("after", explanation.after),
     ):
-        out.print(Text(f"{name:<7} {value}"))
+        out.print(Text(f"{name:<8} {value}"))
     if not explanation.edits:
         out.print("no edit is attached")
         return

@@ -332,7 +332,7 @@ class MultimodalEditor(_Editor):
         ds = arguments[0] if arguments else named.get("ds")
         if isinstance(ds, mmedit.VQADataset) and named.get("template") is None:
             logger.warning(
-                "edit_dataset: questions are asked as %r; EasyEdit asks them bare without template=; "
+                "edit_dataset: questions are put into %r; EasyEdit uses bare ones without template=; "
                 "template='{}' does so here",
                 ds.template,
             )

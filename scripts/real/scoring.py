@@ -113,7 +113,7 @@ class ScoringOptions:
 
     epochs: int = 12
     batch: int = 64
-    lr: float = 3e-4
+    lr: float = 1e-3
     pull: float = 1e-3
     mix: float = 0.5
     dropout: float = 0.2

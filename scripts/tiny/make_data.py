@@ -19,7 +19,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
@@ -40,7 +40,6 @@ from scripts.tiny.scenes import (
     redraw,
     sample_scene,
 )
-from unike.backbones import Backbone, load_backbone
 from unike.config.hparams import HyperParams
 from unike.datasets.answers import normalise_answer
 from unike.runs.drawing import (
@@ -65,6 +64,9 @@ from unike.system.paths import check_path
 from unike.system.places import lock
 from unike.system.shipped import choose_writable
 from unike.types import UserError
+
+if TYPE_CHECKING:
+    from unike.backbones import Backbone
 
 VERSION = 1
 Style = Callable[[Image.Image], Image.Image]
@@ -302,6 +304,13 @@ def _find_artist(version: int) -> type[Artist]:
     return SecondArtist
 
 
+def _load(hparams: HyperParams | str) -> Backbone:
+    # On first use: bad input is said before the seconds that transformers takes.
+    from unike.backbones import load_backbone
+
+    return load_backbone(hparams)
+
+
 def ensure(
     hparams: HyperParams, splits: tuple[str, ...] | None = None, backbone: Backbone | None = None
 ) -> None:
@@ -315,7 +324,7 @@ def ensure(
     # Two runs started at once would each overwrite the files that the other one reads.
     with lock(get_drawing_lock(out)):
         for split in list_missing_splits(out, wanted):
-            backbone = backbone or load_backbone(hparams)
+            backbone = backbone or _load(hparams)
             print(f"drawing the bundled benchmark's {split} split into {out}", file=sys.stderr)
             version = hparams.benchmark_version
             make(backbone, out, split, get_size(split, version), hparams.seed, version=version)
@@ -345,7 +354,7 @@ def run(args: argparse.Namespace) -> int:
     out = Path(check_path(args.out, "--out", "a folder"))
     splits = tuple(dict.fromkeys(args.splits))
     require(*(lambda s=split: check_target(out, s) for split in splits))
-    backbone = load_backbone(args.hparams_dir)
+    backbone = _load(args.hparams_dir)
     for split in splits:
         count = args.records or get_size(split, args.version)
         make(backbone, out, split, count, args.seed, version=args.version)

@@ -47,7 +47,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Output:
-    """``logits [b,s,v]``: position ``t`` predicts token ``t + 1``."""
+    """``logits [b,s,v]``, unnormalised: position ``t`` predicts token ``t + 1``."""
 
     logits: torch.Tensor
 
@@ -203,16 +203,22 @@ class StateReader(Protocol):
 
 @runtime_checkable
 class Backbone(Protocol):
-    """A frozen vision-language model."""
+    """A frozen vision-language model: what methods and evaluation see of it.
+
+    Shapes: ``b`` batch, ``s`` sequence (image tokens, prompt, answer, padding), ``d`` decoder width, ``v``
+    vocabulary. ``model`` is the module of transformers, ``layout`` names the edited modules of its decoder,
+    ``prompt`` says which prompts are read now, ``max_new_tokens`` is the most tokens of an answer.
+    """
 
     model: nn.Module
     layout: DecoderLayout
     prompt: Prompt
-    # The most tokens of an answer, unless ``generate`` is given another number.
     max_new_tokens: int
 
     @property
-    def device(self) -> torch.device: ...
+    def device(self) -> torch.device:
+        """That of the embeddings and of the edited layers."""
+        ...
 
     @property
     def projection(self) -> nn.Module:
@@ -243,13 +249,25 @@ class Backbone(Protocol):
         targets: Sequence[str | None] | None = None,
         padding_side: str = "right",
         ends: Sequence[str] | None = None,
-    ) -> Batch: ...
+    ) -> Batch:
+        """The queries as one batch of ``b`` rows; an image may be None, and without ``targets`` there are no
+        answers. ``ends``, one of ``unike.types.ANSWER_ENDS`` for each row, is what follows the answer.
 
-    def __call__(self, batch: Batch) -> Output: ...
+        UserError for an image that cannot be read, ValueError for lists of different lengths.
+        """
+        ...
 
-    def prefix(self, batch: Batch, first: int) -> PrefixState: ...
+    def __call__(self, batch: Batch) -> Output:
+        """The logits of the whole decoder, ``[b,s,v]``."""
+        ...
 
-    def suffix(self, state: PrefixState) -> torch.Tensor: ...
+    def prefix(self, batch: Batch, first: int) -> PrefixState:
+        """Runs the layers below ``first``, without gradients: ``hidden [b,s,d]`` enters layer ``first``."""
+        ...
+
+    def suffix(self, state: PrefixState) -> torch.Tensor:
+        """Logits ``[b,s,v]`` of the layers from ``state.first`` on, the final norm and the head."""
+        ...
 
     def suffix_hidden(self, state: PrefixState) -> torch.Tensor:
         """``[b,s,d]``: what enters ``layout.head``, the final norm first."""
@@ -261,7 +279,10 @@ class Backbone(Protocol):
 
     def layer_inputs(
         self, attention_mask: torch.Tensor, positions: torch.Tensor | None = None
-    ) -> Mapping[str, object]: ...
+    ) -> Mapping[str, object]:
+        """The arguments of a decoder layer besides its hidden state, for a mask ``[b,s]`` and positions
+        ``[b,3,s]``."""
+        ...
 
     def generate(
         self,
@@ -269,7 +290,13 @@ class Backbone(Protocol):
         prompts: Sequence[str],
         max_new_tokens: int | None = None,
         **decoding: object,
-    ) -> list[str]: ...
+    ) -> list[str]:
+        """A text for each prompt, greedy by default: ``decoding`` is that of
+        ``unike.backbones.decoding.Decoding``. With ``num_return_sequences=n`` there are ``n`` texts for each
+        prompt, one after the other. Attached edits apply.
+
+        UserError for an image that cannot be read, and for a prompt that leaves no room for an answer."""
+        ...
 
     def observe(
         self,
@@ -288,7 +315,9 @@ class Backbone(Protocol):
         under."""
         ...
 
-    def decode(self, ids: Sequence[int]) -> str: ...
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids."""
+        ...
 
     def ends_answer(self, token: int) -> bool:
         """Whether a generated answer ends at this token."""
@@ -298,10 +327,14 @@ class Backbone(Protocol):
         """Why a target could never be generated after a prompt, for a message; None where it could be."""
         ...
 
-    def tokens(self, text: str) -> list[int]: ...
+    def tokens(self, text: str) -> list[int]:
+        """The token ids of a text alone, without BOS and EOS."""
+        ...
 
     @property
-    def eos_ids(self) -> tuple[int, ...]: ...
+    def eos_ids(self) -> tuple[int, ...]:
+        """The ids of the tokens that end a text."""
+        ...
 
 
 def encode_queries(backbone: Backbone, queries: Sequence[Query]) -> Batch:

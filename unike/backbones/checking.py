@@ -180,7 +180,7 @@ def _describe_mismatch(spec: BackboneSpec, config: Mapping[str, Any], whole: boo
         if text is not config and text.get("model_type", wanted.decoders[0]) not in wanted.decoders:
             return f"has a `{text['model_type']}` language model, which does not fit {spec.model_name}"
         if text.get("use_sliding_window"):
-            return "has layers with a sliding window beside others, which no edit can tell apart"
+            return "mixes layers with and without a sliding window, which edits cannot distinguish"
         return None
     if kind == "blip-2":
         return "holds a whole BLIP-2 model; leave out state_dict_file and qformer_checkpoint to use it"
@@ -355,8 +355,17 @@ def _measure_free_memory() -> int | None:
     return min(limits)
 
 
-def _count_stored_numbers(spec: BackboneSpec) -> int:
-    """How many numbers the spec's weight files hold."""
+def count_published_parameters(spec: BackboneSpec) -> int | None:
+    """How many numbers the spec's model has as published, whatever files are here; None for another one."""
+    originals = get_original_files(spec) if spec.original_files else {}
+    if spec.name not in PUBLISHED or not all(kind.parameters for kind in originals.values()):
+        return None
+    return PUBLISHED[spec.name].parameters + sum(kind.parameters for kind in originals.values())
+
+
+def count_parameters(spec: BackboneSpec) -> int:
+    """How many numbers the spec's weight files hold; of a published model that is not here, as published.
+    UserError for files that are missing or damaged."""
     originals = get_original_files(spec) if spec.original_files else {}
     count = sum(_count_original(getattr(spec, key), kind) for key, kind in originals.items())
     folder = find_model_folder(spec.name)
@@ -375,7 +384,8 @@ def _count_original(path: str | None, kind: OriginalFile) -> int:
     return sum(tensor.numel() for tensor in load_state(path or "", kind.title).values())
 
 
-def _format_size(count: int) -> str:
+def format_size(count: int) -> str:
+    """Bytes in GB or MB."""
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
@@ -386,13 +396,13 @@ def estimate_memory(spec: BackboneSpec) -> Finding:
             False, f"dtype: `{spec.dtype}` is unknown", f"expected one of {', '.join(DTYPE_BYTES)}"
         )
     try:
-        needed = _count_stored_numbers(spec) * DTYPE_BYTES[spec.dtype]
+        needed = count_parameters(spec) * DTYPE_BYTES[spec.dtype]
     except UserError as error:
         return Finding(True, "memory: cannot be estimated before the files are there", error.problems[0])
-    free, amount = _measure_free_memory(), f"memory: the weights take {_format_size(needed)} in {spec.dtype}"
+    free, amount = _measure_free_memory(), f"memory: the weights take {format_size(needed)} in {spec.dtype}"
     if free is None:
         return Finding(True, f"{amount}; this system does not say how much is free")
     smaller = "free some memory" + ("" if spec.dtype != "float32" else ", or halve it with dtype: bfloat16")
     return Finding(
-        needed <= free, f"{amount}, {_format_size(free)} are free", smaller if needed > free else None
+        needed <= free, f"{amount}, {format_size(free)} are free", smaller if needed > free else None
     )

@@ -15,7 +15,7 @@ LINE = 100e6 / 8
 
 def describe_download(name: str) -> Finding:
     """A note; a problem where the disk has no room for it."""
-    what = f"name: {name}: is no local folder; the Hugging Face hub will be asked for it"
+    what = f"name: {name}: is no local folder; it will be looked for on the Hugging Face hub"
     offline = "to stay offline, name the folder of a download"
     if name not in PUBLISHED:
         return Finding(True, what, offline)

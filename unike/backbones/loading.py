@@ -17,10 +17,11 @@ __all__ = ["load_backbone", "pick_device"]
 
 
 def load_backbone(source: str | os.PathLike[str] | LoadingOptions | BackboneSpec) -> VisionLanguageBackbone:
-    """A frozen backbone from a YAML file, hyper-parameters or a spec.
+    """The frozen model of a YAML file, of a shipped YAML's name, of hyper-parameters or of a spec.
 
-    Raises UserError, with every problem at once and before anything is loaded, for missing or wrong
-    weight files.
+    It is in eval mode, on the YAML's ``device`` and in its ``dtype``; no weight requires a gradient.
+    UserError, with every problem at once and before anything is loaded, for missing or wrong weight files and
+    for a device that is not there.
     """
     if isinstance(source, (str, os.PathLike)):
         source = HyperParams.from_hparams(source)

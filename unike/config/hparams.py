@@ -40,7 +40,11 @@ class HyperParams(
     sections.EvaluationOptions,
     sections.EditBatchOptions,
 ):
-    """All that a run depends on; the values are checked however the object is made."""
+    """All options of a run, one attribute for each key of the YAML (see the page on hyper-parameters).
+
+    Values are checked however the object is made: UserError with a line for each unknown key, wrong type and
+    value out of range. Objects are frozen; ``replace`` gives a changed copy.
+    """
 
     # Keys of the release's file that have no counterpart.
     ignored: tuple[str, ...] = field(default=(), compare=False)
@@ -53,8 +57,8 @@ class HyperParams(
             object.__setattr__(self, name, value)
 
     def decisive(self) -> dict[str, object]:
-        """Of ``to_dict`` what the results of a run depend on: all but what makes it fast, and where it
-        is written and followed."""
+        """Of ``to_dict`` the options that results depend on: without those of speed, of folders that are
+        written, and of logging."""
         without = {"results_dir", "log_to", *(("eval_batch",) if self.batch_invariant else ())}
         return {
             name: value
@@ -63,7 +67,7 @@ class HyperParams(
         }
 
     def to_dict(self) -> dict[str, object]:
-        """Plain values, as ``from_dict`` and a YAML file take them."""
+        """All options as plain values, by key, as ``from_dict`` and a YAML file take them."""
         values = {name: copy.deepcopy(getattr(self, name)) for name in OPTIONS}
         return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
 
@@ -71,8 +75,10 @@ class HyperParams(
     def from_hparams(
         cls, path: str | os.PathLike[str], overrides: Sequence[str] = (), legacy: bool = False
     ) -> HyperParams:
-        """Read a YAML file, or a shipped one by its name (``scoped/tiny_blip2``); ``overrides`` are
-        ``key=value``, ``legacy`` takes the release's own file.
+        """The options of a YAML file, or of a shipped one by its name (``scoped/tiny_blip2``).
+
+        ``overrides`` are texts ``key=value``, as on the command line. ``legacy=True`` reads the YAML of
+        UniKE's release.
 
         EasyEdit's YAMLs of MEND, SERAC, IKE and FT are known by their keys, with ``legacy`` or without.
         Relative paths of the file are looked for in its folder, in its project, in the working folder, and
@@ -255,3 +261,4 @@ def _suggest_key(key: str) -> str:
 
 _ALIASES = {alias: option.name for option in OPTIONS.values() for alias in option.aliases}
 UniKEHyperParams = HyperParams
+"""``HyperParams`` under a name like those of EasyEdit's classes."""

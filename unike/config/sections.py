@@ -372,7 +372,8 @@ class EditorTrainingOptions(MethodOptions, ClipOptions, AnswerOptions, SeedOptio
     editor_probes: str = option(
         choice("five", "all", "recombined", "easyedit", "hard"),
         "probes of a train record that are trained on: the five metrics', all, the scope classifier's "
-        "recombinations of them, or the five without M-Locality, as EasyEdit trains SERAC",
+        "recombinations of them, these and its harder ones (hard), or the five without M-Locality, as "
+        "EasyEdit trains SERAC",
         "five",
     )
     edit_scale: float = option(number(low=0, above=True), "step size of an untrained editor", 1e-2)

@@ -154,9 +154,9 @@ def audit(path: PathLike, images: PathLike | None = None, model: PathLike | None
     """Examines one annotation file; with ``images``, also every image that it names under that folder; with
     ``model``, a Hugging Face folder, whether its context takes every question with its answer.
 
-    Errors are records that cannot become a case, targets that no model could generate and images that cannot
-    be opened; duplicates,
-    unknown fields and the kinds in ``DIRT`` are warnings. Only sound records are searched for dirt.
+    Errors are records that cannot become a case, targets that no model could generate, and images that cannot
+    be opened. Duplicates, unknown fields and the kinds in ``DIRT`` are warnings. Records are counted from 0.
+    Those with an error are not searched for warnings.
 
     Raises:
         UserError: one line, if the file or the folder is unusable.

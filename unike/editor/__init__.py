@@ -51,14 +51,25 @@ logger = logging.getLogger("unike")
 __all__ = ["METRIC_KEYS", "EditResult", "MultimodalEditor"]
 
 EditResult = tuple[list[dict[str, Any]], EditedModel, Summary]
+"""``(metrics, edited_model, summary)``: one mapping per request, the model with the edits attached, and means
+with 95% intervals over the requests, in percent.
+
+``metrics[i]`` has ``case_id``, ``requested_rewrite`` (prompt, target, image), ``time`` in seconds, ``pre``
+and ``post`` (scores in [0, 1], by EasyEdit's names), ``steps``, ``loss`` and ``reached``, and ``error`` where
+the edit failed.
+"""
 
 
 class MultimodalEditor:
     """Edits a vision-language model with the method that the hyper-parameters name.
 
-    Memory and encoders are read, or built, when the first edit needs them. Editors of one backbone
-    share what is attached to it, and one thread at a time: others wait until a call is done, or until a
-    block ``with edit.applied(backbone)`` ends. What a block applies, no call of an editor sees.
+    ``backbone`` is the model of ``load_backbone(hparams)``; ``from_hparams`` and ``from_model`` load it. With
+    ``progress=False`` no progress bars are shown. UserError for what is no ``HyperParams`` or no backbone.
+
+    The knowledge memory and the encoders are read, or built, when the first edit needs them. Editors of one
+    backbone share the attached edits. One thread at a time uses a backbone: others wait until a call is done,
+    or until a block ``with edit.applied(backbone)`` ends. Calls of an editor ignore what such a block
+    applies.
     """
 
     # Of EasyEdit's calls: whose definitions of locality the metrics have, and whether its meaning of
@@ -83,7 +94,11 @@ class MultimodalEditor:
     def from_hparams(
         cls, hparams: HyperParams | str | os.PathLike[str], progress: bool = True
     ) -> MultimodalEditor:
-        """Loads the backbone; UserError with all problems of method, device and weights before that."""
+        """The editor of a YAML file, of a shipped one's name (``scoped/tiny_blip2``), or of hyper-parameters.
+
+        Loads the backbone onto the YAML's device. UserError, with all problems of the YAML, the method, the
+        device and the weight files, before anything is loaded.
+        """
         if not isinstance(hparams, HyperParams):
             hparams = HyperParams.from_hparams(hparams)
         checks.require_backbone(hparams)
@@ -101,9 +116,11 @@ class MultimodalEditor:
     ) -> MultimodalEditor:
         """Loads the model in a Hugging Face folder, or of an id of the hub; its edits need no data at all.
 
-        There is no YAML, no train split and nothing trained beforehand. The family comes from config.json,
-        ``dtype`` from the weights. ``options`` change those of ``unike.config.untrained``. UserError, before
-        anything is loaded, for a model of no known family and for values that do not fit.
+        There is no YAML, no train split and nothing trained beforehand. ``model_name`` is the family, one of
+        ``unike.types.BACKBONES``; by default config.json decides. ``dtype`` is ``float32``, ``bfloat16`` or
+        ``float16``; by default that of the weights. ``device`` is ``auto``, ``cpu``, ``cuda:0`` and so on.
+        ``options`` change those of ``unike.config.untrained``. UserError, before anything is loaded, for a
+        model of no known family and for values that do not fit.
         """
         return cls.from_hparams(describe_model(name, model_name, dtype, device, **options), progress)
 
@@ -112,10 +129,12 @@ class MultimodalEditor:
         return {"_slot": self._slot, **vars(self), "_parts": None}
 
     def prepare(self, train_ds: Any = None, skip_broken: bool = False) -> runs.Parts:
-        """Backbone and method with memory and encoders, from ``train_ds`` or the YAML's train data. What is
-        learnt already is read; a ``train_ds`` that nothing is learnt from is named in a warning.
+        """Reads or trains what the method needs before its first edit: memory, encoders, scope classifier.
 
-        UserError for what is no data set, see ``edit_dataset``.
+        Gives the backbone and the method with these parts. Train data are ``train_ds``, else the YAML's. What
+        is trained already is read from its folder; a ``train_ds`` that is not needed is named in a warning.
+        ``skip_broken`` leaves out broken train records. UserError for what is no data set, see
+        ``edit_dataset``, and for folders of another model.
         """
         if train_ds is not None:
             # Needed again where the weights are changed.
@@ -148,12 +167,12 @@ class MultimodalEditor:
 
     @property
     def edits(self) -> tuple[Edit, ...]:
-        """What is attached to the backbone, in order."""
+        """The edits that are attached to the backbone, in the order of attaching."""
         return self._slot.edits
 
     def attach(self, edit: Edit) -> None:
-        """Attaches an edit, of any method, on top of those that are attached; ``edit`` replaces them all by
-        its own.
+        """Attaches an edit, of any method, after those that are attached already. A later call of ``edit``
+        replaces them all, unless its edits accumulate.
 
         Where several edits set the same weight, or answer one question about one image, the last one counts;
         edits that contradict each other are named in a warning. UserError, with nothing changed, where an
@@ -170,7 +189,7 @@ class MultimodalEditor:
             self._slot.editor = self if mine else None
 
     def detach(self, id: str) -> Edit:
-        """Takes one edit back and gives it; the others stay, in order, as if it had never been attached.
+        """Detaches the edit of this ``id`` and returns it. The others stay, as if it had never been attached.
 
         An edit trained while this one was active (``keep_original_weight=False``) stays as trained.
         UserError where no edit of that ``id`` is attached.
@@ -187,14 +206,14 @@ class MultimodalEditor:
         edited: bool = False,
         **decoding: object,
     ) -> Any:
-        """The answer of the unedited model, or with ``edited=True`` under all that is attached.
+        """The answer of the unedited model; with ``edited=True`` that of the model with all attached edits.
 
-        A list of prompts, of images or of both gives a list of answers. Unedited by default, so that a
-        comparison with the base model does not depend on what is attached; ``ask`` gives both answers.
-        Greedy by default; ``decoding`` takes ``num_beams``, ``do_sample``, ``temperature``, ``top_p``,
-        ``num_return_sequences`` and ``seed``, see ``unike.backbones.decoding.Decoding``. Each question has a
-        list of answers where ``num_return_sequences`` is above 1. Without ``max_new_tokens`` it is that of
-        the YAML which loaded the backbone. UserError for what is no image or no text, and for values that do
+        The answer is a text. A list of prompts, of images or of both gives a list of texts. ``image=None``
+        asks the language model alone. ``ask`` gives both answers. ``max_new_tokens`` is the most tokens of an
+        answer; by default that of the YAML which loaded the backbone. Greedy by default; ``decoding`` takes
+        ``num_beams``, ``do_sample``, ``temperature``, ``top_p``, ``num_return_sequences`` and ``seed``, see
+        ``unike.backbones.decoding.Decoding``. Each question has a list of answers where
+        ``num_return_sequences`` is above 1. UserError for what is no image or no text, and for values that do
         not fit.
         """
         edited = bool(read_switch(edited, "edited"))
@@ -207,10 +226,10 @@ class MultimodalEditor:
             return answer_each(answer, image, prompt, self._locate)
 
     def ask(self, image: ImageLike | None, prompt: str, top: int = 5) -> Explanation:
-        """The answers before and after the attached edits, and what was active for this prompt.
+        """The answers without and with the attached edits, and which of them were active for this prompt.
 
         Of each layer's retrieved items the ``top`` most attended ones are listed. UserError for an image
-        that cannot be read.
+        that cannot be read, and for a ``top`` below 0.
         """
         image, prompt = check_question(image, prompt, self._locate)
         number = unwrap_number(top)
@@ -223,9 +242,10 @@ class MultimodalEditor:
         return locate_image(image, self.hparams.image_root)
 
     def load(self, folder: str | os.PathLike[str]) -> Edit:
-        """An edit from its folder, with this editor's memory, encoders or network, if it needs them.
+        """The edit that ``edit.save(folder)`` wrote, with the memory, encoders or network of this editor.
 
-        UserError as ``Edit.load``.
+        It is not attached yet. Its logits are those it gave when it was saved, bit for bit. UserError for an
+        edit of another model or of another knowledge memory, and for a damaged folder.
         """
         if not isinstance(folder, (str, os.PathLike)):
             raise UserError(f"load: expected the folder of an edit, got {type(folder).__name__}")
@@ -256,9 +276,9 @@ class MultimodalEditor:
     ) -> EditResult:
         """Edits one request or a list of them: ``(metrics, edited_model, summary)``.
 
-        Images are paths, also relative to the YAML's ``image_root``, PIL images, arrays, tensors, bytes or
-        open files (``unike.datasets.image_inputs``); a float tensor ``(3, H, W)`` is taken as normalised.
-        Without an image a request is of the language model alone. ``locality_inputs`` holds ``{"text":
+        Images are paths, also relative to the YAML's ``image_root``, PIL images, arrays ``(H, W)`` or ``(H,
+        W, 3)``, uint8 tensors ``(3, H, W)``, bytes or open files; a float tensor ``(3, H, W)`` is normalised
+        already. Without an image the language model alone is edited. ``locality_inputs`` holds ``{"text":
         {"prompt", "ground_truth"}, "vision": {"prompt", "ground_truth", "image"}}``: a probe for each
         request, or with lists of lists several, whose mean is the score. Prompts about an image go into
         ``template``, whose ``{}`` they replace; without one they stay as given. Metrics are teacher-forced,
@@ -312,7 +332,7 @@ class MultimodalEditor:
         verbose: bool | None = None,
         **unknown: Any,
     ) -> EditResult:
-        """Edits each case from the original model: ``(metrics, edited_model, summary)``.
+        """Edits each record from the original model, and scores it: ``(metrics, edited_model, summary)``.
 
         ``ds`` is a data set, a list of cases or of mappings, a table, or the path of a JSON, JSONL or CSV
         file (``unike.datasets.rows``). ``train_ds``, of the same kinds, gives the knowledge triplets in place

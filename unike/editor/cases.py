@@ -64,9 +64,7 @@ def _read_requests(
         values.problems += problems
     values.require()
     if template is None and any(isinstance(row, Mapping) and "src" in row for row in rows):
-        logger.warning(
-            "ds: prompts are asked as they stand; template=%r asks them as VQADataset does", VQA_TEMPLATE
-        )
+        logger.warning("ds: prompts are used without a template; VQADataset uses template=%r", VQA_TEMPLATE)
     return make_cases(made, template)
 
 

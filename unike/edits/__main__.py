@@ -88,7 +88,7 @@ def add_row(table: Table, *cells: object) -> None:
 
 
 def list_edits(store: EditStore) -> Table:
-    table = start_table("id", "method", "asked", "answer", "KB")
+    table = start_table("id", "method", "question", "answer", "KB")
     for name in store.ids():
         saved = store.read(name)
         first, *more = saved.origins
@@ -173,7 +173,7 @@ def apply_edits(store: EditStore, args: argparse.Namespace) -> tuple[Table, str]
     assert whole is not None
     for contradiction in list_contradictions(loaded):
         print(contradiction)
-    table, passed, asked = start_table("id", "asked", "target", "before", "after"), 0, 0
+    table, passed, asked = start_table("id", "question", "target", "before", "after"), 0, 0
     for origin in origins:
         if problem := _find_image_problem(origin):
             add_row(table, origin.id, origin.prompt, origin.target, problem, "-")
@@ -190,7 +190,7 @@ def apply_edits(store: EditStore, args: argparse.Namespace) -> tuple[Table, str]
         return table, attached
     left = len(origins) - asked
     more = f"; {left} left out" if left else ""
-    return table, f"{attached}; {passed} of {asked} questions get their target{more}"
+    return table, f"{attached}; {passed} of {asked} answers equal the target{more}"
 
 
 def _make_origin(prompt: str, image: str | None, like: Origin) -> Origin:
@@ -237,7 +237,7 @@ def run(args: argparse.Namespace) -> int:
         console.print(table)
         print(result)
         if args.prompt is None and not _are_questions_there(store, args.edits):
-            print("error: no question could be asked", file=sys.stderr)
+            print("error: no question could be evaluated", file=sys.stderr)
             return 1
     return 0
 

@@ -169,10 +169,10 @@ class Slot:
 
 
 class EditedModel:
-    """The backbone with edits attached, as ``MultimodalEditor.edit`` returns it.
+    """A backbone with edits, as ``MultimodalEditor.edit`` returns it.
 
-    While they are attached, the backbone itself answers edited. A later ``edit`` attaches its own edits
-    instead; ``generate`` always answers with this object's, whatever is attached.
+    While the edits are attached, the backbone itself answers edited. A later ``edit`` attaches its own edits
+    instead. ``generate`` always answers with this object's edits, whatever is attached.
     """
 
     def __init__(self, slot: Slot, edits: Edits, locate: Locate = take_image) -> None:
@@ -208,7 +208,8 @@ class EditedModel:
         return answer_each(answer, image, prompt, self._locate)
 
     def remove(self) -> None:
-        """Detaches these edits; others stay attached, and all else is as it was. May be called again."""
+        """Detaches these edits: the base model is as before, bit for bit. Other edits stay attached. A second
+        call does nothing."""
         with self._slot.guard.hold():
             own = {id(edit) for edit in self._edits}
             left = tuple(edit for edit in self._slot.edits if id(edit) not in own)

@@ -26,7 +26,12 @@ CONTRADICTED = "left out: a later edit has another answer to the same question a
 
 @dataclass(frozen=True)
 class EditReport:
-    """One edit that is attached, or one request of several in it: who it is, and its ``Activity``."""
+    """What one attached edit, or one request of several in it, did for the prompt.
+
+    ``active``: whether it could change the answer. ``scope``: its similarity to the prompt where a scope gate
+    is on, or SERAC's probability, in [0, 1]. ``neurons`` and ``weights``: what it adds, by layer and by
+    weight. ``shown``: texts that it puts before the prompt. ``notes``: further remarks, a line each.
+    """
 
     id: str
     method: str | None

@@ -188,7 +188,7 @@ def render_card(edit: UnsavedEdit) -> str:
             "",
             f"An edit of `{_escape_cell(model)}` (fingerprint `{edit.origins[0].backbone}`).{needs}",
             "",
-            "| asked | answer | method |",
+            "| question | answer | method |",
             "| --- | --- | --- |",
             *rows,
             *more,

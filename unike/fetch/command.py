@@ -112,7 +112,7 @@ def require_disks(loads: Sequence[Load]) -> None:
 def ask(size: str) -> bool:
     """Whether the user agrees. UserError where nobody can be asked."""
     if not sys.stdin.isatty():
-        raise UserError("nobody can be asked here: agree to sizes and licences with --yes")
+        raise UserError("no terminal to confirm in: agree to sizes and licences with --yes")
     try:
         return input(f"Fetch {size}? [y/N] ").strip().lower() in ("y", "yes")
     except EOFError:

@@ -86,7 +86,7 @@ def list_others(repository: str, parts: Sequence[TrainedPart]) -> list[str]:
 def ask() -> bool:
     """Whether the user agrees. UserError where nobody can be asked."""
     if not sys.stdin.isatty():
-        raise UserError("nobody can be asked here: agree with --yes")
+        raise UserError("no terminal to confirm in: agree with --yes")
     try:
         return input("Push this? [y/N] ").strip().lower() in ("y", "yes")
     except EOFError:

@@ -42,9 +42,11 @@ MadeEdit = TypeVar("MadeEdit", bound=Edit)
 
 
 class EditMethod(ABC):
-    """Makes edits; sees the backbone and the request, never a probe or a metric.
+    """Makes edits. A method sees the backbone and the request, never a probe or a metric.
 
-    A method of your own defines ``_edit``, and ``_edit_many`` where it can train several edits batched.
+    A method of your own defines ``_edit``, and ``_edit_many`` where it can train several edits in one batch.
+    ``hparams`` are the options; ``knowledge`` holds memory and encoders by layer, where the method needs
+    them.
     """
 
     hparams: HyperParams
@@ -144,12 +146,13 @@ class EditMethod(ABC):
     def _edit(
         self, backbone: Backbone, request: EditRequest, prefixes: PrefixCache, history: Edit | None
     ) -> Edit:
-        """As ``edit``, which fills in the ``origins``."""
+        """The edit for one request: what your method defines. ``edit`` calls it, and fills in ``origins``."""
 
     def _edit_many(
         self, backbone: Backbone, requests: Sequence[EditRequest], prefixes: PrefixCache
     ) -> Sequence[Edit | FloatingPointError]:
-        """As ``edit_many``, which fills in the ``origins``."""
+        """One edit for each request, or the error in its place, from the base model; one by one unless your
+        method defines it. ``edit_many`` calls it, and fills in ``origins``."""
         outcomes: list[Edit | FloatingPointError] = []
         for request in requests:
             try:

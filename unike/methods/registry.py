@@ -43,12 +43,14 @@ def register(
     check: Callable[[HyperParams], None] = accept,
     needs_scope: Predicate = needs_none,
 ) -> Callable[[Factory], Factory]:
-    """Makes a method known under ``name``; the decorated class stays as it is. ValueError if the name is
-    taken.
+    """A decorator that makes a method known under ``name``, for the YAML's key ``method``. The class stays as
+    it is. ValueError if the name is taken.
 
-    A factory takes hyper-parameters and knowledge, and with ``needs_cases`` a ``CaseSource`` too.
-    ``check`` raises UserError where the method can't work with the YAML; it runs before anything is
-    loaded. With ``needs_scope`` the first edited layer's knowledge holds the trained scope classifier.
+    The class takes hyper-parameters and knowledge, and with ``needs_cases`` a ``CaseSource`` too.
+    ``needs_knowledge``, ``needs_cases`` and ``needs_scope`` take the hyper-parameters and say whether the
+    method needs memory and encoders, the train split, or a trained scope classifier (which the first edited
+    layer's knowledge then holds). ``check`` raises UserError where the method can't work with the
+    hyper-parameters; it runs before anything is loaded.
     """
 
     def keep(factory: Factory) -> Factory:
@@ -62,7 +64,8 @@ def register(
 
 
 def list_methods() -> list[str]:
-    """The registered names, sorted; those of the user's own methods are among them."""
+    """The registered names, sorted, with those of your own methods (``UNIKE_METHODS``, entry points).
+    UserError where one of these cannot be imported."""
     load_own_methods()
     return sorted(_REGISTER)
 

@@ -249,15 +249,15 @@ def _print_results(
             print(f"error: edit {i + 1}: {failures[i]}", file=sys.stderr)
         out.print(_tabulate(rows))
     right = [row.is_right for rows in replies for row in rows]
-    out.print(f"{sum(right)} of {len(right)} answers are as they should be")
+    out.print(f"{sum(right)} of {len(right)} answers are as expected")
     if args.save is not None:
         ask = f"python -m unike.ask --model {args.model} --edits {args.save} --image FILE 'QUESTION'"
-        out.print(Text(f"saved in {args.save}; to ask: {ask}"))
+        out.print(Text(f"saved in {args.save}; to ask the edited model: {ask}"))
 
 
 def _tabulate(rows: Sequence[Reply]) -> Table:
     table = Table(box=box.SIMPLE_HEAD)
-    for name in ("", "asked", "before", "after", ""):
+    for name in ("", "question", "before", "after", ""):
         table.add_column(name, overflow="fold")
     for row in rows:
         done = {"target": ("edited", "not edited"), "unchanged": ("stayed", "changed")}[row.expect]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from unike.evaluation.metrics import harmonic_mean, mean_of, paired_difference
 from unike.evaluation.record import Record
@@ -52,6 +52,17 @@ def count_least_sequences(edits: int) -> int:
     return 0 if edits == 1 else next(n for most, n in LEAST_SEQUENCES.items() if edits <= most)
 
 
+class Training(NamedTuple):
+    """How something that a row needs was trained; ``stopped`` is ``patience`` or ``cap``."""
+
+    part: str
+    steps: int
+    visits: int
+    seconds: float
+    best_step: int
+    stopped: str
+
+
 @dataclass(frozen=True)
 class Row:
     """A row of a table: its summary, the records it sums up, and the published figures.
@@ -59,7 +70,8 @@ class Row:
     ``complete`` is off where records are still missing: such a row is shown and not compared. ``edits`` are
     those of a sequence: with fewer sequences than ``count_least_sequences`` says, the ends of intervals are
     NaN. ``strata`` says for each record which seed of the whole pipeline it is of, ``by_seed`` has their
-    summaries. ``gate_of`` names the row that this one is with our gate around it.
+    summaries. ``gate_of`` names the row that this one is with our gate around it. ``trainings`` are of each
+    seed what the row's method trains.
     """
 
     name: str
@@ -72,6 +84,7 @@ class Row:
     strata: Sequence[int] | None = field(default=None, repr=False)
     by_seed: Mapping[int, Summary] = field(default_factory=dict, repr=False)
     gate_of: str | None = None
+    trainings: Sequence[Training] = ()
 
     @property
     def has_intervals(self) -> bool:

@@ -47,6 +47,7 @@ from unike.runs.inspecting import (
     list_images,
     list_long_cases,
 )
+from unike.runs.memory import describe_edit_memory
 from unike.runs.packages import check_packages
 from unike.runs.records import check_resumable
 from unike.runs.request import RunRequest
@@ -111,7 +112,8 @@ def _inspect_shapes(request: RunRequest) -> list[Finding]:
 
 def _inspect_memory(request: RunRequest) -> list[Finding]:
     # A note, since it is an estimate: quantized weights, or weights on accelerators, may fit all the same.
-    return [replace(estimate_memory(request.hparams.backbone), ok=True)]
+    weights = replace(estimate_memory(request.hparams.backbone), ok=True)
+    return [weights, *describe_edit_memory(request.hparams)]
 
 
 def _inspect_options(request: RunRequest) -> list[Finding]:

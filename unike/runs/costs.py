@@ -62,7 +62,7 @@ class ModelSize:
 def read_model_size(hparams: HyperParams) -> ModelSize | None:
     """From the config.json of the YAML's model, or as published; None where there is none, or no width."""
     try:
-        config = _read_config(hparams.name)
+        config = read_model_config(hparams.name)
         text = config.get("text_config") or config
         width, vision = int(text["hidden_size"]), config.get("vision_config") or {}
         decoder = _count_decoder(text, width)
@@ -75,7 +75,9 @@ def read_model_size(hparams: HyperParams) -> ModelSize | None:
         return None
 
 
-def _read_config(name: str) -> Mapping[str, Any]:
+def read_model_config(name: str) -> Mapping[str, Any]:
+    """The config.json of a folder or of a hub's id, or what is known of a published one. OSError or
+    ValueError where there is none."""
     path = find_model_folder(name) / "config.json"
     if not path.is_file() and name in PUBLISHED:
         return PUBLISHED[name].config
@@ -248,7 +250,7 @@ def describe_run_costs(hparams: HyperParams, edits: int | None) -> list[Finding]
 
 def _count_trained_share(hparams: HyperParams) -> float:
     """The share of the decoder that a training step runs through: the edited layers, and the head."""
-    config = _read_config(hparams.name)
+    config = read_model_config(hparams.name)
     depth = int((config.get("text_config") or config)["num_hidden_layers"])
     layers = hparams.layers if isinstance(hparams.layers, int) else depth - min(hparams.layers)
     return min(1.0, (layers + 1) / depth)

@@ -11,7 +11,7 @@ import numpy as np
 from unike.evaluation.metrics import mean_of
 from unike.evaluation.record import Record
 from unike.evaluation.summary import MODES, Summary
-from unike.report.measures import ALL_MINIMAL, MEASURE_TITLES, Row, average, compare_rows
+from unike.report.measures import ALL_MINIMAL, MEASURE_TITLES, Row, Training, average, compare_rows
 from unike.report.paper.claims import DISTANCE, YES_NO, choose_hm8, is_no_yes_no, judge, judge_distance
 from unike.report.paper.grids import DASH, Cell, Grid, build_grid, make_cell, mark_best, name_row
 from unike.types import FIVE_METRICS, IMAGE_STYLES, STYLE_METRICS
@@ -119,6 +119,33 @@ def list_differences(rows: Sequence[Row], subject: str, seed: int) -> Grid:
                 columns.append([Cell(text=describe_difference(difference)) for difference in found])
     named = tuple((name_row(row), tuple(c[i] for c in columns)) for i, row in enumerate(others))
     return Grid(f"{subject} minus each other row", ("minus", *header), named if columns else ())
+
+
+def list_trainings(rows: Sequence[Row]) -> Grid:
+    """What was trained for how long, and what ended it; a training that rows share stands once."""
+    users: dict[tuple[Training, ...], list[str]] = {}
+    for row in rows:
+        for part in dict.fromkeys(training.part for training in row.trainings):
+            own = tuple(training for training in row.trainings if training.part == part)
+            users.setdefault(own, []).append(row.name)
+    titles = ("part", "train records visited", "steps", "best step", "seconds", "stopped by")
+    lines = []
+    for own, names in users.items():
+        others = len(names) - 1
+        shared = f" (and {others} other row{'s' * (others > 1)})" if others else ""
+        columns = [
+            [f"{training.visits:,}" for training in own],
+            [f"{training.steps:,}" for training in own],
+            [f"{training.best_step:,}" for training in own],
+            [f"{training.seconds:,.0f}" for training in own],
+            list(dict.fromkeys(training.stopped for training in own)),
+        ]
+        cells = [Cell(text=own[0].part), *(Cell(text=" / ".join(column)) for column in columns)]
+        lines.append((f"{names[0]}{shared}", tuple(cells)))
+    title = (
+        "what was trained, the step with the least validation loss, and what ended it: patience, or the cap"
+    )
+    return Grid(title, ("method", *titles), tuple(lines)) if lines else Grid("", (), ())
 
 
 def list_distances(rows: Sequence[Row]) -> Grid:

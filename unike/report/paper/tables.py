@@ -17,6 +17,7 @@ from unike.report.paper.breakdowns import (
     list_parts,
     list_seeds,
     list_styles,
+    list_trainings,
 )
 from unike.report.paper.claims import Verdict, check_best_of_ours, check_gate, check_order, choose_hm8
 from unike.report.paper.grids import (
@@ -40,6 +41,7 @@ __all__ = [
     "FORMATS",
     "LEGEND",
     "NOT_COMPARABLE",
+    "TASK_TITLES",
     "Block",
     "Cell",
     "Grid",
@@ -51,8 +53,9 @@ __all__ = [
 ]
 
 BASE = "Base"
+TASK_TITLES = {"vqa": "E-VQA", "caption": "E-IC", "cross": "E-VQA and E-IC interleaved"}
 FORMATS = ("md", "latex", "csv")
-EXTRAS = ("presets", "means", "alpha", "best", "baselines")
+EXTRAS = ("presets", "means", "alpha", "best", "baselines", "trainings")
 LEGEND = (
     "In percent, with the 95% bootstrap interval in brackets where it is not a single point; with several "
     "seeds of the whole pipeline, seeds are resampled first, then the records of each. "
@@ -88,10 +91,9 @@ class Block:
 
     ``label`` is whose figures are shown with ours, ``beside`` lists more of them by number of edits.
     ``reference`` is the row whose order the paper states, ``subject`` that of ours which the others are
-    compared with. ``extras`` adds grids (``presets``, ``means``, ``alpha``) and verdicts (``best``,
-    ``baselines``). ``toy``: the model is too small to compare with published figures, which is said with
-    each.
-    ``base_styles`` has the base's accuracy by image style.
+    compared with. ``extras`` adds grids (``presets``, ``means``, ``alpha``, ``trainings``) and verdicts
+    (``best``, ``baselines``). ``toy``: the model is too small to compare with published figures, which is
+    said with each. ``base_styles`` has the base's accuracy by image style.
     """
 
     table: str
@@ -125,6 +127,7 @@ class Block:
             "alpha": self._list_alpha,
             "best": lambda: list_differences(self.rows, self.subject, self.seed),
             "baselines": self._list_distances,
+            "trainings": lambda: list_trainings(self.rows),
         }
         after += [make() for name, make in extra.items() if name in self.extras]
         return [grid for grid in after if grid.rows] + [
