@@ -61,7 +61,7 @@ from unike.types import UserError
 ROOT = Path(__file__).resolve().parents[2]
 # Share of the steps that are about scenes, and weight of stage 0's loss in stage 1.
 SCENES_SHARE, NAMES_WEIGHT = 0.35, 0.3
-WARMUP = 20
+WARMUP, SCENES_SEED = 20, 0
 QUESTION = "What is this?"
 State = dict[str, torch.Tensor]
 
@@ -83,7 +83,8 @@ class Material:
 
 def gather(store: ViewStore, split: Mapping[str, list[Photo]], args: argparse.Namespace) -> tuple[Any, ...]:
     """Features by view of the photographs and the scenes to train on, and of held-out photographs."""
-    scenes = draw_scenes(args.scenes, args.seed) if args.scenes else []
+    # The same ones whatever the seed: their features serve all seeds.
+    scenes = draw_scenes(args.scenes, SCENES_SEED) if args.scenes else []
     train, held = ([_show(photo) for photo in split[name]] for name in SPLITS[:2])
     drawn = [scene.shown for scene in scenes]
     total = args.views * (len(train) + len(drawn)) + len(held)
