@@ -15,9 +15,10 @@ from PIL import Image
 from safetensors.torch import load_file
 from todays import save_folder, todays_spec
 from torch.testing import assert_close
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from scripts.real.folder import INDEX
+from scripts.real.packages import LANGUAGE, find_part
 from unike.backbones import load_backbone
 from unike.backbones.base import IGNORED, encode_queries
 from unike.backbones.efficientnet import EfficientNetLite, EfficientNetLiteConfig, SameConv2d, pool_cells
@@ -242,3 +243,22 @@ def test_the_real_one_knows_a_fact_and_has_one_digit_a_token() -> None:
     (said,) = backbone.generate([None], ["Question: What is the capital of France? Short answer:"])
     assert "Paris" in said
     assert len(backbone.tokens("1984")) == 4
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (REAL / INDEX).is_file(), reason="needs python -m scripts.real")
+def test_the_real_language_model_is_the_one_that_transformers_reads_from_gguf() -> None:
+    try:
+        file = find_part(LANGUAGE)
+    except UserError as error:
+        pytest.skip(str(error))
+    theirs = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    state, own = theirs.state_dict(), load_file(REAL / "language.safetensors")
+    assert len(own) > 200
+    for name, tensor in own.items():
+        assert torch.equal(tensor, state[name.removeprefix("language_model.")].half()), name
+    read = AutoTokenizer.from_pretrained
+    tokenizers = read(file.parent, gguf_file=file.name), read(REAL)
+    text = "Question: what is 1984's colour?\n Short answer: it's 12,345.6<|im_end|>"
+    one, other = (tokenizer(text).input_ids for tokenizer in tokenizers)
+    assert one == other
