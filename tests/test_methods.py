@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from original_files import FAMILIES
-from todays import TODAY
+from todays import OWN, TODAY
 from untouched import assert_untouched
 from worlds import BASE, COLORS, SETTINGS, World, case, query, snapshot, world_of
 
@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 ROWS = [(name, row) for name, rows in SETTINGS.items() for row in rows]
 IDS = [f"{name}-{'-'.join(map(str, row.values()))}".strip("-") for name, row in ROWS]
 # Today's backbones keep the contract too; what is quick of it is in test_todays_methods.py.
-EVERY = (*FAMILIES, *(pytest.param(family, marks=pytest.mark.slow) for family in TODAY))
+EVERY = (*FAMILIES, *OWN, *(pytest.param(family, marks=pytest.mark.slow) for family in TODAY))
 each_row = pytest.mark.parametrize("row", ROWS, ids=IDS)
 # Methods that lower an edit's own loss step by step; the others learnt to edit before, or show it.
 TRAINED = {i: row for i, row in zip(IDS, ROWS, strict=True) if row[0] in ("ft", "tpatcher", "unike")}
@@ -160,7 +160,7 @@ def test_an_unknown_method_is_named_with_its_neighbour() -> None:
 
 
 @pytest.mark.parametrize("name", [n for n in SETTINGS if n != "unike"])
-@pytest.mark.parametrize("backbone", ["blip2", "minigpt4", "tiny_blip2", "tiny_minigpt4", *TODAY])
+@pytest.mark.parametrize("backbone", ["blip2", "minigpt4", "tiny_blip2", "tiny_minigpt4", *TODAY, *OWN])
 def test_each_method_has_a_yaml_for_each_backbone(name: str, backbone: str) -> None:
     path = ROOT / "hparams" / name / f"{backbone}.yaml"
     hparams = HyperParams.from_hparams(path)

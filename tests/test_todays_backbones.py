@@ -5,7 +5,8 @@ The reference is what ``transformers`` does with the processor's own inputs, in 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from todays import CHATS, TODAY, save_folder, todays_spec
+from todays import CHATS, OWN, TODAY, save_folder, todays_spec
 from torch.testing import assert_close
 from transformers import AutoTokenizer, ProcessorMixin
 
@@ -38,14 +39,29 @@ PROCESSORS = {
 }
 
 
+@pytest.fixture(scope="module")
+def load(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], VisionLanguageBackbone]:
+    """A random backbone of each family, made once."""
+
+    @functools.cache
+    def make(family: str) -> VisionLanguageBackbone:
+        folder = save_folder(tmp_path_factory.mktemp(family), family)
+        loaded = load_backbone(todays_spec(family, folder))
+        loaded.family = family  # type: ignore[attr-defined]
+        return loaded
+
+    return make
+
+
 @pytest.fixture(scope="module", params=TODAY)
-def backbone(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> VisionLanguageBackbone:
-    folder = save_folder(tmp_path_factory.mktemp(request.param), request.param)
-    loaded = load_backbone(todays_spec(request.param, folder))
-    loaded.family = request.param  # type: ignore[attr-defined]
-    return loaded
+def backbone(request: pytest.FixtureRequest, load) -> VisionLanguageBackbone:
+    return load(request.param)
+
+
+@pytest.fixture(scope="module", params=(*TODAY, *OWN))
+def every(request: pytest.FixtureRequest, load) -> VisionLanguageBackbone:
+    """Those whose class has a processor of its own, and those without."""
+    return load(request.param)
 
 
 def picture(size: tuple[int, int] = SIZES[0]) -> Image.Image:
@@ -144,9 +160,9 @@ def test_tokens_are_the_processors_and_the_prompt_is_their_beginning(
     assert bool(text.all()) == (query.image is None)
 
 
-def test_a_picture_has_as_many_tokens_as_its_shape_asks_for(backbone) -> None:
-    widths = {encode_queries(backbone, [Query(picture(s), "what?")]).labels.shape[1] for s in SIZES}
-    assert (len(widths) > 1) == (backbone.family in SPLIT)
+def test_a_picture_has_as_many_tokens_as_its_shape_asks_for(every) -> None:
+    widths = {encode_queries(every, [Query(picture(s), "what?")]).labels.shape[1] for s in SIZES}
+    assert (len(widths) > 1) == (every.family in SPLIT)
 
 
 def test_a_prompt_must_not_write_a_picture(backbone) -> None:
@@ -157,13 +173,13 @@ def test_a_prompt_must_not_write_a_picture(backbone) -> None:
                 backbone.encode([image], [written])
 
 
-def test_pixels_may_be_given_where_pictures_are_not_cut(backbone) -> None:
+def test_pixels_may_be_given_where_pictures_are_not_cut(every) -> None:
     tensor = torch.randn(3, 28, 28, generator=torch.Generator().manual_seed(0))
-    if backbone.family in SPLIT:
+    if every.family in SPLIT:
         with pytest.raises(UserError, match="cuts images itself"):
-            backbone.encode([tensor], ["what?"])
+            every.encode([tensor], ["what?"])
     else:
-        one, other = (backbone.encode([t], ["what?"]).inputs_embeds for t in (tensor, -tensor))
+        one, other = (every.encode([t], ["what?"]).inputs_embeds for t in (tensor, -tensor))
         assert one.shape == other.shape
         assert not torch.equal(one, other)
 
@@ -182,74 +198,72 @@ def test_a_picture_that_cannot_be_cut_is_an_error_in_one_line(backbone) -> None:
     rows=st.lists(st.integers(0, len(QUERIES) - 1), min_size=2, max_size=4),
     side=st.sampled_from(["left", "right"]),
 )
-def test_padding_and_batch_size_change_nothing(backbone, rows: list[int], side: str) -> None:
+def test_padding_and_batch_size_change_nothing(every, rows: list[int], side: str) -> None:
     asked = [QUERIES[i] for i in rows]
-    batch = backbone.encode(
-        [q.image for q in asked], [q.prompt for q in asked], [q.target for q in asked], side
-    )
+    batch = every.encode([q.image for q in asked], [q.prompt for q in asked], [q.target for q in asked], side)
     with torch.no_grad():
-        whole = backbone(batch).logits
+        whole = every(batch).logits
     for i, query in enumerate(asked):
-        assert_close(whole[i][batch.attention_mask[i].bool()], logits(backbone, [query])[0], **CLOSE)
+        assert_close(whole[i][batch.attention_mask[i].bool()], logits(every, [query])[0], **CLOSE)
 
 
 @pytest.mark.parametrize("count", [1, 6])
-def test_suffix_of_prefix_is_the_whole_model(backbone, count: int, tmp_path: Path) -> None:
-    first = len(backbone.layout) - count
-    batch = encode_queries(backbone, QUERIES)
-    assert_close(backbone.suffix(backbone.prefix(batch, first)), backbone(batch).logits, atol=1e-6, rtol=0)
+def test_suffix_of_prefix_is_the_whole_model(every, count: int, tmp_path: Path) -> None:
+    first = len(every.layout) - count
+    batch = encode_queries(every, QUERIES)
+    assert_close(every.suffix(every.prefix(batch, first)), every(batch).logits, atol=1e-6, rtol=0)
     # States that were kept, and come back in another company, or from disk.
     store = RowStore(tmp_path, "x/y", 10**9)
-    alone = [logits(backbone, [q])[0] for q in QUERIES]
+    alone = [logits(every, [q])[0] for q in QUERIES]
     for cache in (
-        PrefixCache(backbone, first, store=store, alone=True),
-        PrefixCache(backbone, first, store=store),
+        PrefixCache(every, first, store=store, alone=True),
+        PrefixCache(every, first, store=store),
     ):
         for rows in ([3, 1], [0, 1, 2, 3, 4]):
             state = cache.state([QUERIES[i] for i in rows])
-            part = narrow(backbone, state, torch.tensor([1, 0]))
+            part = narrow(every, state, torch.tensor([1, 0]))
             for held, order in ((state, rows), (part, [rows[1], rows[0]])):
-                out = backbone.suffix(held)
+                out = every.suffix(held)
                 for i, row in enumerate(order):
                     assert_close(out[i][held.attention_mask[i].bool()], alone[row], **CLOSE)
     assert (cache.computed, cache.loaded) == (0, len(QUERIES))
 
 
-def test_places_in_a_picture_reach_the_layers(backbone) -> None:
+def test_places_in_a_picture_reach_the_layers(every) -> None:
     """Where a decoder does not count tokens, other places are other logits, in a suffix too."""
-    batch = encode_queries(backbone, [QUERIES[0]])
-    assert (batch.positions is not None) == backbone.family.startswith("qwen")
+    batch = encode_queries(every, [QUERIES[0]])
+    assert (batch.positions is not None) == every.family.startswith("qwen")
     if batch.positions is not None:
-        state = backbone.prefix(batch, 3)
+        state = every.prefix(batch, 3)
         counted = (batch.attention_mask.cumsum(1) - 1)[:, None].expand(-1, 3, -1).contiguous()
         assert not torch.equal(counted, batch.positions)
-        moved = replace(state, layer_inputs=backbone.layer_inputs(state.attention_mask, counted))
-        assert not torch.allclose(backbone.suffix(moved), backbone.suffix(state), atol=1e-4)
+        moved = replace(state, layer_inputs=every.layer_inputs(state.attention_mask, counted))
+        assert not torch.allclose(every.suffix(moved), every.suffix(state), atol=1e-4)
 
 
 # ---------------------------------------------------------------- pictures are seen once
 
 
-def test_a_picture_is_seen_once_whatever_is_asked(backbone) -> None:
-    shown, seen = picture((41, 67)), backbone.cache.computed
-    first, second = (backbone.encode([shown.copy()], [p]) for p in ("what is it?", "where is it?"))
-    assert backbone.cache.computed == seen + 1
+def test_a_picture_is_seen_once_whatever_is_asked(every) -> None:
+    shown, seen = picture((41, 67)), every.cache.computed
+    first, second = (every.encode([shown.copy()], [p]) for p in ("what is it?", "where is it?"))
+    assert every.cache.computed == seen + 1
     # What the prompts differ in stands behind the picture, unless the Q-Former reads them.
-    (image,) = backbone.cache.get([shown], backbone.vision.pixels)
-    assert backbone.cache.computed == seen + 1
-    one, other = (backbone.vision.tokens(image, p) for p in ("what is it?", "where is it?"))
-    assert torch.equal(one, other) == (backbone.family != "instructblip")
+    (image,) = every.cache.get([shown], every.vision.pixels)
+    assert every.cache.computed == seen + 1
+    one, other = (every.vision.tokens(image, p) for p in ("what is it?", "where is it?"))
+    assert torch.equal(one, other) == (every.family != "instructblip")
     assert first.inputs_embeds.shape[1] < second.inputs_embeds.shape[1] + 5
 
 
-def test_a_gradient_reaches_the_projection(backbone) -> None:
-    weights = list(backbone.projection.parameters())
+def test_a_gradient_reaches_the_projection(every) -> None:
+    weights = list(every.projection.parameters())
     for weight in weights:
         weight.requires_grad_(True)
     try:
-        backbone(encode_queries(backbone, [QUERIES[0]])).logits.sum().backward()
+        every(encode_queries(every, [QUERIES[0]])).logits.sum().backward()
         assert all(w.grad is not None and bool(w.grad.any()) for w in weights[:1])
-        others = [p for p in backbone.model.parameters() if all(p is not w for w in weights)]
+        others = [p for p in every.model.parameters() if all(p is not w for w in weights)]
         assert not any(p.grad is not None for p in others)
     finally:
         for weight in weights:
@@ -291,17 +305,17 @@ def test_answers_are_the_models_own(backbone, monkeypatch) -> None:
     assert singly == expected
 
 
-def test_generation_is_the_argmax_of_teacher_forcing(backbone) -> None:
+def test_generation_is_the_argmax_of_teacher_forcing(every) -> None:
     query = QUERIES[0]
-    batch = backbone.encode([query.image], [query.prompt])
-    embed, written = backbone.decoder.get_input_embeddings(), []
+    batch = every.encode([query.image], [query.prompt])
+    embed, written = every.decoder.get_input_embeddings(), []
     for _ in range(5):
-        written.append(int(backbone(batch).logits[0, -1].argmax()))
+        written.append(int(every(batch).logits[0, -1].argmax()))
         places = batch.positions
         if places is not None:
             places = torch.cat([places, places[..., -1:] + 1], -1)
         embeds = torch.cat([batch.inputs_embeds, embed(torch.tensor([[written[-1]]]))], 1)
         mask = torch.ones(embeds.shape[:2], dtype=torch.long)
         batch = replace(batch, positions=places, inputs_embeds=embeds, attention_mask=mask)
-    text = backbone.tokenizer.decode(written, skip_special_tokens=True)
-    assert backbone.generate([query.image], [query.prompt], max_new_tokens=5) == [backbone.cut(text)]
+    text = every.tokenizer.decode(written, skip_special_tokens=True)
+    assert every.generate([query.image], [query.prompt], max_new_tokens=5) == [every.cut(text)]

@@ -15,7 +15,7 @@ import pytest
 import torch
 from helpers import Project, make_project, record
 from safetensors.torch import load_file, save_file
-from todays import CHATS, TODAY, save_folder, todays_spec
+from todays import CHATS, OWN, TODAY, save_folder, todays_spec
 from torch import nn
 from transformers import AutoConfig
 from untouched import assert_untouched
@@ -37,13 +37,13 @@ ROOT = Path(__file__).parents[1]
 PROMPTED = ("ike", {"ike_retriever": "states", "ike_demonstrations": 2})
 
 
-@pytest.fixture(params=TODAY)
+@pytest.fixture(params=(*TODAY, *OWN))
 def world(request: pytest.FixtureRequest, worlds: dict[str, World], monkeypatch) -> World:
     return world_of(request.param, worlds, monkeypatch)
 
 
 def test_every_backbone_that_is_known_is_tried() -> None:
-    assert {"blip2", "minigpt4", *TODAY} == set(BACKBONES) == set(ARCHITECTURES)
+    assert {"blip2", "minigpt4", *TODAY, *OWN} == set(BACKBONES) == set(ARCHITECTURES)
 
 
 # ---------------------------------------------------------------- edits
@@ -122,7 +122,7 @@ def test_all_that_a_folder_lacks_is_said_before_it_is_loaded(family: str, tmp_pa
     assert len(caught.value.problems) == len(found)
 
 
-@pytest.mark.parametrize("family", TODAY)
+@pytest.mark.parametrize("family", [*TODAY, *OWN])
 def test_a_whole_folder_has_nothing_to_mend(family: str, folders) -> None:
     assert [finding.ok for finding in check_spec(todays_spec(family, folders(family)))] == [True]
 
@@ -236,7 +236,7 @@ def test_a_downloaded_folder_is_taken_in_place_of_the_id(family: str, tmp_path, 
     assert HyperParams.from_hparams(path, [f"name={name}"]).name == name
 
 
-@pytest.mark.parametrize("family", TODAY)
+@pytest.mark.parametrize("family", [*TODAY, *OWN])
 def test_every_row_of_the_tables_has_its_yaml(family: str, monkeypatch) -> None:
     monkeypatch.chdir(ROOT)
     rows, tiny = (read_plan(tables=["all"], backbones=[name]) for name in (family, "tiny_blip2"))

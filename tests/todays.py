@@ -12,9 +12,13 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from unike.backbones.huggingface import ARCHITECTURES
+from unike.backbones.smol import SmolConfig
 from unike.types import BackboneSpec
 
 TODAY = ("llava", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "instructblip")
+# Made here of packages, not published as a whole.
+OWN = ("smol",)
 TEXTS = (
     "what is it? a fox, two dogs, the sea. where is it? there, here, over there.",
     "Question: what is in the picture? Short answer: a red fox. Who was the king? a man.",
@@ -155,6 +159,17 @@ def _instructblip(tok: Any) -> Any:
     )  # fmt: skip
 
 
+def _smol(tok: Any) -> Any:
+    tower = {
+        "image_size": 28, "stem": 8, "hidden_size": 24,
+        "stages": [[3, 1, 1, 1, 8], [3, 2, 2, 3, 12], [5, 1, 2, 3, 12]],
+    }  # fmt: skip
+    return SmolConfig(
+        text_config={**_TEXT, "model_type": "llama", "vocab_size": len(tok), "eos_token_id": 2},
+        vision_config=tower, names=20, slots=2, projector_hidden=16,
+    )  # fmt: skip
+
+
 _SQUARE = {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}}
 _CONFIGS: dict[str, tuple[Callable[[Any], Any], dict[str, Any]]] = {
     "llava": (_llava, {"image_processor_type": "CLIPImageProcessor", **_SQUARE}),
@@ -175,12 +190,15 @@ _CONFIGS: dict[str, tuple[Callable[[Any], Any], dict[str, Any]]] = {
     "instructblip": (
         _instructblip, {"image_processor_type": "BlipImageProcessor", "size": {"height": 28, "width": 28}},
     ),
+    "smol": (_smol, {"image_processor_type": "CLIPImageProcessor", **_SQUARE}),
 }  # fmt: skip
 
 
 def tokenizer_of(family: str) -> PreTrainedTokenizerFast:
     if family in ("llava", "instructblip"):
         return llama_tokenizer("<image>")
+    if family == "smol":
+        return qwen_tokenizer()
     if family == "llava_onevision":
         return qwen_tokenizer("<image>", "<video>")
     return qwen_tokenizer("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
@@ -199,13 +217,17 @@ def save_folder(folder: Path, family: str) -> Path:
     made = config(tokenizer)
     with torch.random.fork_rng():
         torch.manual_seed(7)
-        kind = getattr(transformers, transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(made)].__name__)
-        model = kind(made)
+        model = ARCHITECTURES[family].model(made)
         # A wider spread than the initial one, so that random models answer differently.
         for parameter in model.parameters():
             parameter.data.add_(0.1 * torch.randn_like(parameter))
         # Behind a norm of this width, small head weights could not make any answer likely.
         model.get_output_embeddings().weight.data.mul_(5)
+        if family == "smol":
+            # Small random convolutions make nearly the same of all images.
+            for part in (model.vision_tower, model.multi_modal_projector):
+                for parameter in part.parameters():
+                    parameter.data.mul_(3)
     model.save_pretrained(folder)
     return folder
 

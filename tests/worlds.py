@@ -11,7 +11,7 @@ import pytest
 import torch
 from original_files import make_spec
 from PIL import Image
-from todays import TODAY, save_folder, todays_spec
+from todays import OWN, TODAY, save_folder, todays_spec
 from untouched import hook_count, weights_of
 
 from unike.backbones import load_backbone
@@ -76,7 +76,7 @@ def case(i: int, answer: str = "a fox") -> Case:
 
 def load_small(family: str) -> VisionLanguageBackbone:
     """A random backbone of the family, from original files or, of today's, from a folder."""
-    if family not in TODAY:
+    if family not in (*TODAY, *OWN):
         return load_backbone(make_spec(family))
     with TemporaryDirectory() as folder:
         return load_backbone(todays_spec(family, save_folder(Path(folder), family)))

@@ -25,7 +25,10 @@ STYLE_METRICS = tuple(f"m_generality_{style}" for style in IMAGE_STYLES)
 FURTHER_METRICS = (*DERIVED_METRICS, "minimal_pair", "same_object", *STYLE_METRICS)
 BACKENDS = ("transformers", "lavis")
 METRIC_PRESETS = ("paper", "easyedit", "easyedit_icl", "release")
-BACKBONES = ("blip2", "minigpt4", "llava", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "instructblip")
+BACKBONES = (
+    *("blip2", "minigpt4", "llava", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "instructblip"),
+    "smol",
+)
 TRACKERS = ("tensorboard", "wandb")
 ANSWER_ENDS = ("none", "eos", "line_break")
 PROTOCOLS = ("one_step", "sequential", "cross_task")

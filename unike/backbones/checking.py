@@ -39,13 +39,15 @@ class Folder:
     """A Hugging Face folder of a whole model: the ``model_type`` and decoders that its config.json may name,
     where it comes from, and what must lie in it with weights and tokenizer.
 
-    ``parts`` are file names, of which one is enough; ``name:key`` is a key in a JSON file.
+    ``parts`` are file names, of which one is enough; ``name:key`` is a key in a JSON file. ``is_published``:
+    whether the hub has it.
     """
 
     kind: str
     decoders: tuple[str, ...]
     origin: str
     parts: Parts
+    is_published: bool = True
 
 
 _FILES = {
@@ -89,6 +91,13 @@ _WHOLE = {
         ("llama",),
         "an InstructBLIP folder: `Salesforce/instructblip-vicuna-7b`",
         {**_IMAGES, "Q-Former's tokenizer": ("qformer_tokenizer",)},
+    ),
+    "smol": Folder(
+        "unike_smol",
+        ("llama",),
+        "the folder that `python -m scripts.real` makes",
+        _IMAGES,
+        is_published=False,
     ),
 }
 # Far above any real model.
@@ -203,7 +212,8 @@ def _has_part(folder: Path, part: str) -> bool:
 def _check_folder(spec: BackboneSpec, whole: bool) -> list[Finding]:
     """The Hugging Face folder: of the ``whole`` model, or of the language model alone."""
     folder, model = Path(spec.name), _WHOLE[spec.model_name]
-    origin = f"{model.origin} from the Hugging Face hub" if whole else _LANGUAGE[spec.model_name][1]
+    whose = f"{model.origin} from the Hugging Face hub" if model.is_published else model.origin
+    origin = whose if whole else _LANGUAGE[spec.model_name][1]
     at, expected = f"name: {spec.name}", f"expected {origin}"
     if not folder.exists():
         if is_hub_id(spec.name):

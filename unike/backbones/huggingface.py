@@ -32,7 +32,15 @@ from unike.backbones.checkpoints import load_original
 from unike.backbones.dialogue import Chat, Dialogue
 from unike.backbones.original import require_whole
 from unike.backbones.placement import build_quantization_config, dispatch, map_devices
-from unike.backbones.vision import Blip2Vision, GridVision, InstructVision, ProjectorVision, SplitVision
+from unike.backbones.smol import SmolForConditionalGeneration
+from unike.backbones.vision import (
+    Blip2Vision,
+    GridVision,
+    InstructVision,
+    PooledVision,
+    ProjectorVision,
+    SplitVision,
+)
 from unike.backbones.vlm import VisionLanguageBackbone
 from unike.types import BackboneSpec, UserError
 
@@ -61,6 +69,13 @@ ARCHITECTURES = {
         InstructVision,
         decoder="language_model",
         dialogue=Dialogue(bos=True),
+    ),
+    # The image's tokens are a sentence's: with a name in their place, the language model repeats it.
+    "smol": Architecture(
+        SmolForConditionalGeneration,
+        PooledVision,
+        decoder="language_model",
+        dialogue=Dialogue(before_image="Picture: a", after_image=".\n"),
     ),
 }
 

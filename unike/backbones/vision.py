@@ -137,6 +137,18 @@ class ProjectorVision(FixedVision):
         return [{"features": state} for state in args[0]]
 
 
+class PooledVision(FixedVision):
+    """Convolutional tower and projector of smol."""
+
+    tower_path = "vision_tower"
+    projection_path = "multi_modal_projector"
+
+    @torch.no_grad()
+    def see(self, shown: Sequence[Parts]) -> list[Parts]:
+        """``(1 + cells, d)`` of each image: the mean of the tower's map, and of its cells."""
+        return [{"features": cells} for cells in self.tower(self.stack(shown))]
+
+
 class SplitVision(ProjectorVision):
     """An image is encoded as a whole and in tiles, whose number depends on its shape (LLaVA-OneVision)."""
 

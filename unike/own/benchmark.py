@@ -25,7 +25,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -35,7 +35,7 @@ from unike.datasets.changed_images import restyle
 from unike.datasets.derive import derive_file
 from unike.datasets.images import lies_outside, open_image
 from unike.datasets.mmedit import list_record_problems
-from unike.datasets.probe_files import describe_probes, sign_file
+from unike.datasets.probe_files import RecordProbes, describe_probes, sign_file
 from unike.datasets.rows import FIELDS, name_fields, read_file, report_unknown_fields
 from unike.system.arguments import ArgumentParser
 from unike.system.faults import explain_write_errors
@@ -200,12 +200,27 @@ def build_benchmark(images: Path, rows: Sequence[Row], into: Path, seed: int = 0
             else:
                 shown = str(images / record["image"])
                 restyle(shown, random.Random(f"{seed}/{record['image_rephrase']}")).draw_image().save(place)
-        path = into / RECORDS
-        write_text(path, json.dumps(records, indent=1, ensure_ascii=False))
-        found = derive_file(path, seed=seed)
-        write_text(into / PROBES, describe_probes(sign_file(path), found, train_sha256=sign_file(path)))
+        found = write_records(records, into / RECORDS, into / PROBES, seed=seed)
     counts = Counter(name for probes in found for name in probes.probes)
     return Built(into, len(records), counts)
+
+
+def write_records(
+    records: Sequence[Row],
+    path: Path,
+    probes: Path,
+    task: Literal["vqa", "caption"] = "vqa",
+    train: Path | None = None,
+    seed: int = 0,
+) -> list[RecordProbes]:
+    """Writes annotations, and the further probes that are derived from them and from the records of
+    ``train``, by default their own. UserError where a record is not sound."""
+    if problems := [line for i, record in enumerate(records) for line in list_record_problems(record, i)]:
+        raise UserError(*problems)
+    write_text(path, json.dumps(list(records), indent=1, ensure_ascii=False))
+    found = derive_file(path, train, task, seed=seed)
+    write_text(probes, describe_probes(sign_file(path), found, train_sha256=sign_file(train or path)))
+    return found
 
 
 # ---------------------------------------------------------------- the command

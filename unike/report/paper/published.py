@@ -18,6 +18,7 @@ FAMILY_TITLES = {
     "qwen2_vl": "Qwen2-VL",
     "qwen2_5_vl": "Qwen2.5-VL",
     "instructblip": "InstructBLIP",
+    "smol": "smol (SmolLM2-135M)",
 }
 LIFELONG = "lifelong"
 AVERAGES = "table5_averages"

@@ -1,0 +1,1 @@
+"""The backbone "smol", made of packages: conversion, training of its projector, benchmarks from images."""
