@@ -24,7 +24,7 @@ from unike.knowledge.memory import KnowledgeMemory
 from unike.methods import ft, patching
 from unike.methods.training import Learner, train
 from unike.runs.memory import PHOTO_TOKENS, describe_edit_memory, estimate_edit_memory
-from unike.types import BACKBONES, UserError
+from unike.types import UserError
 
 ROOT = Path(__file__).parents[1]
 
@@ -169,7 +169,7 @@ def test_the_page_has_what_the_command_prints(capsys: pytest.CaptureFixture[str]
     printed = capsys.readouterr().out.strip()
     assert printed in script.PAGE.read_text(encoding="utf-8")
     rows = printed.splitlines()[2:]
-    assert len(rows) == 2 * len(BACKBONES)
+    assert len(rows) == 2 * len(script.FAMILIES)
     assert all(len(row.split("|")) == len(script.COLUMNS) + 3 for row in rows)
     # 32 bit take twice the weights of 16 bit; only two models were measured.
     sizes = [float(row.split("|")[3]) for row in rows]

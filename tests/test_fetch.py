@@ -363,7 +363,9 @@ def list_targets() -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "path", sorted(p.name for p in (ROOT / "hparams").glob("*.yaml") if p.name[0] != "t")
+    # Neither the toys, which are shipped, nor smol, whose model and data are made on one's own machine.
+    "path",
+    sorted(p.name for p in (ROOT / "hparams").glob("*.yaml") if p.name[0] != "t" and p.stem != "smol"),
 )
 def test_the_yamls_find_what_is_fetched(path: str) -> None:
     hparams = HyperParams.from_hparams(ROOT / "hparams" / path)
