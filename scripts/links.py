@@ -20,6 +20,8 @@ from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
+from unike.system.arguments import ArgumentParser
+from unike.system.files import write_text
 from unike.system.launching import run_guarded
 from unike.types import UserError
 
@@ -97,13 +99,13 @@ def compare(found: Mapping[str, Sequence[str]], recorded: Mapping[str, str]) -> 
     return new + [f"{LIST}: {link}: no page has it; python -m scripts.links --write" for link in gone]
 
 
-def ask(link: str, seconds: float = SECONDS) -> str | None:
-    """Why a link does not answer; None where it does.."""
+def request(link: str, seconds: float = SECONDS) -> str | None:
+    """Why a link does not answer; None where it does."""
     reason: str | None = None
     for method in ("HEAD", "GET"):
-        request = Request(link, method=method, headers={"User-Agent": "Mozilla/5.0 (link check)"})
+        wanted = Request(link, method=method, headers={"User-Agent": "Mozilla/5.0 (link check)"})
         try:
-            with urlopen(request, timeout=seconds):
+            with urlopen(wanted, timeout=seconds):
                 return None
         except HTTPError as error:
             reason = f"HTTP {error.code}"
@@ -116,7 +118,7 @@ def ask(link: str, seconds: float = SECONDS) -> str | None:
     return reason
 
 
-def check(links: Links, today: str, ask: Callable[[str], str | None] = ask) -> tuple[Links, list[str]]:
+def check(links: Links, today: str, ask: Callable[[str], str | None] = request) -> tuple[Links, list[str]]:
     """The links with ``today`` for those that answer, and a line for each that does not. UserError where no
     server answered, as without a network."""
     reasons = {link: ask(link) for link in links}
@@ -133,21 +135,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(argv: Sequence[str] | None, root: Path = ROOT) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="record new links, drop unused ones")
-    parser.add_argument("--fetch", action="store_true", help="ask for each link over the network")
+    parser.add_argument("--fetch", action="store_true", help="request each link over the network")
     args = parser.parse_args(argv)
     path, found = root / LIST, read_pages(root)
     recorded = read_list(path) if path.is_file() else {}
     if args.write:
         recorded = {link: recorded.get(link, UNCHECKED) for link in found}
-        path.write_text(render_list(recorded), encoding="utf-8")
+        write_text(path, render_list(recorded))
     problems = compare(found, recorded)
     if args.fetch:
         recorded, lost = check(recorded, datetime.date.today().isoformat())
-        path.write_text(render_list(recorded), encoding="utf-8")
+        write_text(path, render_list(recorded))
         problems += lost
     for line in problems:
         print(line)

@@ -22,6 +22,8 @@ from unike.config.untrained import make_untrained
 from unike.report.paper.published import FAMILY_TITLES
 from unike.report.paper.tables import rewrite_blocks
 from unike.runs.memory import EditMemory, estimate_edit_memory
+from unike.system.arguments import ArgumentParser
+from unike.system.files import write_text
 from unike.system.launching import run_guarded
 from unike.types import BACKBONES, UserError
 
@@ -95,9 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(argv: Sequence[str] | None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", type=Path, metavar="PAGE", help="the page with the markers")
     parser.add_argument(
         "--check", action="store_true", help="write nothing; report whether the page is up to date"
@@ -117,7 +117,7 @@ def run(argv: Sequence[str] | None) -> int:
     if args.check:
         print(f"{page.name}: {'up to date' if before == after else 'out of date; run --write'}")
         return 0 if before == after else 1
-    page.write_text(after, encoding="utf-8")
+    write_text(page, after)
     print(page)
     return 0
 

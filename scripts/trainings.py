@@ -20,11 +20,11 @@ def read_trainings(planned: Sequence[Run]) -> list[Training]:
     for run in planned:
         needs = resolve_needs(run.hparams)
         if needs.training and run.hparams.editor_dir and (folder := find_editor(run.hparams)):
-            told = _read(folder / "editor.json")
-            found.append(_make("editor", told, "step", "visits"))
-        if needs.gate_scope and run.hparams.scope_dir and (folder := find_scope_classifier(run.hparams)):
-            told = _read(folder / "scope.json")
-            found.append(_make("scope classifier", told, "steps", "record_visits"))
+            report = _read(folder / "editor.json")
+            found.append(_make("editor", report, "step", "visits"))
+        if needs.scope and run.hparams.scope_dir and (folder := find_scope_classifier(run.hparams)):
+            report = _read(folder / "scope.json")
+            found.append(_make("scope classifier", report, "steps", "record_visits"))
     return [training for training in found if training is not None]
 
 
@@ -32,7 +32,8 @@ def _read(file: Path) -> dict[str, Any]:
     return json.loads(file.read_text(encoding="utf-8")).get("training") or {}
 
 
-def _make(part: str, told: dict[str, Any], steps: str, visits: str) -> Training | None:
-    if not told.get("stopped"):
+def _make(part: str, report: dict[str, Any], steps: str, visits: str) -> Training | None:
+    if not report.get("stopped"):
         return None
-    return Training(part, told[steps], told[visits], told["seconds"], told["best_step"], told["stopped"])
+    ended = report["seconds"], report["best_step"], report["stopped"]
+    return Training(part, report[steps], report[visits], *ended)

@@ -10,7 +10,17 @@ from pathlib import Path
 import pytest
 
 from scripts import links
-from scripts.links import LIST, ROOT, UNCHECKED, ask, compare, find_links, read_list, read_pages, render_list
+from scripts.links import (
+    LIST,
+    ROOT,
+    UNCHECKED,
+    compare,
+    find_links,
+    read_list,
+    read_pages,
+    render_list,
+    request,
+)
 from unike.types import UserError
 
 
@@ -118,14 +128,14 @@ def site() -> Iterator[str]:
     ],
 )
 def test_a_link_is_there_or_not(site: str, codes: str, reason: str | None) -> None:
-    assert ask(f"{site}/{codes}", 5) == reason
+    assert request(f"{site}/{codes}", 5) == reason
 
 
 def test_those_that_answer_get_todays_date(site: str) -> None:
     there, lost = f"{site}/200-200", f"{site}/404-404"
     closed = "http://127.0.0.1:9/"
     recorded = {there: UNCHECKED, lost: "2026-01-02", closed: UNCHECKED}
-    dated, problems = links.check(recorded, "2026-03-04", lambda link: ask(link, 5))
+    dated, problems = links.check(recorded, "2026-03-04", lambda link: request(link, 5))
     assert dated == {there: "2026-03-04", lost: "2026-01-02", closed: UNCHECKED}
     assert problems[0] == f"{lost}: HTTP 404; last answered: 2026-01-02"
     assert problems[1].startswith(f"{closed}: ")

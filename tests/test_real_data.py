@@ -52,6 +52,26 @@ def made(backbone, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return into
 
 
+def test_of_a_benchmark_that_cannot_be_made_nothing_is_left(
+    backbone, photos: Path, tmp_path: Path, monkeypatch
+) -> None:
+    """A folder that lies there would be in the way of the next run."""
+    monkeypatch.setattr(make_data, "list_facts", lambda seed: [(q, "x") for q in FACTS])
+    monkeypatch.setattr(make_data, "keep_known", lambda backbone, facts, tick: list(facts))
+    collect, task = make_data.collect, []
+
+    def find_nothing_at_last(*given: object) -> list[Question]:
+        task.append(given[2])
+        return [] if task[-2:] == ["caption", "vqa"] else collect(*given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(make_data, "collect", find_nothing_at_last)
+    with pytest.raises(UserError, match="val/vqa: the backbone gets nothing wrong"):
+        make_data.make(backbone, read_photos([photos]), photos, tmp_path / "new" / "bench", 30, 0)
+    assert list((tmp_path / "new").iterdir()) == []
+    assert photos.is_dir()
+    assert any(photos.iterdir())
+
+
 def read(made: Path, name: str) -> list[dict]:
     return json.loads((made / name).read_text("utf-8"))
 
@@ -156,6 +176,7 @@ def test_what_cannot_be_done_is_said_in_a_line(photos: Path, tmp_path: Path, mon
         raise AssertionError("a backbone is loaded")
 
     monkeypatch.setattr(make_data, "load_backbone", load)
+    monkeypatch.setattr(make_data, "require_facts", lambda: None)
     new = ["--into", str(tmp_path / "x")]
     for argv, text in (
         (["--images", str(tmp_path / "none"), *new], "no such folder"),

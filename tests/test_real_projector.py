@@ -15,7 +15,7 @@ from todays import save_folder, todays_spec
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from scripts.real import train_projector, wordings
+from scripts.real import seeing, train_projector, wordings
 from scripts.real.answering import Lesson, Teacher
 from scripts.real.folder import read_about
 from scripts.real.names import embed_names, make_projector, read_class_names
@@ -308,6 +308,7 @@ def test_the_command_trains_and_goes_on(backbone, tmp_path: Path, monkeypatch, c
     names = [f"thing {i}" for i in range(20)]
     state = {k: v.detach().clone() for k, v in backbone.projection.state_dict().items()}
     monkeypatch.setattr(train_projector, "start_projector", lambda home: (dict(state), list(names)))
+    monkeypatch.setattr(train_projector, "find_part", lambda part: tmp_path)
     yaml = tmp_path / "mini.yaml"
     folder = save_folder(tmp_path / "smol", "smol")
     yaml.write_text(f"model_name: smol\nname: {folder}\nmethod: ft\nlayers: 1\n")
@@ -332,6 +333,50 @@ def test_the_command_trains_and_goes_on(backbone, tmp_path: Path, monkeypatch, c
     wrong = [llava if word == str(yaml) else word for word in argv]
     with pytest.raises(UserError, match="model_name: llava; expected smol"):
         train_projector.run(wrong)
+    # Another seed's projector is not written over, and a checkpoint goes on with what it is of.
+    kept = (tmp_path / "out" / "projector.safetensors").read_bytes()
+    with pytest.raises(UserError, match=r"--out .*: has the projector of seed 0; name another folder"):
+        train_projector.run([*argv, "--seed", "1"])
+    with pytest.raises(UserError, match="is of other photographs, scenes, views or options"):
+        train_projector.run([*argv, "--lr", "0.5"])
+    assert (tmp_path / "out" / "projector.safetensors").read_bytes() == kept
+
+
+def test_wrong_options_are_said_together_before_a_model_is_loaded(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(train_projector, "load_backbone", lambda _: pytest.fail("a backbone is loaded"))
+    missing = UserError("vision tower: the package is not installed")
+
+    def find(part: object) -> None:
+        raise missing
+
+    monkeypatch.setattr(train_projector, "find_part", find)
+    photos = save_photos(tmp_path / "photos", ("harp", "owl"))
+    given = {"views": "0", "check_every": "0", "held_names": "1", "lr": "nan", "dropout": "-1", "seed": "-1"}
+    argv = ["--images", str(photos), "--work", str(tmp_path / "w"), "--out", str(tmp_path / "o")]
+    with pytest.raises(UserError) as caught:
+        train_projector.run([*argv, *(word for k, v in given.items() for word in (f"--{k}", v))])
+    assert {line.split(":")[0] for line in caught.value.problems} == {
+        *(f"--{name}" for name in given),
+        "vision tower",
+    }
+    assert not (tmp_path / "w").exists()
+
+
+def test_what_is_seen_is_not_written_over_another_file(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(seeing, "load_backbone", lambda _: pytest.fail("a backbone is loaded"))
+    monkeypatch.setattr(seeing, "require_scenes", lambda: None)
+    photos = save_photos(tmp_path / "photos", ("harp", "owl"))
+    own = tmp_path / "notes.json"
+    own.write_text("{}")
+    for options, text in (
+        (["--json", str(own)], "was not written by this program"),
+        (["--json", str(own / "x.json")], "--json: .*is a file"),
+        (["--size", "0"], "--size: 0; expected 1 or more"),
+        (["--hparams_dir", str(Path(__file__).parents[1] / "hparams/llava.yaml")], "expected smol"),
+    ):
+        with pytest.raises(UserError, match=text):
+            seeing.run(["--images", str(photos), *options])
+    assert own.read_text() == "{}"
 
 
 def test_a_lesson_asks_one_question_with_each_images_own_answer() -> None:

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from scripts import pages, trainings
+from scripts import pages, tables, trainings
+from scripts.plan import PLAN, read_plan
 from unike.config.hparams import HyperParams
 from unike.evaluation.metrics import harmonic_mean
 from unike.evaluation.record import Record
@@ -386,6 +387,22 @@ def test_trainings_are_read_from_the_files_beside_the_tensors(tmp_path: Path, mo
     assert trainings.read_trainings([SimpleNamespace(hparams=replace(hparams, editor_dir=None))]) == []
     (tmp_path / "editor.json").write_text(json.dumps({"training": {"steps": 3}}))
     assert trainings.read_trainings([SimpleNamespace(hparams=hparams)]) == []
+    scope = {"steps": 9, "record_visits": 36, "seconds": 2.5, "best_step": 6, "stopped": "cap"}
+    (tmp_path / "scope.json").write_text(json.dumps({"training": scope}))
+    monkeypatch.setattr(trainings, "find_scope_classifier", lambda _: tmp_path)
+    gated = HyperParams.from_hparams("scoped/tiny_blip2", [f"scope_dir={tmp_path}"])
+    found = trainings.read_trainings([SimpleNamespace(hparams=gated)])
+    assert found == [Training("scope classifier", 9, 36, 2.5, 6, "cap")]
+
+
+def test_trainings_stand_with_the_first_task_and_length_alone(monkeypatch) -> None:
+    training = Training("editor", 1, 4, 1.0, 1, "patience")
+    monkeypatch.setattr(tables, "read_trainings", lambda _: [training])
+    planned = read_plan(tables=["2"], backbones=["tiny_blip2"], seeds=[43])
+    blocks = tables.make_blocks(planned, tables.read_tables(PLAN))
+    shown = {(b.task, b.edits) for b in blocks if any(row.trainings for row in b.rows)}
+    assert {(b.task, b.edits) for b in blocks} == {(t, n) for t in ("vqa", "caption") for n in (10, 20)}
+    assert shown == {("vqa", 10)}
 
 
 # ---------------------------------------------------------------- in short, and pages

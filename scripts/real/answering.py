@@ -55,7 +55,7 @@ class Teacher:
         before = torch.tensor(words[0].before).expand(len(texts), -1)
         shown = projector(features.float()).to(self.embed.weight.dtype)
         embeds = torch.cat([self.embed(before), shown, self.embed(ids)], 1)
-        # Causal attention never looks at the padding behind a row: no mask is needed.
+        # Causal attention never looks at the padding after a row: no mask is needed.
         hidden = backbone.decoder.get_decoder()(inputs_embeds=embeds).last_hidden_state
         # What predicts a token stands one place before it.
         start = embeds.shape[1] - width

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 from unike.backbones.efficientnet import EfficientNetLiteConfig
 from unike.backbones.smol import SmolConfig
+from unike.config.hparams import HyperParams
 from unike.system.files import compute_sha256, replace_atomically, write_json, write_text
 from unike.types import UserError
 
@@ -42,6 +43,12 @@ class About:
     hidden: int
     grid: int
     trained: Mapping[str, Any] = field(default_factory=dict)
+
+
+def require_smol(hparams: HyperParams) -> None:
+    """UserError for a YAML of another backbone."""
+    if hparams.model_name != "smol":
+        raise UserError(f"{hparams.source}: model_name: {hparams.model_name}; expected smol")
 
 
 def save_shard(folder: Path, file: str, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -124,6 +124,6 @@ def read_weights(
 
 def restore_rows(weight: np.ndarray, heads: int) -> np.ndarray:
     """A projection ``(heads * h, d)`` in transformers' order of rows: of each head first one half, then the
-    other, where GGUF has them in turn."""
+    other, where GGUF has them interleaved."""
     halves = weight.reshape(heads, -1, 2, weight.shape[-1])
     return halves.swapaxes(1, 2).reshape(weight.shape)

