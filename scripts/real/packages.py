@@ -75,7 +75,8 @@ def find_part(part: Part) -> Path:
 def require_modules(purpose: str, extra: str, *modules: str) -> None:
     """UserError, in one line, where modules of an extra of this project are not installed."""
     if lost := [module for module in modules if find_spec(module) is None]:
-        raise UserError(f"{purpose}: {', '.join(lost)}: not installed; pip install -e '.[{extra}]'")
+        names = " and ".join(lost)
+        raise UserError(f"{purpose}: the package {names} is not installed; pip install -e '.[{extra}]'")
 
 
 def require_gguf() -> None:
