@@ -23,7 +23,7 @@ from unike.system.files import write_text
 from unike.system.launching import run_guarded
 from unike.types import UserError
 
-_HEAD = ("method", "backbone", "HM5", "HM8 (min. pair)", "min. pair", "M-Gen", "options", "ended by")
+_HEAD = ("method", "backbone", "records", "HM5", "HM8 (min. pair)", "min. pair", "M-Gen", "options", "ended by")
 _SHOWN = ("minimal_pair", "m_generality")
 
 
@@ -54,13 +54,13 @@ def render(winners: Mapping[tuple[str, str], Entry], plan: TuningPlan) -> str:
     """A Markdown table: scores of the winners, teacher-forced and generated, and what they have chosen."""
     lines = [f"| {' | '.join(_HEAD)} |", f"|{' --- |' * len(_HEAD)}"]
     for (method, backbone), entry in winners.items():
-        cells = [method, backbone, _pair(entry["hm5"]), _pair(entry["hm8_minimal"])]
+        cells = [method, backbone, str(entry["records"]), _pair(entry["hm5"]), _pair(entry["hm8_minimal"])]
         both = entry["validation"]
         cells += [_pair({mode: both[mode].get(name) for mode in both}) for name in _SHOWN]
         cells.append(", ".join(f"`{key}: {_write(value)}`" for key, value in entry["options"].items()))
         cells.append(str(entry.get("stopped") or ""))
         lines.append(f"| {' | '.join(cells)} |")
-    size = f"the first {plan.records} validation records of each task"
+    size = "the first `records` validation records of each task"
     return "\n".join(
         [*lines, "", f"{plan.trials} trials each on {size}. Teacher-forced, generated; percent."]
     )

@@ -18,7 +18,7 @@ from scripts.tiny import make_data
 from scripts.tiny.make_data import Candidate
 from scripts.tiny.questions import HELD_OUT, SceneFact, list_facts
 from scripts.tiny.scenes import CATEGORY, OBJECTS, Painter, sample_scene
-from scripts.tiny.second_version import COUNTS, STYLES, UNSEEN, SecondArtist
+from scripts.tiny.second_version import ALTERED, COUNTS, STYLES, UNSEEN, SecondArtist
 from unike.backbones import load_backbone
 from unike.config.sections import DataOptions
 from unike.datasets.mmedit import CaptionDataset, VQADataset
@@ -154,6 +154,36 @@ def test_counts_and_colors_are_counterfactual_edits(drawn):
             assert record["alt"] in COUNTS
     counterfactual = [g["kind"] for g in groups if g["edit"] == "counterfactual"]
     assert sorted(counterfactual) == ["color"] * share + ["count"] * share
+
+
+class Scripted(SecondArtist):
+    """An artist whose base names a wrong answer for every question, without a model."""
+
+    def draw_candidates(self, task: str, count: int) -> list[Candidate]:
+        kinds = ("caption",) if task == "caption" else ("color", "count", "left")
+        return [replace(draw(self, kinds[i % len(kinds)]), answer="nothing") for i in range(count)]
+
+
+@pytest.mark.parametrize("task", ["vqa", "caption"])
+def test_the_other_records_of_val_are_as_if_no_counterfactual_edit_were_before_them(task, monkeypatch):
+    def draw_all() -> list[tuple[dict[str, Any], dict[str, Any]]]:
+        artist = Scripted(None, None, 3, "val")
+        kept = {
+            t: [artist.make_record(t, i, c) for i, c in enumerate(artist.collect(t, RECORDS))]
+            for t in ("vqa", "caption")
+        }[task]
+        shown = [
+            {k: artist.images[v][0] if v in artist.images else v for k, v in r.items()} for r in kept
+        ]
+        return [(r, p.groups) for r, p in zip(shown, artist.further[task], strict=True)]
+
+    found = draw_all()
+    before = [group["kind"] for _, group in found if group["edit"] == "counterfactual"]
+    assert before == ([*ALTERED] * (RECORDS // 20) if task == "vqa" else [])
+    monkeypatch.setattr("scripts.tiny.second_version.COUNTERFACTUAL_SHARE", 0.0)
+    without = draw_all()
+    assert len(without) == RECORDS
+    assert found[len(before) :] == without
 
 
 def test_the_first_version_is_drawn_by_its_own_artist():

@@ -8,7 +8,8 @@ To version 1's fields it adds a file of further probes next to the annotations (
 - ``m_generality_STYLE``: the rephrased image, made warm, blurred, low in contrast, half gray or dark.
 
 The toy models count objects and name backgrounds right nearly always. So a tenth of the eval records each are
-``count`` and ``color`` edits towards an answer that is not true; their group is ``counterfactual``.
+``count`` and ``color`` edits towards an answer that is not true; their group is ``counterfactual``. Val has half
+as many, before its other records: they are a fifth of the first records, which tuning edits.
 
 Train and val show none of the ``UNSEEN`` objects, a fifth of all, and never use the last rephrased wording of
 a question; each eval record says in its groups whether it has one of them, and its kind of question.
@@ -17,6 +18,8 @@ a question; each eval record says in its groups whether it has one of them, and 
 from __future__ import annotations
 
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -38,6 +41,8 @@ from unike.datasets.probe_files import FurtherProbe, RecordProbes, describe_prob
 from unike.types import IMAGE_STYLES
 
 COUNTERFACTUAL_SHARE = 0.1
+# The kinds of question whose edits are counterfactual.
+ALTERED = ("count", "color")
 # Other numbers than scenes have.
 COUNTS = ("three", "four", "five")
 # Chosen by name, so that the split does not change with the order of the drawings.
@@ -66,6 +71,7 @@ class SecondArtist(Artist):
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
+        self.altered = self.rng.spawn(1)[0]
         self.further: dict[str, list[RecordProbes]] = {}
 
     def _sample_scene(self, objects: tuple[int, ...] | None = None) -> Scene:
@@ -146,17 +152,31 @@ class SecondArtist(Artist):
     # ------------------------------------------------------------ records
 
     def collect(self, task: str, count: int) -> list[Candidate]:
-        """As version 1, with a share of counterfactual edits in eval."""
-        if self.split != "eval" or task != "vqa":
+        """As version 1, with a share of counterfactual edits in eval, and half of it before the others in val."""
+        if self.split == "train" or task != "vqa":
             return super().collect(task, count)
         share = int(count * COUNTERFACTUAL_SHARE)
-        kept = super().collect(task, count - 2 * share)
-        for kind in ("count", "color"):
-            drawn: list[Candidate] = []
-            while len(drawn) < share:
-                drawn += [c for c in self.draw_candidates(task, CANDIDATES) if c.fact.kind == kind]
-            kept += [replace(c, fact=self._change_target(c)) for c in drawn[:share]]
-        return kept
+        if self.split == "eval":
+            kept = super().collect(task, count - 2 * share)
+            return kept + [c for kind in ALTERED for c in self._draw_counterfactuals(task, kind, share)]
+        # By a generator of their own: the other records of val are drawn as if these were not there.
+        with self._use_rng(self.altered):
+            drawn = [self._draw_counterfactuals(task, kind, share // 2) for kind in ALTERED]
+        return [c for pair in zip(*drawn, strict=True) for c in pair] + super().collect(task, count)
+
+    def _draw_counterfactuals(self, task: str, kind: str, count: int) -> list[Candidate]:
+        drawn: list[Candidate] = []
+        while len(drawn) < count:
+            drawn += [c for c in self.draw_candidates(task, CANDIDATES) if c.fact.kind == kind]
+        return [replace(c, fact=self._change_target(c)) for c in drawn[:count]]
+
+    @contextmanager
+    def _use_rng(self, rng: np.random.Generator) -> Iterator[None]:
+        own, self.rng = self.rng, rng
+        try:
+            yield
+        finally:
+            self.rng = own
 
     def _change_target(self, c: Candidate) -> SceneFact:
         """The fact with an answer that neither holds of the scene nor is what the base model says."""
@@ -165,6 +185,12 @@ class SecondArtist(Artist):
         return replace(c.fact, answer=str(target))
 
     def make_record(self, task: str, number: int, c: Candidate) -> dict[str, Any]:
+        if self.split == "val" and self._is_counterfactual(c):
+            with self._use_rng(self.altered):
+                return self._make_record(task, number, c)
+        return self._make_record(task, number, c)
+
+    def _make_record(self, task: str, number: int, c: Candidate) -> dict[str, Any]:
         record = super().make_record(task, number, c)
         name = f"{task}-{number:04d}"
         twin, twin_answer = self.draw_minimal_pair(c)
