@@ -325,11 +325,11 @@ def test_kinds_of_questions_are_shown_apart() -> None:
         "unseen objects (n = 4)",
     )  # fmt: skip
     shown = dict(zip(grid.header[1:], [c.text for c in grid.rows[0][1]], strict=True))
-    assert shown["without yes/no (n = 15)"] == "100.0 / 100.0"
+    assert shown["without yes/no (n = 15)"] == "100.0 / 100.0 / 100.0"
     pairs = [r.get_scores("teacher_forced")["minimal_pair"].after for r in one.records[15:]]
     assert pairs == [1.0, 0.0, 0.0, 0.0, 0.0]
     hm8 = harmonic_mean([100.0] * 7 + [20.0])
-    assert shown["yes/no (n = 5)"] == f"{hm8:.1f} / 20.0"
+    assert shown["yes/no (n = 5)"] == f"{hm8:.1f} / 20.0 / 100.0"
     assert average(one, "minimal_pair", "generated", lambda r: False) is None
     assert list_kinds([row("FT", second(50.0))]).rows == ()
     lines = list(csv.DictReader(io.StringIO(csv_rows([block(one)]))))

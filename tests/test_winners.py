@@ -49,7 +49,7 @@ def test_zeta_can_show_where_it_is_compared() -> None:
     compared = {"collaboration": 8, "4": 5, "figure4b": 6}
     for table, count in compared.items():
         runs = [r for r in read_plan(tables=[table]) if r.hparams.method == "unike"]
-        rows = {r.row.name for r in runs if r.hparams.scope_gate == "none"}
+        rows = {r.row.name for r in runs if not r.row.yaml.startswith("scoped/")}
         assert len(rows) >= count
         assert all(r.hparams.beta > 0 for r in runs if r.row.name in rows), table
 

@@ -55,15 +55,14 @@ def list_parts(rows: Sequence[Row]) -> list[Part]:
 
 
 def list_kinds(rows: Sequence[Row]) -> Grid:
-    """HM8 and the minimal pair by kind of question."""
+    """HM8, the minimal pair and reliability by kind of question."""
     hm8, parts = choose_hm8(rows), list_parts(rows)
     counts = [max((_count(row, part.keep) for row in rows), default=0) for part in parts]
     header = [f"{part.title} (n = {n})" for part, n in zip(parts, counts, strict=True)]
-    columns = [[_make_pair(row, hm8, part.keep) for row in rows] for part in parts]
-    pair = " / minimal pair" if hm8 == ALL_MINIMAL else ""
-    return build_grid(
-        f"by kind of question: {MEASURE_TITLES[hm8]}{pair}, teacher-forced", rows, header, columns
-    )
+    measures = [hm8, *(["minimal_pair"] if hm8 == ALL_MINIMAL else []), "reliability"]
+    columns = [[_make_parts(row, measures, part.keep) for row in rows] for part in parts]
+    shown = " / ".join(MEASURE_TITLES[measure] for measure in measures)
+    return build_grid(f"by kind of question: {shown}, teacher-forced", rows, header, columns)
 
 
 def list_styles(rows: Sequence[Row], base: Mapping[str, float]) -> Grid:
@@ -169,10 +168,8 @@ def describe_difference(found: tuple[float, float, float] | None) -> str:
     return " ".join(filter(None, (f"{found[0]:+.1f}", cell.interval, judge(found))))
 
 
-def _make_pair(row: Row, hm8: str, keep: Callable[[Record], bool]) -> Cell:
-    values = [average(row, hm8, MODES[0], keep)]
-    if hm8 == ALL_MINIMAL:
-        values.append(average(row, "minimal_pair", MODES[0], keep))
+def _make_parts(row: Row, measures: Sequence[str], keep: Callable[[Record], bool]) -> Cell:
+    values = [average(row, measure, MODES[0], keep) for measure in measures]
     shown = [DASH if value is None else f"{value:.1f}" for value in values]
     return Cell(text=" / ".join(shown) if any(value is not None for value in values) else "")
 
