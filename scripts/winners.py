@@ -23,7 +23,8 @@ from unike.system.files import write_text
 from unike.system.launching import run_guarded
 from unike.types import UserError
 
-_HEAD = ("method", "backbone", "records", "HM5", "HM8 (min. pair)", "min. pair", "M-Gen", "options", "ended by")
+_SCORES = ("HM5", "HM8 (min. pair)", "min. pair", "M-Gen")
+_HEAD = ("method", "backbone", "records", *_SCORES, "options", "ended by")
 _SHOWN = ("minimal_pair", "m_generality")
 
 

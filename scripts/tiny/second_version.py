@@ -8,8 +8,8 @@ To version 1's fields it adds a file of further probes next to the annotations (
 - ``m_generality_STYLE``: the rephrased image, made warm, blurred, low in contrast, half gray or dark.
 
 The toy models count objects and name backgrounds right nearly always. So a tenth of the eval records each are
-``count`` and ``color`` edits towards an answer that is not true; their group is ``counterfactual``. Val has half
-as many, before its other records: they are a fifth of the first records, which tuning edits.
+``count`` and ``color`` edits towards an answer that is not true; their group is ``counterfactual``. Val has
+half as many, before its other records: they are a fifth of the first records, which tuning edits.
 
 Train and val show none of the ``UNSEEN`` objects, a fifth of all, and never use the last rephrased wording of
 a question; each eval record says in its groups whether it has one of them, and its kind of question.
@@ -152,7 +152,7 @@ class SecondArtist(Artist):
     # ------------------------------------------------------------ records
 
     def collect(self, task: str, count: int) -> list[Candidate]:
-        """As version 1, with a share of counterfactual edits in eval, and half of it before the others in val."""
+        """As version 1, with a share of counterfactual edits in eval, and half of it in val, before the others."""
         if self.split == "train" or task != "vqa":
             return super().collect(task, count)
         share = int(count * COUNTERFACTUAL_SHARE)

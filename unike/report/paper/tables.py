@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from unike.evaluation.summary import LOCALITY, MEANS_OF, MODES, WHEN, Estimate, Spread
 from unike.report.measures import MEASURE_TITLES, Row, average, count_least_sequences
+from unike.report.paper.bounds import list_bounds
 from unike.report.paper.breakdowns import (
     list_differences,
     list_distances,
@@ -55,7 +56,7 @@ __all__ = [
 BASE = "Base"
 TASK_TITLES = {"vqa": "E-VQA", "caption": "E-IC", "cross": "E-VQA and E-IC interleaved"}
 FORMATS = ("md", "latex", "csv")
-EXTRAS = ("presets", "means", "alpha", "best", "baselines", "trainings")
+EXTRAS = ("presets", "means", "alpha", "best", "bounds", "baselines", "trainings")
 LEGEND = (
     "In percent, with the 95% bootstrap interval in brackets where it is not a single point; with several "
     "seeds of the whole pipeline, seeds are resampled first, then the records of each. "
@@ -91,9 +92,9 @@ class Block:
 
     ``label`` is whose figures are shown with ours, ``beside`` lists more of them by number of edits.
     ``reference`` is the row whose order the paper states, ``subject`` that of ours which the others are
-    compared with. ``extras`` adds grids (``presets``, ``means``, ``alpha``, ``trainings``) and verdicts
-    (``best``, ``baselines``). ``toy``: the model is too small to compare with published figures, which is
-    said with each. ``base_styles`` has the base's accuracy by image style.
+    compared with. ``extras`` adds grids (``presets``, ``means``, ``alpha``, ``bounds``, ``trainings``) and
+    verdicts (``best``, ``baselines``). ``toy``: the model is too small to compare with published figures,
+    which is said with each. ``base_styles`` has the base's accuracy by image style.
     """
 
     table: str
@@ -126,6 +127,7 @@ class Block:
             "means": self._compare_means,
             "alpha": self._list_alpha,
             "best": lambda: list_differences(self.rows, self.subject, self.seed),
+            "bounds": lambda: list_bounds(self.rows, self.subject),
             "baselines": self._list_distances,
             "trainings": lambda: list_trainings(self.rows),
         }
