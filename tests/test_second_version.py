@@ -172,9 +172,7 @@ def test_the_other_records_of_val_are_as_if_no_counterfactual_edit_were_before_t
             t: [artist.make_record(t, i, c) for i, c in enumerate(artist.collect(t, RECORDS))]
             for t in ("vqa", "caption")
         }[task]
-        shown = [
-            {k: artist.images[v][0] if v in artist.images else v for k, v in r.items()} for r in kept
-        ]
+        shown = [{k: artist.images[v][0] if v in artist.images else v for k, v in r.items()} for r in kept]
         return [(r, p.groups) for r, p in zip(shown, artist.further[task], strict=True)]
 
     found = draw_all()
