@@ -152,7 +152,7 @@ class SecondArtist(Artist):
     # ------------------------------------------------------------ records
 
     def collect(self, task: str, count: int) -> list[Candidate]:
-        """As version 1, with a share of counterfactual edits in eval, half of it in val, before the others."""
+        """As version 1, with a share of counterfactual edits in eval, in val half of it before the others."""
         if self.split == "train" or task != "vqa":
             return super().collect(task, count)
         share = int(count * COUNTERFACTUAL_SHARE)
