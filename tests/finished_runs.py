@@ -10,11 +10,13 @@ from typing import Any
 from helpers import OPTIONS, record, save_pictures
 
 from unike.config.hparams import HyperParams
+from unike.datasets.declarations import list_metrics
 from unike.evaluation.record import Record
-from unike.evaluation.summary import UNCHANGED_PROBES
 from unike.runs.records import MANIFEST, RECORDS
 from unike.system.files import compute_sha256
 from unike.types import FIVE_METRICS
+
+UNCHANGED_PROBES = {metric.name for metric in list_metrics() if metric.expect == "unchanged"}
 
 PER_CASE = {
     "reliability": "image",

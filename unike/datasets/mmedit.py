@@ -10,11 +10,13 @@ from collections import Counter
 from collections.abc import Sequence
 from itertools import chain, zip_longest
 from pathlib import Path
-from typing import ClassVar, Literal, TypedDict, cast, overload
+from typing import Any, ClassVar, Literal, TypedDict, cast, overload
 
+from unike.datasets import vlkeb
 from unike.datasets.answers import normalise_answer
+from unike.datasets.declarations import HOPS, PORTABILITY_METRICS, get_expectation
 from unike.datasets.images import PathLike, image_path, lies_outside
-from unike.datasets.probe_files import NO_PROBES, FurtherProbe, RecordProbes, get_expectation, read_probes
+from unike.datasets.probe_files import NO_PROBES, FurtherProbe, RecordProbes, read_probes
 from unike.system.paths import check_path
 from unike.system.text import describe_value, is_unicode, one_line
 from unike.types import Case, EditRequest, Probe, Query, UserError
@@ -34,7 +36,7 @@ REQUIRED_FIELDS = (
     "m_loc_a",
 )
 PAIRED_FIELDS = (("same_question_image", "same_question_a"), ("same_image_q", "same_image_a"))
-KNOWN_FIELDS = (*REQUIRED_FIELDS, "pred", *chain.from_iterable(PAIRED_FIELDS), "joint")
+KNOWN_FIELDS = (*REQUIRED_FIELDS, "pred", *chain.from_iterable(PAIRED_FIELDS), "joint", vlkeb.FIELD)
 # Far above any real question, caption or file: longer ones are a mistake, or meant to take memory and time.
 TEXT_LENGTH, FILE_BYTES = 20_000, 1 << 30
 ImageField = Literal["image", "image_rephrase", "m_loc", "same_question_image"]
@@ -61,6 +63,7 @@ class Annotation(TypedDict, total=False):
     same_image_a: str
     pred: str | None
     joint: bool
+    port_new: list[dict[str, Any]]
 
 
 class _RepeatedField(dict[str, object]):
@@ -145,6 +148,7 @@ def list_record_problems(record: object, index: int) -> list[str]:
         problems.append(f"field 'pred': expected a string or null, got {_describe(record['pred'])}")
     if not isinstance(record.get("joint", False), bool):
         problems.append(f"field 'joint': expected true or false, got {_describe(record['joint'])}")
+    problems.append(vlkeb.find_portability_problem(record, TEXT_LENGTH))
     return [f"{where}: {problem}" for problem in problems if problem]
 
 
@@ -305,6 +309,7 @@ class _MMEditDataset(_CaseSequence):
         probes = (
             *self._make_five_probes(record, query),
             *self._make_hard_probes(record, query, joint="joint" in further.probes),
+            *self._make_portability_probes(record, query),
             *(self._make_further_probe(cell, p) for cell, p in further.probes.items() if p is not None),
         )
         return Case(request, probes, self.task, further.groups)
@@ -333,6 +338,13 @@ class _MMEditDataset(_CaseSequence):
         write = self._write_prompt if probe.form == "edit" else self._write_question
         image = None if probe.image is None else self._locate_image(probe.image)
         return Probe(cell, Query(image, write(probe.text), probe.answer.strip()), get_expectation(cell))
+
+    def _make_portability_probes(self, record: Annotation, query: Query) -> list[Probe]:
+        """VLKEB's, on the edit's image."""
+        return [
+            Probe(name, Query(query.image, self._write_question(asked.question), asked.answer), "target")
+            for name, asked in vlkeb.list_consequences(record).items()
+        ]
 
     def _make_hard_probes(self, record: Annotation, query: Query, joint: bool = False) -> tuple[Probe, ...]:
         probes = []
@@ -372,6 +384,37 @@ class VQADataset(_MMEditDataset):
 
     def _write_prompt(self, text: str) -> str:
         return self._write_question(text)
+
+
+class VLKEBDataset(VQADataset):
+    """VLKEB (Huang et al., NeurIPS 2024): E-VQA's layout and prompt, with questions about an edit's
+    consequences in ``port_new`` (``unike.datasets.vlkeb``), its metrics ``portability_1_hop`` to ``_4_hop``.
+
+    Arguments, attributes and errors are those of ``VQADataset``, which asks these, too. ``hops`` keeps the
+    records that have questions of any of these numbers of hops, as VLKEB's evaluation of a hop does, and asks
+    no others; None keeps all.
+    """
+
+    def __init__(
+        self, path: PathLike, *arguments: Any, hops: Sequence[int] | None = None, **more: Any
+    ) -> None:
+        super().__init__(path, *arguments, **more)
+        if hops is None:
+            return
+        if not hops or not set(hops) <= set(HOPS):
+            raise UserError(f"hops: expected some of {', '.join(map(str, HOPS))}, got {describe_value(hops)}")
+        self._asked = frozenset(PORTABILITY_METRICS[HOPS.index(n)] for n in hops)
+        self._records = [
+            (index, record)
+            for index, record in self._records
+            if self._asked & vlkeb.list_consequences(record).keys()
+        ]
+
+    def _make_portability_probes(self, record: Annotation, query: Query) -> list[Probe]:
+        found = super()._make_portability_probes(record, query)
+        return [probe for probe in found if probe.name in self._asked]
+
+    _asked: frozenset[str] = frozenset(PORTABILITY_METRICS)
 
 
 class CaptionDataset(_MMEditDataset):

@@ -13,17 +13,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal, cast
 
+from unike.datasets.declarations import declare_metrics, find_metric, list_metrics
 from unike.datasets.images import PathLike
 from unike.system.text import one_line
-from unike.types import FURTHER_METRICS, HARD_METRICS, STYLE_METRICS, Expectation, UserError
+from unike.types import FIVE_METRICS, UserError
 
 # What such a file says of itself; another layout gets another number.
 LAYOUT = "unike probes 1"
 FILE_BYTES = 1 << 30
 GROUP_LENGTH = 60
-CELLS = (*HARD_METRICS, *FURTHER_METRICS)
-# Probes that an edit applies to.
-_INSIDE = frozenset({"joint", *STYLE_METRICS})
 # How a text becomes a prompt: as the prompt of an edit, or as a question about an image.
 Form = Literal["edit", "question"]
 
@@ -49,11 +47,6 @@ class RecordProbes:
 
 
 NO_PROBES = RecordProbes({})
-
-
-def get_expectation(name: str) -> Expectation:
-    """What a good edit does to the probe of that name."""
-    return "target" if name in _INSIDE else "unchanged"
 
 
 def sign_file(path: PathLike) -> str:
@@ -98,6 +91,7 @@ def read_probes(path: PathLike, annotations: PathLike) -> list[RecordProbes]:
         raise UserError(
             f"{name}: its probes are of other annotations than {one_line(annotations)}; make them anew"
         )
+    declare_metrics(whole.get("metrics", []), name)
     rows = whole.get("records")
     if not isinstance(rows, list):
         raise UserError(f"{name}: records: expected a list; {expected}")
@@ -114,8 +108,12 @@ def _read_row(row: object, at: str) -> RecordProbes:
         raise UserError(f"{at}: groups: expected texts of at most {GROUP_LENGTH} characters")
     out: dict[str, FurtherProbe | None] = {}
     for name, values in probes.items():
-        if name not in CELLS:
-            raise UserError(f"{at}: {one_line(repr(name), 80)} is unknown; expected {', '.join(CELLS)}")
+        if name in FIVE_METRICS or find_metric(name) is None:
+            known = [metric.name for metric in list_metrics() if metric.name not in FIVE_METRICS]
+            raise UserError(
+                f"{at}: {one_line(repr(name), 80)} is unknown; expected {', '.join(known)}, or one that the "
+                f"file declares under metrics"
+            )
         out[name] = None if values is None and name == "joint" else _read_probe(values, f"{at}: {name}")
     return RecordProbes(out, groups)
 

@@ -24,13 +24,11 @@ from unike.evaluation.record import ABSENT, ByProbe, Record
 from unike.evaluation.titles import SHORT_TITLES as SHORT_TITLES
 from unike.evaluation.titles import TITLES as TITLES
 from unike.system.text import one_line
-from unike.types import DERIVED_METRICS, FIVE_METRICS, FURTHER_METRICS, METRICS
+from unike.types import DERIVED_METRICS, FIVE_METRICS, METRICS
 
 MODES = ("teacher_forced", "generated")
 WHEN = ("before", "after")
 LOCALITY = ("t_locality", "m_locality")
-# Probes whose answer a good edit leaves as it was.
-UNCHANGED_PROBES = (*LOCALITY, "same_question", "same_image", "minimal_pair", "same_object", *DERIVED_METRICS)
 # Published means of derived cells: De-VQA's (arXiv 2511.13243), and DECODE's pair (arXiv 2606.17057).
 CELL_GROUPS = {
     "RI": ("t1_i3", "t3_i1"),
@@ -250,8 +248,7 @@ def get_estimate(parts: Mapping[str, BeforeAfter], name: str, when: str) -> Esti
 def order_metrics(metrics: Iterable[str]) -> list[str]:
     """Metrics in the order of the tables, others after them by name."""
     names = set(metrics)
-    known = (*METRICS, *FURTHER_METRICS)
-    return [metric for metric in known if metric in names] + sorted(names - set(known))
+    return [name for name in TITLES if name in names] + sorted(names - TITLES.keys())
 
 
 class _Units(TypedDict):

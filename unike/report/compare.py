@@ -13,8 +13,16 @@ from rich.table import Table
 from rich.text import Text
 
 from unike.evaluation.record import Record
-from unike.evaluation.summary import HARMONIC, HARMONIC_TITLES, MODES, TITLES, choose_mode, find_passes
-from unike.report.measures import MEASURES, Row, compare_rows
+from unike.evaluation.summary import (
+    HARMONIC,
+    HARMONIC_TITLES,
+    MODES,
+    TITLES,
+    choose_mode,
+    find_passes,
+    order_metrics,
+)
+from unike.report.measures import Row, compare_rows, get_parts
 from unike.runs.records import read_manifest, read_records, read_seed
 from unike.system.text import one_line
 from unike.types import METRICS, UserError
@@ -158,9 +166,17 @@ def _find_differences(a: Mapping[str, Record], b: Mapping[str, Record], seed: in
     found = []
 
     def has(record: Record, measure: str, mode: str) -> bool:
-        return all(metric in record.get_scores(mode) for metric in MEASURES[measure][0])
+        return all(metric in record.get_scores(mode) for metric in get_parts(measure)[0])
 
-    for measure, mode in product((*METRICS, *HARMONIC), MODES):
+    asked = {
+        name
+        for run in (a, b)
+        for record in run.values()
+        for mode in MODES
+        for name in record.get_scores(mode)
+    }
+    further = [name for name in order_metrics(asked) if name not in METRICS]
+    for measure, mode in product((*METRICS, *HARMONIC, *further), MODES):
         both = [name for name in a if has(a[name], measure, mode) and has(b[name], measure, mode)]
         one, other = (Row("", {}, [run[name] for name in both]) for run in (a, b))
         if (more := compare_rows(other, one, measure, seed, mode)) is not None:
@@ -170,7 +186,7 @@ def _find_differences(a: Mapping[str, Record], b: Mapping[str, Record], seed: in
 
 
 def _average(row: Row, measure: str, mode: str) -> float:
-    metrics, of = MEASURES[measure]
+    metrics, of = get_parts(measure)
     values = ([100.0 * r.get_scores(mode)[m].after for r in row.records] for m in metrics)
     return of([sum(column) / len(column) for column in values])
 

@@ -13,13 +13,12 @@ from unike.evaluation.summary import (
     HARMONIC_OF,
     MEANS_OF,
     MODES,
-    SHORT_TITLES,
     Estimate,
     Spread,
     Summary,
     get_estimate,
 )
-from unike.types import FURTHER_METRICS, METRICS
+from unike.evaluation.titles import MetricTitles
 
 ALL, ALL_MINIMAL = "all", "all_minimal"
 # Fewer sequences give no interval: their own number, not their records', is what can be resampled.
@@ -27,24 +26,30 @@ LEAST_SEQUENCES = {20: 10, math.inf: 8}
 
 
 # A number of a row: which metrics it is made of, and how.
-MEASURES: dict[str, tuple[tuple[str, ...], Callable[[Sequence[float]], float]]] = {
-    **{metric: ((metric,), mean_of) for metric in (*METRICS, *FURTHER_METRICS)},
+_COMBINED: dict[str, tuple[tuple[str, ...], Callable[[Sequence[float]], float]]] = {
     **{name: (tuple(metrics), mean_of) for name, metrics in MEANS_OF.items()},
     **{name: (tuple(metrics), harmonic_mean) for name, metrics in HARMONIC_OF.items()},
 }
 
 
-MEASURE_TITLES = {
-    **SHORT_TITLES,
-    "same_question": "same Q (far)",
-    "minimal_pair": "same Q (min. pair)",
-    "generality": "mean generality",
-    "locality": "mean locality",
-    "five": "HM5",
-    ALL: "HM8 (far)",
-    ALL_MINIMAL: "HM8 (min. pair)",
-}
+MEASURE_TITLES = MetricTitles(
+    {
+        "same_question": "same Q (far)",
+        "minimal_pair": "same Q (min. pair)",
+        "generality": "mean generality",
+        "locality": "mean locality",
+        "five": "HM5",
+        ALL: "HM8 (far)",
+        ALL_MINIMAL: "HM8 (min. pair)",
+    },
+    is_short=True,
+)
 Difference = tuple[float, float, float]
+
+
+def get_parts(measure: str) -> tuple[tuple[str, ...], Callable[[Sequence[float]], float]]:
+    """The metrics that a measure is made of, and how: of a metric, itself."""
+    return _COMBINED.get(measure) or ((measure,), mean_of)
 
 
 def count_least_sequences(edits: int) -> int:
@@ -134,7 +139,7 @@ def compare_rows(
     """``one`` less ``other`` in percent, with its 95% interval: the paired bootstrap over the records that
     both have (and that one ``keep``s), by whole sequences where there are several, and by seeds first where
     there are several of these. None where they share none. The ends are NaN where a row has no intervals."""
-    metrics, of = MEASURES[measure]
+    metrics, of = get_parts(measure)
     known = [_collect(row, metrics, mode, keep) for row in (one, other)]
     shared = [key for key in known[0] if key in known[1]]
     if not shared:
@@ -150,7 +155,7 @@ def compare_rows(
 
 def average(row: Row, measure: str, mode: str, keep: Callable[[Record], bool]) -> float | None:
     """A measure in percent over those of a row's records that one ``keep``s; None without any."""
-    metrics, of = MEASURES[measure]
+    metrics, of = get_parts(measure)
     scores = [r.get_scores(mode) for r in row.records if r.ok and not r.is_step and keep(r)]
     columns = [[100.0 * found[metric].after for found in scores if metric in found] for metric in metrics]
     return of([mean_of(column) for column in columns]) if all(columns) else None

@@ -6,12 +6,12 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from unike.datasets.declarations import get_expectation
 from unike.evaluation.record import Answer, Record
 from unike.evaluation.summary import (
     MODES,
     SHORT_TITLES,
     TITLES,
-    UNCHANGED_PROBES,
     Estimate,
     Summary,
     choose_mode,
@@ -219,7 +219,7 @@ def build_probe(
 ) -> ProbeView:
     """A probe with its image."""
     answer, path = record.answers[name], images.get(record.case, {}).get(name)
-    expected = UNCHANGED if name in UNCHANGED_PROBES else TARGET
+    expected = UNCHANGED if get_expectation(name) == "unchanged" else TARGET
     return ProbeView(
         title=TITLES.get(name, clip(name)),
         expected=": ".join(filter(None, (PROBE_INPUTS.get(name), expected))),
@@ -403,7 +403,7 @@ def _group_decisions(done: Sequence[Record], what: str) -> dict[str, list[float]
     for record in done:
         for name, value in record.decisions.get(what, {}).items():
             if value is not None:
-                groups[UNCHANGED if name in UNCHANGED_PROBES else TARGET].append(value)
+                groups[UNCHANGED if get_expectation(name) == "unchanged" else TARGET].append(value)
     return groups
 
 

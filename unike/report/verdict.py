@@ -122,7 +122,7 @@ def _has_sequences(found: Comparison) -> bool:
 
 
 def _list(better: Sequence[Difference]) -> str:
-    titles = TITLES | HARMONIC_TITLES
+    titles = {**TITLES, **HARMONIC_TITLES}
     named = [f"{titles[d.measure]} by {_describe_size(d)}" for d in better[:MOST_NAMED]]
     if len(better) > MOST_NAMED:
         named.append(f"{len(better) - MOST_NAMED} more")

@@ -21,6 +21,7 @@ from types import TracebackType
 from typing import Any
 
 from unike.config.options import BEFORE_OPTIONS
+from unike.datasets.declarations import declare_metrics
 from unike.evaluation.record import Record, require_place
 from unike.system.faults import explain_write_errors
 from unike.system.files import to_json_types, write_json, write_text
@@ -183,7 +184,7 @@ def read_records(directory: str | os.PathLike[str]) -> list[Record]:
 
 
 def read_manifest(directory: str | os.PathLike[str]) -> dict[str, Any]:
-    """What a run was made from."""
+    """What a run was made from. The metrics that its data declared are known from then on."""
     path = Path(directory) / MANIFEST
     if os.path.exists(path) and not os.path.isfile(path):
         raise UserError(f"{path}: cannot be read as a run's manifest: is not a regular file")
@@ -193,6 +194,7 @@ def read_manifest(directory: str | os.PathLike[str]) -> dict[str, Any]:
         raise UserError(f"{path}: cannot be read as a run's manifest: {fault}") from None
     if not isinstance(manifest, dict):
         raise UserError(f"{path}: expected a JSON object")
+    declare_metrics(manifest.get("metrics", []), str(path))
     return manifest
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Protocol
 
 from unike.config.hparams import HyperParams
+from unike.datasets.declarations import describe_declared
 from unike.edits import EditStore
 from unike.evaluation.protocols import Outcome
 from unike.evaluation.reader import Reader
@@ -71,6 +72,8 @@ def describe_machine(parts: Parts) -> dict[str, object]:
         "device": parts.backbone.device.type,
         "processes": processes.count(),
         "edits_at_once": count_edits_at_once(hp, parts.backbone),
+        # For whoever reads the run: its data may have declared metrics.
+        "metrics": describe_declared(),
     }
 
 

@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from unike.evaluation.summary import LOCALITY, MEANS_OF, MODES, WHEN, Estimate, Spread
+from unike.evaluation.summary import LOCALITY, MEANS_OF, MODES, WHEN, Estimate, Spread, order_metrics
 from unike.report.measures import MEASURE_TITLES, Row, average, count_least_sequences
 from unike.report.paper.bounds import list_bounds
 from unike.report.paper.breakdowns import (
@@ -33,7 +33,7 @@ from unike.report.paper.grids import (
     write_markdown,
 )
 from unike.report.paper.published import Figures
-from unike.types import FIVE_METRICS, METRICS, UserError
+from unike.types import FIVE_METRICS, FURTHER_METRICS, METRICS, UserError
 
 __all__ = [
     "BASE",
@@ -121,6 +121,7 @@ class Block:
         after = [self._compare("teacher-forced", FIVE_METRICS)]
         after.append(self._list("beyond the paper", (*hard, *combined), MODES[0], costs=True))
         after.append(self._list("generated", (*FIVE_METRICS, *hard, *combined), MODES[1]))
+        after += self._list_declared()
         after += [list_styles(self.rows, self.base_styles), list_kinds(self.rows), list_seeds(self.rows)]
         extra = {
             "presets": self._list_presets,
@@ -195,6 +196,13 @@ class Block:
             ]
             columns.append([Cell(text=_format_size(row.summary.get("bytes"))) for row in self.rows])
         return self._build_grid(title, header, columns, base=measures if not costs else (), mode=mode)
+
+    def _list_declared(self) -> list[Grid]:
+        """What the data declare beyond the eight and the probes of ours, with portability among them."""
+        found = {name for row in self.rows for name in row.summary.get("metrics", {})}
+        own = [name for name in order_metrics(found) if name not in (*METRICS, *FURTHER_METRICS)]
+        title = "declared by the data, {}"
+        return [self._list(title.format(mode.replace("_", "-")), own, mode) for mode in MODES if own]
 
     def _fill_column(self, measure: str, mode: str) -> list[Cell]:
         cells = [make_cell(row.find_estimate(measure, mode)) for row in self.rows]

@@ -1,0 +1,64 @@
+"""VLKEB's questions about an edit's consequences: the field ``port_new`` of its records.
+
+A list of ``{"port_type": "2-hop", "Q&A": {"Question": ..., "Answer": ...}}``. Each is asked on the edit's
+image, and should be answered with ``Answer`` after the edit. Of several of one number of hops the first is
+asked, as VLKEB does. Records of VLKEB's edit-one-hop file have ``port_edit_q`` there in place of it: a second
+edit, which is none of these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from unike.datasets.declarations import HOPS, PORTABILITY_METRICS
+from unike.system.text import describe_value, is_unicode
+
+FIELD = "port_new"
+# In a record of the edit-one-hop file.
+SECOND_EDIT_FIELDS = ("port_edit_q", "port_edit_a", "port_q", "port_a")
+_METRICS = {f"{hops}-hop": name for hops, name in zip(HOPS, PORTABILITY_METRICS, strict=True)}
+
+
+class Consequence(NamedTuple):
+    """A question about what follows from an edit, and its answer."""
+
+    question: str
+    answer: str
+
+
+def find_portability_problem(record: Mapping[str, object], longest: int) -> str | None:
+    """What is wrong with a record's ``port_new``; None for a sound one, or none. ``longest``: characters of a
+    text."""
+    if FIELD not in record:
+        return None
+    items = record[FIELD]
+    if not isinstance(items, list):
+        return f"field {FIELD!r}: expected a list, got {describe_value(items)}"
+    for i, item in enumerate(items):
+        at = f"field {FIELD!r}: number {i}"
+        if isinstance(item, dict) and all(_is_text(item.get(name), longest) for name in SECOND_EDIT_FIELDS):
+            continue
+        if not isinstance(item, dict) or not isinstance(item.get("Q&A"), dict):
+            return f"{at}: expected an object with port_type and Q&A, or with {', '.join(SECOND_EDIT_FIELDS)}"
+        kind = item.get("port_type")
+        if not isinstance(kind, str) or kind not in _METRICS:
+            return f"{at}: port_type: expected {', '.join(_METRICS)}, got {describe_value(kind)}"
+        for name in ("Question", "Answer"):
+            if not _is_text(item["Q&A"].get(name), longest):
+                return f"{at}: Q&A: {name}: expected a text of at most {longest} characters"
+    return None
+
+
+def _is_text(value: object, longest: int) -> bool:
+    return isinstance(value, str) and bool(value.strip()) and len(value) <= longest and is_unicode(value)
+
+
+def list_consequences(record: Mapping[str, Any]) -> dict[str, Consequence]:
+    """A sound record's questions by metric, by the number of hops."""
+    found: dict[str, Consequence] = {}
+    for item in record.get(FIELD, ()):
+        if "Q&A" in item:
+            asked = Consequence(item["Q&A"]["Question"], item["Q&A"]["Answer"].strip())
+            found.setdefault(_METRICS[item["port_type"]], asked)
+    return {name: found[name] for name in PORTABILITY_METRICS if name in found}
