@@ -90,7 +90,7 @@ class TablePlan:
         own = dict(benchmark or {}) | dict(self.set) | dict(self.set_by_length.get(length, {}))
         own |= dict(tuned or {}) | dict(row.set)
         if length == 1:
-            return {k: v for k, v in own.items() if k not in ("sequences", "curve_cases")}
+            return {k: v for k, v in own.items() if k not in ("sequences", "gap", "curve_cases")}
         return own | {"protocol": self.protocol, "sequence_length": length}
 
 

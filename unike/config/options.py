@@ -14,6 +14,7 @@ BEFORE_OPTIONS: dict[str, object] = {
     "answer_end": "none",
     "benchmark_version": 1,
     "editor_queries": None,
+    "gap": None,
     "ike_patches": False,
     "mend_scale_lr": None,
     "scope_layer": None,

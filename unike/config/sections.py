@@ -441,6 +441,11 @@ class ProtocolOptions(SeedOptions):
     )
     sequence_length: int = option(whole(low=1), "edits in a sequence", 10)
     sequences: int = option(whole(low=1, high=10_000), "sequences drawn from the data", 10)
+    gap: int | None = option(
+        nullable(whole(low=0)),
+        "edits made after one before it is evaluated, as VLKEB counts them; null: all of the sequence's",
+        None,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -105,6 +105,7 @@ def run_sequence(
     former: int | None = None,
     seed: int = 0,
     tolerated: tuple[type[Exception], ...] = (),
+    gap: int | None = None,
 ) -> Iterator[Outcome]:
     """Edits the cases in order, each on top of all before it, and gives two records for each of them.
 
@@ -113,7 +114,8 @@ def run_sequence(
     evaluated, drawn anew by ``seed`` at each step; None takes all. The ``final`` records come at the end:
     every case under all edits, in both evaluation modes. Their means are the five metrics of K-step editing,
     Eq. (16), the localities Eq. (17) and Eq. (18), the generalities Eq. (19) and Eq. (20). Locality is
-    against the unedited base.
+    against the unedited base. With a ``gap``, each case's comes as soon as so many edits have been made after
+    its own, under the edits up to then, and the last ``gap`` cases have none: VLKEB's protocol.
 
     An edit that fails (its loss stops being a number, memory does not suffice, a question is too long for the
     model, or one of ``tolerated`` is raised) is marked in both of its records and leaves no trace: the next
@@ -138,8 +140,11 @@ def run_sequence(
             step = _measure_step(step, case, found, reader)
         yield Outcome(step, edit)
         made.append((case, record))
-    for record in _finish(backbone, made, whole, reader, number, tolerated):
-        yield Outcome(record)
+        due = 0 if gap is None else position - gap
+        if due > 0:
+            yield from _finish(backbone, made[due - 1 : due], whole, reader, number, tolerated, due)
+    if gap is None:
+        yield from _finish(backbone, made, whole, reader, number, tolerated)
 
 
 def _cache_base(
@@ -240,12 +245,13 @@ def _finish(
     reader: Reader,
     number: int,
     tolerated: tuple[type[Exception], ...],
-) -> Iterator[Record]:
-    """The final records of a sequence: every case under all edits."""
+    start: int = 1,
+) -> Iterator[Outcome]:
+    """The final records of cases of a sequence, from the position ``start`` on: each under all edits."""
     found: _Found = iter(())
     if whole is not None:
         found = _predict_all(reader, [case for case, record in made if record.ok], whole, tolerated)
-    for position, (case, record) in enumerate(made, 1):
+    for position, (case, record) in enumerate(made, start):
         final = _place(record, number, position, "final")
         if record.ok and whole is not None:
             _, predicted = next(found)
@@ -254,7 +260,7 @@ def _finish(
                 final = _mark_failed(final, predicted)
             else:
                 final = _measure(final, backbone, case, predicted, reader)
-        yield final
+        yield Outcome(final)
 
 
 # ---------------------------------------------------------------- records

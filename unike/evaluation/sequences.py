@@ -11,6 +11,7 @@ from unike.types import Case, UserError
 
 def draw_run_sequences(hparams: ProtocolOptions, cases: Sequence[Case]) -> list[list[Case]]:
     """The sequences that the YAML's ``protocol`` draws; UserError where the data do not suffice."""
+    _check_gap(hparams)
     try:
         draw = DRAWS[hparams.protocol]
         return draw(cases, hparams.sequence_length, hparams.sequences, hparams.seed)
@@ -23,8 +24,17 @@ def check_sequence_length(hparams: ProtocolOptions, count: int | None = None) ->
     length = hparams.sequence_length
     if hparams.protocol == "cross_task" and length % 2:
         raise UserError(f"{hparams.source}: {_describe_odd(length)}")
+    _check_gap(hparams)
     if count is not None and length > count:
         raise UserError(f"{hparams.source}: sequence_length: {length}; the data hold at most {count} records")
+
+
+def _check_gap(hparams: ProtocolOptions) -> None:
+    gap, length = hparams.gap, hparams.sequence_length
+    if gap is not None and gap >= length:
+        raise UserError(
+            f"{hparams.source}: gap: {gap}; expected less than sequence_length, which is {length}"
+        )
 
 
 def _describe_odd(length: int) -> str:

@@ -89,7 +89,7 @@ def check_effects(hparams: HyperParams, given: Sequence[str]) -> None:
         raise UserError(*problems)
 
 
-_PROTOCOL_KEYS = {"sequence_length", "sequences", "curve_cases"}
+_PROTOCOL_KEYS = {"sequence_length", "sequences", "gap", "curve_cases"}
 _METHODS = {"unike", "ft", "tpatcher", "tpatcher_published", "ike", "ke", "mend", "serac"}
 _EDITOR_KEYS = {*list_own_options(EditorOptions), *list_own_options(EditorTrainingOptions)}
 # T-Patcher starts its keys in one way only.

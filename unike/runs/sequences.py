@@ -31,7 +31,9 @@ class Sequences:
         self.tolerated: tuple[type[Exception], ...] = (UserError,) if skip_broken else ()
         self.drawn = draw_run_sequences(parts.hparams, cases)
         length, count = parts.hparams.sequence_length, len(self.drawn)
-        whole = [i for i in range(count) if name_record(i, length, "final") in done]
+        gap = parts.hparams.gap
+        finals = length if gap is None else length - gap
+        whole = [i for i in range(count) if name_record(i, finals, "final") in done]
         self.numbers = processes.share([i for i in range(count) if i not in whole])
         self.already = len(whole) * length
         self.sizes = [1] * (len(self.numbers) * length)
@@ -39,8 +41,8 @@ class Sequences:
         self.order = [
             name_record(number, position, kind)
             for number in range(count)
-            for kind in ("step", "final")
-            for position in range(1, length + 1)
+            for kind, positions in (("step", length), ("final", finals))
+            for position in range(1, positions + 1)
         ]
 
     def run(self, shared: SharedRun) -> Iterator[Outcome]:
@@ -57,5 +59,6 @@ class Sequences:
                     hparams.curve_cases,
                     hparams.seed,
                     self.tolerated,
+                    hparams.gap,
                 )
             )
