@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import record
+from helpers import record, save_pictures
+from test_sequences import FT, UNIKE, Keeping, afters, predictions, reader_of, share
+from test_sequences import backbone as backbone  # the fixture
+from test_sequences import case as make_case
 
+from unike.backbones.base import encode_queries
+from unike.config.hparams import HyperParams
 from unike.datasets.declarations import HOPS, PORTABILITY_METRICS, find_metric
 from unike.datasets.mmedit import CaptionDataset, VLKEBDataset, VQADataset
-from unike.types import UserError
+from unike.edits import compose
+from unike.evaluation.protocols import run_one_step, run_one_step_batch, run_sequence
+from unike.runs.inputs import open_datasets
+from unike.types import Case, EditRequest, Probe, Query, UserError
 
 SHARED = Path(__file__).parents[2] / "shared" / "vlkeb"
 
@@ -93,11 +102,94 @@ def test_a_broken_field_is_one_line(tmp_path: Path, port: object, said: str) -> 
     assert len(VQADataset(path, skip_broken=True)) == 0
 
 
-def test_a_second_edit_is_no_question(tmp_path: Path) -> None:
-    """The edit-one-hop file's records load; what they ask after a second edit is not asked after one."""
-    item = dict(zip(("port_edit_q", "port_edit_a", "port_q", "port_a"), "abcd", strict=True))
-    (case,) = VLKEBDataset(write(tmp_path, [item]))
-    assert not {probe.name for probe in case.probes} & set(PORTABILITY_METRICS)
+SECOND = {
+    "port_edit_q": "Where is it made?",
+    "port_edit_a": "in Bern ",
+    "port_q": "Made where?",
+    "port_a": "Bern",
+}
+
+
+def test_a_second_edit_is_made_where_it_is_asked_for(tmp_path: Path) -> None:
+    path = write(tmp_path, [SECOND], None)
+    case, other = VLKEBDataset(path)
+    assert case.second is None
+    assert not {probe.name for probe in case.probes} & {*PORTABILITY_METRICS, "second_reliability"}
+    case, other = VLKEBDataset(path, second_edit=True)
+    assert other.second is None
+    assert case.second is not None
+    asked = case.second.query
+    assert (asked.image, asked.prompt, asked.target) == (None, "Where is it made?", "in Bern")
+    assert case.second.id != case.request.id
+    probes = {probe.name: probe.query for probe in case.probes}
+    assert probes["second_reliability"] == asked
+    composed = probes["portability_1_hop"]
+    assert (composed.image, composed.target) == (case.request.query.image, "Bern")
+    assert composed.prompt == "Question: Made where? Short answer:"
+
+
+class Counting(Keeping):
+    """Keeps what each edit was made on top of."""
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        super().__init__(values)
+        self.histories: list[Any] = []
+
+    def edit(self, backbone, request, prefixes, history=None):
+        self.histories.append((request.id, None if history is None else len(history.origins)))
+        return super().edit(backbone, request, prefixes, history)
+
+    def edit_many(self, backbone, requests, prefixes):
+        return [self.edit(backbone, request, prefixes) for request in requests]
+
+
+def with_second(i: int) -> Case:
+    first = make_case(i)
+    text = Query(None, f"where is town {i}?", "in the north")
+    probes = (*first.probes, Probe("second_reliability", text, "target"))
+    return replace(first, probes=probes, second=EditRequest(f"e{i}-second", text))
+
+
+@pytest.mark.parametrize("values", [UNIKE, FT], ids=["unike", "ft"])
+@pytest.mark.parametrize("how", ["alone", "in a batch", "in a sequence"])
+def test_all_probes_are_asked_under_both_edits(backbone, values, how: str) -> None:
+    cases = [with_second(1), make_case(2)]
+    method = Counting(values)
+    reader = reader_of(backbone, method)
+    if how == "alone":
+        outcomes = [run_one_step(backbone, method, one, reader) for one in cases]
+    elif how == "in a batch":
+        outcomes = run_one_step_batch(backbone, method, cases, reader)
+    else:
+        outcomes = [
+            o for o in run_sequence(backbone, method, cases, reader, gap=0) if o.record.place.kind == "final"
+        ]
+    record = outcomes[0].record.to_json()
+    made = {request: edit for (request, _), edit in zip(method.histories, method.edits, strict=True)}
+    assert dict(method.histories)["e1-second"] == 1, "made on top of the first"
+    assert dict(method.histories)["e2"] == (2 if how == "in a sequence" else None)
+
+    def ask(*names: str) -> list[list[int]]:
+        with compose([made[name] for name in names]).applied(backbone):
+            return predictions(backbone, cases[0])
+
+    base, alone, both = predictions(backbone, cases[0]), ask("e1"), ask("e1", "e1-second")
+    at = [probe.name for probe in cases[0].probes].index("t_locality")
+    assert afters(record)["t_locality"] == share(both[at], base[at])
+    goal = encode_queries(backbone, [cases[0].probes[-1].query]).labels
+    wanted = goal[goal != -100].tolist()
+    assert afters(record)["second_reliability"] == share(both[-1], wanted)
+    assert share(both[-1], wanted) > share(alone[-1], wanted), "the second edit does something"
+    assert record["steps"] == made["e1"].info["steps"]
+
+
+def test_without_a_second_edit_the_switch_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path, None)
+    save_pictures(tmp_path)
+    options = {"model_name": "blip2", "name": "unused", "method": "ft", "data": {"vqa": {"eval": str(path)}}}
+    hparams = HyperParams.from_dict(options | {"image_root": str(tmp_path), "second_edit": True})
+    with pytest.raises(UserError, match="second_edit: true; no record has one"):
+        open_datasets(hparams, "vqa")
 
 
 def test_each_number_of_hops_is_a_declared_metric() -> None:

@@ -126,16 +126,20 @@ class Probe:
 @dataclass(frozen=True)
 class Case:
     """An edit with its probes, as one record of a benchmark. ``groups`` say what kind of record it is, by
-    name: results are summed up for each value, too."""
+    name: results are summed up for each value, too. A ``second`` edit is made on top of the first, before
+    any probe is asked."""
 
     request: EditRequest
     probes: tuple[Probe, ...]
     task: str = "vqa"
     groups: Mapping[str, str] = field(default_factory=dict)
+    second: EditRequest | None = None
 
     def __post_init__(self) -> None:
         _require(isinstance(self.request, EditRequest), "case: request", "an EditRequest", self.request)
         at = f"case {self.request.id}"
+        known = self.second is None or isinstance(self.second, EditRequest)
+        _require(known, f"{at}: second", "an EditRequest or None", self.second)
         _require(isinstance(self.probes, (tuple, list)), f"{at}: probes", "a tuple of Probe", self.probes)
         for probe in self.probes:
             _require(isinstance(probe, Probe), f"{at}: probes", "a Probe each", probe)

@@ -27,6 +27,7 @@ BEFORE_OPTIONS: dict[str, object] = {
     "scope_tokens": None,
     "scope_val_every": 50,
     "scope_width": None,
+    "second_edit": False,
     "a_neg": "file",
     "patcher_neurons": 5,
     "patcher_amplify": 10.0,

@@ -429,6 +429,9 @@ class DataOptions(Section):
     allow_outside: bool = option(switch(), "images may lie outside of their folder", False)
     generate_data: bool = option(switch(), "draw the bundled benchmark on first use", False)
     benchmark_version: int = option(whole(low=1, high=2), "version of the bundled benchmark that is drawn", 1)
+    second_edit: bool = option(
+        switch(), "make the second edit of records that have one (VLKEB's edit-one-hop), then ask", False
+    )
     clean: bool = option(switch(), "leave out records in which the data doctor finds faults", False)
 
 

@@ -124,6 +124,9 @@ _BUILT_IN = (
         )
         for hops, name in zip(HOPS, PORTABILITY_METRICS, strict=True)
     ),
+    MetricDeclaration(
+        "second_reliability", "reliability of the second edit", "Rel 2", "target", "reliability", _VLKEB
+    ),
 )
 _DECLARED: dict[str, MetricDeclaration] = {metric.name: metric for metric in _BUILT_IN}
 assert set(METRICS) | set(FURTHER_METRICS) <= _DECLARED.keys()

@@ -231,6 +231,7 @@ class _MMEditDataset(_CaseSequence):
         template: str = VQA_TEMPLATE,
         allow_outside: bool = False,
         probes: PathLike | None = None,
+        second_edit: bool = False,
     ) -> None:
         _check_size(size)
         path = check_path(path, "annotations", "a JSON file with a list of records")
@@ -245,6 +246,7 @@ class _MMEditDataset(_CaseSequence):
         self.image_root = image_root
         self.rephrase_root = image_root if rephrase_root is None else rephrase_root
         self.template = template
+        self.second_edit = second_edit
         self.skipped: list[str] = []
         self.cleaned = 0
         self._further = [] if probes is None else read_probes(probes, path)
@@ -312,7 +314,20 @@ class _MMEditDataset(_CaseSequence):
             *self._make_portability_probes(record, query),
             *(self._make_further_probe(cell, p) for cell, p in further.probes.items() if p is not None),
         )
-        return Case(request, probes, self.task, further.groups)
+        second = vlkeb.find_second_edit(record) if self.second_edit else None
+        if second is None:
+            return Case(request, probes, self.task, further.groups)
+        probes = (*probes, *self._make_second_probes(second, query))
+        asked = EditRequest(f"{request.id}-second", Query(None, *second.edit))
+        return Case(request, probes, self.task, further.groups, asked)
+
+    def _make_second_probes(self, second: vlkeb.SecondEdit, query: Query) -> tuple[Probe, Probe]:
+        """Whether the second edit holds, and what needs both edits, asked on the first one's image."""
+        composed = Query(query.image, self._write_question(second.composed.question), second.composed.answer)
+        return (
+            Probe(vlkeb.SECOND_METRIC, Query(None, *second.edit), "target"),
+            Probe(vlkeb.COMPOSED_METRIC, composed, "target"),
+        )
 
     def _make_five_probes(self, record: Annotation, query: Query) -> tuple[Probe, ...]:
         rephrased = str(image_path(self.rephrase_root, record["image_rephrase"]))
@@ -372,7 +387,8 @@ class VQADataset(_MMEditDataset):
     reads no further. ``clean`` leaves out records with nothing to edit, counted in ``cleaned``.
     ``skip_broken`` leaves out broken records, with a message for each in ``skipped``. Images outside
     of a folder that is given, also by a symbolic link in it, need ``allow_outside``. ``probes`` is a
-    file of further probes (``unike.datasets.probe_files``), which are asked, too.
+    file of further probes (``unike.datasets.probe_files``), which are asked, too. ``second_edit`` makes the
+    second edit of records of VLKEB's edit-one-hop file, and asks what needs both (``unike.datasets.vlkeb``).
 
     Raises:
         UserError: one line, if the file is unusable (see ``load_records``) or, without
@@ -452,10 +468,11 @@ class CapVQADataset(_CaseSequence):
         allow_outside: bool = False,
         vqa_probes: PathLike | None = None,
         caption_probes: PathLike | None = None,
+        second_edit: bool = False,
     ) -> None:
         common = (image_root, rephrase_root, size, clean, skip_broken, template, allow_outside)
-        self.vqa = VQADataset(vqa_path, *common, probes=vqa_probes)
-        self.caption = CaptionDataset(caption_path, *common, probes=caption_probes)
+        self.vqa = VQADataset(vqa_path, *common, vqa_probes, second_edit)
+        self.caption = CaptionDataset(caption_path, *common, caption_probes, second_edit)
         self.skipped = self.vqa.skipped + self.caption.skipped
         self.cleaned = self.vqa.cleaned + self.caption.cleaned
         vqa = [(self.vqa, position) for position in range(len(self.vqa))]

@@ -2,8 +2,11 @@
 
 A list of ``{"port_type": "2-hop", "Q&A": {"Question": ..., "Answer": ...}}``. Each is asked on the edit's
 image, and should be answered with ``Answer`` after the edit. Of several of one number of hops the first is
-asked, as VLKEB does. Records of VLKEB's edit-one-hop file have ``port_edit_q`` there in place of it: a second
-edit, which is none of these.
+asked, as VLKEB does.
+
+Records of VLKEB's edit-one-hop file have ``{"port_edit_q", "port_edit_a", "port_q", "port_a"}`` there: a
+second edit of what the language model knows, without an image, and a question on the edit's image that needs
+both edits.
 """
 
 from __future__ import annotations
@@ -17,6 +20,9 @@ from unike.system.text import describe_value, is_unicode
 FIELD = "port_new"
 # In a record of the edit-one-hop file.
 SECOND_EDIT_FIELDS = ("port_edit_q", "port_edit_a", "port_q", "port_a")
+# Whether the second edit itself holds: a metric of these records, as is 1-hop portability.
+SECOND_METRIC = "second_reliability"
+COMPOSED_METRIC = PORTABILITY_METRICS[0]
 _METRICS = {f"{hops}-hop": name for hops, name in zip(HOPS, PORTABILITY_METRICS, strict=True)}
 
 
@@ -62,3 +68,19 @@ def list_consequences(record: Mapping[str, Any]) -> dict[str, Consequence]:
             asked = Consequence(item["Q&A"]["Question"], item["Q&A"]["Answer"].strip())
             found.setdefault(_METRICS[item["port_type"]], asked)
     return {name: found[name] for name in PORTABILITY_METRICS if name in found}
+
+
+class SecondEdit(NamedTuple):
+    """A second edit, and the question that needs both."""
+
+    edit: Consequence
+    composed: Consequence
+
+
+def find_second_edit(record: Mapping[str, Any]) -> SecondEdit | None:
+    """A sound record's second edit, the first of several; None where it has none."""
+    for item in record.get(FIELD, ()):
+        if "Q&A" not in item:
+            question, answer, asked, expected = (item[name].strip() for name in SECOND_EDIT_FIELDS)
+            return SecondEdit(Consequence(question, answer), Consequence(asked, expected))
+    return None

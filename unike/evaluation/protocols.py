@@ -58,7 +58,7 @@ def run_one_step(
     before = reader.predict_base(case)
     started = time.perf_counter()
     try:
-        edit = method.edit(backbone, case.request, reader.prefixes, history)
+        edit = _make_edit(backbone, method, case, reader, history)
     except (FloatingPointError, RuntimeError, MemoryError) as error:
         full = is_out_of_memory(error)
         if not full and not isinstance(error, FloatingPointError):
@@ -79,7 +79,13 @@ def run_one_step_batch(
     """
     reader.cache_base(cases)
     started = time.perf_counter()
-    edits = method.edit_many(backbone, [case.request for case in cases], reader.prefixes)
+    edits = list(method.edit_many(backbone, [case.request for case in cases], reader.prefixes))
+    for i, (case, first) in enumerate(zip(cases, edits, strict=True)):
+        if isinstance(first, Edit):
+            try:
+                edits[i] = _add_second(backbone, method, case, reader, None, first)
+            except FloatingPointError as error:
+                edits[i] = error
     seconds = (time.perf_counter() - started) / len(cases)
     made = [(case, edit) for case, edit in zip(cases, edits, strict=True) if isinstance(edit, Edit)]
     found = iter(reader.predict_each([case for case, _ in made], [edit for _, edit in made]))
@@ -91,6 +97,26 @@ def run_one_step_batch(
             record = _describe_edit(case, edit, seconds)
             out.append(Outcome(_measure(record, backbone, case, next(found), reader), edit))
     return out
+
+
+def _make_edit(
+    backbone: Backbone, method: EditMethod, case: Case, reader: Reader, history: Edit | None
+) -> Edit:
+    edit = method.edit(backbone, case.request, reader.prefixes, history)
+    return _add_second(backbone, method, case, reader, history, edit)
+
+
+def _add_second(
+    backbone: Backbone, method: EditMethod, case: Case, reader: Reader, history: Edit | None, edit: Edit
+) -> Edit:
+    """A case's edit with its second one, which is made on top of it; ``info`` stays that of the first."""
+    if case.second is None:
+        return edit
+    before = edit if history is None else history | edit
+    info = dict(edit.info)
+    both = edit | method.edit(backbone, case.second, reader.prefixes, before)
+    both.info = info
+    return both
 
 
 # ---------------------------------------------------------------- sequences
@@ -183,7 +209,7 @@ def _edit_on_top(
     caught: tuple[type[Exception], ...] = (*failures, RuntimeError, MemoryError)
     started = time.perf_counter()
     try:
-        edit = method.edit(backbone, case.request, reader.prefixes, whole)
+        edit = _make_edit(backbone, method, case, reader, whole)
         after = edit if whole is None else whole | edit
         return _describe_edit(case, edit, time.perf_counter() - started), edit, after
     except caught as error:

@@ -36,6 +36,7 @@ class _ReadingOptions(TypedDict, total=False):
     clean: bool
     skip_broken: bool
     allow_outside: bool
+    second_edit: bool
 
 
 # ---------------------------------------------------------------- annotation files
@@ -111,6 +112,8 @@ def open_datasets(
         _require_images(where, dataset.list_missing_images())
     if not cases:
         raise UserError(f"{where}: no record is left to edit")
+    if hparams.second_edit and not any(case.second for case in cases):
+        raise UserError(f"{where}: second_edit: true; no record has one; expected VLKEB's edit-one-hop file")
     return cases
 
 
@@ -122,7 +125,13 @@ def open_eval_split(
     options = _list_reading_options(hparams)
     return _open(
         files,
-        {**options, "size": size, "clean": hparams.clean, "skip_broken": skip_broken},
+        {
+            **options,
+            "second_edit": hparams.second_edit,
+            "size": size,
+            "clean": hparams.clean,
+            "skip_broken": skip_broken,
+        },
         {name: find_probes(hparams, name) for name in files},
     )
 

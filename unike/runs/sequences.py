@@ -7,6 +7,7 @@ from collections.abc import Set as AbstractSet
 
 from unike.evaluation.protocols import Outcome, name_record, run_sequence
 from unike.evaluation.reader import Reader
+from unike.evaluation.record import RecordKind
 from unike.evaluation.sequences import draw_run_sequences
 from unike.runs.parts import Parts
 from unike.runs.sharing import SharedRun
@@ -38,10 +39,11 @@ class Sequences:
         self.already = len(whole) * length
         self.sizes = [1] * (len(self.numbers) * length)
         self.total = self.already + len(self.sizes)
+        places: tuple[tuple[RecordKind, int], ...] = (("step", length), ("final", finals))
         self.order = [
             name_record(number, position, kind)
             for number in range(count)
-            for kind, positions in (("step", length), ("final", finals))
+            for kind, positions in places
             for position in range(1, positions + 1)
         ]
 
