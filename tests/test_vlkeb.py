@@ -16,7 +16,8 @@ from test_sequences import case as make_case
 from unike.backbones.base import encode_queries
 from unike.config.hparams import HyperParams
 from unike.datasets.declarations import HOPS, PORTABILITY_METRICS, find_metric
-from unike.datasets.mmedit import CaptionDataset, VLKEBDataset, VQADataset
+from unike.datasets.mmedit import CaptionDataset, VQADataset
+from unike.datasets.vlkeb_dataset import VLKEBDataset
 from unike.edits import compose
 from unike.evaluation.protocols import run_one_step, run_one_step_batch, run_sequence
 from unike.runs.inputs import open_datasets
@@ -84,7 +85,7 @@ def test_hops_keep_the_records_that_have_them(tmp_path: Path) -> None:
         ("1-hop", "field 'port_new': expected a list, got str '1-hop'"),
         ([3], "number 0: expected an object with port_type and Q&A"),
         ([{"port_type": "1-hop"}], "number 0: expected an object with port_type and Q&A"),
-        ([ask(1, "a?", "b"), ask(5, "a?", "b")], "number 1: port_type: expected 1-hop, 2-hop, 3-hop, 4-hop"),
+        ([ask(1, "a?", "b"), ask(5, "a?", "b")], "number 1: port_type: expected 1-hop, 2-hop, 3-hop"),
         ([{"port_type": [], "Q&A": {}}], "port_type: expected 1-hop"),
         ([ask(1, " ", "b")], "Q&A: Question: expected a text"),
         ([{"port_type": "1-hop", "Q&A": {"Question": "a?"}}], "Q&A: Answer: expected a text"),
@@ -181,6 +182,63 @@ def test_all_probes_are_asked_under_both_edits(backbone, values, how: str) -> No
     assert afters(record)["second_reliability"] == share(both[-1], wanted)
     assert share(both[-1], wanted) > share(alone[-1], wanted), "the second edit does something"
     assert record["steps"] == made["e1"].info["steps"]
+
+
+TEXTUAL = {
+    "src": "Where is it made?",
+    "rephrase": "It is made where?",
+    "pred": ["Rome", "Roma"],
+    "alt": ["Bern ", "Berne"],
+    "loc": "who is king?",
+    "loc_ans": "nobody",
+}
+COMPOSED = {"port_type": "comp", "Q&A": {"Question": "Made where?", "Answer": "ignored", "Query": "x"}}
+
+
+def write_textual(folder: Path, textual: object, port: object) -> Path:
+    row = record(0) | {"textual_edit": textual} | ({} if port is None else {"port_new": port})
+    path = folder / "cckeb.json"
+    path.write_text(json.dumps([row]), encoding="utf-8")
+    return path
+
+
+def test_cckebs_textual_edit_is_the_second(tmp_path: Path) -> None:
+    path = write_textual(tmp_path, TEXTUAL, [COMPOSED, ask(1, "Who?", "Ida")])
+    assert VQADataset(path)[0].second is None
+    (case,) = VQADataset(path, second_edit=True)
+    assert case.second is not None
+    assert case.second.query == Query(None, "Where is it made?", "Bern")
+    found = {probe.name: probe for probe in case.probes}
+    assert found["portability_1_hop"].query.target == "Ida"
+    assert found["second_reliability"].query == case.second.query
+    assert found["second_generality"].query == Query(None, "It is made where?", "Bern")
+    assert found["second_locality"].query == Query(None, "who is king?", "nobody")
+    composed = found["compositional_reliability"]
+    assert composed.query == Query(case.request.query.image, "Question: Made where? Short answer:", "Bern")
+    kept = {name: probe.expect for name, probe in found.items() if "second" in name or "comp" in name}
+    assert kept.pop("second_locality") == "unchanged"
+    assert set(kept.values()) == {"target"}
+
+
+@pytest.mark.parametrize(
+    ("textual", "port", "said"),
+    [
+        (
+            "Bern",
+            [COMPOSED],
+            "field 'textual_edit': expected an object with src, rephrase",
+        ),
+        (TEXTUAL | {"alt": []}, [COMPOSED], "field 'textual_edit': alt: expected a text"),
+        (TEXTUAL | {"loc": 3}, [COMPOSED], "field 'textual_edit': loc: expected a text"),
+        (TEXTUAL, None, "needs an item of the port_type 'comp' in 'port_new'"),
+        (TEXTUAL, [ask(1, "Who?", "Ida")], "needs an item of the port_type 'comp' in 'port_new'"),
+    ],
+)
+def test_a_broken_textual_edit_is_one_line(tmp_path: Path, textual: object, port: object, said: str) -> None:
+    with pytest.raises(UserError) as caught:
+        VQADataset(write_textual(tmp_path, textual, port))
+    (line,) = caught.value.problems
+    assert said in line
 
 
 def test_without_a_second_edit_the_switch_is_refused(tmp_path: Path) -> None:

@@ -69,6 +69,7 @@ _MMEDIT = "MMEdit (Cheng et al., 2023), the paper's Equations 12 to 20"
 _OURS = "unike, docs/results/how_it_is_measured.md"
 _DEVQA = "De-VQA (arXiv 2511.13243)"
 _VLKEB = "VLKEB (Huang et al., NeurIPS 2024)"
+_CCKEB = "CCKEB, of MemEIC (NeurIPS 2025)"
 # Hops of VLKEB's multi-hop questions.
 HOPS = (1, 2, 3, 4)
 PORTABILITY_METRICS = tuple(f"portability_{hops}_hop" for hops in HOPS)
@@ -126,6 +127,15 @@ _BUILT_IN = (
     ),
     MetricDeclaration(
         "second_reliability", "reliability of the second edit", "Rel 2", "target", "reliability", _VLKEB
+    ),
+    MetricDeclaration(
+        "second_generality", "generality of the second edit", "Gen 2", "target", "generality", _CCKEB
+    ),
+    MetricDeclaration(
+        "second_locality", "locality of the second edit", "Loc 2", "unchanged", "locality", _CCKEB
+    ),
+    MetricDeclaration(
+        "compositional_reliability", "compositional reliability", "CompRel", "target", "portability", _CCKEB
     ),
 )
 _DECLARED: dict[str, MetricDeclaration] = {metric.name: metric for metric in _BUILT_IN}

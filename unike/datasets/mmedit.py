@@ -12,9 +12,9 @@ from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypedDict, cast, overload
 
-from unike.datasets import vlkeb
+from unike.datasets import cckeb, vlkeb
 from unike.datasets.answers import normalise_answer
-from unike.datasets.declarations import HOPS, PORTABILITY_METRICS, get_expectation
+from unike.datasets.declarations import get_expectation
 from unike.datasets.images import PathLike, image_path, lies_outside
 from unike.datasets.probe_files import NO_PROBES, FurtherProbe, RecordProbes, read_probes
 from unike.system.paths import check_path
@@ -36,7 +36,14 @@ REQUIRED_FIELDS = (
     "m_loc_a",
 )
 PAIRED_FIELDS = (("same_question_image", "same_question_a"), ("same_image_q", "same_image_a"))
-KNOWN_FIELDS = (*REQUIRED_FIELDS, "pred", *chain.from_iterable(PAIRED_FIELDS), "joint", vlkeb.FIELD)
+KNOWN_FIELDS = (
+    *REQUIRED_FIELDS,
+    "pred",
+    *chain.from_iterable(PAIRED_FIELDS),
+    "joint",
+    vlkeb.FIELD,
+    cckeb.FIELD,
+)
 # Far above any real question, caption or file: longer ones are a mistake, or meant to take memory and time.
 TEXT_LENGTH, FILE_BYTES = 20_000, 1 << 30
 ImageField = Literal["image", "image_rephrase", "m_loc", "same_question_image"]
@@ -64,6 +71,7 @@ class Annotation(TypedDict, total=False):
     pred: str | None
     joint: bool
     port_new: list[dict[str, Any]]
+    textual_edit: dict[str, Any]
 
 
 class _RepeatedField(dict[str, object]):
@@ -148,7 +156,8 @@ def list_record_problems(record: object, index: int) -> list[str]:
         problems.append(f"field 'pred': expected a string or null, got {_describe(record['pred'])}")
     if not isinstance(record.get("joint", False), bool):
         problems.append(f"field 'joint': expected true or false, got {_describe(record['joint'])}")
-    problems.append(vlkeb.find_portability_problem(record, TEXT_LENGTH))
+    problems.append(vlkeb.find_portability_problem(record, TEXT_LENGTH, (cckeb.COMPOSED,)))
+    problems.append(cckeb.find_textual_edit_problem(record, TEXT_LENGTH))
     return [f"{where}: {problem}" for problem in problems if problem]
 
 
@@ -174,6 +183,10 @@ def _diagnose_text(record: dict[str, object], field: str) -> str | None:
 
 def _describe(value: object) -> str:
     return _JSON_NAMES.get(type(value), "a number")
+
+
+def _find_second_edit(record: Annotation) -> vlkeb.SecondEdit | None:
+    return cckeb.find_second_edit(record) or vlkeb.find_second_edit(record)
 
 
 def has_nothing_to_edit(record: Annotation) -> bool:
@@ -314,20 +327,20 @@ class _MMEditDataset(_CaseSequence):
             *self._make_portability_probes(record, query),
             *(self._make_further_probe(cell, p) for cell, p in further.probes.items() if p is not None),
         )
-        second = vlkeb.find_second_edit(record) if self.second_edit else None
+        second = _find_second_edit(record) if self.second_edit else None
         if second is None:
             return Case(request, probes, self.task, further.groups)
-        probes = (*probes, *self._make_second_probes(second, query))
+        probes = (*probes, *(self._make_probe_after(after, query) for after in second.probes))
         asked = EditRequest(f"{request.id}-second", Query(None, *second.edit))
         return Case(request, probes, self.task, further.groups, asked)
 
-    def _make_second_probes(self, second: vlkeb.SecondEdit, query: Query) -> tuple[Probe, Probe]:
-        """Whether the second edit holds, and what needs both edits, asked on the first one's image."""
-        composed = Query(query.image, self._write_question(second.composed.question), second.composed.answer)
-        return (
-            Probe(vlkeb.SECOND_METRIC, Query(None, *second.edit), "target"),
-            Probe(vlkeb.COMPOSED_METRIC, composed, "target"),
-        )
+    def _make_probe_after(self, after: vlkeb.AskedAfter, query: Query) -> Probe:
+        """What is asked after both edits, on the first one's image or on none."""
+        question, answer = after.asked
+        asked = Query(query.image, self._write_question(question), answer)
+        if not after.on_image:
+            asked = Query(None, question, answer)
+        return Probe(after.metric, asked, get_expectation(after.metric))
 
     def _make_five_probes(self, record: Annotation, query: Query) -> tuple[Probe, ...]:
         rephrased = str(image_path(self.rephrase_root, record["image_rephrase"]))
@@ -388,7 +401,8 @@ class VQADataset(_MMEditDataset):
     ``skip_broken`` leaves out broken records, with a message for each in ``skipped``. Images outside
     of a folder that is given, also by a symbolic link in it, need ``allow_outside``. ``probes`` is a
     file of further probes (``unike.datasets.probe_files``), which are asked, too. ``second_edit`` makes the
-    second edit of records of VLKEB's edit-one-hop file, and asks what needs both (``unike.datasets.vlkeb``).
+    second edit of records of VLKEB's edit-one-hop file and of CCKEB, and asks what needs both
+    (``unike.datasets.vlkeb``, ``unike.datasets.cckeb``).
 
     Raises:
         UserError: one line, if the file is unusable (see ``load_records``) or, without
@@ -400,37 +414,6 @@ class VQADataset(_MMEditDataset):
 
     def _write_prompt(self, text: str) -> str:
         return self._write_question(text)
-
-
-class VLKEBDataset(VQADataset):
-    """VLKEB (Huang et al., NeurIPS 2024): E-VQA's layout and prompt, with questions about an edit's
-    consequences in ``port_new`` (``unike.datasets.vlkeb``), its metrics ``portability_1_hop`` to ``_4_hop``.
-
-    Arguments, attributes and errors are those of ``VQADataset``, which asks these, too. ``hops`` keeps the
-    records that have questions of any of these numbers of hops, as VLKEB's evaluation of a hop does, and asks
-    no others; None keeps all.
-    """
-
-    def __init__(
-        self, path: PathLike, *arguments: Any, hops: Sequence[int] | None = None, **more: Any
-    ) -> None:
-        super().__init__(path, *arguments, **more)
-        if hops is None:
-            return
-        if not hops or not set(hops) <= set(HOPS):
-            raise UserError(f"hops: expected some of {', '.join(map(str, HOPS))}, got {describe_value(hops)}")
-        self._asked = frozenset(PORTABILITY_METRICS[HOPS.index(n)] for n in hops)
-        self._records = [
-            (index, record)
-            for index, record in self._records
-            if self._asked & vlkeb.list_consequences(record).keys()
-        ]
-
-    def _make_portability_probes(self, record: Annotation, query: Query) -> list[Probe]:
-        found = super()._make_portability_probes(record, query)
-        return [probe for probe in found if probe.name in self._asked]
-
-    _asked: frozenset[str] = frozenset(PORTABILITY_METRICS)
 
 
 class CaptionDataset(_MMEditDataset):

@@ -11,7 +11,7 @@ both edits.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from unike.datasets.declarations import HOPS, PORTABILITY_METRICS
@@ -33,9 +33,11 @@ class Consequence(NamedTuple):
     answer: str
 
 
-def find_portability_problem(record: Mapping[str, object], longest: int) -> str | None:
+def find_portability_problem(
+    record: Mapping[str, object], longest: int, further: Sequence[str] = ()
+) -> str | None:
     """What is wrong with a record's ``port_new``; None for a sound one, or none. ``longest``: characters of a
-    text."""
+    text; ``further``: types of questions that others ask."""
     if FIELD not in record:
         return None
     items = record[FIELD]
@@ -43,20 +45,21 @@ def find_portability_problem(record: Mapping[str, object], longest: int) -> str 
         return f"field {FIELD!r}: expected a list, got {describe_value(items)}"
     for i, item in enumerate(items):
         at = f"field {FIELD!r}: number {i}"
-        if isinstance(item, dict) and all(_is_text(item.get(name), longest) for name in SECOND_EDIT_FIELDS):
+        if isinstance(item, dict) and all(is_text(item.get(name), longest) for name in SECOND_EDIT_FIELDS):
             continue
         if not isinstance(item, dict) or not isinstance(item.get("Q&A"), dict):
             return f"{at}: expected an object with port_type and Q&A, or with {', '.join(SECOND_EDIT_FIELDS)}"
         kind = item.get("port_type")
-        if not isinstance(kind, str) or kind not in _METRICS:
-            return f"{at}: port_type: expected {', '.join(_METRICS)}, got {describe_value(kind)}"
+        if not isinstance(kind, str) or kind not in (*_METRICS, *further):
+            return f"{at}: port_type: expected {', '.join((*_METRICS, *further))}, got {describe_value(kind)}"
         for name in ("Question", "Answer"):
-            if not _is_text(item["Q&A"].get(name), longest):
+            if not is_text(item["Q&A"].get(name), longest):
                 return f"{at}: Q&A: {name}: expected a text of at most {longest} characters"
     return None
 
 
-def _is_text(value: object, longest: int) -> bool:
+def is_text(value: object, longest: int) -> bool:
+    """Whether a value of a record is a text that can be asked."""
     return isinstance(value, str) and bool(value.strip()) and len(value) <= longest and is_unicode(value)
 
 
@@ -64,17 +67,25 @@ def list_consequences(record: Mapping[str, Any]) -> dict[str, Consequence]:
     """A sound record's questions by metric, by the number of hops."""
     found: dict[str, Consequence] = {}
     for item in record.get(FIELD, ()):
-        if "Q&A" in item:
+        if item.get("port_type") in _METRICS:
             asked = Consequence(item["Q&A"]["Question"], item["Q&A"]["Answer"].strip())
             found.setdefault(_METRICS[item["port_type"]], asked)
     return {name: found[name] for name in PORTABILITY_METRICS if name in found}
 
 
+class AskedAfter(NamedTuple):
+    """A question asked after both edits, of the metric of that name: on the edit's image, or without one."""
+
+    metric: str
+    asked: Consequence
+    on_image: bool = False
+
+
 class SecondEdit(NamedTuple):
-    """A second edit, and the question that needs both."""
+    """A second edit, without an image, and what is asked after both."""
 
     edit: Consequence
-    composed: Consequence
+    probes: tuple[AskedAfter, ...]
 
 
 def find_second_edit(record: Mapping[str, Any]) -> SecondEdit | None:
@@ -82,5 +93,7 @@ def find_second_edit(record: Mapping[str, Any]) -> SecondEdit | None:
     for item in record.get(FIELD, ()):
         if "Q&A" not in item:
             question, answer, asked, expected = (item[name].strip() for name in SECOND_EDIT_FIELDS)
-            return SecondEdit(Consequence(question, answer), Consequence(asked, expected))
+            edit = Consequence(question, answer)
+            composed = AskedAfter(COMPOSED_METRIC, Consequence(asked, expected), on_image=True)
+            return SecondEdit(edit, (AskedAfter(SECOND_METRIC, edit), composed))
     return None
