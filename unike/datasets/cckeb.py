@@ -2,8 +2,8 @@
 
 A record is MMEdit's with ``textual_edit``: ``{"src", "rephrase", "pred", "alt", "loc", "loc_ans"}``, a fact
 that the language model should know, without an image; ``alt`` may be a list, whose first text counts. Its
-``port_new`` has one item of the type ``comp``, whose question on the edit's image needs both edits: its target
-is the textual edit's ``alt``, as MemEIC (NeurIPS 2025) defines compositional reliability.
+``port_new`` has one item of the type ``comp``, whose question on the edit's image needs both edits: its
+target is the textual edit's ``alt``, as MemEIC (NeurIPS 2025) defines compositional reliability.
 """
 
 from __future__ import annotations
