@@ -87,7 +87,11 @@ def test_what_is_held_out_is_apart_and_the_same_wherever_it_lies(tmp_path: Path)
     assert unseen
     assert not trained & unseen
     assert trained | unseen == set(names)
-    assert sorted(p.name for p in split["held_photographs"]) == sorted(trained)
+    for kind in ("held_photographs", "validation"):
+        assert sorted(p.name for p in split[kind]) == sorted(trained)
+    few = split_photos([p for p in photos if p.key in keys["train"] | keys["held_photographs"]], 0, 0.2)
+    assert not few["validation"], "of two photographs one is trained on, one held out"
+    assert len(few["train"]) == len(few["held_photographs"]) == len(trained)
     again = split_photos(read_photos([save_photos(tmp_path / "b", names)]), 0, 0.2)
     assert {name: {p.key for p in again[name]} for name in SPLITS} == keys
     other = split_photos(photos, 1, 0.2)
@@ -320,7 +324,12 @@ def test_the_command_trains_and_goes_on(backbone, tmp_path: Path, monkeypatch, c
     about = read_about(tmp_path / "out")
     assert list(about.names[:20]) == names
     assert set(about.names[20:]) == {"goldfish", "red fox", "harp", "owl"}
-    assert about.trained["photographs"] == {"train": 10, "held_photographs": 5, "held_names": 0}
+    assert about.trained["photographs"] == {
+        "train": 5,
+        "validation": 5,
+        "held_photographs": 5,
+        "held_names": 0,
+    }
     tensors = load_file(tmp_path / "out" / "projector.safetensors")
     assert tensors["multi_modal_projector.scores.weight"].shape == (24, 24)
     assert not [text for text in (str(photos), str(tmp_path)) if text in str(about.trained)]

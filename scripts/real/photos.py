@@ -1,7 +1,8 @@
 """Labelled photographs of a folder, and which of them are kept from training.
 
 Two kinds are held out: all photographs of some names, and one photograph of each other name that has two or
-more. The choice depends on the names and contents alone, not on where the folder lies.
+more. Of names with three or more another one is for validation: what training keeps is chosen by these. The
+choice depends on the names and contents alone, not on where the folder lies.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from unike.types import UserError
 
 # ImageNet's way to name files: the synset, in some sets a number, the name.
 _SYNSET = re.compile(r"n\d{8}_(?:\d+_)?(?P<name>\D.*)")
-SPLITS = ("train", "held_photographs", "held_names")
+SPLITS = ("train", "validation", "held_photographs", "held_names")
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,9 @@ def split_photos(photos: Sequence[Photo], seed: int, names_share: float) -> dict
             continue
         # The order of the checksums is as good as a draw, and the same wherever the photographs lie.
         group = sorted(group, key=lambda photo: _draw(f"{seed}/{photo.key}"))
-        held = 1 if len(group) > 1 else 0
-        split["held_photographs"] += group[:held]
+        held = min(2, len(group) - 1)
+        split["held_photographs"] += group[: min(1, held)]
+        split["validation"] += group[1:held]
         split["train"] += group[held:]
     if not split["train"]:
         raise UserError("--images: every name is held out; expected more photographs, or a smaller share")

@@ -140,7 +140,8 @@ def train_scores(
             optimiser.step()
         now = {**state, "scores.weight": weight.detach().clone(), "scores.bias": bias.detach().clone()}
         accuracies.append(measure_scores(now, held))
-        if accuracies[-1] >= max(accuracies):
+        # Without held images the last epoch's are kept.
+        if not len(held) or accuracies[-1] >= max(accuracies):
             best = now
     return best, accuracies
 

@@ -180,7 +180,7 @@ def list_questions(
             for name, group in split_photos(photos, trained["seed"], trained["held_names"]).items()
         }
     out = {name: ask_photos(group, TRAINED["what"], size) for name, group in split.items()}
-    first = next(name for name in split if name != "train")
+    first = next(name for name in split if name not in ("train", "validation"))
     out[f"{first}, other wordings"] = ask_photos(split[first], FREE["what"], size)
     out["scenes of common objects"] = ask_scenes(size, held_out=False)
     out["scenes of common objects, other wordings"] = ask_scenes(size, held_out=True)

@@ -4,8 +4,8 @@
 
 Stage 0 trains which name an image has (``scripts/real/scoring.py``), stage 1 the language model's answers
 (``scripts/real/answering.py``). Tower features, the state of training and its log lie in ``--work``; the same
-command goes on where it was interrupted. What is kept is the projector that answers best on held-out
-photographs.
+command goes on where it was interrupted. What is kept is the projector that answers best on the
+photographs for validation.
 """
 
 from __future__ import annotations
@@ -72,25 +72,25 @@ State = dict[str, torch.Tensor]
 @dataclass(frozen=True)
 class Material:
     """All that is trained on, as features: ``views`` of photographs, then scenes, in the same rows each; the
-    photographs' names, the scenes' facts, and what is held out."""
+    photographs' names, the scenes' facts, and what is for validation."""
 
     views: Sequence[Labelled]
     names: Sequence[str]
     scenes: Sequence[DrawnScene]
-    held: Labelled
-    held_names: Sequence[str]
+    validation: Labelled
+    validation_names: Sequence[str]
 
 
 # ---------------------------------------------------------------- material
 
 
 def gather(store: ViewStore, split: Mapping[str, list[Photo]], args: argparse.Namespace) -> tuple[Any, ...]:
-    """Features by view of the photographs and the scenes to train on, and of held-out photographs."""
+    """Features by view of the photographs and the scenes to train on, and of those for validation."""
     # The same ones whatever the seed: their features serve all seeds.
     scenes = draw_scenes(args.scenes, SCENES_SEED) if args.scenes else []
-    train, held = ([_show(photo) for photo in split[name]] for name in SPLITS[:2])
+    train, validation = ([_show(photo) for photo in split[name]] for name in SPLITS[:2])
     drawn = [scene.shown for scene in scenes]
-    total = args.views * (len(train) + len(drawn)) + len(held)
+    total = args.views * (len(train) + len(drawn)) + len(validation)
     with show_progress({"features": total}) as tick:
 
         def get(images: Sequence[Shown], view: int) -> torch.Tensor:
@@ -102,7 +102,7 @@ def gather(store: ViewStore, split: Mapping[str, list[Photo]], args: argparse.Na
         photos = [get(train, view) for view in range(args.views)]
         # A scene has fewer views: more scenes are worth more.
         shown = get(drawn, 0)
-        return photos, shown, get(held, 0), scenes
+        return photos, shown, get(validation, 0), scenes
 
 
 def _show(photo: Photo) -> Shown:
@@ -112,17 +112,17 @@ def _show(photo: Photo) -> Shown:
 def make_material(
     photos: Sequence[torch.Tensor],
     shown: torch.Tensor,
-    held: torch.Tensor,
+    validation: torch.Tensor,
     scenes: Sequence[DrawnScene],
     split: Mapping[str, list[Photo]],
     index: Mapping[str, int],
 ) -> Material:
-    names, held_names = ([photo.name for photo in split[name]] for name in SPLITS[:2])
+    names, chosen_by = ([photo.name for photo in split[name]] for name in SPLITS[:2])
     drawn = label_scenes(shown, [[index[normalise_answer(n)] for n in s.scene.names] for s in scenes])
     own = [index[normalise_answer(name)] for name in names]
     views = [join([label_photos(view, own), drawn]) for view in photos]
-    kept = label_photos(held, [index[normalise_answer(name)] for name in held_names])
-    return Material(views, names, scenes, kept, held_names)
+    kept = label_photos(validation, [index[normalise_answer(name)] for name in chosen_by])
+    return Material(views, names, scenes, kept, chosen_by)
 
 
 # ---------------------------------------------------------------- stage 1
@@ -164,7 +164,7 @@ class Lessons:
 
 @dataclass
 class Progress:
-    """Where training is: ``best`` is the highest share of held-out photographs that was answered rightly, at
+    """Where training is: ``best`` is the highest share of validation photographs answered rightly, at
     ``best_step``."""
 
     step: int = 0
@@ -231,20 +231,26 @@ class Course:
         return loss.item()
 
     def _check(self, log: Path, losses: Sequence[float], started: float) -> None:
-        """Answers held-out photographs, keeps the best projector, and writes a checkpoint and a log line."""
+        """Answers validation photographs, keeps the best projector, writes a checkpoint and a log line."""
         prompt = wrap_prompt(VQA_TEMPLATE, QUESTION)
-        said = self.teacher.answer(self.projector, self.material.held.features, prompt)
+        said = self.teacher.answer(self.projector, self.material.validation.features, prompt)
         right = [
             normalise_answer(a[0]) == normalise_answer(n)
-            for a, n in zip(said, self.material.held_names, strict=True)
+            for a, n in zip(said, self.material.validation_names, strict=True)
         ]
         progress, share = self.progress, sum(right) / max(1, len(right))
-        if share > progress.best:
+        # Without validation photographs the newest is kept.
+        if share > progress.best or not right:
             progress.best, progress.best_step = share, progress.step
             self.best = {k: v.detach().clone() for k, v in self.projector.state_dict().items()}
         progress.seconds = time.monotonic() - started
         loss = sum(losses) / len(losses) if losses else None
-        line = {"step": progress.step, "seconds": round(progress.seconds), "loss": loss, "held_exact": share}
+        line = {
+            "step": progress.step,
+            "seconds": round(progress.seconds),
+            "loss": loss,
+            "validation_exact": share,
+        }
         with log.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         print(line, flush=True)
@@ -262,7 +268,7 @@ class Course:
     def _identify(self) -> str:
         """A checksum of what a checkpoint cannot go on without: material and options of a step."""
         material, args = self.material, self.args
-        what = [len(material.views), len(material.scenes), *material.names, "", *material.held_names]
+        what = [len(material.views), len(material.scenes), *material.names, "", *material.validation_names]
         options = [args.seed, args.batch, args.lr, args.dropout]
         return hashlib.sha256(json.dumps([what, options]).encode()).hexdigest()
 
@@ -318,7 +324,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         "--check_every",
         type=int,
         default=100,
-        help="steps between two looks at what is held out: %(default)s",
+        help="steps between two looks at validation: %(default)s",
     )
     add(
         "--patience", type=int, default=6, help="looks without a better one, after which it ends: %(default)s"
@@ -356,9 +362,9 @@ def run(argv: Sequence[str]) -> int:
     # What the tower used.
     release_memory()
     state, accuracies = train_scores(
-        state, material.views, material.held, ScoringOptions(epochs=args.epochs), args.seed
+        state, material.views, material.validation, ScoringOptions(epochs=args.epochs), args.seed
     )
-    print("stage 0, held-out photographs named:", [round(a, 3) for a in accuracies], flush=True)
+    print("stage 0, validation photographs named:", [round(a, 3) for a in accuracies], flush=True)
     course = Course(Teacher(backbone), material, state, folder, args)
     course.run(folder / "log.jsonl")
     trained = {
@@ -368,7 +374,7 @@ def run(argv: Sequence[str]) -> int:
         "stage_0": accuracies,
         "steps_done": course.progress.step,
         "kept_step": course.progress.best_step,
-        "held_exact": course.progress.best,
+        "validation_exact": course.progress.best,
     }
     projector = course.projector
     about = place.About(
@@ -379,7 +385,7 @@ def run(argv: Sequence[str]) -> int:
     write_json(folder / "trained.json", trained)
     if (out / place.LANGUAGE).is_file():
         place.write_config(out, json.loads((home / "config.json").read_text("utf-8"))["text_config"])
-    print(f"{out / place.PROJECTOR}: {course.progress.best:.1%} of held-out photographs named exactly")
+    print(f"{out / place.PROJECTOR}: {course.progress.best:.1%} of validation photographs named exactly")
     return 0
 
 
@@ -418,12 +424,12 @@ def _add_all_names(
     backbone: Any, state: State, names: list[str], found: tuple[Any, ...], split: Mapping[str, list[Photo]]
 ) -> tuple[State, list[str], Material]:
     """Scores and words for all names of photographs and scenes that are none of the tower's classes."""
-    photos, shown, held, scenes = found
+    photos, shown, validation, scenes = found
     index = index_names(names)
     wanted = [photo.name for name in SPLITS[:2] for photo in split[name]] + list(DRAWN if scenes else ())
     new = list({normalise_answer(n): n for n in wanted if normalise_answer(n) not in index}.values())
     index |= {normalise_answer(name): len(names) + i for i, name in enumerate(new)}
-    material = make_material(photos, shown, held, scenes, split, index)
+    material = make_material(photos, shown, validation, scenes, split, index)
     if new:
         embeddings = backbone.decoder.get_input_embeddings().weight
         slots = len(state["words.weight"]) // embeddings.shape[1]
