@@ -61,7 +61,8 @@ def test_the_page_says_what_the_logs_hold(tmp_path: Path) -> None:
     assert winners.main(["--write", str(copy)]) == 0
     assert copy.read_text("utf-8") == page.read_text("utf-8")
     best = max(read_scores("ke", "tiny_blip2"), key=lambda e: e["score"])
-    assert f"| ke | tiny_blip2 | {best['records']} | {best['hm5']['teacher_forced']:.1f}, " in copy.read_text("utf-8")
+    shown = f"| ke | tiny_blip2 | {best['records']} | {best['hm5']['teacher_forced']:.1f}, "
+    assert shown in copy.read_text("utf-8")
 
 
 def test_the_first_of_equal_trials_wins_and_a_failed_one_never() -> None:
