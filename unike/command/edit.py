@@ -14,12 +14,15 @@ from unike.system import launching, processes
 from unike.system.arguments import ArgumentParser
 
 DESCRIPTION = (
-    "Edits every record of a task and prints one table; ``run_edit.py ask --help`` asks an edited model."
+    "Edits every record of a task and prints one table. `unike ask --help` says how to ask an edited model."
+)
+EPILOG = (
+    "An image of your own, without a data set: unike edit --model ID --image FILE --question Q --answer A"
 )
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = ArgumentParser(description=DESCRIPTION)
+    parser = ArgumentParser(description=DESCRIPTION, epilog=EPILOG)
     add = parser.add_argument
     add(
         "--hparams_dir",

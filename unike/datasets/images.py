@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import warnings
+from itertools import islice
 from pathlib import Path
 from typing import IO
 
@@ -12,6 +14,7 @@ from PIL import Image, ImageCms, ImageOps
 
 from unike.datasets.image_inputs import resolve_image
 from unike.system.paths import check_path
+from unike.system.shipped import find_shipped
 from unike.system.text import one_line
 from unike.types import UserError
 
@@ -41,6 +44,10 @@ def lies_outside(root: PathLike | None, name: str) -> bool:
     return real != inside and not real.startswith(os.path.join(inside, ""))
 
 
+# Of a folder's names so many are looked through for one that was mistyped.
+_MOST_NAMES = 10_000
+
+
 def open_image(source: object, root: PathLike | None = None) -> Image.Image:
     """The file as a new 8-bit RGB image, upright, transparency laid on white.
 
@@ -62,6 +69,9 @@ def open_image(source: object, root: PathLike | None = None) -> Image.Image:
     if not os.fspath(found):
         raise UserError("image: path is empty; expected an image's file name")
     path = image_path(root, found)
+    if root is None:
+        # The example images of an installed package.
+        path = Path(find_shipped(os.fspath(path)))
     name = one_line(path)
     _require_file(path, name)
     return _open(path, name)
@@ -90,9 +100,19 @@ def _require_file(path: Path, name: str) -> None:
     if os.path.isdir(path):
         raise UserError(f"{name}: is a directory; expected an image")
     if not os.path.exists(path):
-        raise UserError(f"{name}: image does not exist")
+        raise UserError(f"{name}: image does not exist{_find_alike(path)}")
     if not os.path.isfile(path):
         raise UserError(f"{name}: is not a regular file; expected an image")
+
+
+def _find_alike(path: Path) -> str:
+    """The nearest name among the files beside a missing one, as the end of a message."""
+    try:
+        beside = [entry.name for entry in islice(os.scandir(path.parent), _MOST_NAMES)]
+    except (OSError, ValueError):
+        return ""
+    close = difflib.get_close_matches(path.name, beside, n=1, cutoff=0.8)
+    return f"; the nearest name there is {one_line(close[0], 80)}" if close else ""
 
 
 def _decode(image: Image.Image, name: str) -> Image.Image:

@@ -9,6 +9,7 @@ from unike.backbones.placement import pick_device
 from unike.config.hparams import HyperParams
 from unike.config.locating import find_download
 from unike.config.untrained import make_untrained
+from unike.system.shipped import find_shipped
 from unike.types import BACKBONES, UserError
 
 
@@ -31,7 +32,7 @@ def describe_model(
         raise UserError("model: expected the folder of a Hugging Face model, or its id on the hub")
     if model_name is not None and model_name not in BACKBONES:
         raise UserError(f"model_name: {model_name!r} is unknown; expected one of {', '.join(BACKBONES)}")
-    place = str(find_download(os.fspath(name)))
+    place = find_shipped(str(find_download(os.fspath(name))))
     published = find_published(place, model_name)
     values: dict[str, object] = {
         "model_name": published.model_name,

@@ -31,6 +31,7 @@ from unike.own.edits import OwnEdit, pair_flags, read_own_file
 from unike.system.arguments import ArgumentParser
 from unike.system.console import Console
 from unike.system.findings import require
+from unike.system.shipped import is_bundled
 from unike.system.text import one_line
 from unike.types import Expectation, ImageLike, UserError
 
@@ -125,7 +126,7 @@ def run(argv: Sequence[str]) -> int:
     editor = MultimodalEditor.from_hparams(hparams, progress=not args.json)
     if args.save is not None:
         _require_same_model(editor, args.save)
-    failures = apply_edits(editor, edits, args.template)
+    failures, unreached = apply_edits(editor, edits, args.template)
     replies = [
         ask_all(editor, list_asks(edits, i), edit.answer, args.template) for i, edit in enumerate(edits)
     ]
@@ -133,7 +134,7 @@ def run(argv: Sequence[str]) -> int:
         store = EditStore(args.save)
         for made in editor.edits:
             store.add(made, replace=True)
-    _print_results(edits, replies, failures, args)
+    _print_results(edits, replies, failures, unreached, args)
     return 1 if failures else 0
 
 
@@ -183,8 +184,11 @@ def _require_same_model(editor: MultimodalEditor, folder: str) -> None:
 # ---------------------------------------------------------------- editing and asking
 
 
-def apply_edits(editor: MultimodalEditor, edits: Sequence[OwnEdit], template: str) -> dict[int, str]:
-    """Edits on top of each other; why some failed, by their numbers."""
+def apply_edits(
+    editor: MultimodalEditor, edits: Sequence[OwnEdit], template: str
+) -> tuple[dict[int, str], dict[int, str]]:
+    """Edits on top of each other. By their numbers, why some failed, and why some that were made do not hold:
+    their training ended before the answer was learnt."""
     images = [edit.image for edit in edits]
     metrics, _, _ = editor.edit(
         [edit.question for edit in edits],
@@ -193,7 +197,13 @@ def apply_edits(editor: MultimodalEditor, edits: Sequence[OwnEdit], template: st
         template=template,
         sequential_edit=True,
     )
-    return {i: metric["error"] for i, metric in enumerate(metrics) if "error" in metric}
+    failed = {i: metric["error"] for i, metric in enumerate(metrics) if "error" in metric}
+    unreached = {
+        i: f"its answer is not learnt after {metric['steps']} steps (loss {metric['loss']:.1f})"
+        for i, metric in enumerate(metrics)
+        if metric.get("reached") is False
+    }
+    return failed, unreached
 
 
 def list_asks(edits: Sequence[OwnEdit], number: int) -> list[Ask]:
@@ -236,10 +246,11 @@ def _print_results(
     edits: Sequence[OwnEdit],
     replies: Sequence[Sequence[Reply]],
     failures: dict[int, str],
+    unreached: dict[int, str],
     args: argparse.Namespace,
 ) -> None:
     if args.json:
-        print(json.dumps(_describe(edits, replies, failures), indent=1, ensure_ascii=False))
+        print(json.dumps(_describe(edits, replies, failures, unreached), indent=1, ensure_ascii=False))
         return
     out = Console()
     for i, (edit, rows) in enumerate(zip(edits, replies, strict=True)):
@@ -248,11 +259,26 @@ def _print_results(
         if i in failures:
             print(f"error: edit {i + 1}: {failures[i]}", file=sys.stderr)
         out.print(_tabulate(rows))
+        if i in unreached:
+            out.print(
+                Text(f"edit {i + 1}: {unreached[i]}; more steps may help (max_steps=200), or another wording")
+            )
+    if unreached and is_bundled(args.model):
+        out.print(Text(f"{args.model} is a toy: it can only say the words of its own benchmark"))
     right = [row.is_right for rows in replies for row in rows]
     out.print(f"{sum(right)} of {len(right)} answers are as expected")
+    changed = [row for rows in replies for row in rows if row.expect == "unchanged" and not row.is_right]
+    if changed and len(edits) > 1:
+        out.print(
+            Text(
+                "answers that should stay have changed: without train data the gate tells edits apart by a "
+                "cosine alone, and edits add up (docs/own_data.md)"
+            )
+        )
     if args.save is not None:
-        ask = f"python -m unike.ask --model {args.model} --edits {args.save} --image FILE 'QUESTION'"
-        out.print(Text(f"saved in {args.save}; to ask the edited model: {ask}"))
+        # One line, however narrow the terminal is: it is meant to be pasted.
+        print(f"saved in {args.save}; to ask the edited model:")
+        print(f"unike ask --model {args.model} --edits {args.save} --image FILE 'QUESTION'")
 
 
 def _tabulate(rows: Sequence[Reply]) -> Table:
@@ -267,7 +293,10 @@ def _tabulate(rows: Sequence[Reply]) -> Table:
 
 
 def _describe(
-    edits: Sequence[OwnEdit], replies: Sequence[Sequence[Reply]], failures: dict[int, str]
+    edits: Sequence[OwnEdit],
+    replies: Sequence[Sequence[Reply]],
+    failures: dict[int, str],
+    unreached: dict[int, str],
 ) -> list[dict[str, Any]]:
     return [
         {
@@ -275,6 +304,7 @@ def _describe(
             "question": edit.question,
             "answer": edit.answer,
             "error": failures.get(i),
+            "unreached": unreached.get(i),
             "asked": [asdict(row) for row in rows],
         }
         for i, (edit, rows) in enumerate(zip(edits, replies, strict=True))

@@ -201,7 +201,20 @@ def _find_flips(a: Mapping[str, Record], b: Mapping[str, Record], mode: str) -> 
 
 
 def _name_runs(run_a: str | os.PathLike[str], run_b: str | os.PathLike[str]) -> tuple[str, str]:
-    """The folders' own names, or their whole paths where these are alike."""
+    """The folders' own names, or their whole paths where these are alike; with the methods where they
+    differ."""
     a, b = Path(run_a).resolve(), Path(run_b).resolve()
     names = (a.name, b.name) if a.name != b.name else (str(run_a), str(run_b))
-    return one_line(names[0], 80), one_line(names[1], 80)
+    methods = [_name_method(folder) for folder in (a, b)]
+    if methods[0] != methods[1]:
+        names = (f"{names[0]} ({methods[0]})", f"{names[1]} ({methods[1]})")
+    return one_line(names[0], 120), one_line(names[1], 120)
+
+
+def _name_method(folder: Path) -> str:
+    """The method of a run, with its gate."""
+    hparams = read_manifest(folder).get("hparams")
+    if not isinstance(hparams, dict):
+        return "unknown method"
+    gate = hparams.get("scope_gate", "none")
+    return str(hparams.get("method", "unike")) + ("" if gate == "none" else f", scope_gate: {gate}")

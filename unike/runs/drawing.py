@@ -147,8 +147,10 @@ def choose_splits(hparams: HyperParams) -> tuple[str, ...]:
     still to be made, or the method shows train records. UserError where one of their folders is missing."""
     needs = resolve_needs(hparams)
     shipped = find_shipped_knowledge(hparams)
-    has_knowledge = shipped is not None and not (needs.knowledge and list_changed_options(shipped, hparams))
-    is_prepared = (has_knowledge or needs.training) and not needs.cases and not wants_cases(hparams, needs)
+    has_knowledge = shipped is not None and not list_changed_options(shipped, hparams)
+    is_prepared = (
+        (has_knowledge or not needs.knowledge) and not needs.cases and not wants_cases(hparams, needs)
+    )
     return ("eval",) if is_prepared else ("train", "eval")
 
 

@@ -50,6 +50,15 @@ def find_shipped(path: str) -> str:
     return str(home / path)
 
 
+def is_bundled(model: PathLike) -> bool:
+    """Whether a model's folder is one of the two that come with the project."""
+    home = find_home()
+    if home is None:
+        return False
+    folder = Path(find_shipped(os.fspath(model))).resolve()
+    return folder.parent == (home / "hugging_cache").resolve() and (folder / ".shipped").is_file()
+
+
 def choose_cache_folder() -> Path:
     """Where an installed package writes: ``$UNIKE_CACHE``, else ``unike`` in the user's cache folder."""
     named = os.environ.get(CACHE_VARIABLE)
