@@ -75,8 +75,8 @@ def list_bounds(rows: Sequence[Row], subject: str) -> Grid:
         lines.insert(1, ("all, thresholds of each kind", (Cell(), Cell(), *_show(apart))))
     title = "what the gate's two measures could tell apart: rephrased images and minimal pairs"
     note = (
-        "the thresholds are read off these very records, so that no others have more of both; a probe can be "
-        "right with an open gate, too"
+        "the thresholds are read off these very records, so that no others have more of both; they bound "
+        "decisions, not scores: a probe can be right with an open gate, too"
     )
     header = (
         "kind of question",
