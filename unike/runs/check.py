@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import sys
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,6 +17,7 @@ from unike.backbones.checking import get_original_files
 from unike.runs.checks import CHECKS, Check, RunRequest, find_all
 from unike.system.findings import Finding
 from unike.system.hub import find_model_folder, is_hub_id
+from unike.system.shipped import is_packaged
 
 _ADDRESS = re.compile(r"https://\S+\.pth\b")
 # The folder of MMEdit's files in the YAMLs.
@@ -45,7 +47,13 @@ def list_commands(request: RunRequest, argv: Sequence[str]) -> list[str]:
     """What gets the files that are missing, and then runs: a line each, for a shell."""
     run = [word for word in argv if word != "--check"]
     commands = [*_list_downloads(request), *_list_data(request)]
-    return [*commands, shlex.join(["python", "run_edit.py", *run])] if run else commands
+    return [*commands, shlex.join([*_name_program(), *run])] if run else commands
+
+
+def _name_program() -> list[str]:
+    """The command that edits, as its user started it: an installed package has no run_edit.py."""
+    is_command = Path(sys.argv[0]).stem == "unike" or is_packaged()
+    return ["unike", "edit"] if is_command else ["python", "run_edit.py"]
 
 
 def _list_downloads(request: RunRequest) -> Iterator[str]:
