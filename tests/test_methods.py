@@ -25,8 +25,9 @@ IDS = [f"{name}-{'-'.join(map(str, row.values()))}".strip("-") for name, row in 
 # Today's backbones keep the contract too; what is quick of it is in test_todays_methods.py.
 EVERY = (*FAMILIES, *OWN, *(pytest.param(family, marks=pytest.mark.slow) for family in TODAY))
 each_row = pytest.mark.parametrize("row", ROWS, ids=IDS)
+STEPWISE = ("ft", "lora", "tpatcher", "unike")
 # Methods that lower an edit's own loss step by step; the others learnt to edit before, or show it.
-TRAINED = {i: row for i, row in zip(IDS, ROWS, strict=True) if row[0] in ("ft", "tpatcher", "unike")}
+TRAINED = {i: row for i, row in zip(IDS, ROWS, strict=True) if row[0] in STEPWISE}
 
 
 @pytest.fixture(params=EVERY)

@@ -53,6 +53,7 @@ SETTINGS = {
         {"ike_retriever": "states", "ike_demonstrations": 2},
         {"ike_retriever": "states", "ike_demonstrations": 2, "ike_patches": True},
     ],
+    "lora": [{"lora_rank": 2, "lora_alpha": 4}, {"lora_rank": 2, "lora_alpha": 4, "lora_target": "both"}],
     "ke": [{}],
     "mend": [{}],
     # All cases ask the same question: only the picture tells them apart.

@@ -15,6 +15,7 @@ METHODS = {
     "": "UniKE, paper preset",
     "scoped": "UniKE + scope gate: edits apply where a trained classifier says so",
     "ft": "fine-tuning",
+    "lora": "LoRA, factors beside linear modules",
     "ike": "in-context editing",
     "ke": "KnowledgeEditor, meta-learned",
     "mend": "MEND, meta-learned",

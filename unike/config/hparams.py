@@ -28,6 +28,7 @@ class HyperParams(
     combined.KnowledgeUseOptions,
     combined.FreshPatchOptions,
     combined.NeuronTrainingOptions,
+    combined.AdapterOptions,
     combined.KnowledgePreparationOptions,
     combined.ScopePreparationOptions,
     combined.EditorPreparationOptions,

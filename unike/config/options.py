@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from unike.config import scope_sections, sections
+from unike.config import rivals, scope_sections, sections
 from unike.config.patcher import NeuronOptions
 from unike.config.schema import Option, Section, list_own_options
 
@@ -36,6 +36,9 @@ BEFORE_OPTIONS: dict[str, object] = {
     "patcher_min_steps": 100,
     "patcher_check_every": 25,
     "patcher_patience": 1,
+    "lora_rank": 8,
+    "lora_alpha": 32.0,
+    "lora_target": "attention",
 }
 # In the order of the documentation, with the heading of each.
 SECTIONS: dict[type[Section], str] = {
@@ -54,6 +57,7 @@ SECTIONS: dict[type[Section], str] = {
     sections.PatchLossOptions: "intrinsic",
     NeuronOptions: "T-Patcher as published",
     sections.FineTuningOptions: "fine-tuning",
+    rivals.LoraOptions: "LoRA",
     sections.IKEOptions: "IKE",
     sections.EncoderOptions: "encoders",
     sections.TripletOptions: "knowledge",

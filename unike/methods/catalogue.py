@@ -189,6 +189,7 @@ BUILT_IN = {
         check=check_sentence_model,
     ),
     "ke": Entry("unike.methods.ke:KE", trainable=True),
+    "lora": Entry("unike.methods.lora:LoRA"),
     "mend": Entry("unike.methods.mend:MEND", trainable=True),
     "serac": Entry("unike.methods.serac:SERAC", trainable=True),
     "tpatcher": Entry("unike.methods.tpatcher:TPatcher", uses_memory_loss, check=check_losses),
