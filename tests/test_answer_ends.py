@@ -313,5 +313,5 @@ def test_tables_train_the_target_alone_and_the_yamls_its_end_too() -> None:
     for name, hparams in ends.items():
         has_line = hparams.model_name in ("blip2", "smol") and "tiny" not in name
         own = "line_break" if has_line else "eos"
-        trained = hparams.method in ("unike", "ft", "lora", "tpatcher", "tpatcher_published")
+        trained = hparams.method in ("unike", "ft", "grace", "lora", "tpatcher", "tpatcher_published")
         assert hparams.answer_end == (own if trained else "none"), name

@@ -201,7 +201,8 @@ def test_a_record_says_whether_training_reached_its_target(world: World, row: tu
             assert (record.loss, record.reached) == (None, None)
             assert record.steps in (0, 1)
             continue
-        if "ft_target" not in row[1]:
+        # In a random model GRACE's one state does not reach an answer of several tokens.
+        if "ft_target" not in row[1] and row[0] != "grace":
             assert record.reached is (options is easy)
         assert record.loss == pytest.approx(outcome.edit.info["loss"])
         assert (record.get_scores("teacher_forced")["reliability"].after == 1) is record.reached

@@ -53,6 +53,10 @@ SETTINGS = {
         {"ike_retriever": "states", "ike_demonstrations": 2},
         {"ike_retriever": "states", "ike_demonstrations": 2, "ike_patches": True},
     ],
+    "grace": [
+        {"layers": [4], "lr": 0.1, "grace_init": "warm"},
+        {"layers": [4], "lr": 0.1, "grace_radius": "balanced"},
+    ],
     "lora": [{"lora_rank": 2, "lora_alpha": 4}, {"lora_rank": 2, "lora_alpha": 4, "lora_target": "both"}],
     "ke": [{}],
     "mend": [{}],

@@ -39,6 +39,11 @@ BEFORE_OPTIONS: dict[str, object] = {
     "lora_rank": 8,
     "lora_alpha": 32.0,
     "lora_target": "attention",
+    "grace_eps": 1.0,
+    "grace_radius": "fixed",
+    "grace_balance": 0.2,
+    "grace_rephrase": "Please answer this. {}",
+    "grace_init": "cold",
 }
 # In the order of the documentation, with the heading of each.
 SECTIONS: dict[type[Section], str] = {
@@ -58,6 +63,7 @@ SECTIONS: dict[type[Section], str] = {
     NeuronOptions: "T-Patcher as published",
     sections.FineTuningOptions: "fine-tuning",
     rivals.LoraOptions: "LoRA",
+    rivals.CodebookOptions: "GRACE",
     sections.IKEOptions: "IKE",
     sections.EncoderOptions: "encoders",
     sections.TripletOptions: "knowledge",

@@ -6,6 +6,7 @@ from unike.system.lazy import load_attribute
 
 if TYPE_CHECKING:
     from unike.edits.base import Edit, EditBatch, Mixed, compose, have_same_weights
+    from unike.edits.codebook import CodebookEdit, CodebookEntry
     from unike.edits.counterfactual import SeracEdit
     from unike.edits.deltas import LowRankDelta, WeightDelta
     from unike.edits.origin import Origin
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from unike.edits.store import EditStore
 
 __all__ = [
+    "CodebookEdit",
+    "CodebookEntry",
     "Edit",
     "EditBatch",
     "EditRecord",
@@ -38,6 +41,7 @@ __all__ = [
 
 _HOMES = {
     **dict.fromkeys(("Edit", "EditBatch", "Mixed", "compose", "have_same_weights"), "unike.edits.base"),
+    **dict.fromkeys(("CodebookEdit", "CodebookEntry"), "unike.edits.codebook"),
     "SeracEdit": "unike.edits.counterfactual",
     **dict.fromkeys(("LowRankDelta", "WeightDelta"), "unike.edits.deltas"),
     "Origin": "unike.edits.origin",

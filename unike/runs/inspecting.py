@@ -9,7 +9,7 @@ from pathlib import Path
 
 from unike.config.hparams import OPTIONS, HyperParams
 from unike.config.patcher import NeuronOptions
-from unike.config.rivals import LoraOptions
+from unike.config.rivals import CodebookOptions, LoraOptions
 from unike.config.schema import list_own_options
 from unike.config.scope_sections import ScopeStorageOptions, ScopeTrainingOptions
 from unike.config.sections import (
@@ -114,8 +114,11 @@ _METHOD_KEYS = {
     ("unike", "tpatcher", "tpatcher_published"): set(list_own_options(PatchLossOptions)),
     ("tpatcher_published",): set(list_own_options(NeuronOptions)),
     ("lora",): set(list_own_options(LoraOptions)),
-    ("unike", "tpatcher", "ft", "lora"): {"stop_loss"},
-    ("unike", "tpatcher", "ft", "lora", "tpatcher_published"): set(list_own_options(EditTrainingOptions))
+    ("grace",): set(list_own_options(CodebookOptions)),
+    ("unike", "tpatcher", "ft", "lora", "grace"): {"stop_loss"},
+    ("unike", "tpatcher", "ft", "lora", "grace", "tpatcher_published"): set(
+        list_own_options(EditTrainingOptions)
+    )
     - {"stop_loss"},
 }
 _AROUND_KEYS = {"scope_layer", "scope_recall", "scope_recall_few"}
