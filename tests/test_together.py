@@ -74,7 +74,7 @@ def test_rows_asked_together_answer_as_under_their_own_edit(world: World, row) -
     if row[1].get("ft_target") == "projection":
         assert edits[0].changes_prefix(backbone, prefixes.first)
         return
-    if row[0] == "tpatcher_published" or row[1].get("ike_patches"):
+    if row[0] in ("tpatcher_published", "wise") or row[1].get("ike_patches"):
         assert together is None, "edits of different sizes or kinds are asked one by one"
         return
     assert together is not None

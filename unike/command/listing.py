@@ -15,6 +15,7 @@ METHODS = {
     "": "UniKE, paper preset",
     "scoped": "UniKE + scope gate: edits apply where a trained classifier says so",
     "ft": "fine-tuning",
+    "wise": "WISE, a side memory beside one feed-forward matrix",
     "grace": "GRACE, a codebook of keys and values at one layer",
     "lora": "LoRA, factors beside linear modules",
     "ike": "in-context editing",

@@ -29,6 +29,7 @@ class HyperParams(
     combined.FreshPatchOptions,
     combined.NeuronTrainingOptions,
     combined.AdapterOptions,
+    combined.SideMemoryTrainingOptions,
     rivals.CodebookOptions,
     combined.KnowledgePreparationOptions,
     combined.ScopePreparationOptions,

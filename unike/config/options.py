@@ -44,6 +44,15 @@ BEFORE_OPTIONS: dict[str, object] = {
     "grace_balance": 0.2,
     "grace_rephrase": "Please answer this. {}",
     "grace_init": "cold",
+    "wise_mask": 0.2,
+    "wise_shard_edits": 500,
+    "wise_density": 0.53,
+    "wise_alpha": 5.0,
+    "wise_beta": 20.0,
+    "wise_gamma": 10.0,
+    "wise_ratio": 0.88,
+    "wise_clamp": 1.0,
+    "wise_unrelated": 4,
 }
 # In the order of the documentation, with the heading of each.
 SECTIONS: dict[type[Section], str] = {
@@ -64,6 +73,7 @@ SECTIONS: dict[type[Section], str] = {
     sections.FineTuningOptions: "fine-tuning",
     rivals.LoraOptions: "LoRA",
     rivals.CodebookOptions: "GRACE",
+    rivals.SideMemoryOptions: "WISE",
     sections.IKEOptions: "IKE",
     sections.EncoderOptions: "encoders",
     sections.TripletOptions: "knowledge",

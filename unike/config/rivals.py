@@ -1,4 +1,4 @@
-"""The options of LoRA and GRACE, which no other method has."""
+"""The options of LoRA, GRACE and WISE, which no other method has."""
 
 from __future__ import annotations
 
@@ -45,4 +45,33 @@ class CodebookOptions(Section):
     )
     grace_init: str = option(
         choice("cold", "warm"), "first values: random numbers from 0 to 1, or the network's output", "cold"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SideMemoryOptions(Section):
+    """WISE: its shards, its margins, and when a prompt gets to the side memory."""
+
+    wise_mask: float = option(
+        number(low=0, high=1, above=True), "share of the matrix's entries that a shard trains", 0.2
+    )
+    wise_shard_edits: int = option(whole(low=1), "edits of a sequence in one shard", 500)
+    wise_density: float = option(
+        number(low=0, high=1, above=True), "share of each shard's largest entries that merging keeps", 0.53
+    )
+    wise_alpha: float = option(
+        number(low=0), "most activation of an unrelated prompt that costs nothing", 5.0
+    )
+    wise_beta: float = option(number(low=0), "least activation of an edit's prompt that costs nothing", 20.0)
+    wise_gamma: float = option(number(low=0), "least difference of both that costs nothing", 10.0)
+    wise_ratio: float = option(
+        number(low=0, high=1),
+        "share of the smallest of the edits' own activations from which on the side memory answers",
+        0.88,
+    )
+    wise_clamp: float = option(
+        number(low=0, above=True), "most that an entry of the side memory may differ from the matrix", 1.0
+    )
+    wise_unrelated: int = option(
+        whole(low=1), "questions of the training split that an edit must not reach", 4
     )

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from unike.edits.prompt import Fact, PromptEdit, PromptText
     from unike.edits.routed import RoutedBatch, RoutedEdit
     from unike.edits.shares import EditRecord, LayerKnowledge, LayerShare, Routing
+    from unike.edits.side_memory import SideMemoryEdit, SideRecord
     from unike.edits.store import EditStore
 
 __all__ = [
@@ -34,6 +35,8 @@ __all__ = [
     "RoutedEdit",
     "Routing",
     "SeracEdit",
+    "SideMemoryEdit",
+    "SideRecord",
     "WeightDelta",
     "compose",
     "have_same_weights",
@@ -48,6 +51,7 @@ _HOMES = {
     **dict.fromkeys(("Fact", "PromptEdit", "PromptText"), "unike.edits.prompt"),
     **dict.fromkeys(("RoutedEdit", "RoutedBatch"), "unike.edits.routed"),
     **dict.fromkeys(("EditRecord", "LayerKnowledge", "LayerShare", "Routing"), "unike.edits.shares"),
+    **dict.fromkeys(("SideMemoryEdit", "SideRecord"), "unike.edits.side_memory"),
     "EditStore": "unike.edits.store",
 }
 

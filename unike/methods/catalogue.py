@@ -164,6 +164,11 @@ def check_codebook(hparams: HyperParams) -> None:
         )
 
 
+def uses_train_questions(hparams: Section) -> bool:
+    """WISE trains on questions of the training split that its edits must not reach."""
+    return True
+
+
 def uses_demonstrations(hparams: IKEOptions) -> bool:
     """Whether IKE shows training cases before the edit's own fact."""
     return hparams.ike_demonstrations > 0
@@ -202,6 +207,7 @@ BUILT_IN = {
     "lora": Entry("unike.methods.lora:LoRA"),
     "mend": Entry("unike.methods.mend:MEND", trainable=True),
     "serac": Entry("unike.methods.serac:SERAC", trainable=True),
+    "wise": Entry("unike.methods.wise:WISE", needs_cases=uses_train_questions, check=check_one_layer),
     "tpatcher": Entry("unike.methods.tpatcher:TPatcher", uses_memory_loss, check=check_losses),
     "tpatcher_published": Entry(
         "unike.methods.tpatcher_published:PublishedTPatcher", uses_memory_loss, check=check_one_layer

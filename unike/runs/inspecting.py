@@ -9,7 +9,7 @@ from pathlib import Path
 
 from unike.config.hparams import OPTIONS, HyperParams
 from unike.config.patcher import NeuronOptions
-from unike.config.rivals import CodebookOptions, LoraOptions
+from unike.config.rivals import CodebookOptions, LoraOptions, SideMemoryOptions
 from unike.config.schema import list_own_options
 from unike.config.scope_sections import ScopeStorageOptions, ScopeTrainingOptions
 from unike.config.sections import (
@@ -115,8 +115,9 @@ _METHOD_KEYS = {
     ("tpatcher_published",): set(list_own_options(NeuronOptions)),
     ("lora",): set(list_own_options(LoraOptions)),
     ("grace",): set(list_own_options(CodebookOptions)),
-    ("unike", "tpatcher", "ft", "lora", "grace"): {"stop_loss"},
-    ("unike", "tpatcher", "ft", "lora", "grace", "tpatcher_published"): set(
+    ("wise",): set(list_own_options(SideMemoryOptions)),
+    ("unike", "tpatcher", "ft", "lora", "grace", "wise"): {"stop_loss"},
+    ("unike", "tpatcher", "ft", "lora", "grace", "wise", "tpatcher_published"): set(
         list_own_options(EditTrainingOptions)
     )
     - {"stop_loss"},
