@@ -12,7 +12,7 @@ from helpers import Project
 from original_files import FAMILIES
 from PIL import Image
 from test_decoding import CASES
-from test_methods import IDS, ROWS, TRAINED
+from test_methods import IDS, ROWS, STEPWISE, TRAINED
 from test_run_edit import start
 from worlds import BASE, World, case, query, world_of
 
@@ -142,7 +142,8 @@ def test_an_edit_learns_to_end_its_answer(world: World, row: tuple[str, dict], e
                 with edit.applied(backbone):
                     written = backbone.generate([asked.image], [shown.prompt], 12)
                 assert written == ["two red dogs there"]
-            assert edit.info["reached"] or row[1].get("ft_target") == "projection"
+            # In a random model one state, which GRACE has, does not reach an answer of several tokens.
+            assert edit.info["reached"] or row[1].get("ft_target") == "projection" or row[0] == "grace"
     assert losses[end] < losses["none"]
 
 
@@ -313,5 +314,5 @@ def test_tables_train_the_target_alone_and_the_yamls_its_end_too() -> None:
     for name, hparams in ends.items():
         has_line = hparams.model_name in ("blip2", "smol") and "tiny" not in name
         own = "line_break" if has_line else "eos"
-        trained = hparams.method in ("unike", "ft", "tpatcher", "tpatcher_published")
+        trained = hparams.method in (*STEPWISE, "tpatcher_published", "wise")
         assert hparams.answer_end == (own if trained else "none"), name

@@ -34,7 +34,10 @@ SCOPED = {
 CASES = [*zip(IDS, ROWS, strict=True), *((f"unike-{n}", ("unike", row)) for n, row in SCOPED.items())]
 each = pytest.mark.parametrize("row", [row for _, row in CASES], ids=[name for name, _ in CASES])
 # Edits that work in whatever way the model is called: nothing in them depends on where a prompt ends.
-BARE = {"ft-1", "ft-projection", "tpatcher-0.1-0.1", "tpatcher_published", "ke", "mend", "unike-pairs alone"}
+BARE = {
+    *("ft-1", "ft-projection", "lora-2-4", "lora-2-4-both", "tpatcher-0.1-0.1", "tpatcher_published"),
+    *("ke", "mend", "unike-pairs alone"),
+}
 WAYS: dict[str, dict[str, Any]] = {
     "beams": {"num_beams": 3},
     "three beams": {"num_beams": 3, "num_return_sequences": 3},

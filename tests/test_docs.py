@@ -251,10 +251,10 @@ def test_a_method_of_ones_own_appears_in_a_table(tmp_path: Path) -> None:
 
     done = run(str(tmp_path / name), "runs")
     assert done.returncode == 0, done.stderr
-    assert "| LoRA | **100.0** |" in done.stdout
+    assert "| Rank one | **100.0** |" in done.stdout
     without = run("", "without")
     assert without.returncode == 2
-    assert "'lora' is unknown" in without.stderr
+    assert "'rank_one' is unknown" in without.stderr
     broken = tmp_path / "broken.py"
     broken.write_text("import math\n\nmath.nothing\n")
     lost = run(str(broken), "broken")

@@ -25,8 +25,9 @@ IDS = [f"{name}-{'-'.join(map(str, row.values()))}".strip("-") for name, row in 
 # Today's backbones keep the contract too; what is quick of it is in test_todays_methods.py.
 EVERY = (*FAMILIES, *OWN, *(pytest.param(family, marks=pytest.mark.slow) for family in TODAY))
 each_row = pytest.mark.parametrize("row", ROWS, ids=IDS)
+STEPWISE = ("ft", "grace", "lora", "tpatcher", "unike")
 # Methods that lower an edit's own loss step by step; the others learnt to edit before, or show it.
-TRAINED = {i: row for i, row in zip(IDS, ROWS, strict=True) if row[0] in ("ft", "tpatcher", "unike")}
+TRAINED = {i: row for i, row in zip(IDS, ROWS, strict=True) if row[0] in STEPWISE}
 
 
 @pytest.fixture(params=EVERY)
@@ -76,7 +77,8 @@ def test_training_lowers_the_edits_loss_in_the_whole_model(world: World, row) ->
     start = answer_loss(world.logits([query(0)]), batch.labels).item()
     edit = world.edit(row)
     assert edit.info["steps"] > 0
-    assert edit.info["loss"] < 0.8 * start
+    # One state of one layer of a random model says little of an answer's later tokens.
+    assert edit.info["loss"] < (0.9 if row[0] == "grace" else 0.8) * start
     with edit.applied(backbone):
         again = answer_loss(world.logits([query(0)]), batch.labels).item()
     assert again == pytest.approx(edit.info["loss"], rel=1e-3, abs=1e-5)

@@ -190,7 +190,7 @@ def world(request: pytest.FixtureRequest, worlds: dict[str, World], monkeypatch)
 
 @pytest.mark.parametrize("row", ROWS, ids=IDS)
 def test_a_record_says_whether_training_reached_its_target(world: World, row: tuple[str, dict]) -> None:
-    trained = row in TRAINED.values() or row[0] == "tpatcher_published" or "ike_patches" in row[1]
+    trained = row in TRAINED.values() or row[0] in ("tpatcher_published", "wise") or "ike_patches" in row[1]
     easy, hopeless = {"stop_loss": 3.0, "max_steps": 150}, {"max_steps": 1, "lr": 1e-9}
     for options in (easy, hopeless) if trained else ({},):
         method = world.method(row[0], row[1] | options)
@@ -201,7 +201,8 @@ def test_a_record_says_whether_training_reached_its_target(world: World, row: tu
             assert (record.loss, record.reached) == (None, None)
             assert record.steps in (0, 1)
             continue
-        if "ft_target" not in row[1]:
+        # In a random model GRACE's one state does not reach an answer of several tokens.
+        if "ft_target" not in row[1] and row[0] != "grace":
             assert record.reached is (options is easy)
         assert record.loss == pytest.approx(outcome.edit.info["loss"])
         assert (record.get_scores("teacher_forced")["reliability"].after == 1) is record.reached

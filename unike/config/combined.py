@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from unike.config.patcher import NeuronOptions
+from unike.config.rivals import LoraOptions, SideMemoryOptions
 from unike.config.scope_sections import ScopeClassifierOptions, ScopeStorageOptions
 from unike.config.sections import (
     BackboneOptions,
@@ -55,6 +56,16 @@ class PatchTrainingOptions(EditTrainingOptions, PatchLossOptions):
 @dataclass(frozen=True, kw_only=True)
 class NeuronTrainingOptions(PatchTrainingOptions, NeuronOptions):
     """Training of T-Patcher's neurons as published."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterOptions(LoraOptions, SeedOptions):
+    """LoRA's factors before training."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SideMemoryTrainingOptions(EditTrainingOptions, SideMemoryOptions):
+    """Training of WISE's side memory."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from unike.config import combined, easyedit, release, scope_sections, sections
+from unike.config import combined, easyedit, release, rivals, scope_sections, sections
 from unike.config.locating import locate_paths
 from unike.config.options import OPTIONS
 from unike.config.sections import SPEED
@@ -28,6 +28,9 @@ class HyperParams(
     combined.KnowledgeUseOptions,
     combined.FreshPatchOptions,
     combined.NeuronTrainingOptions,
+    combined.AdapterOptions,
+    combined.SideMemoryTrainingOptions,
+    rivals.CodebookOptions,
     combined.KnowledgePreparationOptions,
     combined.ScopePreparationOptions,
     combined.EditorPreparationOptions,

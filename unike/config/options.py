@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from unike.config import scope_sections, sections
+from unike.config import rivals, scope_sections, sections
 from unike.config.patcher import NeuronOptions
 from unike.config.schema import Option, Section, list_own_options
 
@@ -38,6 +38,23 @@ BEFORE_OPTIONS: dict[str, object] = {
     "patcher_min_steps": 100,
     "patcher_check_every": 25,
     "patcher_patience": 1,
+    "lora_rank": 8,
+    "lora_alpha": 32.0,
+    "lora_target": "attention",
+    "grace_eps": 1.0,
+    "grace_radius": "fixed",
+    "grace_balance": 0.2,
+    "grace_rephrase": "Please answer this. {}",
+    "grace_init": "cold",
+    "wise_mask": 0.2,
+    "wise_shard_edits": 500,
+    "wise_density": 0.53,
+    "wise_alpha": 5.0,
+    "wise_beta": 20.0,
+    "wise_gamma": 10.0,
+    "wise_ratio": 0.88,
+    "wise_clamp": 1.0,
+    "wise_unrelated": 4,
 }
 # In the order of the documentation, with the heading of each.
 SECTIONS: dict[type[Section], str] = {
@@ -56,6 +73,9 @@ SECTIONS: dict[type[Section], str] = {
     sections.PatchLossOptions: "intrinsic",
     NeuronOptions: "T-Patcher as published",
     sections.FineTuningOptions: "fine-tuning",
+    rivals.LoraOptions: "LoRA",
+    rivals.CodebookOptions: "GRACE",
+    rivals.SideMemoryOptions: "WISE",
     sections.IKEOptions: "IKE",
     sections.EncoderOptions: "encoders",
     sections.TripletOptions: "knowledge",

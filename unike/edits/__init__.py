@@ -6,15 +6,19 @@ from unike.system.lazy import load_attribute
 
 if TYPE_CHECKING:
     from unike.edits.base import Edit, EditBatch, Mixed, compose, have_same_weights
+    from unike.edits.codebook import CodebookEdit, CodebookEntry
     from unike.edits.counterfactual import SeracEdit
     from unike.edits.deltas import LowRankDelta, WeightDelta
     from unike.edits.origin import Origin
     from unike.edits.prompt import Fact, PromptEdit, PromptText
     from unike.edits.routed import RoutedBatch, RoutedEdit
     from unike.edits.shares import EditRecord, LayerKnowledge, LayerShare, Routing
+    from unike.edits.side_memory import SideMemoryEdit, SideRecord
     from unike.edits.store import EditStore
 
 __all__ = [
+    "CodebookEdit",
+    "CodebookEntry",
     "Edit",
     "EditBatch",
     "EditRecord",
@@ -31,6 +35,8 @@ __all__ = [
     "RoutedEdit",
     "Routing",
     "SeracEdit",
+    "SideMemoryEdit",
+    "SideRecord",
     "WeightDelta",
     "compose",
     "have_same_weights",
@@ -38,12 +44,14 @@ __all__ = [
 
 _HOMES = {
     **dict.fromkeys(("Edit", "EditBatch", "Mixed", "compose", "have_same_weights"), "unike.edits.base"),
+    **dict.fromkeys(("CodebookEdit", "CodebookEntry"), "unike.edits.codebook"),
     "SeracEdit": "unike.edits.counterfactual",
     **dict.fromkeys(("LowRankDelta", "WeightDelta"), "unike.edits.deltas"),
     "Origin": "unike.edits.origin",
     **dict.fromkeys(("Fact", "PromptEdit", "PromptText"), "unike.edits.prompt"),
     **dict.fromkeys(("RoutedEdit", "RoutedBatch"), "unike.edits.routed"),
     **dict.fromkeys(("EditRecord", "LayerKnowledge", "LayerShare", "Routing"), "unike.edits.shares"),
+    **dict.fromkeys(("SideMemoryEdit", "SideRecord"), "unike.edits.side_memory"),
     "EditStore": "unike.edits.store",
 }
 

@@ -173,6 +173,8 @@ def _run_by_row(module: nn.Module, own: Mapping[str, torch.Tensor], owned: Owner
 
 
 Site = tuple[int, str]
+# Of an edit, by site: ``left (r, in)`` and ``right (r, out)``.
+Factors = dict[Site, tuple[torch.Tensor, torch.Tensor]]
 # One of several joined edits: how many requests it is of, and the number of its factors by site.
 _Member = tuple[int, Mapping[Site, int]]
 
@@ -188,8 +190,24 @@ def ffn_sites(backbone: Backbone, layers: Sequence[int]) -> dict[Site, nn.Linear
     return {at: cast(nn.Linear, module) for at, module in out.items()}
 
 
+def attention_sites(backbone: Backbone, layers: Sequence[int]) -> dict[Site, nn.Linear]:
+    """The layers' projections of queries and values, by layer and role."""
+    out: dict[Site, nn.Linear] = {}
+    for index in layers:
+        site = backbone.layout.attention(index)
+        out[index, "attention_query"] = cast(nn.Linear, site.q)
+        out[index, "attention_value"] = cast(nn.Linear, site.v)
+    return out
+
+
+def _find_sites(backbone: Backbone, layers: Iterable[int]) -> dict[Site, nn.Linear]:
+    """Every linear module of these layers that factors can be added to."""
+    some = sorted(set(layers))
+    return ffn_sites(backbone, some) | attention_sites(backbone, some)
+
+
 class LowRankDelta(Edit):
-    """Changes to feed-forward weights as factors: ``W + sum_r right[r] left[r]^T``.
+    """Changes to weights of linear modules as factors: ``W + sum_r right[r] left[r]^T``.
 
     ``factors`` holds ``left (r, in)`` and ``right (r, out)`` by site. The factors of several edits are
     stacked: their changes add up. The base weight is neither copied nor changed.
@@ -209,7 +227,7 @@ class LowRankDelta(Edit):
 
     @contextmanager
     def applied(self, backbone: Backbone) -> Iterator[None]:
-        modules = ffn_sites(backbone, sorted({index for index, _ in self.factors}))
+        modules = _find_sites(backbone, (index for index, _ in self.factors))
         afters: list[tuple[nn.Module, nn.Module, After]] = [
             (modules[at], modules[at], _add_factors(*pair)) for at, pair in self.factors.items()
         ]
@@ -231,7 +249,7 @@ class LowRankDelta(Edit):
 
     @classmethod
     def unpack(cls, content: Content, backbone: Backbone, shared: Shared) -> LowRankDelta:
-        known, factors = ffn_sites(backbone, range(len(backbone.layout))), {}
+        known, factors = _find_sites(backbone, range(len(backbone.layout))), {}
         for index, role in content.take_value("sites", list):
             if (index, role) not in known:
                 raise ValueError(f"sites: the decoder has no {index!r}, {role!r}")
@@ -243,7 +261,7 @@ class LowRankDelta(Edit):
         return cls(factors)
 
     def describe_prompt(self, inspection: Inspection) -> tuple[Activity, ...]:
-        modules = ffn_sites(inspection.backbone, sorted({i for i, _ in self.factors}))
+        modules = _find_sites(inspection.backbone, (i for i, _ in self.factors))
         changes = []
         for (i, role), pair in self.factors.items():
             # The norm of their product, without building it.
@@ -317,7 +335,7 @@ class FactorBatch(EditBatch):
     @contextmanager
     def applied(self, backbone: Backbone, owners: torch.Tensor) -> Iterator[None]:
         owned = Owners(owners, self.count)
-        modules = ffn_sites(backbone, sorted({index for index, _ in self.factors}))
+        modules = _find_sites(backbone, (index for index, _ in self.factors))
         afters: list[tuple[nn.Module, nn.Module, After]] = [
             (modules[at], modules[at], _add_factors_by_row(owned, *pair)) for at, pair in self.factors.items()
         ]

@@ -16,7 +16,6 @@ from unike.config.schema import Section
 from unike.config.scope_sections import OverlapGateOptions
 from unike.config.sections import (
     IKEOptions,
-    LayerOptions,
     PatchLossOptions,
     ScopeGateOptions,
 )
@@ -145,14 +144,29 @@ def uses_memory_with_demonstrations(hparams: HyperParams) -> bool:
     return hparams.ike_patches and hparams.memory_loss > 0
 
 
-def check_one_layer(hparams: LayerOptions) -> None:
-    """UserError where T-Patcher as published would edit several layers."""
+def check_one_layer(hparams: HyperParams) -> None:
+    """UserError where a method that edits one layer has several."""
     count = hparams.layers if isinstance(hparams.layers, int) else len(set(hparams.layers))
     if count != 1:
         raise UserError(
-            f"{hparams.source}: layers: {hparams.layers}; method: tpatcher_published edits one layer: "
+            f"{hparams.source}: layers: {hparams.layers}; method: {hparams.method} edits one layer: "
             "expected 1, or a list of one number"
         )
+
+
+def check_codebook(hparams: HyperParams) -> None:
+    """UserError where GRACE would edit several layers, or rephrase a prompt without it."""
+    check_one_layer(hparams)
+    if hparams.grace_radius == "balanced" and hparams.grace_rephrase.count("{}") != 1:
+        raise UserError(
+            f"{hparams.source}: grace_rephrase: {hparams.grace_rephrase!r}; expected a text with one {{}}, "
+            "where the edit's own prompt is put"
+        )
+
+
+def uses_train_questions(hparams: Section) -> bool:
+    """WISE trains on questions of the training split that its edits must not reach."""
+    return True
 
 
 def uses_demonstrations(hparams: IKEOptions) -> bool:
@@ -189,8 +203,11 @@ BUILT_IN = {
         check=check_sentence_model,
     ),
     "ke": Entry("unike.methods.ke:KE", trainable=True),
+    "grace": Entry("unike.methods.grace:GRACE", check=check_codebook),
+    "lora": Entry("unike.methods.lora:LoRA"),
     "mend": Entry("unike.methods.mend:MEND", trainable=True),
     "serac": Entry("unike.methods.serac:SERAC", trainable=True),
+    "wise": Entry("unike.methods.wise:WISE", needs_cases=uses_train_questions, check=check_one_layer),
     "tpatcher": Entry("unike.methods.tpatcher:TPatcher", uses_memory_loss, check=check_losses),
     "tpatcher_published": Entry(
         "unike.methods.tpatcher_published:PublishedTPatcher", uses_memory_loss, check=check_one_layer

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from unike.config.hparams import OPTIONS, HyperParams
 from unike.config.patcher import NeuronOptions
+from unike.config.rivals import CodebookOptions, LoraOptions, SideMemoryOptions
 from unike.config.schema import list_own_options
 from unike.config.scope_sections import ScopeStorageOptions, ScopeTrainingOptions
 from unike.config.sections import (
@@ -24,7 +25,7 @@ from unike.config.sections import (
 from unike.datasets.images import open_image
 from unike.datasets.lengths import find_long_texts, list_queries, may_be_long, read_limit
 from unike.evaluation.sequences import draw_run_sequences
-from unike.methods.catalogue import uses_own_gate
+from unike.methods.catalogue import BUILT_IN, uses_own_gate
 from unike.methods.preparation.folders import (
     find_shipped_knowledge,
     find_shipped_model,
@@ -90,7 +91,7 @@ def check_effects(hparams: HyperParams, given: Sequence[str]) -> None:
 
 
 _PROTOCOL_KEYS = {"sequence_length", "sequences", "gap", "curve_cases"}
-_METHODS = {"unike", "ft", "tpatcher", "tpatcher_published", "ike", "ke", "mend", "serac"}
+_METHODS = set(BUILT_IN)
 _EDITOR_KEYS = {*list_own_options(EditorOptions), *list_own_options(EditorTrainingOptions)}
 # T-Patcher starts its keys in one way only.
 _UNIKE_KEYS = {*list_own_options(UniKEOptions), "scope_halves", "key_init", "alpha_overlap"}
@@ -112,8 +113,13 @@ _METHOD_KEYS = {
     ("unike", "tpatcher"): set(list_own_options(PatchOptions)) - _UNIKE_KEYS,
     ("unike", "tpatcher", "tpatcher_published"): set(list_own_options(PatchLossOptions)),
     ("tpatcher_published",): set(list_own_options(NeuronOptions)),
-    ("unike", "tpatcher", "ft"): {"stop_loss"},
-    ("unike", "tpatcher", "ft", "tpatcher_published"): set(list_own_options(EditTrainingOptions))
+    ("lora",): set(list_own_options(LoraOptions)),
+    ("grace",): set(list_own_options(CodebookOptions)),
+    ("wise",): set(list_own_options(SideMemoryOptions)),
+    ("unike", "tpatcher", "ft", "lora", "grace", "wise"): {"stop_loss"},
+    ("unike", "tpatcher", "ft", "lora", "grace", "wise", "tpatcher_published"): set(
+        list_own_options(EditTrainingOptions)
+    )
     - {"stop_loss"},
 }
 _AROUND_KEYS = {"scope_layer", "scope_recall", "scope_recall_few"}
