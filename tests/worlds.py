@@ -54,6 +54,17 @@ SETTINGS = {
         {"ike_retriever": "states", "ike_demonstrations": 2, "ike_patches": True},
     ],
     "ke": [{}],
+    # Small steps: a random decoder's states are so alike that larger ones turn all of an expert's units off.
+    "liveedit": [
+        {
+            "layers": [4],
+            "live_heads": 2,
+            "live_image_tokens": 6,
+            "live_scale": 1.0,
+            "editor_lr": 2e-3,
+            "editor_steps": 20,
+        },
+    ],
     "mend": [{}],
     # All cases ask the same question: only the picture tells them apart.
     "serac": [{"serac_scope": "multimodal"}],

@@ -17,6 +17,7 @@ METHODS = {
     "ft": "fine-tuning",
     "ike": "in-context editing",
     "ke": "KnowledgeEditor, meta-learned",
+    "liveedit": "LiveEdit, meta-learned experts, routed by image and question",
     "mend": "MEND, meta-learned",
     "serac": "SERAC, meta-learned",
     "serac_multimodal": "SERAC with images in its scope classifier",

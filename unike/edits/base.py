@@ -39,7 +39,7 @@ from unike.system.text import one_line
 from unike.types import Query, UserError
 
 # They import this module, and are imported when an edit is loaded; a kind of one's own is known already.
-_MODULES_OF_KINDS = ("counterfactual", "deltas", "gated", "prompt", "routed")
+_MODULES_OF_KINDS = ("counterfactual", "deltas", "experts", "gated", "prompt", "routed")
 
 
 class Edit(ABC):

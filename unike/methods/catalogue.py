@@ -16,7 +16,6 @@ from unike.config.schema import Section
 from unike.config.scope_sections import OverlapGateOptions
 from unike.config.sections import (
     IKEOptions,
-    LayerOptions,
     PatchLossOptions,
     ScopeGateOptions,
 )
@@ -145,13 +144,23 @@ def uses_memory_with_demonstrations(hparams: HyperParams) -> bool:
     return hparams.ike_patches and hparams.memory_loss > 0
 
 
-def check_one_layer(hparams: LayerOptions) -> None:
-    """UserError where T-Patcher as published would edit several layers."""
+def check_one_layer(hparams: HyperParams) -> None:
+    """UserError where a method of one layer would edit several."""
     count = hparams.layers if isinstance(hparams.layers, int) else len(set(hparams.layers))
     if count != 1:
         raise UserError(
-            f"{hparams.source}: layers: {hparams.layers}; method: tpatcher_published edits one layer: "
+            f"{hparams.source}: layers: {hparams.layers}; method: {hparams.method} edits one layer: "
             "expected 1, or a list of one number"
+        )
+
+
+def check_live(hparams: HyperParams) -> None:
+    """UserError where LiveEdit would edit several layers, or its heads do not divide its inner width."""
+    check_one_layer(hparams)
+    if hparams.editor_rank % hparams.live_heads:
+        raise UserError(
+            f"{hparams.source}: live_heads: {hparams.live_heads}; expected a divisor of editor_rank, "
+            f"{hparams.editor_rank}"
         )
 
 
@@ -189,6 +198,7 @@ BUILT_IN = {
         check=check_sentence_model,
     ),
     "ke": Entry("unike.methods.ke:KE", trainable=True),
+    "liveedit": Entry("unike.methods.liveedit:LiveEdit", check=check_live, trainable=True),
     "mend": Entry("unike.methods.mend:MEND", trainable=True),
     "serac": Entry("unike.methods.serac:SERAC", trainable=True),
     "tpatcher": Entry("unike.methods.tpatcher:TPatcher", uses_memory_loss, check=check_losses),

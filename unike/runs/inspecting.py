@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from unike.config.hparams import OPTIONS, HyperParams
+from unike.config.live import ExpertOptions
 from unike.config.patcher import NeuronOptions
 from unike.config.schema import list_own_options
 from unike.config.scope_sections import ScopeStorageOptions, ScopeTrainingOptions
@@ -90,7 +91,7 @@ def check_effects(hparams: HyperParams, given: Sequence[str]) -> None:
 
 
 _PROTOCOL_KEYS = {"sequence_length", "sequences", "curve_cases"}
-_METHODS = {"unike", "ft", "tpatcher", "tpatcher_published", "ike", "ke", "mend", "serac"}
+_METHODS = {"unike", "ft", "tpatcher", "tpatcher_published", "ike", "ke", "liveedit", "mend", "serac"}
 _EDITOR_KEYS = {*list_own_options(EditorOptions), *list_own_options(EditorTrainingOptions)}
 # T-Patcher starts its keys in one way only.
 _UNIKE_KEYS = {*list_own_options(UniKEOptions), "scope_halves", "key_init", "alpha_overlap"}
@@ -107,7 +108,10 @@ _METHOD_KEYS = {
     ("ke",): {"ke_margin"},
     ("mend",): {"mend_scale_lr"},
     ("serac",): {"serac_scope"},
-    ("ke", "mend", "serac"): _EDITOR_KEYS - {"ke_margin", "mend_scale_lr", "serac_scope"},
+    ("liveedit",): set(list_own_options(ExpertOptions)),
+    ("ke", "mend", "serac"): {"edit_scale"},
+    ("ke", "mend", "serac", "liveedit"): _EDITOR_KEYS
+    - {"ke_margin", "mend_scale_lr", "serac_scope", "edit_scale"},
     ("unike",): _UNIKE_KEYS,
     ("unike", "tpatcher"): set(list_own_options(PatchOptions)) - _UNIKE_KEYS,
     ("unike", "tpatcher", "tpatcher_published"): set(list_own_options(PatchLossOptions)),
