@@ -54,13 +54,14 @@ SETTINGS = {
         {"ike_retriever": "states", "ike_demonstrations": 2, "ike_patches": True},
     ],
     "ke": [{}],
-    # Small steps: a random decoder's states are so alike that larger ones turn all of an expert's units off.
+    # A random decoder's states are so alike that larger steps turn all units of a smaller expert off.
     "liveedit": [
         {
             "layers": [4],
             "live_heads": 2,
             "live_image_tokens": 6,
             "live_scale": 1.0,
+            "live_rank": 12,
             "editor_lr": 2e-3,
             "editor_steps": 20,
         },
