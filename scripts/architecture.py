@@ -62,7 +62,7 @@ ROOMS: dict[str, tuple[str, str]] = {
         "another kind of edit, or another file format",
     ),
     "methods": (
-        "how edits are made: UniKE, FT, T-Patcher, IKE, KE, MEND, SERAC; what each learns once, in "
+        "how edits are made: UniKE, FT, T-Patcher, IKE, KE, LiveEdit, MEND, SERAC; what each learns once, in "
         "`preparation/`",
         "[another method](adding_a_method.md)",
     ),

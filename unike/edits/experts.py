@@ -233,7 +233,9 @@ class _Runtime:
         able = shown.any(1).nonzero()[:, 0]
         if not len(able):
             return kept, weights
-        states, asked, shown = states[able], asked[able], shown[able]
+        # A whole pass without a cache may have answer tokens after the prompt's.
+        states = states[able, : asked.shape[1]]
+        asked, shown = asked[able], shown[able]
         seen = network.prompts.read_image(states, asked, states, shown)
         near = compare_each(seen, network.prompts.read_sentinel(states, asked))
         found = keep_near(compare_features(seen, self.experts["image"]), near)
