@@ -32,7 +32,7 @@ from unike.types import Case, UserError
 logger = logging.getLogger("unike")
 
 _DEMONSTRATIONS = "IKE here compares the train records itself, at the first edit (ike_retriever)"
-_METHODS = "the methods here are unike, ft, tpatcher, tpatcher_published, ike, ke, mend and serac"
+_METHODS = "the methods here are unike, ft, tpatcher, tpatcher_published, ike, ke, liveedit, mend and serac"
 # Names of EasyEdit's that have no counterpart, with what serves instead.
 REFUSED = {
     "BaseEditor": "MultimodalEditor edits text too: edit(prompts, targets)",
