@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from unike.edits.base import Edit, EditBatch, Mixed, compose, have_same_weights
     from unike.edits.counterfactual import SeracEdit
     from unike.edits.deltas import LowRankDelta, WeightDelta
+    from unike.edits.experts import ExpertEdit
     from unike.edits.origin import Origin
     from unike.edits.prompt import Fact, PromptEdit, PromptText
     from unike.edits.routed import RoutedBatch, RoutedEdit
@@ -19,6 +20,7 @@ __all__ = [
     "EditBatch",
     "EditRecord",
     "EditStore",
+    "ExpertEdit",
     "Fact",
     "LayerKnowledge",
     "LayerShare",
@@ -40,6 +42,7 @@ _HOMES = {
     **dict.fromkeys(("Edit", "EditBatch", "Mixed", "compose", "have_same_weights"), "unike.edits.base"),
     "SeracEdit": "unike.edits.counterfactual",
     **dict.fromkeys(("LowRankDelta", "WeightDelta"), "unike.edits.deltas"),
+    "ExpertEdit": "unike.edits.experts",
     "Origin": "unike.edits.origin",
     **dict.fromkeys(("Fact", "PromptEdit", "PromptText"), "unike.edits.prompt"),
     **dict.fromkeys(("RoutedEdit", "RoutedBatch"), "unike.edits.routed"),
