@@ -62,8 +62,8 @@ ROOMS: dict[str, tuple[str, str]] = {
         "another kind of edit, or another file format",
     ),
     "methods": (
-        "how edits are made: UniKE, FT, T-Patcher, IKE, LoRA, GRACE, WISE, KE, MEND, SERAC; what each "
-        "learns once, in `preparation/`",
+        "how edits are made: UniKE, FT, T-Patcher, IKE, LoRA, GRACE, WISE, KE, LiveEdit, MEND, SERAC; what "
+        "each learns once, in `preparation/`",
         "[another method](adding_a_method.md)",
     ),
     "evaluation": (

@@ -1,6 +1,6 @@
 """Prepares a YAML's method before the first edit and prints its held-out scores: memory, encoders and
-scope classifier for UniKE, the meta-learned editor for KE, MEND and SERAC. A killed training of an editor
-continues.
+scope classifier for UniKE, the meta-learned editor for KE, LiveEdit, MEND and SERAC. A killed training of
+an editor continues.
 
 python -m scripts.prepare --hparams_dir hparams/blip2.yaml
 python -m scripts.prepare --hparams_dir hparams/scoped/llava.yaml --check    # what it will take

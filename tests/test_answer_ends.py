@@ -14,7 +14,7 @@ from PIL import Image
 from test_decoding import CASES
 from test_methods import IDS, ROWS, STEPWISE, TRAINED
 from test_run_edit import start
-from worlds import BASE, World, case, query, world_of
+from worlds import BASE, SETTINGS, World, case, query, world_of
 
 from scripts.plan import read_plan
 from unike import MultimodalEditor, load_backbone
@@ -173,10 +173,9 @@ def test_knowledge_of_an_edit_is_of_its_target_not_of_its_end(world: World) -> N
 
 
 @pytest.mark.parametrize("end", ENDS)
-@pytest.mark.parametrize("name", ["ke", "mend", "serac"])
+@pytest.mark.parametrize("name", ["ke", "liveedit", "mend", "serac"])
 def test_an_editors_edit_takes_the_end_in(world: World, name: str, end: str) -> None:
-    changes = {"serac_scope": "multimodal"} if name == "serac" else {}
-    method = world.method(name, changes)
+    method = world.method(name, SETTINGS[name][0])
     plain = method.edit(world.backbone, case(0).request, world.prefixes(method))
     hparams = method.hparams
     method.hparams = HyperParams.from_dict(hparams.to_dict() | {"answer_end": end})

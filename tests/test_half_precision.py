@@ -9,7 +9,7 @@ import torch
 from original_files import FAMILIES
 from test_methods import IDS, ROWS
 from untouched import assert_untouched
-from worlds import BASE, World, case, load_small, query, snapshot
+from worlds import BASE, SETTINGS, World, case, load_small, query, snapshot
 
 from unike.backbones.base import answer_loss, encode_queries
 from unike.config.hparams import HyperParams
@@ -102,9 +102,9 @@ def test_batched_edits_are_those_made_alone(world: HalfWorld) -> None:
         assert edit.info["loss"] == pytest.approx(alone.info["loss"], rel=0.1, abs=0.02)
 
 
-@pytest.mark.parametrize("name", ["ke", "mend", "serac"])
+@pytest.mark.parametrize("name", ["ke", "liveedit", "mend", "serac"])
 def test_an_editor_learns_on_a_model_in_half_precision(world: HalfWorld, tmp_path: Path, name: str) -> None:
-    changes = {"method": name, "editor_steps": 20, "editor_val_every": 5, "serac_scope": "multimodal"}
+    changes = {"method": name, **SETTINGS[name][0], "editor_steps": 20, "editor_val_every": 5}
     hparams = HyperParams.from_dict({**BASE, **changes})
     method = world.method(name, changes)
     fresh = type(method)(hparams, method.knowledge)

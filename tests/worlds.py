@@ -62,6 +62,18 @@ SETTINGS = {
         {"layers": [4], "lr": 0.2, "max_steps": 60, "wise_beta": 4.0, "wise_alpha": 1.0, "wise_gamma": 2.0}
     ],
     "ke": [{}],
+    # A random decoder's states are so alike that larger steps turn all units of a smaller expert off.
+    "liveedit": [
+        {
+            "layers": [4],
+            "live_heads": 2,
+            "live_image_tokens": 6,
+            "live_scale": 1.0,
+            "live_rank": 12,
+            "editor_lr": 2e-3,
+            "editor_steps": 20,
+        },
+    ],
     "mend": [{}],
     # All cases ask the same question: only the picture tells them apart.
     "serac": [{"serac_scope": "multimodal"}],

@@ -33,7 +33,8 @@ logger = logging.getLogger("unike")
 
 _DEMONSTRATIONS = "IKE here compares the train records itself, at the first edit (ike_retriever)"
 _METHODS = (
-    "the methods here are unike, ft, tpatcher, tpatcher_published, ike, ke, mend, serac, lora, grace and wise"
+    "the methods here are unike, ft, tpatcher, tpatcher_published, ike, ke, liveedit, mend, serac, lora, "
+    "grace and wise"
 )
 # Names of EasyEdit's that have no counterpart, with what serves instead.
 REFUSED = {

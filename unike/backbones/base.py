@@ -44,6 +44,13 @@ class Batch:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def position_ids(self) -> torch.Tensor:
+        """The decoder's position ids: ``[b,s]``, or ``[3,b,s]``."""
+        if self.positions is not None:
+            return self.positions.transpose(0, 1)
+        return (self.attention_mask.cumsum(1) - 1).clamp(min=0)
+
 
 @dataclass(frozen=True)
 class Output:
@@ -89,11 +96,13 @@ CALLED_BARE = (
 
 @dataclass(frozen=True)
 class PromptRows:
-    """The prompts of a forward pass, by row: ``question_end (R)``, ``attention_mask (R, s)`` and texts."""
+    """The prompts of a forward pass, by row: ``question_end (R)``, ``attention_mask (R, s)``, texts, and
+    whether each has an image."""
 
     question_end: torch.Tensor
     attention_mask: torch.Tensor
     texts: tuple[str, ...]
+    with_image: tuple[bool, ...] = ()
 
 
 class Prompt:
@@ -101,7 +110,8 @@ class Prompt:
 
     ``number`` changes with every new batch of prompts. An edit decides at ``question_end`` when the number is
     new to it, and keeps its decision while the answer is decoded. ``attention_mask [b,s]`` is the batch's,
-    and covers its answers where these are given. ``rewriters`` are those of the edits that are texts in the
+    and covers its answers where these are given. ``with_image (b)`` says which prompts have an image, as far
+    as the batch says. ``rewriters`` are those of the edits that are texts in the
     prompt. ``weights (b)``, where there are any, say how much of an edit's in-context knowledge each prompt
     gets.
     """
@@ -111,6 +121,7 @@ class Prompt:
         self.question_end: torch.Tensor | None = None
         self.attention_mask: torch.Tensor | None = None
         self.texts: tuple[str, ...] = ()
+        self.with_image: tuple[bool, ...] = ()
         self.rewriters: list[Callable[[str], str]] = []
         self.weights: torch.Tensor | None = None
         self._numbers = count(1)
@@ -137,11 +148,12 @@ class Prompt:
         if rest or not copies:
             raise UserError(f"{CALLED_BARE} ({rows} rows for {len(self.question_end)} prompts)")
         if copies == 1:
-            return PromptRows(self.question_end, self.attention_mask, self.texts)
+            return PromptRows(self.question_end, self.attention_mask, self.texts, self.with_image)
         return PromptRows(
             self.question_end.repeat_interleave(copies, 0),
             self.attention_mask.repeat_interleave(copies, 0),
             tuple(text for text in self.texts for _ in range(copies)),
+            tuple(shown for shown in self.with_image for _ in range(copies)),
         )
 
     def spread_weights(self, rows: int) -> torch.Tensor | None:
@@ -166,13 +178,14 @@ class Prompt:
     @contextmanager
     def announce(self, batch: Batch | PrefixState) -> Iterator[None]:
         """Inside the block the model reads the prompts of ``batch``."""
-        former = (self.number, self.question_end, self.attention_mask, self.texts)
+        former = (self.number, self.question_end, self.attention_mask, self.texts, self.with_image)
         self.number, self.question_end = next(self._numbers), batch.question_end
         self.attention_mask, self.texts = batch.attention_mask, batch.prompts
+        self.with_image = tuple(image is not None for image in batch.images)
         try:
             yield
         finally:
-            self.number, self.question_end, self.attention_mask, self.texts = former
+            self.number, self.question_end, self.attention_mask, self.texts, self.with_image = former
 
 
 class Sight(NamedTuple):
@@ -329,6 +342,11 @@ class Backbone(Protocol):
 
     def tokens(self, text: str) -> list[int]:
         """The token ids of a text alone, without BOS and EOS."""
+        ...
+
+    def count_around_image(self, prompt: str) -> tuple[int, int]:
+        """How many tokens of a query stand before its image, and how many follow it up to the prompt's
+        last."""
         ...
 
     @property

@@ -178,6 +178,10 @@ class VisionLanguageBackbone:
             self._token_ids.put(text, ids)
         return ids
 
+    def count_around_image(self, prompt: str) -> tuple[int, int]:
+        words = self.dialogue.words(self.tokenizer, self.tokens, prompt, None, True)
+        return len(words.before), len(words.after)
+
     def prompt_and_answer(self, prompt: str, target: str | None) -> tuple[list[int], list[int]]:
         """Token ids of a text and of the answer after it, without what a dialogue writes around them."""
         return prompt_and_answer(self.tokens, prompt, target)
@@ -280,7 +284,7 @@ class VisionLanguageBackbone:
         return {
             "inputs_embeds": batch.inputs_embeds,
             "attention_mask": batch.attention_mask,
-            "position_ids": _position_ids(batch),
+            "position_ids": batch.position_ids,
         }
 
     def generation_arguments(self, batch: Batch) -> dict[str, torch.Tensor]:
@@ -482,13 +486,6 @@ class _EncodedRow:
     embeds: torch.Tensor
     answer: list[int]
     positions: torch.Tensor | None
-
-
-def _position_ids(batch: Batch) -> torch.Tensor:
-    """The decoder's position ids: ``[b,s]``, or ``[3,b,s]``."""
-    if batch.positions is not None:
-        return batch.positions.transpose(0, 1)
-    return (batch.attention_mask.cumsum(1) - 1).clamp(min=0)
 
 
 def _flatten(values: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -20,6 +20,7 @@ METHODS = {
     "lora": "LoRA, factors beside linear modules",
     "ike": "in-context editing",
     "ke": "KnowledgeEditor, meta-learned",
+    "liveedit": "LiveEdit, meta-learned experts, routed by image and question",
     "mend": "MEND, meta-learned",
     "serac": "SERAC, meta-learned",
     "serac_multimodal": "SERAC with images in its scope classifier",

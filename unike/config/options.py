@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from unike.config import rivals, scope_sections, sections
+from unike.config.live import ExpertOptions
 from unike.config.patcher import NeuronOptions
 from unike.config.schema import Option, Section, list_own_options
 
@@ -29,6 +30,12 @@ BEFORE_OPTIONS: dict[str, object] = {
     "scope_width": None,
     "second_edit": False,
     "a_neg": "file",
+    "live_heads": 8,
+    "live_image_tokens": 32,
+    "live_queries": 4,
+    "live_rank": 4,
+    "live_routing": 1.0,
+    "live_scale": 5.0,
     "patcher_neurons": 5,
     "patcher_amplify": 10.0,
     "patcher_margin": 3.0,
@@ -83,6 +90,7 @@ SECTIONS: dict[type[Section], str] = {
     sections.RetrievalOptions: "knowledge",
     sections.EditorOptions: "meta-learned editors",
     sections.EditorTrainingOptions: "meta-learned editors",
+    ExpertOptions: "LiveEdit",
     sections.DataOptions: "data",
     sections.ProtocolOptions: "protocol",
     sections.EvaluationOptions: "protocol",

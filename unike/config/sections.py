@@ -27,6 +27,7 @@ from unike.config.kinds import (
     whole,
     word_or,
 )
+from unike.config.live import ExpertOptions
 from unike.config.schema import Section, option, required
 from unike.types import (
     ANSWER_ENDS,
@@ -365,8 +366,8 @@ class RetrievalOptions(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EditorTrainingOptions(MethodOptions, ClipOptions, AnswerOptions, SeedOptions):
-    """Training of a meta-learned editor (KE, MEND, SERAC)."""
+class EditorTrainingOptions(MethodOptions, ClipOptions, AnswerOptions, SeedOptions, ExpertOptions):
+    """Training of a meta-learned editor (KE, LiveEdit, MEND, SERAC)."""
 
     editor_rank: int = option(whole(low=1), "inner width of the editor networks", 96)
     editor_probes: str = option(
@@ -411,7 +412,9 @@ class EditorTrainingOptions(MethodOptions, ClipOptions, AnswerOptions, SeedOptio
 class EditorOptions(EditorTrainingOptions):
     """A meta-learned editor: its training, and where it is kept."""
 
-    editor_dir: str | None = option(nullable(text()), "folder of trained editors (KE, MEND, SERAC)", None)
+    editor_dir: str | None = option(
+        nullable(text()), "folder of trained editors (KE, LiveEdit, MEND, SERAC)", None
+    )
 
 
 # ---------------------------------------------------------------- data, protocol, run

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from unike.edits.codebook import CodebookEdit, CodebookEntry
     from unike.edits.counterfactual import SeracEdit
     from unike.edits.deltas import LowRankDelta, WeightDelta
+    from unike.edits.experts import ExpertEdit
     from unike.edits.origin import Origin
     from unike.edits.prompt import Fact, PromptEdit, PromptText
     from unike.edits.routed import RoutedBatch, RoutedEdit
@@ -23,6 +24,7 @@ __all__ = [
     "EditBatch",
     "EditRecord",
     "EditStore",
+    "ExpertEdit",
     "Fact",
     "LayerKnowledge",
     "LayerShare",
@@ -47,6 +49,7 @@ _HOMES = {
     **dict.fromkeys(("CodebookEdit", "CodebookEntry"), "unike.edits.codebook"),
     "SeracEdit": "unike.edits.counterfactual",
     **dict.fromkeys(("LowRankDelta", "WeightDelta"), "unike.edits.deltas"),
+    "ExpertEdit": "unike.edits.experts",
     "Origin": "unike.edits.origin",
     **dict.fromkeys(("Fact", "PromptEdit", "PromptText"), "unike.edits.prompt"),
     **dict.fromkeys(("RoutedEdit", "RoutedBatch"), "unike.edits.routed"),

@@ -39,7 +39,7 @@ from unike.system.text import one_line
 from unike.types import Query, UserError
 
 # They import this module, and are imported when an edit is loaded; a kind of one's own is known already.
-_MODULES_OF_KINDS = ("codebook", "counterfactual", "deltas", "gated", "prompt", "routed", "side_memory")
+_KINDS = ("codebook", "counterfactual", "deltas", "experts", "gated", "prompt", "routed", "side_memory")
 
 
 class Edit(ABC):
@@ -440,7 +440,7 @@ def compose(edits: Sequence[Edit]) -> Edit | None:
 
 def find_kind(name: str | None) -> type[Edit]:
     """The class of a kind of edit; ValueError for an unknown one."""
-    for module in _MODULES_OF_KINDS:
+    for module in _KINDS:
         import_module(f"{__package__}.{module}")
     known = {kind.kind: kind for kind in Edit.__subclasses__() if kind.kind}
     if name not in known:

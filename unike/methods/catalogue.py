@@ -169,6 +169,16 @@ def uses_train_questions(hparams: Section) -> bool:
     return True
 
 
+def check_live(hparams: HyperParams) -> None:
+    """UserError where LiveEdit would edit several layers, or its heads do not divide its inner width."""
+    check_one_layer(hparams)
+    if hparams.editor_rank % hparams.live_heads:
+        raise UserError(
+            f"{hparams.source}: live_heads: {hparams.live_heads}; expected a divisor of editor_rank, "
+            f"{hparams.editor_rank}"
+        )
+
+
 def uses_demonstrations(hparams: IKEOptions) -> bool:
     """Whether IKE shows training cases before the edit's own fact."""
     return hparams.ike_demonstrations > 0
@@ -205,6 +215,7 @@ BUILT_IN = {
     "ke": Entry("unike.methods.ke:KE", trainable=True),
     "grace": Entry("unike.methods.grace:GRACE", check=check_codebook),
     "lora": Entry("unike.methods.lora:LoRA"),
+    "liveedit": Entry("unike.methods.liveedit:LiveEdit", check=check_live, trainable=True),
     "mend": Entry("unike.methods.mend:MEND", trainable=True),
     "serac": Entry("unike.methods.serac:SERAC", trainable=True),
     "wise": Entry("unike.methods.wise:WISE", needs_cases=uses_train_questions, check=check_one_layer),

@@ -1,4 +1,4 @@
-"""One training loop for the meta-learned methods: KE, MEND, SERAC.
+"""One training loop for the meta-learned methods: KE, LiveEdit, MEND, SERAC.
 
 Only the edited layers run: the activations below them are constants of the queries. A run that is
 killed at any point and started again gives the same editor: random draws depend on the seed and the step
@@ -13,10 +13,10 @@ import math
 import random
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -50,6 +50,8 @@ class TrainableMethod(EditMethod):
     """A method whose ``network`` is trained on cases before it makes its first edit."""
 
     trainable = True
+    # Whether a record's loss depends on the others of its step: ``losses`` then has them all at once.
+    contrasts: ClassVar[bool] = False
     network: nn.Module | None = None
     # While it is trained: what the base model gives for each case.
     constants: Constants | None = None
@@ -64,6 +66,18 @@ class TrainableMethod(EditMethod):
     @abstractmethod
     def loss(self, backbone: Backbone, case: Case, prefixes: PrefixCache) -> torch.Tensor:
         """The training loss of one case; a scalar."""
+
+    def losses(
+        self,
+        backbone: Backbone,
+        cases: Sequence[Case],
+        own: Sequence[int],
+        prefixes: PrefixCache,
+        rng: random.Random,
+    ) -> Iterator[torch.Tensor]:
+        """The losses, one after the other, of those of a step's ``cases`` whose places are ``own``, where
+        they depend on each other; all draws come from ``rng``."""
+        return (self.loss(backbone, cases[place], prefixes) for place in own)
 
     def validation(self, backbone: Backbone, case: Case, prefixes: PrefixCache) -> torch.Tensor:
         """The loss of a held-out case: that of training, unless it changes its meaning in training."""
@@ -282,27 +296,56 @@ def meta_train(
 def _take_step(run: _EditorTraining, lessons: Lessons, cases: Sequence[Case], tick: Tick) -> None:
     run.optimiser.zero_grad(set_to_none=True)
     batch, hparams = _draw_batch(cases, run.progress.step, run.hparams), run.hparams
-    for case in processes.share(batch):
-        rng = random.Random(f"{hparams.seed}/{run.progress.step}/{case.task}:{case.request.id}")
-        drawn = draw_probes(lessons.adapt(case), hparams.editor_queries, hparams.editor_probes, rng)
-        loss = run.method.loss(lessons.backbone, drawn, lessons.prefixes)
+    own = processes.share(range(len(batch)))
+    for loss in _list_losses(run, lessons, batch, own):
         if not math.isfinite(loss.item()):
             raise FloatingPointError(f"the loss is {loss.item()} after {run.progress.step} steps")
-        (loss / hparams.editor_batch).backward()
+        # What several losses have in common is passed through once for each.
+        (loss / hparams.editor_batch).backward(retain_graph=run.method.contrasts)
         tick(TRAINING, 1)
-    if others := len(batch) - len(processes.share(batch)):
+    if others := len(batch) - len(own):
         tick(TRAINING, others)
     run.step()
 
 
+def _list_losses(
+    run: _EditorTraining, lessons: Lessons, batch: Sequence[Case], own: Sequence[int]
+) -> Iterator[torch.Tensor]:
+    """The losses of this process's ``own`` cases, each computed when it is asked for."""
+    hparams, method, start = run.hparams, run.method, f"{run.hparams.seed}/{run.progress.step}"
+
+    def draw(case: Case) -> Case:
+        rng = random.Random(f"{start}/{case.task}:{case.request.id}")
+        return draw_probes(lessons.adapt(case), hparams.editor_queries, hparams.editor_probes, rng)
+
+    if method.contrasts:
+        drawn = [draw(case) for case in batch]
+        yield from method.losses(lessons.backbone, drawn, own, lessons.prefixes, random.Random(start))
+    else:
+        for place in own:
+            yield method.loss(lessons.backbone, draw(batch[place]), lessons.prefixes)
+
+
 @torch.no_grad()
 def _validate(method: TrainableMethod, lessons: Lessons, cases: Sequence[Case], tick: Tick) -> float:
-    """The mean loss of the held-out cases, all of them each time."""
+    """The mean loss of the held-out cases, all of them each time: in groups of a step's size where they
+    depend on each other, with the same draws each time."""
+    size = method.hparams.editor_batch if method.contrasts else 1
+    groups = [cases[start : start + size] for start in range(0, len(cases), size)]
 
-    def judge(case: Case) -> float:
-        return method.validation(lessons.backbone, lessons.adapt(case), lessons.prefixes).item()
+    def judge(group: Sequence[Case]) -> list[float]:
+        adapted = [lessons.adapt(case) for case in group]
+        if not method.contrasts:
+            return [method.validation(lessons.backbone, adapted[0], lessons.prefixes).item()]
+        rng = random.Random(f"{method.hparams.seed}/{group[0].task}:{group[0].request.id}")
+        found = method.losses(lessons.backbone, adapted, range(len(group)), lessons.prefixes, rng)
+        return [loss.item() for loss in found]
 
-    losses = processes.spread(cases, judge, lambda _: tick(TRAINING, 0))
+    def notify(group: Sequence[Case]) -> None:
+        for _ in group:
+            tick(TRAINING, 0)
+
+    losses = [loss for some in processes.spread(groups, judge, notify) for loss in some]
     return sum(losses) / max(1, len(losses))
 
 

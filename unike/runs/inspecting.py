@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from unike.config.hparams import OPTIONS, HyperParams
+from unike.config.live import ExpertOptions
 from unike.config.patcher import NeuronOptions
 from unike.config.rivals import CodebookOptions, LoraOptions, SideMemoryOptions
 from unike.config.schema import list_own_options
@@ -108,7 +109,10 @@ _METHOD_KEYS = {
     ("ke",): {"ke_margin"},
     ("mend",): {"mend_scale_lr"},
     ("serac",): {"serac_scope"},
-    ("ke", "mend", "serac"): _EDITOR_KEYS - {"ke_margin", "mend_scale_lr", "serac_scope"},
+    ("liveedit",): set(list_own_options(ExpertOptions)),
+    ("ke", "mend", "serac"): {"edit_scale"},
+    ("ke", "mend", "serac", "liveedit"): _EDITOR_KEYS
+    - {"ke_margin", "mend_scale_lr", "serac_scope", "edit_scale"},
     ("unike",): _UNIKE_KEYS,
     ("unike", "tpatcher"): set(list_own_options(PatchOptions)) - _UNIKE_KEYS,
     ("unike", "tpatcher", "tpatcher_published"): set(list_own_options(PatchLossOptions)),

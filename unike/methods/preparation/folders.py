@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from unike.config.combined import TrainedPartsOptions
 from unike.config.hparams import HyperParams
+from unike.config.live import ExpertOptions
 from unike.config.scope_sections import ScopeClassifierOptions, ScopeTrainingOptions
 from unike.config.sections import (
     EditorOptions,
@@ -157,6 +158,8 @@ def list_editor_options(hparams: EditorTrainingOptions) -> Facts:
         # Editors from before this option existed have none.
         shared["answer_end"] = hparams.answer_end
     own = hparams.get_values(EditorTrainingOptions)
+    if hparams.method == "liveedit":
+        own |= hparams.get_values(ExpertOptions)
     for name in ("editor_queries", "mend_scale_lr"):
         # Likewise.
         if own[name] is None:
