@@ -112,7 +112,12 @@ def train_memory(
         with torch.no_grad():
             change -= hparams.lr * gradient * mask
             change.clamp_(-hparams.wise_clamp, hparams.wise_clamp)
-    info = {"steps": step, "loss": answer.item(), "reached": reached, "margin_loss": margin.item()}
+    info: dict[str, object] = {
+        "steps": step,
+        "loss": answer.item(),
+        "reached": reached,
+        "margin_loss": margin.item(),
+    }
     return change.detach(), info
 
 
