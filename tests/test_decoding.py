@@ -35,7 +35,7 @@ CASES = [*zip(IDS, ROWS, strict=True), *((f"unike-{n}", ("unike", row)) for n, r
 each = pytest.mark.parametrize("row", [row for _, row in CASES], ids=[name for name, _ in CASES])
 # Edits that work in whatever way the model is called: nothing in them depends on where a prompt ends.
 BARE = {
-    *("ft-1", "ft-projection", "lora-2-4", "lora-2-4-both", "tpatcher-0.1-0.1", "tpatcher_published"),
+    *("ft-1", "ft-projection", "lora-4-8", "lora-2-4-both", "tpatcher-0.1-0.1", "tpatcher_published"),
     *("ke", "mend", "unike-pairs alone"),
 }
 WAYS: dict[str, dict[str, Any]] = {

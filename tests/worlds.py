@@ -57,7 +57,7 @@ SETTINGS = {
         {"layers": [4], "lr": 0.1, "grace_init": "warm"},
         {"layers": [4], "lr": 0.1, "grace_radius": "balanced"},
     ],
-    "lora": [{"lora_rank": 2, "lora_alpha": 4}, {"lora_rank": 2, "lora_alpha": 4, "lora_target": "both"}],
+    "lora": [{"lora_rank": 4, "lora_alpha": 8}, {"lora_rank": 2, "lora_alpha": 4, "lora_target": "both"}],
     "wise": [
         {"layers": [4], "lr": 0.2, "max_steps": 60, "wise_beta": 4.0, "wise_alpha": 1.0, "wise_gamma": 2.0}
     ],
