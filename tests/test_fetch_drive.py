@@ -129,7 +129,7 @@ def test_a_tar_is_unpacked_without_its_links(tmp_path: Path) -> None:
     assert list_files(tmp_path / "into") == {"in/x.txt"}
 
 
-# An archive holds the time it was made at: workers that start a second apart would name such a test differently.
+# An archive holds the time it was made at: without ids, two workers would name such a test differently.
 @pytest.mark.parametrize(
     "data",
     [b"", b"PK\x03\x04 and no more", make_zip({"a": b"1"})[:-30]],
