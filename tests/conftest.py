@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,22 @@ from unike.editor import MultimodalEditor
 # A shell's background jobs ignore Ctrl-C, and so would every program that a test starts.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+# A family decides how a method finds its modules: for these methods tests/test_methods.py and their own files
+# ask that of every family, and what else methods share is asked of one.
+_ONE_FAMILY = re.compile(r"\bminigpt4-(?:[\w ]+-)?(?:grace|liveedit|lora|wise)\b")
+_ALL_FAMILIES = re.compile(r"test_(?:methods|grace|lora|wise|liveedit\w*)\.py")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    left_out = [
+        item for item in items if _ONE_FAMILY.search(item.name) and not _ALL_FAMILIES.search(item.nodeid)
+    ]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        gone = set(left_out)
+        items[:] = [item for item in items if item not in gone]
 
 
 @pytest.fixture(scope="session")

@@ -88,7 +88,8 @@ def test_a_loaded_edit_goes_on_like_its_own(world: World, row, tmp_path) -> None
 
 def test_edits_of_all_kinds_together(world: World, tmp_path) -> None:
     whole = None
-    for i, row in enumerate(ROWS):
+    # LiveEdit's network is another one than SERAC's, and a folder has one.
+    for i, row in enumerate(row for row in ROWS if row[0] != "liveedit"):
         edit = world.edit(row, i % len(COLORS))
         whole = edit if whole is None else whole | edit
     whole.save(tmp_path / "all")

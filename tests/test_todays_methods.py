@@ -241,9 +241,11 @@ def test_every_row_of_the_tables_has_its_yaml(family: str, monkeypatch) -> None:
     monkeypatch.chdir(ROOT)
     rows, tiny = (read_plan(tables=["all"], backbones=[name]) for name in (family, "tiny_blip2"))
     assert {row.hparams.model_name for row in rows} == {family}
-    assert [(r.table, r.row.name, r.hparams.method) for r in rows] == [
-        (r.table, r.row.name, r.hparams.method) for r in tiny
+    # The toy's benchmark is drawn with several seeds.
+    names = [
+        list(dict.fromkeys((r.table, r.row.name, r.hparams.method) for r in some)) for some in (rows, tiny)
     ]
+    assert names[0] == names[1]
 
 
 # ---------------------------------------------------------------- the published sizes

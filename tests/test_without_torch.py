@@ -78,4 +78,5 @@ def test_every_kind_of_edit_is_known_where_nothing_else_is_imported() -> None:
         "except ValueError as error: print(error)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert "expected one of experts, factors, gated, memory, mixed, prompt, routed, weights" in done.stdout
+    kinds = "codebook, experts, factors, gated, memory, mixed, prompt, routed, side_memory, weights"
+    assert f"expected one of {kinds}" in done.stdout

@@ -53,11 +53,9 @@ SETTINGS = {
         {"ike_retriever": "states", "ike_demonstrations": 2},
         {"ike_retriever": "states", "ike_demonstrations": 2, "ike_patches": True},
     ],
-    "grace": [
-        {"layers": [4], "lr": 0.1, "grace_init": "warm"},
-        {"layers": [4], "lr": 0.1, "grace_radius": "balanced"},
-    ],
-    "lora": [{"lora_rank": 4, "lora_alpha": 8}, {"lora_rank": 2, "lora_alpha": 4, "lora_target": "both"}],
+    # Their other ways of working are in tests/test_grace.py and tests/test_lora.py.
+    "grace": [{"layers": [4], "lr": 0.1, "grace_init": "warm"}],
+    "lora": [{"lora_rank": 4, "lora_alpha": 8}],
     "wise": [
         {"layers": [4], "lr": 0.2, "max_steps": 60, "wise_beta": 4.0, "wise_alpha": 1.0, "wise_gamma": 2.0}
     ],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from unike.config.hparams import HyperParams
@@ -29,6 +29,8 @@ METHODS = {
     "lavis": "UniKE, paper preset, in LAVIS's own modules",
 }
 _UNNAMED = "(none)"
+# Columns of text.
+_TERMINAL = 88
 
 
 def run(argv: Sequence[str]) -> int:
@@ -48,17 +50,10 @@ def format_matrix(names: Sequence[str]) -> str:
     pairs = {tuple(("", name) if "/" not in name else name.split("/", 1)) for name in names}
     methods = sorted({method for method, _ in pairs}, key=_rank_method)
     models = sorted({model for _, model in pairs}, key=lambda model: (not _is_bundled(model), model))
-    heads = [(method or _UNNAMED).split("_", 1) for method in methods]
-    width = max(map(len, models))
-    widths = [max(map(len, head)) for head in heads]
-    lines = [
-        _format_row("", [head[0] + "_" * (len(head) > 1) for head in heads], width, widths),
-        _format_row("", [head[1] if len(head) > 1 else "" for head in heads], width, widths),
-    ]
-    for model in models:
-        cells = ["x" if (method, model) in pairs else "" for method in methods]
-        lines.append(_format_row(model, cells, width, widths))
-    lines = [line.rstrip() for line in lines]
+    lines: list[str] = []
+    for some in _split_columns(methods, max(map(len, models))):
+        lines += [""] if lines else []
+        lines += _format_block(some, models, pairs)
     lines += ["", f"{len(names)} YAMLs. Name one as METHOD/MODEL, or MODEL alone for the column {_UNNAMED}:"]
     lines += ["  unike edit --hparams scoped/tiny_blip2 --size 5", ""]
     label = max(len(method or _UNNAMED) for method in methods)
@@ -66,6 +61,38 @@ def format_matrix(names: Sequence[str]) -> str:
     bundled = ", ".join(model for model in models if _is_bundled(model))
     lines += ["", f"Weights of {bundled or 'no model'} are included; the others are downloaded."]
     return "\n".join(lines)
+
+
+def _split_columns(methods: Sequence[str], width: int) -> list[list[str]]:
+    """The methods in blocks that are no wider than a terminal, beside names of that width."""
+    blocks: list[list[str]] = [[]]
+    used = width
+    for method in methods:
+        own = 1 + max(map(len, _split_head(method)))
+        if used + own > _TERMINAL and blocks[-1]:
+            blocks.append([])
+            used = width
+        blocks[-1].append(method)
+        used += own
+    return blocks
+
+
+def _split_head(method: str) -> tuple[str, str]:
+    """A column's two lines."""
+    first, _, second = (method or _UNNAMED).partition("_")
+    return first + "_" * bool(second), second
+
+
+def _format_block(
+    methods: Sequence[str], models: Sequence[str], pairs: Collection[tuple[str, ...]]
+) -> list[str]:
+    heads = [_split_head(method) for method in methods]
+    width, widths = max(map(len, models)), [max(map(len, head)) for head in heads]
+    lines = [_format_row("", [head[i] for head in heads], width, widths) for i in (0, 1)]
+    for model in models:
+        cells = ["x" if (method, model) in pairs else "" for method in methods]
+        lines.append(_format_row(model, cells, width, widths))
+    return [line.rstrip() for line in lines]
 
 
 def _format_row(first: str, cells: Sequence[str], width: int, widths: Sequence[int]) -> str:
