@@ -61,8 +61,8 @@ def test_edits_made_together_are_those_made_alone(world: World, row) -> None:
         with other.applied(world.backbone):
             found = world.logits(asked)
         torch.testing.assert_close(found[:2], wanted[:2], atol=CLOSE, rtol=CLOSE)
-        # Where an edit does most, steps that differ in their last digits add up to more.
-        torch.testing.assert_close(found[2], wanted[2], atol=10 * CLOSE, rtol=10 * CLOSE)
+        # Where an edit does most, steps that differ in their last digits add up to more (0.0017 with FT).
+        torch.testing.assert_close(found[2], wanted[2], atol=3 * CLOSE, rtol=3 * CLOSE)
         if one.state_dict():
             assert not torch.equal(world.logits(asked), wanted)
         assert not any(t.requires_grad for t in other.state_dict().values())
