@@ -10,11 +10,14 @@ import pytest
 from PIL import Image
 
 from unike import own
+from unike.backbones.placement import pick_device
+from unike.command import edit
 from unike.config.hparams import HyperParams
 from unike.datasets.images import open_image
 from unike.editor.models import describe_model
 from unike.own.edits import OwnEdit
 from unike.report.compare import _name_runs
+from unike.runs.costs import describe_run_costs
 from unike.runs.drawing import choose_splits
 from unike.system.shipped import is_bundled
 from unike.types import UserError
@@ -76,3 +79,21 @@ def test_an_edit_that_is_not_learnt_is_told_from_one_that_failed() -> None:
     failed, unreached = own.apply_edits(editor, edits, "{}")
     assert failed == {2: "the loss is nan"}
     assert unreached == {1: "its answer is not learnt after 60 steps (loss 2.8)"}
+
+
+@pytest.mark.parametrize(("task", "near"), [("vqq", "; the nearest is vqa"), ("qqq", "'cross'")])
+def test_a_mistyped_choice_names_the_nearest(
+    capsys: pytest.CaptureFixture[str], task: str, near: str
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        edit.main(["--hparams", "tiny_blip2", "--task", task])
+    assert ended.value.code == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.endswith(near)
+    assert f"--task: invalid choice: '{task}', expected one of 'vqa', 'caption', 'cross'" in last
+
+
+def test_a_check_names_the_device_that_is_taken() -> None:
+    (run,) = describe_run_costs(HyperParams.from_hparams(ROOT / "hparams" / "tiny_blip2.yaml"), 3)
+    assert " GFLOP/s on " in run.line
+    assert run.line.rsplit(" on ", 1)[1].split(";")[0] == pick_device("auto").type

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +154,9 @@ def test_runs_are_numbered(copied: Project) -> None:
     hparams = HyperParams.from_hparams(copied.yaml)
     results = copied.root / "results"
     assert runs.choose_directory(hparams, "vqa") == results / "small-vqa"
+    # Another method's YAML for the same backbone has the same name.
+    other = replace(hparams, method="ft", protocol="sequential")
+    assert runs.choose_directory(other, "vqa") == results / "small-ft-vqa-sequential"
     with pytest.raises(UserError, match="small-vqa: no run to resume"):
         runs.choose_directory(hparams, "vqa", resume=True)
     for name in ("small-vqa", "small-vqa-2"):

@@ -42,8 +42,8 @@ def test_the_tables_run_the_best_of_each_methods_trials() -> None:
 
 
 def test_zeta_can_show_where_it_is_compared() -> None:
-    """The tuned beta of the gate, and of UniKE on one model, is 0, with which rows of any zeta are one row: where
-    zeta is what a table compares, they have the preset's."""
+    """The tuned beta of the gate, and of UniKE on one model, is 0, with which rows of any zeta are one row:
+    where zeta is what a table compares, they have the preset's."""
     tuned = yaml.safe_load((ROOT / "hparams/tables.yaml").read_text("utf-8"))["tuned"]
     assert {tuned["scoped"][backbone]["beta"] for backbone in BACKBONES} == {0.0}
     assert 0.0 in {tuned["unike"][backbone]["beta"] for backbone in BACKBONES}

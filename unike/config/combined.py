@@ -15,6 +15,7 @@ from unike.config.sections import (
     EncoderOptions,
     KnowledgeOptions,
     LayerOptions,
+    MethodOptions,
     OutputOptions,
     PatchLossOptions,
     PatchOptions,
@@ -109,5 +110,5 @@ class TrainSplitOptions(DataOptions, KnowledgeOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunFolderOptions(ProtocolOptions, OutputOptions):
+class RunFolderOptions(MethodOptions, ProtocolOptions, OutputOptions):
     """What names the folder of a run."""

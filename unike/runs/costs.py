@@ -234,6 +234,8 @@ def describe_run_costs(hparams: HyperParams, edits: int | None) -> list[Finding]
     each edit's training up to ``max_steps``, and all probes before and after, in both evaluation modes."""
     if (size := read_model_size(hparams)) is None:
         return []
+    from unike.backbones.placement import pick_device
+
     step = 3 * size.prompt_flops * _count_trained_share(hparams)
     answers = 2 * size.decoder * hparams.max_new_tokens
     probe = 2 * (2 * size.prompt_flops + answers)
@@ -241,7 +243,8 @@ def describe_run_costs(hparams: HyperParams, edits: int | None) -> list[Finding]
     speed = measure_speed(hparams)
     pace = f"estimated for {PROBES} probes an edit"
     if speed is not None:
-        pace += f", at {speed / 1e9:.3g} GFLOP/s"
+        # What `device: auto` is here.
+        pace += f", at {speed / 1e9:.3g} GFLOP/s on {pick_device(hparams.device).type}"
         if hparams.dtype == "float16" and speed < _SLOW:
             pace += "; this device computes float16 slowly: try dtype=bfloat16"
     what = f"run: {edits} edits" if edits else "run: each edit"

@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 def choose_directory(
     hparams: RunFolderOptions, task: str, output: str | None = None, resume: bool = False
 ) -> Path:
-    """Where a run is recorded: ``output``, or ``<results_dir>/<yaml>-<task>``, followed by the protocol
-    if it is not one-step, with ``-2``, ``-3`` ... where that is taken; ``resume`` takes the latest.
+    """Where a run is recorded: ``output``, or ``<results_dir>/<yaml>-<task>``, with the method before the
+    task if it is not ``unike`` and the protocol at the end if it is not one-step. ``-2``, ``-3`` ... follow
+    where that is taken; ``resume`` takes the latest.
 
     UserError where ``output`` holds a run and ``resume`` is off, where ``resume`` is on and it is not
     there, or where the folder can't be written.
@@ -41,7 +42,9 @@ def choose_directory(
             raise UserError(f"{output}: is not empty; continue with --resume, or name another --output")
         return _require_writable(Path(output))
     protocol = "" if hparams.protocol == "one_step" else f"-{hparams.protocol}"
-    stem = Path(hparams.results_dir) / f"{Path(hparams.source).stem}-{task}{protocol}"
+    # YAMLs of many methods have one name, that of their backbone.
+    method = "" if hparams.method == "unike" else f"-{hparams.method}"
+    stem = Path(hparams.results_dir) / f"{Path(hparams.source).stem}{method}-{task}{protocol}"
     former = stem
     for number in count(1):
         directory = stem if number == 1 else stem.with_name(f"{stem.name}-{number}")
