@@ -141,6 +141,8 @@ def test_commands_of_the_docs_know_their_options(monkeypatch: pytest.MonkeyPatch
     wrong = []
     for page, words in commands():
         name = tuple(program(words))
+        if name not in known and not any(word.startswith("--") for word in words):
+            continue
         if name not in known:
             code, shown = show_help(name, monkeypatch)
             assert code == 0, f"{page}: {' '.join(name)}: {shown}"

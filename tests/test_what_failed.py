@@ -126,7 +126,9 @@ def test_several_processes_have_the_code_of_one(copied: Project, option: str, co
     assert ("4 of 4 records failed: the loss is nan" in out) == (code == 1)
     assert "ended with code" not in err, "no process died"
     assert err.count("no record succeeded") == code
-    ended_with(shell(copied, *arguments, "--resume"), code)
+    if code:
+        # What has failed has failed after a resume, too.
+        ended_with(shell(copied, *arguments, "--resume"), code)
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,7 @@ class WeightWatch:
     def seems_changed(self, bare: bool) -> bool:
         """Whether anything differs from what was last seen; modules are only compared while no edit is
         applied (``bare``)."""
-        if self._list_marks() != self._marks or (bare and _list_modules(self.model) != self._modules):
+        if self._list_marks() != self._marks or (bare and self._have_modules_changed()):
             return True
         return not _are_equal(self._take_sample(), self._sample)
 
@@ -113,7 +113,8 @@ class WeightWatch:
         self._tensors = [t for _, t in _list_tensors(self.model)]
         self._known = list(self.model.modules())
         self._parameters = {id(m): tuple(map(id, m._parameters.values())) for m in self._known}
-        self._marks, self._modules = self._list_marks(), _list_modules(self.model)
+        self._marks = self._list_marks()
+        self._modules = [_describe_module(module, {}) for module in self._known]
         self._plain, self._hooked = _list_plain(self.model), _list_hooked(self.model)
         count = sum(t.numel() for t in self._tensors)
         step = 1 if count <= SMALL else count // SAMPLE
@@ -126,6 +127,14 @@ class WeightWatch:
                 flat = flat.view(-1) if flat.is_contiguous() else _flatten_dense(flat)
                 self._views.setdefault((flat.device, bits), []).append(flat[::step].view(bits))
         self._sample = self._take_sample()
+
+    def _have_modules_changed(self) -> bool:
+        # The known ones are kept alive: where each has the modules it had, the whole tree is the same.
+        attention: dict[int, object] = {}
+        return any(
+            _describe_module(module, attention) != before
+            for module, before in zip(self._known, self._modules, strict=True)
+        )
 
     def _take_sample(self) -> list[torch.Tensor]:
         return [torch.cat(views) for views in self._views.values()]
@@ -156,20 +165,26 @@ def _flatten_dense(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.permute(order).reshape(-1)
 
 
-def _list_modules(model: nn.Module) -> list[tuple[object, ...]]:
-    """Which modules there are, with which tensors, and what else decides on what they compute."""
-    return [
-        (
-            id(module),
-            tuple(map(id, module._parameters.values())),
-            tuple(map(id, module._buffers.values())),
-            id(vars(module).get("forward")),
-            list_foreign_hooks(module),
-            _list_attributes(module),
-            _read_attention(module),
-        )
-        for module in model.modules()
-    ]
+def _describe_module(module: nn.Module, attention: dict[int, object]) -> tuple[object, ...]:
+    """Which modules and tensors a module has, and what else decides on what it computes.
+
+    ``attention`` remembers what ``_read_attention`` read, by config: many modules share one, which is slow to
+    read.
+    """
+    own = module.__dict__
+    config = own.get("config")
+    if config is not None and id(config) not in attention:
+        attention[id(config)] = _read_attention(module)
+    return (
+        # Most modules have no modules or no tensors of their own.
+        tuple(map(id, inner.values())) if (inner := own["_modules"]) else (),
+        tuple(map(id, parameters.values())) if (parameters := own["_parameters"]) else (),
+        tuple(map(id, buffers.values())) if (buffers := own["_buffers"]) else (),
+        id(own.get("forward")),
+        list_foreign_hooks(module) if own["_forward_pre_hooks"] or own["_forward_hooks"] else (),
+        _list_attributes(module),
+        None if config is None else attention[id(config)],
+    )
 
 
 def _list_plain(model: nn.Module) -> list[object]:
