@@ -53,10 +53,10 @@ def _describe_settings(blocks: Sequence[Block], link: str) -> str:
     edits = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else f"{counts[0]}"
     seeds = sorted({seed for block in blocks for row in block.rows for seed in row.by_seed})
     drawn = f", seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}" if seeds else ""
-    models = " and ".join(dict.fromkeys(block.backbone for block in blocks))
+    models = " and ".join(dict.fromkeys(f"`{block.backbone}`" for block in blocks))
     tasks = " and ".join(TASK_TITLES[task] for task in dict.fromkeys(block.task for block in blocks))
     return (
-        f"One edit at a time, in percent, teacher-forced: the mean of `{models}` on {tasks}, {edits} edits "
+        f"One edit at a time, in percent, teacher-forced: the mean of {models} on {tasks}, {edits} edits "
         f"each{drawn}. Intervals, all rows, and what the columns mean: [Table 1]({link})."
     )
 
