@@ -15,7 +15,12 @@ from helpers import record, save_pictures
 
 from unike.config.hparams import HyperParams
 from unike.config.options import BEFORE_OPTIONS
-from unike.datasets.benchmarks import DATASETS, FGVEditDataset, MMKEBenchDataset, recognise_layout
+from unike.datasets.benchmarks import (
+    DATASETS,
+    FGVEditDataset,
+    MMKEBenchDataset,
+    recognise_layout,
+)
 from unike.datasets.declarations import MetricDeclaration, find_metric
 from unike.datasets.doctor import audit, find_leakage
 from unike.datasets.doctor import run as run_doctor
@@ -283,7 +288,7 @@ def make_hparams(folder: Path, path: Path, layout: str) -> HyperParams:
 
 
 def test_every_layout_has_a_data_set_and_a_file_here() -> None:
-    assert set(LAYOUTS) - {"mmedit"} == set(DATASETS) == set(FILES)
+    assert set(LAYOUTS) - {"mmedit"} == set(DATASETS) == {*FILES, "mc_mke"}
     assert BEFORE_OPTIONS["layout"] == "mmedit"
 
 

@@ -11,6 +11,7 @@ from unike.datasets.declarations import get_expectation
 from unike.datasets.fgvedit import FGVEDIT
 from unike.datasets.images import PathLike, image_path, lies_outside
 from unike.datasets.layout import Asked, Described, Joined, Layout
+from unike.datasets.mc_mke import MC_MKE
 from unike.datasets.mmedit import Annotation, VQADataset, has_nothing_to_edit, wrap_prompt
 from unike.datasets.mmke_bench import MMKE_BENCH
 from unike.system.text import one_line
@@ -111,6 +112,19 @@ class MMKEBenchDataset(_LayoutDataset):
     layout: ClassVar[Layout] = MMKE_BENCH
 
 
+class MCMKEDataset(_LayoutDataset):
+    """MC-MKE (``unike.datasets.mc_mke``): one of its three files of edits, with its tests beside it. Its
+    metrics are reliability, T-Generality, M-Generality, one locality (M-Locality, or T-Locality of edits
+    without an image) and ``consistency``. Where a target is expected, a generated answer passes that
+    contains it or an alias.
+
+    Arguments, attributes and errors are those of ``VQADataset``. Of absolute image names the last part
+    counts.
+    """
+
+    layout: ClassVar[Layout] = MC_MKE
+
+
 class FGVEditDataset(_LayoutDataset):
     """FGVEdit (``unike.datasets.fgvedit``). Its metrics are reliability, T-Generality, T-Locality,
     ``fine_generality`` and ``fine_locality``, and ``specificity``, the mean of the last two.
@@ -123,7 +137,7 @@ class FGVEditDataset(_LayoutDataset):
 
 
 DATASETS: dict[str, type[_LayoutDataset]] = {
-    kind.layout.name: kind for kind in (MMKEBenchDataset, FGVEditDataset)
+    kind.layout.name: kind for kind in (MMKEBenchDataset, MCMKEDataset, FGVEditDataset)
 }
 LAYOUTS: dict[str, Layout] = {name: kind.layout for name, kind in DATASETS.items()}
 

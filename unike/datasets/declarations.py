@@ -76,6 +76,7 @@ _DEVQA = "De-VQA (arXiv 2511.13243)"
 _VLKEB = "VLKEB (Huang et al., NeurIPS 2024)"
 _CCKEB = "CCKEB, of MemEIC (NeurIPS 2025)"
 _MMKE = "MMKE-Bench (Du et al., ICLR 2025), its release's loader"
+_MCMKE = "MC-MKE (ACL 2025 Findings), its release's files and matcher"
 _FGVEDIT = "FGVEdit (Zeng et al., ICCV 2025), its release's editor"
 # Hops of VLKEB's multi-hop questions.
 HOPS = (1, 2, 3, 4)
@@ -153,6 +154,7 @@ _BUILT_IN = (
     MetricDeclaration(
         "image_generality", "what the target says, rephrased image", "I-Gen", "target", "generality", _MMKE
     ),
+    MetricDeclaration("consistency", "consistency", "Cons", "target", "portability", _MCMKE),
     MetricDeclaration(
         "fine_generality", "edited object, same image", "Fine Gen", "target", "generality", _FGVEDIT
     ),

@@ -7,11 +7,17 @@ one. ``unike.datasets.benchmarks`` turns descriptions into ``Case``s.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from unike.datasets.images import PathLike
-from unike.datasets.mmedit import REQUIRED_FIELDS, TEXT_LENGTH, diagnose_text, find_shape_problem
+from unike.datasets.mmedit import (
+    REQUIRED_FIELDS,
+    TEXT_LENGTH,
+    VQA_TEMPLATE,
+    diagnose_text,
+    find_shape_problem,
+)
 from unike.datasets.vlkeb import is_text
 from unike.system.text import describe_value, one_line
 from unike.types import Match
@@ -65,8 +71,7 @@ class Layout:
     read: Callable[[PathLike], Sequence[Joined]]
     find_problems: Callable[[Joined], list[str | None]]
     describe: Callable[[Joined], Described]
-    template: str = "Question: {} Short answer:"
-    suffixes: tuple[str, ...] = field(default=(".json",))
+    template: str = VQA_TEMPLATE
 
     @property
     def has_mmedit(self) -> bool:
