@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from unike.config.hparams import HyperParams
 from unike.config.options import BEFORE_OPTIONS
 from unike.datasets.benchmarks import (
     DATASETS,
+    ComprehendEditDataset,
     FGVEditDataset,
     MMKEBenchDataset,
     recognise_layout,
@@ -231,6 +233,93 @@ def test_specificity_is_the_mean_of_its_two_parts(tmp_path: Path) -> None:
     assert "specificity" not in part
 
 
+# ---------------------------------------------------------------- ComprehendEdit
+
+
+def comprehend(pid: int, source: str = "GQA", **more: Any) -> dict[str, Any]:
+    return {
+        "image": f"{pid}.png",
+        "question": f"what is {pid}?",
+        "rephrase": f"which is {pid}?",
+        "answer": f"thing {pid}",
+        "source": source,
+        "Category": "object recognition",
+        "pid": pid,
+        "locality_prompt": "who was king?",
+        "locality_ground_truth": "a man",
+        "multimodal_locality_image": "9.png",
+        "multimodal_locality_prompt": "what color?",
+        "multimodal_locality_ground_truth": "blue",
+    } | more
+
+
+def write_comprehend(folder: Path, *rows: dict[str, Any]) -> Path:
+    """Test records, and eight that the model gets right, of which none has a ``pid``."""
+    asked = ("image", "question", "answer", "source")
+    right = [{name: comprehend(i)[name] for name in asked} for i in range(8)]
+    write(folder, right, "ComprehendEdit_ori_right.json")
+    return write(folder, rows)
+
+
+def test_comprehendedit_asks_of_others_of_its_domain(tmp_path: Path) -> None:
+    lists = {"img_topk": [7, 5, 7], "txt_last_topk": [0] * 9 + [7, 7, 5, 5, 5], "ori_rt_img_topk": [2]}
+    rows = comprehend(0, "VSR", **lists), comprehend(5, "TallyQA"), comprehend(7)
+    first, *_ = ComprehendEditDataset(write_comprehend(tmp_path, *rows), "i")
+    stated = "Question: Is this description true or false? Description: {} Short answer:"
+    assert first.groups == {"source": "vsr", "category": "object recognition"}
+    assert list_probes(first)[:4] == [
+        ("reliability", "i/0.png", stated.format("what is 0?"), "thing 0"),
+        ("t_generality", "i/0.png", stated.format("which is 0?"), "thing 0"),
+        ("t_locality", None, "who was king?", "a man"),
+        ("m_locality", "i/9.png", "Question: what color? Short answer:", "blue"),
+    ]
+    assert Counter(list_probes(first)[4:]) == {
+        ("kgi", "i/7.png", "Question: what is 7? Short answer:", "thing 7"): 4,
+        ("kgi", "i/5.png", "Question: what is 5? Answer with a number. Short answer:", "thing 5"): 4,
+        ("kpi", "i/2.png", "Question: what is 2? Short answer:", "thing 2"): 1,
+    }
+    assert {p.name: p.expect for p in first.probes[4:]} == {"kgi": "target", "kpi": "unchanged"}
+
+
+def test_a_template_replaces_those_of_the_sources(tmp_path: Path) -> None:
+    path = write_comprehend(tmp_path, comprehend(0, "MathVista"))
+    (case,) = ComprehendEditDataset(path)
+    assert case.request.query.prompt == "what is 0? Short answer:"
+    (case,) = ComprehendEditDataset(path, template="Q: {}")
+    assert case.request.query.prompt == "Q: what is 0?"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"source": "COCO"},
+            "field 'source': expected one of gqa, tallyqa, vsr, textvqa, mathvista, got",
+        ),
+        ({"answer": ""}, "field 'answer' is empty"),
+        ({"img_topk": [4]}, "field 'img_topk': no record of the file has the pid 4"),
+        (
+            {"ori_rt_txt_topk": [8]},
+            "field 'ori_rt_txt_topk': no record of ComprehendEdit_ori_right.json has the pid 8",
+        ),
+        ({"txt_topk": "0"}, "field 'txt_topk': expected a list of whole numbers, got str '0'"),
+        ({"txt_topk": [2]}, "field 'txt_topk': pid 2: field 'question': expected a string"),
+    ],
+)
+def test_a_broken_record_of_comprehendedit_is_one_line(tmp_path: Path, changes: Any, said: str) -> None:
+    rows = comprehend(0), comprehend(1, **changes), comprehend(2) | {"question": 3}
+    with pytest.raises(UserError) as caught:
+        ComprehendEditDataset(write_comprehend(tmp_path, *rows))
+    assert caught.value.problems[0].startswith(f"{tmp_path}/eval.json: record 1: {said}")
+
+
+def test_records_that_the_model_gets_right_must_be_there(tmp_path: Path) -> None:
+    path = write(tmp_path, [comprehend(0, ori_rt_img_topk=[0])])
+    with pytest.raises(UserError, match=r"ComprehendEdit_ori_right\.json: file does not exist"):
+        ComprehendEditDataset(path)
+    assert len(ComprehendEditDataset(write(tmp_path, [comprehend(0)], "train.json"))) == 1
+
+
 # ---------------------------------------------------------------- several probes of a name; aliases
 
 
@@ -271,7 +360,11 @@ def test_broken_aliases_are_one_line() -> None:
 
 # ---------------------------------------------------------------- by name: YAML and doctor
 
-FILES: dict[str, list[dict[str, Any]]] = {"mmke_bench": [entity(), visual(), user()], "fgvedit": [fine()]}
+FILES: dict[str, list[dict[str, Any]]] = {
+    "mmke_bench": [entity(), visual(), user()],
+    "comprehend_edit": [comprehend(0, img_topk=[1]), comprehend(1)],
+    "fgvedit": [fine()],
+}
 
 
 def make_hparams(folder: Path, path: Path, layout: str) -> HyperParams:

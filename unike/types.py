@@ -32,7 +32,7 @@ BACKBONES = (
 TRACKERS = ("tensorboard", "wandb")
 ANSWER_ENDS = ("none", "eos", "line_break")
 # Layouts of annotation files; mmedit is VLKEB's and CCKEB's, too.
-LAYOUTS = ("mmedit", "mmke_bench", "mc_mke", "fgvedit")
+LAYOUTS = ("mmedit", "mmke_bench", "mc_mke", "comprehend_edit", "fgvedit")
 PROTOCOLS = ("one_step", "sequential", "cross_task")
 
 Expectation = Literal["target", "unchanged"]

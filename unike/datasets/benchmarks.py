@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
+from unike.datasets.comprehend_edit import COMPREHEND_EDIT
 from unike.datasets.declarations import get_expectation
 from unike.datasets.fgvedit import FGVEDIT
 from unike.datasets.images import PathLike, image_path, lies_outside
@@ -125,6 +126,18 @@ class MCMKEDataset(_LayoutDataset):
     layout: ClassVar[Layout] = MC_MKE
 
 
+class ComprehendEditDataset(_LayoutDataset):
+    """ComprehendEdit (``unike.datasets.comprehend_edit``). Its metrics are reliability, T-Generality, both
+    localities, and in the test file ``kgi`` and ``kpi``, of up to 20 questions each.
+
+    Arguments, attributes and errors are those of ``VQADataset``; ``template`` is that of each record's source
+    if it is not given. There are no rephrased images: methods that are trained on these refuse its train
+    file.
+    """
+
+    layout: ClassVar[Layout] = COMPREHEND_EDIT
+
+
 class FGVEditDataset(_LayoutDataset):
     """FGVEdit (``unike.datasets.fgvedit``). Its metrics are reliability, T-Generality, T-Locality,
     ``fine_generality`` and ``fine_locality``, and ``specificity``, the mean of the last two.
@@ -137,7 +150,7 @@ class FGVEditDataset(_LayoutDataset):
 
 
 DATASETS: dict[str, type[_LayoutDataset]] = {
-    kind.layout.name: kind for kind in (MMKEBenchDataset, MCMKEDataset, FGVEditDataset)
+    kind.layout.name: kind for kind in (MMKEBenchDataset, MCMKEDataset, ComprehendEditDataset, FGVEditDataset)
 }
 LAYOUTS: dict[str, Layout] = {name: kind.layout for name, kind in DATASETS.items()}
 

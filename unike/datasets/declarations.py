@@ -77,6 +77,7 @@ _VLKEB = "VLKEB (Huang et al., NeurIPS 2024)"
 _CCKEB = "CCKEB, of MemEIC (NeurIPS 2025)"
 _MMKE = "MMKE-Bench (Du et al., ICLR 2025), its release's loader"
 _MCMKE = "MC-MKE (ACL 2025 Findings), its release's files and matcher"
+_COMPREHEND = "ComprehendEdit (AAAI 2025), its release's trainer"
 _FGVEDIT = "FGVEdit (Zeng et al., ICCV 2025), its release's editor"
 # Hops of VLKEB's multi-hop questions.
 HOPS = (1, 2, 3, 4)
@@ -155,6 +156,8 @@ _BUILT_IN = (
         "image_generality", "what the target says, rephrased image", "I-Gen", "target", "generality", _MMKE
     ),
     MetricDeclaration("consistency", "consistency", "Cons", "target", "portability", _MCMKE),
+    MetricDeclaration("kgi", "knowledge generalization", "KGI", "target", "generality", _COMPREHEND),
+    MetricDeclaration("kpi", "knowledge preservation", "KPI", "unchanged", "locality", _COMPREHEND),
     MetricDeclaration(
         "fine_generality", "edited object, same image", "Fine Gen", "target", "generality", _FGVEDIT
     ),
