@@ -1,7 +1,7 @@
 """The metrics that datasets declare: what a good edit does to each, its group, and who defined it.
 
-Those of MMEdit, of the hard and derived probes, and of VLKEB stand here. A dataset of your own declares
-others with ``declare_metric``, or in its file of probes (``metrics`` in docs/derived_probes.md). Tables,
+Those of MMEdit, of the hard and derived probes, and of the benchmarks that are read by name stand here. A
+dataset of your own declares others with ``declare_metric``, or in its file of probes (``metrics`` in docs/derived_probes.md). Tables,
 comparisons and reports show every metric that a run has.
 """
 
@@ -146,23 +146,17 @@ _BUILT_IN = (
     MetricDeclaration(
         "compositional_reliability", "compositional reliability", "CompRel", "target", "portability", _CCKEB
     ),
-    MetricDeclaration(
-        "text_reliability", "what the target says, no image", "T-Rel", "target", "reliability", _MMKE
-    ),
-    MetricDeclaration(
-        "image_reliability", "what the target says, edit's image", "I-Rel", "target", "reliability", _MMKE
-    ),
-    MetricDeclaration(
-        "image_generality", "what the target says, rephrased image", "I-Gen", "target", "generality", _MMKE
-    ),
+    MetricDeclaration("text_reliability", "text reliability", "T-Rel", "target", "reliability", _MMKE),
+    MetricDeclaration("image_reliability", "image reliability", "I-Rel", "target", "reliability", _MMKE),
+    MetricDeclaration("image_generality", "image generality", "I-Gen", "target", "generality", _MMKE),
     MetricDeclaration("consistency", "consistency", "Cons", "target", "portability", _MCMKE),
     MetricDeclaration("kgi", "knowledge generalization", "KGI", "target", "generality", _COMPREHEND),
     MetricDeclaration("kpi", "knowledge preservation", "KPI", "unchanged", "locality", _COMPREHEND),
     MetricDeclaration(
-        "fine_generality", "edited object, same image", "Fine Gen", "target", "generality", _FGVEDIT
+        "fine_generality", "fine-grained generality", "Fine Gen", "target", "generality", _FGVEDIT
     ),
     MetricDeclaration(
-        "fine_locality", "other object, same image", "Fine Loc", "unchanged", "locality", _FGVEDIT
+        "fine_locality", "fine-grained locality", "Fine Loc", "unchanged", "locality", _FGVEDIT
     ),
     MetricDeclaration(
         "specificity",
