@@ -1,8 +1,8 @@
 """The metrics that datasets declare: what a good edit does to each, its group, and who defined it.
 
 Those of MMEdit, of the hard and derived probes, and of the benchmarks that are read by name stand here. A
-dataset of your own declares others with ``declare_metric``, or in its file of probes (``metrics`` in docs/derived_probes.md). Tables,
-comparisons and reports show every metric that a run has.
+dataset of your own declares others with ``declare_metric``, or in its file of probes (``metrics`` in
+docs/derived_probes.md). Tables, comparisons and reports show every metric that a run has.
 """
 
 from __future__ import annotations
