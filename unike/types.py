@@ -31,9 +31,12 @@ BACKBONES = (
 )
 TRACKERS = ("tensorboard", "wandb")
 ANSWER_ENDS = ("none", "eos", "line_break")
+# Layouts of annotation files; mmedit is VLKEB's and CCKEB's, too.
+LAYOUTS = ("mmedit", "mmke_bench", "mc_mke", "comprehend_edit", "fgvedit")
 PROTOCOLS = ("one_step", "sequential", "cross_task")
 
 Expectation = Literal["target", "unchanged"]
+Match = Literal["equal", "contains"]
 
 
 class UserError(Exception):
@@ -109,18 +112,28 @@ class KnowledgeItem:
 class Probe:
     """A question asked before and after an edit.
 
-    ``expect`` says what a good edit does to it: gives the ``target``, or leaves it ``unchanged``.
+    ``expect`` says what a good edit does to it: gives the ``target``, or leaves it ``unchanged``. Several
+    probes of a case may have one name: their mean is the case's score. Where a target is expected, a
+    generated answer passes that is equal to it or to one of the ``aliases``, or, with the ``match``
+    ``contains``, that has one of them in it, whatever the case of its letters.
     """
 
     name: str
     query: Query
     expect: Expectation
+    aliases: tuple[str, ...] = ()
+    match: Match = "equal"
 
     def __post_init__(self) -> None:
         _require(isinstance(self.name, str), "probe: name", "a text", self.name)
         _require(isinstance(self.query, Query), f"probe {self.name}: query", "a Query", self.query)
         if not isinstance(self.expect, str) or self.expect not in ("target", "unchanged"):
             raise UserError(f"probe {self.name}: expect: expected 'target' or 'unchanged'")
+        known = isinstance(self.aliases, (tuple, list)) and all(isinstance(a, str) for a in self.aliases)
+        _require(known, f"probe {self.name}: aliases", "a tuple of texts", self.aliases)
+        object.__setattr__(self, "aliases", tuple(self.aliases))
+        if self.match not in ("equal", "contains"):
+            raise UserError(f"probe {self.name}: match: expected 'equal' or 'contains'")
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ BEFORE_OPTIONS: dict[str, object] = {
     "editor_queries": None,
     "gap": None,
     "ike_patches": False,
+    "layout": "mmedit",
     "mend_scale_lr": None,
     "scope_layer": None,
     "scope_overlap": None,

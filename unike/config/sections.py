@@ -33,6 +33,7 @@ from unike.types import (
     ANSWER_ENDS,
     BACKBONES,
     BACKENDS,
+    LAYOUTS,
     METRIC_PRESETS,
     PROTOCOLS,
     TRACKERS,
@@ -425,6 +426,12 @@ class DataOptions(Section):
     """Annotation files and images."""
 
     data: Annotations = option(ANNOTATIONS, "annotation files by task and split", {})
+    layout: str = option(
+        choice(*LAYOUTS),
+        "whose fields the annotations have; mmedit: MMEdit's, VLKEB's and CCKEB's. The others are of the "
+        "task vqa",
+        "mmedit",
+    )
     image_root: str | None = option(nullable(text()), "folder of the images", None, aliases=("coco_image",))
     rephrase_root: str | None = option(
         nullable(text()), "folder of the rephrased images", None, aliases=("rephrase_image",)

@@ -1,8 +1,8 @@
 """The metrics that datasets declare: what a good edit does to each, its group, and who defined it.
 
-Those of MMEdit, of the hard and derived probes, and of VLKEB stand here. A dataset of your own declares
-others with ``declare_metric``, or in its file of probes (``metrics`` in docs/derived_probes.md). Tables,
-comparisons and reports show every metric that a run has.
+Those of MMEdit, of the hard and derived probes, and of the benchmarks that are read by name stand here. A
+dataset of your own declares others with ``declare_metric``, or in its file of probes (``metrics`` in
+docs/derived_probes.md). Tables, comparisons and reports show every metric that a run has.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ class MetricDeclaration:
     """A metric: ``name`` is its probe's, ``title`` and ``short`` are what tables call it.
 
     ``expect`` says what a good edit does to the probe: gives the ``target``, or leaves it ``unchanged``.
-    ``source`` names the publication or file that defines it.
+    ``source`` names the publication or file that defines it. A metric with ``mean_of`` is no probe: it is the
+    mean of those metrics, in records that have them all.
 
     Raises:
         UserError: with a line for each field that is not as said.
@@ -45,6 +46,7 @@ class MetricDeclaration:
     expect: Expectation
     group: MetricGroup
     source: str = ""
+    mean_of: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         at = f"metric {self.name!r}"
@@ -61,8 +63,11 @@ class MetricDeclaration:
             wrong.append(f"{at}: group: expected {', '.join(GROUPS)}, got {self.group!r}")
         if not isinstance(self.source, str):
             wrong.append(f"{at}: source: expected a text")
+        if not isinstance(self.mean_of, (tuple, list)) or not all(isinstance(n, str) for n in self.mean_of):
+            wrong.append(f"{at}: mean_of: expected names of metrics")
         if wrong:
             raise UserError(*wrong)
+        object.__setattr__(self, "mean_of", tuple(self.mean_of))
 
 
 _MMEDIT = "MMEdit (Cheng et al., 2023), the paper's Equations 12 to 20"
@@ -70,6 +75,10 @@ _OURS = "unike, docs/results/how_it_is_measured.md"
 _DEVQA = "De-VQA (arXiv 2511.13243)"
 _VLKEB = "VLKEB (Huang et al., NeurIPS 2024)"
 _CCKEB = "CCKEB, of MemEIC (NeurIPS 2025)"
+_MMKE = "MMKE-Bench (Du et al., ICLR 2025), its release's loader"
+_MCMKE = "MC-MKE (ACL 2025 Findings), its release's files and matcher"
+_COMPREHEND = "ComprehendEdit (AAAI 2025), its release's trainer"
+_FGVEDIT = "FGVEdit (Zeng et al., ICCV 2025), its release's editor"
 # Hops of VLKEB's multi-hop questions.
 HOPS = (1, 2, 3, 4)
 PORTABILITY_METRICS = tuple(f"portability_{hops}_hop" for hops in HOPS)
@@ -137,6 +146,27 @@ _BUILT_IN = (
     MetricDeclaration(
         "compositional_reliability", "compositional reliability", "CompRel", "target", "portability", _CCKEB
     ),
+    MetricDeclaration("text_reliability", "text reliability", "T-Rel", "target", "reliability", _MMKE),
+    MetricDeclaration("image_reliability", "image reliability", "I-Rel", "target", "reliability", _MMKE),
+    MetricDeclaration("image_generality", "image generality", "I-Gen", "target", "generality", _MMKE),
+    MetricDeclaration("consistency", "consistency", "Cons", "target", "portability", _MCMKE),
+    MetricDeclaration("kgi", "knowledge generalization", "KGI", "target", "generality", _COMPREHEND),
+    MetricDeclaration("kpi", "knowledge preservation", "KPI", "unchanged", "locality", _COMPREHEND),
+    MetricDeclaration(
+        "fine_generality", "fine-grained generality", "Fine Gen", "target", "generality", _FGVEDIT
+    ),
+    MetricDeclaration(
+        "fine_locality", "fine-grained locality", "Fine Loc", "unchanged", "locality", _FGVEDIT
+    ),
+    MetricDeclaration(
+        "specificity",
+        "specificity",
+        "Spec",
+        "target",
+        "generality",
+        _FGVEDIT,
+        mean_of=("fine_generality", "fine_locality"),
+    ),
 )
 _DECLARED: dict[str, MetricDeclaration] = {metric.name: metric for metric in _BUILT_IN}
 assert set(METRICS) | set(FURTHER_METRICS) <= _DECLARED.keys()
@@ -167,8 +197,9 @@ def declare_metrics(values: object, at: str) -> None:
     if not isinstance(values, list):
         raise UserError(f"{at}: metrics: expected a list of objects")
     known = {field.name for field in fields(MetricDeclaration)}
+    needed = known - {"source", "mean_of"}
     for i, value in enumerate(values):
-        if not isinstance(value, dict) or not known - {"source"} <= set(value) <= known:
+        if not isinstance(value, dict) or not needed <= set(value) <= known:
             raise UserError(f"{at}: metrics: number {i}: expected an object with {', '.join(sorted(known))}")
         try:
             declare_metric(MetricDeclaration(**value))
@@ -176,7 +207,7 @@ def declare_metrics(values: object, at: str) -> None:
             raise UserError(*(f"{at}: {problem}" for problem in error.problems)) from None
 
 
-def describe_declared() -> list[dict[str, str]]:
+def describe_declared() -> list[dict[str, object]]:
     """The metrics that were declared in this process, as ``declare_metrics`` reads them."""
     return [asdict(metric) for metric in _DECLARED.values() if not is_built_in(metric.name)]
 

@@ -7,7 +7,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, cast
 
@@ -15,17 +15,10 @@ from rich.table import Table
 from rich.text import Text
 
 from unike.datasets.answers import NUMBER_WORDS, normalise_answer
+from unike.datasets.audited import AuditedFile, open_audited
 from unike.datasets.images import PathLike, image_path, lies_outside, open_image
-from unike.datasets.lengths import LONG_TEXT, find_long_fields, require_limit
-from unike.datasets.mmedit import (
-    IMAGE_FIELDS,
-    KNOWN_FIELDS,
-    Annotation,
-    has_nothing_to_edit,
-    list_record_problems,
-    list_unknown_fields,
-    load_records,
-)
+from unike.datasets.lengths import LONG_TEXT, require_limit
+from unike.datasets.mmedit import Annotation, has_nothing_to_edit
 from unike.system.arguments import ArgumentParser
 from unike.system.console import Console
 from unike.system.launching import run_guarded
@@ -161,9 +154,8 @@ def audit(path: PathLike, images: PathLike | None = None, model: PathLike | None
     Raises:
         UserError: one line, if the file or the folder is unusable.
     """
-    records = load_records(path)
-    problems = {index: list_record_problems(record, index) for index, record in enumerate(records)}
-    sound = {i: cast(Annotation, record) for i, record in enumerate(records) if not problems[i]}
+    file = open_audited(path)
+    problems, sound = file.problems, file.sound
     broken = tuple(index for index in problems if index not in sound)
     findings = [
         AuditFinding(
@@ -175,19 +167,23 @@ def audit(path: PathLike, images: PathLike | None = None, model: PathLike | None
         )
     ]
     if images is not None:
-        findings += _find_bad_images(sound, images)
+        findings += _find_bad_images(file, images)
     never = tuple(i for i, record in sound.items() if alt_never_generated(record))
     findings += [
         AuditFinding("never_generated", NEVER_GENERATED, "error", never),
-        _find_long_texts(sound, model),
-        _find_duplicates(records),
-        _find_unknown_fields(records),
+        _find_long_texts(file, model),
+        _find_duplicates(file.records),
+        _find_unknown_fields(file),
     ]
     for name, (meaning, test) in DIRT.items():
         findings.append(
             AuditFinding(name, meaning, "warning", tuple(i for i, record in sound.items() if test(record)))
         )
-    return AuditReport(one_line(path), len(records), tuple(findings))
+    return AuditReport(_name(path, file), len(file.records), tuple(findings))
+
+
+def _name(path: PathLike, file: AuditedFile) -> str:
+    return one_line(path) if file.title == "MMEdit" else f"{one_line(path)} ({file.title})"
 
 
 def find_leakage(train: PathLike, evaluation: PathLike) -> AuditReport:
@@ -196,9 +192,7 @@ def find_leakage(train: PathLike, evaluation: PathLike) -> AuditReport:
     Raises:
         UserError: one line, if a file is unusable.
     """
-    seen = _select_sound(load_records(train)).values()
-    records = load_records(evaluation)
-    sound = _select_sound(records)
+    seen, file = open_audited(train).sound.values(), open_audited(evaluation)
     kinds = {
         "leaked_image": ("image also in train", ("image",)),
         "leaked_m_loc_pair": ("m_loc and m_loc_q also in train", ("m_loc", "m_loc_q")),
@@ -206,21 +200,17 @@ def find_leakage(train: PathLike, evaluation: PathLike) -> AuditReport:
     }
     findings = []
     for name, (meaning, fields) in kinds.items():
-        known = {tuple(record[key] for key in fields) for record in seen}
-        leaked = (i for i, record in sound.items() if tuple(record[key] for key in fields) in known)
+        # Some layouts have no unrelated images.
+        known = {tuple(record.get(key) for key in fields) for record in seen if fields[0] in record}
+        leaked = (i for i, r in file.sound.items() if tuple(r.get(key) for key in fields) in known)
         findings.append(AuditFinding(name, meaning, "warning", tuple(leaked)))
-    return AuditReport(f"{one_line(evaluation)} against {one_line(train)}", len(records), tuple(findings))
+    title = f"{one_line(evaluation)} against {one_line(train)}"
+    return AuditReport(title, len(file.records), tuple(findings))
 
 
-def _select_sound(records: Sequence[object]) -> dict[int, Mapping[str, object]]:
-    """The records that can become a case, by their place in the file."""
-    numbered = enumerate(records)
-    return {i: cast(Mapping[str, object], r) for i, r in numbered if not list_record_problems(r, i)}
-
-
-def _find_long_texts(sound: Mapping[int, Annotation], model: PathLike | None) -> AuditFinding:
+def _find_long_texts(file: AuditedFile, model: PathLike | None) -> AuditFinding:
     limit = None if model is None else require_limit(model)
-    found = {i: find_long_fields(cast(Mapping[str, object], r), limit) for i, r in sound.items()}
+    found = {i: file.find_long(i, limit) for i in file.sound}
     found = {i: lines for i, lines in found.items() if lines}
     details = tuple(f"record {i}: {line}" for i, lines in found.items() for line in lines)
     if limit is None:
@@ -243,22 +233,19 @@ def _find_duplicates(records: Sequence[object]) -> AuditFinding:
     )
 
 
-def _find_unknown_fields(records: Sequence[object]) -> AuditFinding:
-    found = {
-        index: list_unknown_fields(record) for index, record in enumerate(records) if isinstance(record, dict)
-    }
-    found = {index: keys for index, keys in found.items() if keys}
+def _find_unknown_fields(file: AuditedFile) -> AuditFinding:
+    found = {index: keys for index in range(len(file.records)) if (keys := file.list_unknown(index))}
     names = dict.fromkeys(key for keys in found.values() for key in keys)
-    details = tuple(f"field {one_line(repr(key), 80)} is not read{_suggest(key)}" for key in names)
+    details = tuple(f"field {one_line(repr(key), 80)} is not read{_suggest(key, file)}" for key in names)
     return AuditFinding("unknown_fields", "has fields that are not read", "warning", tuple(found), details)
 
 
-def _suggest(key: str) -> str:
-    close = difflib.get_close_matches(key, KNOWN_FIELDS, n=1, cutoff=0.7)
+def _suggest(key: str, file: AuditedFile) -> str:
+    close = difflib.get_close_matches(key, file.known, n=1, cutoff=0.7)
     return f"; is it meant to be {close[0]!r}?" if close else ""
 
 
-def _find_bad_images(sound: Mapping[int, Annotation], images: PathLike) -> list[AuditFinding]:
+def _find_bad_images(file: AuditedFile, images: PathLike) -> list[AuditFinding]:
     if not os.path.isdir(images):
         raise UserError(f"{one_line(images)}: is not a directory; expected the folder of the images")
     kinds = {
@@ -268,8 +255,8 @@ def _find_bad_images(sound: Mapping[int, Annotation], images: PathLike) -> list[
     }
     checked: dict[str, tuple[str, str] | None] = {}
     concerned: dict[str, dict[int, None]] = {kind: {} for kind in kinds}
-    for index, record in sound.items():
-        for name in (record[key] for key in IMAGE_FIELDS if key in record):
+    for index in file.sound:
+        for name in file.images(index):
             if name not in checked:
                 checked[name] = _diagnose_image(images, name)
             problem = checked[name]
@@ -330,10 +317,11 @@ def run(argv: Sequence[str] | None) -> int:
     """Audits what the command line names, and gives its exit code."""
     parser = ArgumentParser(
         prog="python -m unike.datasets.doctor",
-        description="Audit MMEdit annotation files. With two, the second is checked for what it shares "
+        description="Audit annotation files in the layout of MMEdit, or of another benchmark, which is "
+        "recognised by its fields. With two, the second is checked for what it shares "
         "with the first (training before evaluation).",
     )
-    parser.add_argument("files", nargs="+", metavar="FILE", help="a JSON file of MMEdit records")
+    parser.add_argument("files", nargs="+", metavar="FILE", help="a JSON file of records")
     parser.add_argument("--images", metavar="DIR", help="also open every image, under this folder")
     parser.add_argument("--model", metavar="DIR", help="also count tokens, with the tokenizer in this folder")
     parser.add_argument("--json", action="store_true", help="print JSON in place of tables")

@@ -143,15 +143,13 @@ def list_record_problems(record: object, index: int) -> list[str]:
     known are no problem unless they are spelt like one that is missing.
     """
     where = f"record {index}"
-    if not isinstance(record, dict):
-        return [f"{where}: expected an object with the fields of MMEdit, got {_describe(record)}"]
-    if isinstance(record, _RepeatedField):
-        return [f"{where}: field {one_line(repr(record.repeated), 80)} is given twice; expected it once"]
+    if not isinstance(record, dict) or isinstance(record, _RepeatedField):
+        return [f"{where}: {find_shape_problem(record, 'MMEdit')}"]
     needed = list(REQUIRED_FIELDS)
     for pair in PAIRED_FIELDS:
         if any(field in record for field in pair):
             needed += pair
-    problems = [_diagnose_text(record, field) for field in needed]
+    problems = [diagnose_text(record, field) for field in needed]
     if record.get("pred") is not None and not isinstance(record["pred"], str):
         problems.append(f"field 'pred': expected a string or null, got {_describe(record['pred'])}")
     if not isinstance(record.get("joint", False), bool):
@@ -161,14 +159,24 @@ def list_record_problems(record: object, index: int) -> list[str]:
     return [f"{where}: {problem}" for problem in problems if problem]
 
 
-def list_unknown_fields(record: dict[str, object]) -> list[str]:
-    """The record's keys which are no field of MMEdit or of the hard probes."""
-    return [key for key in record if key not in KNOWN_FIELDS]
+def find_shape_problem(record: object, title: str) -> str | None:
+    """What is wrong with a value that should be an object with each field once; None for one."""
+    if not isinstance(record, dict):
+        return f"expected an object with the fields of {title}, got {_describe(record)}"
+    if isinstance(record, _RepeatedField):
+        return f"field {one_line(repr(record.repeated), 80)} is given twice; expected it once"
+    return None
 
 
-def _diagnose_text(record: dict[str, object], field: str) -> str | None:
+def list_unknown_fields(record: dict[str, object], known: Sequence[str] = KNOWN_FIELDS) -> list[str]:
+    """The record's keys which are no field of MMEdit or of the hard probes, or none of the ``known``."""
+    return [key for key in record if key not in known]
+
+
+def diagnose_text(record: dict[str, object], field: str, known: Sequence[str] = KNOWN_FIELDS) -> str | None:
+    """What is wrong with a field that should be a text; None for a sound one."""
     if field not in record:
-        close = difflib.get_close_matches(field, list_unknown_fields(record), n=1, cutoff=0.7)
+        close = difflib.get_close_matches(field, list_unknown_fields(record, known), n=1, cutoff=0.7)
         hint = f"; is {one_line(repr(close[0]), 80)} meant to be {field!r}?" if close else ""
         return f"field {field!r} is missing; expected a string{hint}"
     value = record[field]
@@ -264,10 +272,10 @@ class _MMEditDataset(_CaseSequence):
         self.cleaned = 0
         self._further = [] if probes is None else read_probes(probes, path)
         self._records: list[tuple[int, Annotation]] = []
-        for index, record in enumerate(load_records(path)):
+        for index, record in enumerate(self._read(path)):
             if size is not None and len(self._records) == size:
                 break
-            problems = list_record_problems(record, index)
+            problems = self._list_problems(record, index)
             annotation = cast(Annotation, record)
             if not problems and not allow_outside:
                 problems = self._list_outside_images(annotation, index)
@@ -276,7 +284,7 @@ class _MMEditDataset(_CaseSequence):
                 if not skip_broken:
                     raise UserError(message)
                 self.skipped.append(message)
-            elif clean and has_nothing_to_edit(annotation):
+            elif clean and self._has_nothing_to_edit(annotation):
                 self.cleaned += 1
             else:
                 self._records.append((index, annotation))
@@ -284,6 +292,16 @@ class _MMEditDataset(_CaseSequence):
     def __len__(self) -> int:
         """The number of cases kept."""
         return len(self._records)
+
+    # What another layout than MMEdit's does in its own way.
+    def _read(self, path: PathLike) -> Sequence[object]:
+        return load_records(path)
+
+    def _list_problems(self, record: object, index: int) -> list[str]:
+        return list_record_problems(record, index)
+
+    def _has_nothing_to_edit(self, record: Annotation) -> bool:
+        return has_nothing_to_edit(record)
 
     def _list_outside_images(self, record: Annotation, index: int) -> list[str]:
         """Images of a sound record that lie outside of their folder."""

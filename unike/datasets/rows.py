@@ -99,31 +99,32 @@ def read_file(path: str | os.PathLike[str]) -> list[Any]:
         raise UserError(f"ds: {name}: expected a file that ends in {', '.join(SUFFIXES)}")
     if kind in ("JSON", None):
         return load_records(os.fsdecode(path))
-    text = _read_text(path, name)
-    return _read_lines(text, name) if kind == "JSON lines" else _read_csv(text, name)
+    name = f"ds: {name}"
+    return read_lines(path, name) if kind == "JSON lines" else _read_csv(_read_text(path, name), name)
 
 
 def _read_text(path: str | os.PathLike[str], name: str) -> str:
     if not os.path.isfile(path):
-        raise UserError(f"ds: {name}: no such file; expected rows of fields")
+        raise UserError(f"{name}: no such file; expected rows of fields")
     try:
         if os.path.getsize(path) > FILE_BYTES:
-            raise UserError(f"ds: {name}: more than {FILE_BYTES} bytes; expected a list of records")
+            raise UserError(f"{name}: more than {FILE_BYTES} bytes; expected a list of records")
         return Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"ds: {name}: not UTF-8 text (byte {error.start})") from error
+        raise UserError(f"{name}: not UTF-8 text (byte {error.start})") from error
     except (OSError, ValueError) as error:
-        raise UserError(f"ds: {name}: cannot be read: {one_line(error)}") from error
+        raise UserError(f"{name}: cannot be read: {one_line(error)}") from error
 
 
-def _read_lines(text: str, name: str) -> list[Any]:
+def read_lines(path: str | os.PathLike[str], name: str) -> list[Any]:
+    """The values of a file of JSON lines; UserError beginning with ``name``, with the line."""
     rows = []
-    for number, line in enumerate(text.split("\n"), 1):
+    for number, line in enumerate(_read_text(path, name).split("\n"), 1):
         if line.strip():
             try:
                 rows.append(json.loads(line))
             except (ValueError, RecursionError) as error:
-                raise UserError(f"ds: {name}: line {number}: broken JSON: {one_line(error, 80)}") from error
+                raise UserError(f"{name}: line {number}: broken JSON: {one_line(error, 80)}") from error
     return rows
 
 
@@ -133,13 +134,11 @@ def _read_csv(text: str, name: str) -> list[Any]:
     try:
         for row in reader:
             if row.get(None) or None in row.values():  # type: ignore[call-overload]
-                raise UserError(
-                    f"ds: {name}: line {reader.line_num}: expected as many cells as the header has"
-                )
+                raise UserError(f"{name}: line {reader.line_num}: expected as many cells as the header has")
             # An empty cell is a field that is not given.
             rows.append({key: value for key, value in row.items() if value.strip()})
     except csv.Error as error:
-        raise UserError(f"ds: {name}: line {reader.line_num}: {one_line(error, 80)}") from error
+        raise UserError(f"{name}: line {reader.line_num}: {one_line(error, 80)}") from error
     return rows
 
 

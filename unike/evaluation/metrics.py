@@ -144,12 +144,15 @@ def needs_ranks(names: Sequence[str]) -> bool:
 def score_generated(probe: Probe, before: Prediction, after: Prediction) -> float:
     """Generated value of a probe after an edit, 0 or 1: equal after ``normalise_answer``.
 
-    The decoded text is compared with the target, or, where no change is expected, with what the
-    unedited model generated.
+    The decoded text is compared with the target and the probe's aliases, or, where no change is expected,
+    with what the unedited model generated.
     """
     _check_pair(before, after)
-    expected = _target(probe) if probe.expect == "target" else before.generated
-    return _same_text(after.generated, expected)
+    return (
+        right_text(probe, after)
+        if probe.expect == "target"
+        else _same_text(after.generated, before.generated)
+    )
 
 
 def miss_target(after: Prediction) -> float:
@@ -175,7 +178,7 @@ def base_score(probe: Probe, before: Prediction) -> float:
 def base_score_generated(probe: Probe, before: Prediction) -> float:
     """Generated value of the unedited model; it leaves everything unchanged."""
     _check_base(before)
-    return _same_text(before.generated, _target(probe)) if probe.expect == "target" else 1.0
+    return right_text(probe, before) if probe.expect == "target" else 1.0
 
 
 def right_everywhere(prediction: Prediction) -> float:
@@ -184,8 +187,13 @@ def right_everywhere(prediction: Prediction) -> float:
 
 
 def right_text(probe: Probe, prediction: Prediction) -> float:
-    """1 where the generated text is the probe's own answer, else 0."""
-    return _same_text(prediction.generated, _target(probe))
+    """1 where the generated text is the probe's own answer or an alias, else 0. By a probe's ``match``
+    ``contains`` it has one of them in it: MC-MKE's definition (reroze/MC-MKE, test/single_match.py)."""
+    answers = (_target(probe), *probe.aliases)
+    if probe.match == "contains" and prediction.generated is not None:
+        said = prediction.generated.lower()
+        return float(any(answer.lower().strip() in said for answer in answers if answer.strip()))
+    return max(_same_text(prediction.generated, answer) for answer in answers)
 
 
 def bootstrap_means(

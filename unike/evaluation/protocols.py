@@ -16,6 +16,7 @@ import numpy as np
 from unike.backbones.base import Backbone
 from unike.datasets.lengths import name_long_field
 from unike.edits import Edit
+from unike.evaluation.by_name import average_by_name, combine_scores, keep_first
 from unike.evaluation.metrics import (
     DE_VQA,
     Prediction,
@@ -335,13 +336,13 @@ def _measure(
     before, after = reader.predict_base(case), found.predictions
     probes = list(zip(case.probes, before, after, strict=True))
     names = [probe.name for probe in case.probes]
-    missed = {p.name: miss_target(a) for p, _, a in probes if p.name in DERIVED_METRICS}
+    missed = average_by_name((p.name, miss_target(a)) for p, _, a in probes if p.name in DERIVED_METRICS)
     return replace(
         record,
         scores=_score(case, before, after, reader.generated),
         presets={
             **{
-                name: {p.name: preset_score(name, p, b, a) for p, b, a in probes}
+                name: average_by_name((p.name, preset_score(name, p, b, a)) for p, b, a in probes)
                 for name in reader.presets
                 if name != "paper"
             },
@@ -349,22 +350,22 @@ def _measure(
         },
         base_right=_score_base(case, before, reader.generated),
         decisions={
-            what: {name: round(v, 4) for name, v in zip(names, values, strict=True)}
+            what: {name: round(v, 4) for name, v in average_by_name(zip(names, values, strict=True)).items()}
             for what, values in found.decisions.items()
         },
         retrieved={
             name: {item: round(v, 4) for item, v in items.items()}
-            for name, items in zip(names, found.retrieved, strict=True)
+            for name, items in keep_first(zip(names, found.retrieved, strict=True)).items()
             if items
         },
         answers={
-            probe.name: Answer(
+            name: Answer(
                 probe.query.prompt,
                 probe.query.target,
                 b.generated if reader.generated else backbone.decode(b.predicted_ids),
                 a.generated if reader.generated else backbone.decode(a.predicted_ids),
             )
-            for probe, b, a in probes
+            for name, (probe, b, a) in keep_first((entry[0].name, entry) for entry in probes).items()
         },
     )
 
@@ -372,17 +373,22 @@ def _measure(
 def _score_base(case: Case, before: Sequence[Prediction], generated: bool) -> dict[str, dict[str, float]]:
     """Whether the base model itself answers the locality probes right."""
     unchanged = [(p, b) for p, b in zip(case.probes, before, strict=True) if p.expect == "unchanged"]
-    right = {"teacher_forced": {p.name: right_everywhere(b) for p, b in unchanged}}
-    return right | {"generated": {p.name: right_text(p, b) for p, b in unchanged}} if generated else right
+    right = {"teacher_forced": average_by_name((p.name, right_everywhere(b)) for p, b in unchanged)}
+    if generated:
+        right["generated"] = average_by_name((p.name, right_text(p, b)) for p, b in unchanged)
+    return right
 
 
 def _score(
     case: Case, before: Sequence[Prediction], after: Sequence[Prediction], generated: bool
 ) -> dict[str, dict[str, Score]]:
-    """By evaluation mode and probe."""
-    forced, free = {}, {}
-    for probe, b, a in zip(case.probes, before, after, strict=True):
-        forced[probe.name] = Score(base_score(probe, b), score(probe, b, a))
-        if generated:
-            free[probe.name] = Score(base_score_generated(probe, b), score_generated(probe, b, a))
-    return {"teacher_forced": forced, "generated": free} if generated else {"teacher_forced": forced}
+    """By evaluation mode and metric."""
+    probes = list(zip(case.probes, before, after, strict=True))
+    scores = {
+        "teacher_forced": combine_scores((p.name, base_score(p, b), score(p, b, a)) for p, b, a in probes)
+    }
+    if generated:
+        scores["generated"] = combine_scores(
+            (p.name, base_score_generated(p, b), score_generated(p, b, a)) for p, b, a in probes
+        )
+    return scores

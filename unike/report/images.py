@@ -90,7 +90,10 @@ def find_images(manifest: Mapping[str, object]) -> tuple[ProbeImages, str]:
         return {}, f"No images: {error.problems[0]}."
     return {
         case.request.id: {
-            probe.name: os.fspath(probe.query.image) for probe in case.probes if probe.query.image is not None
+            # Of several probes of a name, records keep the first one's answers.
+            probe.name: os.fspath(probe.query.image)
+            for probe in reversed(case.probes)
+            if probe.query.image is not None
         }
         for case in cases
     }, ""

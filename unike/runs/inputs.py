@@ -12,6 +12,7 @@ from unike.config.combined import TrainSplitOptions
 from unike.config.hparams import HyperParams
 from unike.config.locating import describe_search
 from unike.config.sections import DataOptions, KnowledgeOptions
+from unike.datasets.benchmarks import DATASETS, recognise_layout
 from unike.datasets.images import PathLike
 from unike.datasets.mmedit import CaptionDataset, CapVQADataset, VQADataset
 from unike.datasets.triplets import Triplet, make_triplets
@@ -52,7 +53,7 @@ def list_parts(task: str) -> tuple[str, ...]:
 def find_annotations(hparams: DataOptions, task: str, split: str) -> str:
     """The file under ``data.<task>.<split>``; UserError naming that key where it is missing."""
     at, path = f"{hparams.source}: data.{task}.{split}", (hparams.data.get(task) or {}).get(split)
-    expected = "expected a JSON file in MMEdit's layout"
+    expected = f"expected a JSON file in {_name_layout(hparams)}'s layout"
     if path is None:
         raise UserError(f"{at}: missing; {expected}")
     if os.path.isdir(path):
@@ -62,6 +63,29 @@ def find_annotations(hparams: DataOptions, task: str, split: str) -> str:
         lost = describe_search(path, hparams.source)
         raise UserError(f"{at}: {path}: no such file{lost}; {expected} ({remedy})")
     return path
+
+
+def _name_layout(hparams: DataOptions) -> str:
+    return DATASETS[hparams.layout].layout.title if hparams.layout in DATASETS else "MMEdit"
+
+
+def _check_layout(hparams: DataOptions, task: str) -> None:
+    """UserError where the task has no data of this layout, and where a file is of another one; a warning
+    where it is read as MMEdit's and has more."""
+    if hparams.layout in DATASETS and task != "vqa":
+        raise UserError(
+            f"{hparams.source}: layout: {hparams.layout}: is of the task vqa; expected --task vqa, got {task}"
+        )
+    for name in list_parts(task):
+        path = find_annotations(hparams, name, "eval")
+        found = recognise_layout(path)
+        if found is None or found.name == hparams.layout:
+            continue
+        at = f"{hparams.source}: data.{name}.eval: {path}: has {found.title}'s fields"
+        if hparams.layout not in DATASETS and found.has_mmedit:
+            logger.warning("%s, of which layout: mmedit reads MMEdit's alone; try layout: %s", at, found.name)
+            continue
+        raise UserError(f"{at}; expected layout: {found.name}, got {hparams.layout}")
 
 
 def find_train_annotations(hparams: DataOptions) -> dict[str, str]:
@@ -100,6 +124,7 @@ def open_datasets(
         *(lambda n=name: find_probes(hparams, n) for name in names),
         lambda: _require_roots(hparams),
     )
+    _check_layout(hparams, task)
     # Records without their images are found after reading, so that all must be read.
     dataset = open_eval_split(hparams, task, None if skip_broken else size, skip_broken)
     where = ", ".join(find_annotations(hparams, name, "eval") for name in names)
@@ -124,6 +149,7 @@ def open_eval_split(
     files = {name: find_annotations(hparams, name, "eval") for name in list_parts(task)}
     options = _list_reading_options(hparams)
     return _open(
+        hparams.layout,
         files,
         {
             **options,
@@ -157,7 +183,10 @@ def _list_reading_options(hparams: DataOptions) -> _ReadingOptions:
 
 
 def _open(
-    files: Mapping[str, str], options: _ReadingOptions, probes: Mapping[str, str | None] | None = None
+    layout: str,
+    files: Mapping[str, str],
+    options: _ReadingOptions,
+    probes: Mapping[str, str | None] | None = None,
 ) -> _Dataset:
     """One data set, or both, interleaved, with their further ``probes``."""
     probes = probes or {}
@@ -167,7 +196,7 @@ def _open(
             files["vqa"], files["caption"], **options, vqa_probes=found[0], caption_probes=found[1]
         )
     ((name, path),) = files.items()
-    return _DATASETS[name](path, **options, probes=probes.get(name))
+    return DATASETS.get(layout, _DATASETS[name])(path, **options, probes=probes.get(name))
 
 
 def _require_images(where: str, missing: Sequence[str]) -> None:
@@ -245,4 +274,4 @@ def _open_train_split(hparams: TrainSplitOptions, skip_broken: bool, whole: bool
         raise UserError(f"{hparams.source}: triplets: 0; the method needs some of the train annotations")
     # A record whose own answer is right has no wrong one to learn from.
     options = _list_reading_options(hparams)
-    return _open(files, {**options, "clean": not whole, "skip_broken": skip_broken})
+    return _open(hparams.layout, files, {**options, "clean": not whole, "skip_broken": skip_broken})
