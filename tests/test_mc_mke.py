@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from helpers import save_pictures
-from test_benchmarks import list_probes, make_hparams, write
+from test_other_layouts import list_probes, make_hparams, write
 
 from unike.datasets.benchmarks import MCMKEDataset, recognise_layout
 from unike.datasets.doctor import audit
