@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -37,6 +38,14 @@ def test_bundled_models_and_images_are_found_from_anywhere(tmp_path: Path, monke
     with pytest.raises(UserError, match="no such folder"):
         describe_model("./hugging_cache/none")
     assert not is_bundled(tmp_path)
+
+
+def test_the_readmes_python_runs_in_an_empty_folder(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    exec(compile(code, "README.md", "exec"), {})
+    said = capsys.readouterr().out.split("\n")
+    assert said[:3] == ["deer", "kangaroo", "soccer ball"]
 
 
 def test_a_missing_image_names_the_nearest_one_beside_it(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from unike.backbones.images import content_key, take_image
 from unike.backbones.store import row_key
 from unike.editor.templates import make_wrapper
+from unike.system.shipped import find_shipped
 from unike.system.text import is_unicode, one_line
 from unike.types import Case, EditRequest, Expectation, ImageLike, Probe, Query, UserError
 
@@ -122,7 +123,8 @@ class Values:
 
 
 def locate_image(image: ImageLike | None, root: str | None = None) -> ImageLike | None:
-    """An image as it is kept until it is encoded. A relative path is that of a file, or lies in ``root``.
+    """An image as it is kept until it is encoded. A relative path is that of a file, or lies in ``root``, or is
+    one of the project's own.
 
     UserError, in one line, for what is no image, for a path that leads to no file, and for one that leads
     to two.
@@ -141,6 +143,9 @@ def locate_image(image: ImageLike | None, root: str | None = None) -> ImageLike 
             "expected an absolute path"
         )
     if not here and not there:
+        # The example's images come with an installed package, where the working folder lacks them.
+        if os.path.isfile(shipped := find_shipped(name)):
+            return shipped
         where = "" if below is None else f", here or in image_root ({one_line(root)})"
         raise UserError(f"image: {one_line(name)}: no such image{where}")
     return taken if here or below is None else below
