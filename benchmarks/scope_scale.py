@@ -202,7 +202,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("--width, --records and --steps: expected at least 1")
     torch.set_num_threads(1)
     rows = Measurements("scope_scale")
-    hparams = HyperParams.from_hparams(ROOT / "hparams/scoped/llava.yaml")
+    hparams = HyperParams.from_hparams(ROOT / "hparams/scoped/llava.yaml", ["scope_probes=recombined"])
     # In this order: a peak is that of all before it.
     measure_training(hparams, args.width, args.steps, rows)
     measure_toy(60, rows)

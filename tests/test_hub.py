@@ -30,7 +30,7 @@ NAME = "me/parts"
 PLACES = {
     "knowledge/d75e115d17653689",
     "editors/mend/e3bcde032fc8a886",
-    "scope/ea03822ca3788196",
+    "scope/27876370ecc47e6d",
 }
 FOLDERS = [TINY / "knowledge", TINY / "editors" / "mend", TINY / "scope"]
 
@@ -82,7 +82,7 @@ def test_what_is_pulled_is_what_was_pushed_and_the_yaml_finds_it(pushed: StandIn
     mend = HyperParams.from_hparams(ROOT / "hparams/mend/tiny_blip2.yaml", options[:1])
     assert find_editor(mend) == Path("got/editors/mend/e3bcde032fc8a886")
     scoped = HyperParams.from_hparams(ROOT / "hparams/scoped/tiny_blip2.yaml", options[1:])
-    assert find_scope_classifier(scoped) == Path("got/scope/ea03822ca3788196")
+    assert find_scope_classifier(scoped) == Path("got/scope/27876370ecc47e6d")
     assert not list(Path().glob(".got*"))
 
 
@@ -159,7 +159,7 @@ def flip(data: bytes, at: int = -1) -> bytes:
 KNOWLEDGE, MEND, SCOPE = (
     "knowledge/d75e115d17653689/",
     "editors/mend/e3bcde032fc8a886/",
-    "scope/ea03822ca3788196/",
+    "scope/27876370ecc47e6d/",
 )
 
 
@@ -267,7 +267,7 @@ def test_a_repository_without_parts_is_one_line(hub: StandIn, capsys) -> None:
 
 def test_another_part_in_its_place_is_never_replaced(pushed: StandIn, capsys) -> None:
     capsys.readouterr()
-    mine = Path("got/scope/ea03822ca3788196/scope.json")
+    mine = Path("got/scope/27876370ecc47e6d/scope.json")
     mine.parent.mkdir(parents=True)
     mine.write_text("mine")
     assert run_pull("--into", "got") == 2
@@ -308,7 +308,7 @@ def test_the_card_states_what_the_indexes_know_and_guesses_nothing(pushed: Stand
     assert "Model: not stated." in body
     assert "| knowledge | `knowledge/d75e115d17653689` | `d75e115d17653689` | 4, 5, 6, 7 | 42 |" in body
     assert "`knowledge/d75e115d17653689`: up to 1200 triplets of train questions" in body
-    assert "`scope/ea03822ca3788196`: 1200 train records" in body
+    assert "`scope/27876370ecc47e6d`: 1200 train records" in body
     assert "`editors/mend/e3bcde032fc8a886`: train records: not stated" in body
     assert "editor_rank: 96" in body
     assert "top1 0.4833" in body
@@ -319,7 +319,7 @@ def test_the_card_states_what_the_indexes_know_and_guesses_nothing(pushed: Stand
 
 def save_finished(folder: Path, **changes: object) -> Path:
     records = [ended(i) for i in range(4)]
-    index = json.loads((FOLDERS[2] / "ea03822ca3788196/scope.json").read_text())
+    index = json.loads((FOLDERS[2] / "27876370ecc47e6d/scope.json").read_text())
     save_run(folder, records)
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["hparams"] |= {**index["options"], "name": "Salesforce/blip2-opt-2.7b"} | changes
@@ -348,7 +348,7 @@ def test_a_run_of_other_options_is_refused(hub: StandIn, tmp_path: Path, capsys)
     run = save_finished(tmp_path / "run", scope_steps=7)
     assert run_push(str(FOLDERS[2]), "--run", str(run)) == 2
     line = only_line(capsys)
-    assert "the run had other options than scope/ea03822ca3788196: scope_steps" in line
+    assert "the run had other options than scope/27876370ecc47e6d: scope_steps" in line
     assert not hub.asked
 
 

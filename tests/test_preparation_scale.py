@@ -136,6 +136,7 @@ def write_config(folder: Path) -> HyperParams:
     config = {"text_config": text, "vision_config": vision}
     (folder / "config.json").write_text(json.dumps(config))
     changes = [f"name={folder}", f"scope_dir={folder / 'scope'}", "device=cpu", "dtype=float32"]
+    changes.append("scope_probes=recombined")
     return HyperParams.from_hparams(ROOT / "hparams/scoped/llava.yaml", changes)
 
 
@@ -212,6 +213,7 @@ def test_prepare_checks_without_a_model(
 
 def test_the_benchmark_measures_and_extrapolates(capsys: pytest.CaptureFixture[str]) -> None:
     changes = ["scope_records=40", "scope_batch=4", "scope_width=32", "scope_memory_gb=0.0005"]
+    changes.append("scope_probes=recombined")
     options = HyperParams.from_hparams(ROOT / "hparams/scoped/llava.yaml", changes)
     rows = Measurements("scope_scale")
     scope_scale.measure_training(options, 64, 2, rows)

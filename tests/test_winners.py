@@ -11,6 +11,7 @@ import yaml
 from scripts import winners
 from scripts.plan import BACKBONES, read_plan
 from scripts.tuning import read_tuning
+from unike.config.hparams import HyperParams
 from unike.types import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -39,6 +40,21 @@ def test_the_tables_run_the_best_of_each_methods_trials() -> None:
     for backbone in BACKBONES:
         own = {k: v for k, v in tuned["scoped"][backbone].items() if k.startswith("scope_")}
         assert tuned["gate"][backbone] == own
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_the_shipped_gate_is_the_row_of_the_tables(backbone: str) -> None:
+    """Who runs ``scoped/`` gets what the first page calls UniKE + scope gate. Zeta with a beta of 0 is none;
+    the classifier reads the first edited layer, which the tables name."""
+    named = [r for r in read_plan(tables=["1"], backbones=[backbone]) if r.row.name == "UniKE + scope gate"]
+    shipped = HyperParams.from_hparams(f"hparams/scoped/{backbone}.yaml")
+    of_tables = {"answer_end", "eval_batch", "batch_invariant", "benchmark_version", "metric_presets"}
+    places = {"image_root", "data", "knowledge_dir", "scope_dir", "editor_dir", "seed"}
+    row, own = named[0].hparams.to_dict(), shipped.to_dict()
+    differing = {k for k in row if row[k] != own[k]} - of_tables - places
+    assert differing == {"zeta", "beta", "scope_layer"}
+    assert (row["zeta"], row["beta"], own["zeta"]) == ("truthfulness", 0.0, "none")
+    assert row["scope_layer"] == 4
 
 
 def test_zeta_can_show_where_it_is_compared() -> None:

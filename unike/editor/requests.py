@@ -123,8 +123,8 @@ class Values:
 
 
 def locate_image(image: ImageLike | None, root: str | None = None) -> ImageLike | None:
-    """An image as it is kept until it is encoded. A relative path is that of a file, or lies in ``root``, or is
-    one of the project's own.
+    """An image as it is kept until it is encoded. A relative path is that of a file, lies in ``root``, or
+    is one of the project's own.
 
     UserError, in one line, for what is no image, for a path that leads to no file, and for one that leads
     to two.
