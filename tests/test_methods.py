@@ -53,6 +53,9 @@ def test_an_edit_changes_answers_and_leaves_the_base_bit_for_bit(world: World, r
     assert inside.shape != base_logits.shape or not torch.equal(inside, base_logits)
     assert torch.equal(world.logits(asked), base_logits)
     assert_untouched(backbone, before, hooks)
+    # A view would keep all that it is a part of in memory.
+    kept = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in edit.state_dict().values()}
+    assert sum(kept.values()) <= edit.nbytes
 
 
 @each_row

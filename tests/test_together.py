@@ -54,6 +54,9 @@ def test_edits_made_together_are_those_made_alone(world: World, row) -> None:
     for request, one, other in zip(requests, alone, together, strict=True):
         assert one.info.get("steps") == other.info.get("steps")
         assert one.state_dict().keys() == other.state_dict().keys()
+        # One edit that is kept does not keep the whole batch in memory.
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in other.state_dict().values()}
+        assert sum(storage.nbytes() for storage in storages.values()) <= other.nbytes
         # Its own question among them: GRACE's edits are silent on most others.
         asked = [one.rewrite(query(1)), one.rewrite(query(3)), one.rewrite(request.query)]
         with one.applied(world.backbone):

@@ -51,7 +51,8 @@ def read_own_states(
         for i in layers:
             ffn = y[i].reshape(*state.labels.shape, -1)[row, end:last]
             prompt = x[i][row, : end + 1].clone()
-            found[i] = OwnStates(prompt, prompt[-1], x[i][row, last - ended].clone(), ffn.clone())
+            # A view of the last state would keep those of the whole prompt for as long as the edit lives.
+            found[i] = OwnStates(prompt, prompt[-1].clone(), x[i][row, last - ended].clone(), ffn.clone())
         out.append(found)
     return out
 
