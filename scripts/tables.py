@@ -12,6 +12,7 @@ under ``--output``: an interrupted run continues. Exit code 0, 1 if rows failed,
 from __future__ import annotations
 
 import argparse
+import difflib
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -86,6 +87,7 @@ def _make_block(group: Sequence[Run], plan: TablePlan, styles: Styles) -> Block:
         subject=plan.subject,
         toy=hp.generate_data,
         base_styles=styles.get(run.backbone, {}),
+        not_run=tuple(row.name for row in plan.rows if row.name not in by_row),
     )
 
 
@@ -172,6 +174,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--size", type=int, metavar="N", help="the first N records of each task")
     add("--sequences", type=int, metavar="N", help="at most N sequences of each run")
     add("--seeds", nargs="+", default=[], metavar="N", help="some of the plan's seeds (default: all)")
+    add("--rows", nargs="+", default=[], metavar="NAME", help="some of the tables' rows (default: all)")
     add("--format", choices=FORMATS, default="md")
     add("--jobs", type=int, metavar="N", help="processes; default: one per core, one on a GPU")
     add("--output", default=str(OUTPUT), metavar="DIR", help="where the records are")
@@ -186,10 +189,23 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_intermixed_args(argv)
     args.plan = Path(find_shipped(str(args.plan)))
     # Lists of names take what follows them, overrides too.
-    for names in (args.table, args.backbones, args.seeds):
+    for names in (args.table, args.backbones, args.seeds, args.rows):
         args.overrides += [name for name in names if "=" in name]
         names[:] = [name for name in names if "=" not in name]
     return args
+
+
+def pick_rows(planned: Sequence[Run], names: Sequence[str]) -> list[Run]:
+    """The runs of these rows, or all where none is named. UserError for a name that no row has."""
+    known = list(dict.fromkeys(run.row.name for run in planned))
+    wrong = []
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1, 0.0)
+            wrong.append(f"--rows: {name}: no such row; the nearest is {near[0]!r}")
+    if wrong:
+        raise UserError(*wrong)
+    return [run for run in planned if not names or run.row.name in names]
 
 
 def run(args: argparse.Namespace) -> int:
@@ -214,6 +230,7 @@ def run(args: argparse.Namespace) -> int:
         args.sequences,
         [int(seed) for seed in args.seeds],
     )
+    planned = pick_rows(planned, args.rows)
     if args.write is not None:
         check_pages(args.write, list(dict.fromkeys(run.table for run in planned)))
     outcome = ensure(planned, args.jobs)

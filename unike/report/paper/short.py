@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from unike.evaluation.summary import MODES
 from unike.report.measures import MEASURE_TITLES, Row, compare_rows
 from unike.report.paper.claims import HOLDS, LOST, UNCLEAR, choose_hm8, describe, judge
-from unike.report.paper.tables import Block
+from unike.report.paper.tables import Block, list_not_run
 
 _COLUMNS = tuple((mode, measure) for mode in MODES for measure in ("hm8", "five"))
 
@@ -27,7 +27,8 @@ def write_short(blocks: Sequence[Block], command: str) -> str:
     lines = [[block.title, *(_describe_best(block, *pair) for pair in measures)] for block in own]
     table = "\n".join(f"| {' | '.join(line)} |" for line in [header, ["---"] * len(header), *lines])
     said = f"{own[0].subject} against the best row that is not ours, by paired difference with its interval."
-    return "\n\n".join([said, table, *_list_losses(own, measures), f"Shown by `{command}`."])
+    parts = [said, table, list_not_run(own), *_list_losses(own, measures), f"Shown by `{command}`."]
+    return "\n\n".join(filter(None, parts))
 
 
 def find_subject(block: Block) -> Row | None:

@@ -94,7 +94,8 @@ class Block:
     ``reference`` is the row whose order the paper states, ``subject`` that of ours which the others are
     compared with. ``extras`` adds grids (``presets``, ``means``, ``alpha``, ``bounds``, ``trainings``) and
     verdicts (``best``, ``baselines``). ``toy``: the model is too small to compare with published figures,
-    which is said with each. ``base_styles`` has the base's accuracy by image style.
+    which is said with each. ``base_styles`` has the base's accuracy by image style. ``not_run`` are rows of
+    the table that were left out.
     """
 
     table: str
@@ -111,6 +112,7 @@ class Block:
     subject: str = "UniKE + scope gate"
     toy: bool = False
     base_styles: Mapping[str, float] = field(default_factory=dict)
+    not_run: tuple[str, ...] = ()
 
     def build_grids(self) -> list[Grid]:
         """The paper's five metrics, those beyond them, all in generated mode, results by image style, kind of
@@ -150,7 +152,10 @@ class Block:
 
     @property
     def remark(self) -> str:
-        """Why intervals are missing; empty where none is."""
+        """Which rows were left out, and why intervals are missing; empty where neither is so."""
+        return " ".join(filter(None, (list_not_run([self]), self._explain_dashes())))
+
+    def _explain_dashes(self) -> str:
         lacking = [row for row in self.rows if row.complete and not row.has_intervals]
         if not lacking:
             return ""
@@ -274,6 +279,12 @@ def rewrite_blocks(text: str, name: str, blocks: Mapping[str, str], kind: str = 
     if problems:
         raise UserError(*problems)
     return text
+
+
+def list_not_run(blocks: Sequence[Block]) -> str:
+    """A sentence with the rows that were left out of all of these blocks; empty where there are none."""
+    names = dict.fromkeys(name for block in blocks for name in block.not_run)
+    return f"Not run: {'; '.join(names)}." if names else ""
 
 
 def markdown(block: Block) -> str:
