@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from scripts import pages, tables, trainings
-from scripts.plan import PLAN, read_plan, read_tables
+from scripts.plan import PLAN, read_plan
 from unike.config.hparams import HyperParams
 from unike.evaluation.metrics import harmonic_mean
 from unike.evaluation.record import Record
@@ -421,27 +421,6 @@ def test_a_table_in_short_says_what_is_lost_and_how_to_see_it() -> None:
     held = write_short([block(ours, row("FT", second(10.0)))], "python -m x")
     assert "- none" in held.split("Lost to")[1].split("Cannot be told from")[0]
     assert write_short([block(better)], "python -m x") == ""
-
-
-def test_rows_that_were_left_out_are_named_wherever_a_verdict_stands() -> None:
-    rows = row(SUBJECT, second(70.0), ours=True), row("FT", second(10.0))
-    said = "Not run: KE; MEND."
-    whole, part = block(*rows), block(*rows, not_run=("KE", "MEND"))
-    for text in (markdown(part), write_short([part, whole], "python -m x"), latex(part)):
-        assert text.count(said) == 1
-    assert "Not run" not in markdown(whole) + write_short([whole], "python -m x")
-
-
-def test_some_rows_of_a_table_are_picked_by_name() -> None:
-    planned = read_plan(PLAN, ["1"], ["tiny_blip2"])
-    picked = tables.pick_rows(planned, ["MEND", "KE"])
-    assert {run.row.name for run in picked} == {"KE", "MEND"}
-    assert tables.pick_rows(planned, []) == planned
-    (made,) = {b.not_run for b in tables.make_blocks(picked, read_tables(PLAN))}
-    assert "IKE" in made
-    assert not {"KE", "MEND"} & set(made)
-    with pytest.raises(UserError, match=r"--rows: T-Pacher: no such row; the nearest is 'T-Patcher'$"):
-        tables.pick_rows(planned, ["KE", "T-Pacher"])
 
 
 def test_the_readme_shows_the_best_rivals_found_by_hm8() -> None:
