@@ -20,6 +20,13 @@ from unike.evaluation.metrics import (
     mean_of,
     ngram_entropy,
 )
+from unike.evaluation.numbers import (
+    NumberSummary,
+    count_skipped,
+    summarise_metric_groups,
+    summarise_numbers,
+)
+from unike.evaluation.numbers import Spread as Spread
 from unike.evaluation.record import ABSENT, ByProbe, Record
 from unike.evaluation.titles import SHORT_TITLES as SHORT_TITLES
 from unike.evaluation.titles import TITLES as TITLES
@@ -46,14 +53,6 @@ HARMONIC_TITLES = {
     "all_minimal": "of 8, with minimal pairs",
 }
 MEANS_OF = {"generality": ("t_generality", "m_generality"), "locality": LOCALITY}
-
-
-class Spread(TypedDict):
-    """A mean with the ends of its 95% bootstrap interval."""
-
-    mean: float
-    low: float
-    high: float
 
 
 class Estimate(Spread):
@@ -144,6 +143,9 @@ class Summary(TypedDict, total=False):
     sequences: SequenceCount
     curve: list[CurvePoint]
     groups: dict[str, dict[str, GroupSummary]]
+    metric_groups: dict[str, dict[str, dict[str, BeforeAfter]]]
+    skipped_probes: dict[str, int]
+    numbers: dict[str, dict[str, NumberSummary]]
     interrupted: bool
     peak_memory_bytes: dict[str, int | None]
 
@@ -161,6 +163,9 @@ def summarise(
     the two localities), of ``presets``, and of ``base_right`` (base-model accuracy on the locality probes).
     ``de_vqa`` is there for derived probes: by evaluation mode ``not_target``, the share that is not the
     edit's target, and ``unchanged``, agreement with the base, by cell and ``CELL_GROUPS``.
+    ``metric_groups`` has by ``GROUP_MEANS``, evaluation mode and ``mean`` or ``all`` the mean over records of
+    the mean of their metrics of that group, and the share with every one of them right; ``skipped_probes``
+    the records that lack a metric of these groups. ``numbers`` are of likelihoods, in nats.
     ``fluency`` is the mean n-gram entropy of the generated answers. Failed records count in ``failed`` alone,
     and by reason in ``failures``. ``unreached`` counts the edits that ended at ``max_steps``; None where none
     was trained step by step.
@@ -201,6 +206,11 @@ def summarise(
         summary["de_vqa"] = cells
     if groups := _summarise_groups(done, seed, stratum_of):
         summary["groups"] = groups
+    if found := summarise_metric_groups(sample.estimate, MODES, WHEN):
+        summary["metric_groups"] = found
+        summary["skipped_probes"] = count_skipped(done)
+    if numbers := summarise_numbers(done, sample.estimate_cost):
+        summary["numbers"] = numbers
     if steps:
         summary["sequences"], summary["curve"] = _summarise_sequences(steps, ends)
         summary["sequences"]["n"] = len({sample.place(record) for record in ends})
