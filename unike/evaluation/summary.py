@@ -202,19 +202,28 @@ def summarise(
         "decisions": _average_decisions(done),
         "bytes": _average([r.bytes for r in done]),
     }
-    if cells := {mode: values for mode in MODES if (values := _summarise_cells(sample, mode))}:
-        summary["de_vqa"] = cells
-    if groups := _summarise_groups(done, seed, stratum_of):
-        summary["groups"] = groups
-    if found := summarise_metric_groups(sample.estimate, MODES, WHEN):
-        summary["metric_groups"] = found
-        summary["skipped_probes"] = count_skipped(done)
-    if numbers := summarise_numbers(done, sample.estimate_cost):
-        summary["numbers"] = numbers
+    summary.update(_summarise_further(sample, done, stratum_of))
     if steps:
         summary["sequences"], summary["curve"] = _summarise_sequences(steps, ends)
         summary["sequences"]["n"] = len({sample.place(record) for record in ends})
     return summary
+
+
+def _summarise_further(
+    sample: _Sample, done: Sequence[Record], stratum_of: Mapping[int, int] | None
+) -> Summary:
+    """What some runs alone have: derived cells, groups of records and of metrics, likelihoods."""
+    found: Summary = {}
+    if cells := {mode: values for mode in MODES if (values := _summarise_cells(sample, mode))}:
+        found["de_vqa"] = cells
+    if groups := _summarise_groups(done, sample.seed, stratum_of):
+        found["groups"] = groups
+    if metric_groups := summarise_metric_groups(sample.estimate, MODES, WHEN):
+        found["metric_groups"] = metric_groups
+        found["skipped_probes"] = count_skipped(done)
+    if numbers := summarise_numbers(done, sample.estimate_cost):
+        found["numbers"] = numbers
+    return found
 
 
 class RunningMeans:
