@@ -77,7 +77,10 @@ def test_a_declared_metric_is_known_from_then_on() -> None:
         ({"title": " "}, "title: expected a text"),
         ({"short": 3}, "short: expected a text"),
         ({"expect": "kept"}, "expect: expected target or unchanged, got 'kept'"),
-        ({"group": "other"}, "group: expected reliability, generality, locality, portability, got 'other'"),
+        (
+            {"group": "other"},
+            "group: expected reliability, generality, locality, portability, consistency, got 'other'",
+        ),
         ({"source": None}, "source: expected a text"),
     ],
 )

@@ -115,7 +115,8 @@ class Probe:
     ``expect`` says what a good edit does to it: gives the ``target``, or leaves it ``unchanged``. Several
     probes of a case may have one name: their mean is the case's score. Where a target is expected, a
     generated answer passes that is equal to it or to one of the ``aliases``, or, with the ``match``
-    ``contains``, that has one of them in it, whatever the case of its letters.
+    ``contains``, that has one of them in it, whatever the case of its letters. ``implied`` is what a model
+    answers that still holds the old answer, where that is known.
     """
 
     name: str
@@ -123,6 +124,7 @@ class Probe:
     expect: Expectation
     aliases: tuple[str, ...] = ()
     match: Match = "equal"
+    implied: str | None = None
 
     def __post_init__(self) -> None:
         _require(isinstance(self.name, str), "probe: name", "a text", self.name)
@@ -134,6 +136,8 @@ class Probe:
         object.__setattr__(self, "aliases", tuple(self.aliases))
         if self.match not in ("equal", "contains"):
             raise UserError(f"probe {self.name}: match: expected 'equal' or 'contains'")
+        known = self.implied is None or isinstance(self.implied, str)
+        _require(known, f"probe {self.name}: implied", "a text or None", self.implied)
 
 
 @dataclass(frozen=True)

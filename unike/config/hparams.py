@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from unike.config import combined, easyedit, release, rivals, scope_sections, sections
+from unike.config import combined, easyedit, probe_sections, release, rivals, scope_sections, sections
 from unike.config.locating import locate_paths
 from unike.config.options import OPTIONS
 from unike.config.sections import SPEED
@@ -41,6 +41,7 @@ class HyperParams(
     combined.TrainSplitOptions,
     combined.RunFolderOptions,
     sections.EvaluationOptions,
+    probe_sections.FurtherEvaluationOptions,
     sections.EditBatchOptions,
 ):
     """All options of a run, one attribute for each key of the YAML (see the page on hyper-parameters).

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from unike.config import rivals, scope_sections, sections
+from unike.config import probe_sections, rivals, scope_sections, sections
 from unike.config.live import ExpertOptions
 from unike.config.patcher import NeuronOptions
 from unike.config.schema import Option, Section, list_own_options
@@ -14,6 +14,8 @@ BEFORE_OPTIONS: dict[str, object] = {
     "alpha_overlap": False,
     "answer_end": "none",
     "benchmark_version": 1,
+    "consistency_probes": False,
+    "likelihoods": False,
     "editor_queries": None,
     "gap": None,
     "ike_patches": False,
@@ -95,6 +97,7 @@ SECTIONS: dict[type[Section], str] = {
     sections.DataOptions: "data",
     sections.ProtocolOptions: "protocol",
     sections.EvaluationOptions: "protocol",
+    probe_sections.FurtherEvaluationOptions: "protocol",
     sections.SeedOptions: "run",
     sections.OutputOptions: "run",
     sections.BatchOptions: "run",

@@ -38,7 +38,7 @@ _NEAR, _FAR = ("img_topk", "txt_topk"), ("img_last_topk", "txt_last_topk")
 # By metric, the fields that list its records.
 _LISTS = {"kgi": (*_NEAR, *_FAR), "kpi": tuple(f"ori_rt_{name}" for name in (*_NEAR, *_FAR))}
 # By source, in small letters.
-_TEMPLATES = {
+TEMPLATES = {
     "gqa": VQA_TEMPLATE,
     "tallyqa": "Question: {} Answer with a number. Short answer:",
     "vsr": "Question: Is this description true or false? Description: {} Short answer:",
@@ -93,10 +93,10 @@ def _find_problems(joined: Joined) -> list[str | None]:
 
 def _find_source_problem(record: Mapping[str, Any]) -> str | None:
     source = record.get("source")
-    if not isinstance(source, str) or not source.strip() or source.lower() in _TEMPLATES:
+    if not isinstance(source, str) or not source.strip() or source.lower() in TEMPLATES:
         # What is no text, the check of texts says.
         return None
-    return f"field 'source': expected one of {', '.join(_TEMPLATES)}, got {one_line(source, 40)}"
+    return f"field 'source': expected one of {', '.join(TEMPLATES)}, got {one_line(source, 40)}"
 
 
 def _find_list_problem(record: Mapping[str, Any], name: str, numbered: Mapping[object, object]) -> str | None:
@@ -147,7 +147,7 @@ def _describe(joined: Joined) -> Described:
 
 def _ask(metric: str, record: Mapping[str, Any], text: str) -> Asked:
     """A question about a record's image, in the prompt of its source."""
-    template = _TEMPLATES[record["source"].lower()]
+    template = TEMPLATES[record["source"].lower()]
     return Asked(metric, text, record["answer"], record["image"], template=template)
 
 

@@ -21,8 +21,9 @@ from unike.types import (
     UserError,
 )
 
-# What a metric says of an edit. Portability: the edit's consequences are known, too.
-MetricGroup = Literal["reliability", "generality", "locality", "portability"]
+# What a metric says of an edit. Portability: the edit's consequences are known, too. Consistency: the edit
+# holds however it is asked.
+MetricGroup = Literal["reliability", "generality", "locality", "portability", "consistency"]
 GROUPS: tuple[str, ...] = get_args(MetricGroup)
 EXPECTATIONS: tuple[str, ...] = get_args(Expectation)
 NAME_LENGTH, TITLE_LENGTH = 60, 60
@@ -79,6 +80,17 @@ _MMKE = "MMKE-Bench (Du et al., ICLR 2025), its release's loader"
 _MCMKE = "MC-MKE (ACL 2025 Findings), its release's files and matcher"
 _COMPREHEND = "ComprehendEdit (AAAI 2025), its release's trainer"
 _FGVEDIT = "FGVEdit (Zeng et al., ICCV 2025), its release's editor"
+_CONSISTENCY = "unike, docs/consistency_probes.md"
+# Names of the probes that are made of a record's own question, target and old answer, with their titles.
+CONSISTENCY_METRICS = (
+    ("affirmed_new", "target affirmed", "Aff new"),
+    ("affirmed_old", "old answer denied", "Aff old"),
+    ("negated_new", "negated target denied", "Neg new"),
+    ("negated_old", "negated old answer affirmed", "Neg old"),
+    ("negated_question", "negated yes/no question", "Neg Q"),
+    ("choice", "new or old answer", "Choice"),
+    ("choice_neither", "new or old answer, or neither", "Choice of 3"),
+)
 # Hops of VLKEB's multi-hop questions.
 HOPS = (1, 2, 3, 4)
 PORTABILITY_METRICS = tuple(f"portability_{hops}_hop" for hops in HOPS)
@@ -167,6 +179,10 @@ _BUILT_IN = (
         _FGVEDIT,
         mean_of=("fine_generality", "fine_locality"),
     ),
+    *(
+        MetricDeclaration(name, title, short, "target", "consistency", _CONSISTENCY)
+        for name, title, short in CONSISTENCY_METRICS
+    ),
 )
 _DECLARED: dict[str, MetricDeclaration] = {metric.name: metric for metric in _BUILT_IN}
 assert set(METRICS) | set(FURTHER_METRICS) <= _DECLARED.keys()
@@ -215,6 +231,11 @@ def describe_declared() -> list[dict[str, object]]:
 def find_metric(name: str) -> MetricDeclaration | None:
     """The declared metric of that name."""
     return _DECLARED.get(name)
+
+
+def list_group(group: MetricGroup) -> list[str]:
+    """Names of the declared metrics of a group, in the order of the tables."""
+    return [metric.name for metric in _DECLARED.values() if metric.group == group]
 
 
 def is_built_in(name: str) -> bool:

@@ -15,6 +15,7 @@ from unike import runs
 from unike.backbones.base import Backbone
 from unike.backbones.loading import load_backbone
 from unike.config.hparams import HyperParams
+from unike.datasets.consistency import ask_consistency
 from unike.datasets.triplets import Triplet, make_triplets
 from unike.editor.arguments import (
     NAMED,
@@ -353,6 +354,8 @@ class MultimodalEditor:
             unknown,
         )
         cases = read_cases(ds, self.hparams, given["template"])
+        if self.hparams.consistency_probes:
+            cases = ask_consistency(cases, self.hparams.source)
         with self._slot.guard.hold():
             self.prepare(self._read_train_cases(given["train_ds"]))
             return self._edit_all(

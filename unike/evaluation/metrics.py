@@ -196,6 +196,11 @@ def right_text(probe: Probe, prediction: Prediction) -> float:
     return max(_same_text(prediction.generated, answer) for answer in answers)
 
 
+def holds_old(probe: Probe, prediction: Prediction) -> float:
+    """1 where the generated text is the probe's ``implied`` answer, else 0."""
+    return _same_text(prediction.generated, probe.implied)
+
+
 def bootstrap_means(
     values: Sequence[float],
     seed: int,

@@ -22,6 +22,7 @@ from unike.evaluation.metrics import (
     Prediction,
     base_score,
     base_score_generated,
+    holds_old,
     miss_target,
     preset_score,
     right_everywhere,
@@ -67,8 +68,9 @@ def run_one_step(
         reason = "out of memory" if full else str(error)
         return Outcome(_describe_failure(case, reason, time.perf_counter() - started))
     seconds = time.perf_counter() - started
-    found = reader.predict_edited(case, edit if history is None else history | edit, before)
-    return Outcome(_measure(_describe_edit(case, edit, seconds), backbone, case, found, reader), edit)
+    whole = edit if history is None else history | edit
+    found = reader.predict_edited(case, whole, before)
+    return Outcome(_measure(_describe_edit(case, edit, seconds), backbone, case, found, reader, whole), edit)
 
 
 def run_one_step_batch(
@@ -96,7 +98,7 @@ def run_one_step_batch(
             out.append(Outcome(_describe_failure(case, str(edit), seconds)))
         else:
             record = _describe_edit(case, edit, seconds)
-            out.append(Outcome(_measure(record, backbone, case, next(found), reader), edit))
+            out.append(Outcome(_measure(record, backbone, case, next(found), reader, edit), edit))
     return out
 
 
@@ -286,7 +288,7 @@ def _finish(
             if isinstance(predicted, str):
                 final = _mark_failed(final, predicted)
             else:
-                final = _measure(final, backbone, case, predicted, reader)
+                final = _measure(final, backbone, case, predicted, reader, whole)
         yield Outcome(final)
 
 
@@ -330,9 +332,9 @@ def _mark_failed(record: Record, reason: str) -> Record:
 
 
 def _measure(
-    record: Record, backbone: Backbone, case: Case, found: CasePredictions, reader: Reader
+    record: Record, backbone: Backbone, case: Case, found: CasePredictions, reader: Reader, edit: Edit
 ) -> Record:
-    """The record with what its case's probes gave before and after the edit."""
+    """The record with what its case's probes gave before and after ``edit``, all that is applied."""
     before, after = reader.predict_base(case), found.predictions
     probes = list(zip(case.probes, before, after, strict=True))
     names = [probe.name for probe in case.probes]
@@ -349,6 +351,7 @@ def _measure(
             **({DE_VQA: missed} if missed else {}),
         },
         base_right=_score_base(case, before, reader.generated),
+        numbers=reader.measure_numbers(case, edit) or ABSENT,
         decisions={
             what: {name: round(v, 4) for name, v in average_by_name(zip(names, values, strict=True)).items()}
             for what, values in found.decisions.items()
@@ -371,11 +374,16 @@ def _measure(
 
 
 def _score_base(case: Case, before: Sequence[Prediction], generated: bool) -> dict[str, dict[str, float]]:
-    """Whether the base model itself answers the locality probes right."""
+    """Whether the base model itself answers the locality probes right, and, as it decodes them, those that
+    have an ``implied`` answer as its old answer implies."""
     unchanged = [(p, b) for p, b in zip(case.probes, before, strict=True) if p.expect == "unchanged"]
     right = {"teacher_forced": average_by_name((p.name, right_everywhere(b)) for p, b in unchanged)}
     if generated:
-        right["generated"] = average_by_name((p.name, right_text(p, b)) for p, b in unchanged)
+        implied = [(p, b) for p, b in zip(case.probes, before, strict=True) if p.implied is not None]
+        right["generated"] = average_by_name(
+            (p.name, holds_old(p, b) if p.implied is not None else right_text(p, b))
+            for p, b in (*unchanged, *implied)
+        )
     return right
 
 

@@ -17,7 +17,9 @@ from unike.backbones.base import IGNORED, Backbone, Batch, PrefixState, encode_q
 from unike.backbones.guard import Guard
 from unike.backbones.prefix import PrefixCache
 from unike.edits import Edit, EditBatch
+from unike.evaluation.likelihoods import measure_likelihoods
 from unike.evaluation.metrics import RANKS, Prediction, needs_ranks
+from unike.evaluation.record import Change
 from unike.types import Case, Query
 
 V = TypeVar("V")
@@ -68,9 +70,11 @@ class Reader:
         prefixes: PrefixCache,
         generated: bool = True,
         presets: Sequence[str] = ("paper",),
+        likelihoods: bool = False,
     ) -> None:
         self.backbone, self.prefixes, self.generated = backbone, prefixes, generated
         self.presets = tuple(presets)
+        self.likelihoods = likelihoods
         self.decoded = 0
         self._ranks = needs_ranks(self.presets)
         self._base: dict[str, tuple[Prediction, ...]] = {}
@@ -149,6 +153,14 @@ class Reader:
                 flat = [d for draft in drafts for d in draft]
                 out += self._predict_together(some, own, together, flat)
         return out
+
+    def measure_numbers(self, case: Case, edit: Edit) -> dict[str, dict[str, Change]]:
+        """The case's margins and divergences under ``edit``, by name and probe; none where they are not
+        asked for. Each case by itself: its numbers are the same whatever is evaluated with it."""
+        if not self.likelihoods:
+            return {}
+        with self._bare():
+            return measure_likelihoods(self.backbone, self.prefixes, case, edit)
 
     def _split(self, cases: Sequence[Case]) -> Iterator[list[Case]]:
         """The cases by forward pass: one each where states must not depend on their batch, else as many

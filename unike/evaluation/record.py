@@ -17,6 +17,8 @@ RecordKind = Literal["step", "final"]
 ByProbe = Mapping[str, float | None]
 # A part that a record lacks: empty to its readers, and not written.
 ABSENT: Mapping[str, Any] = MappingProxyType({})
+# Names of a record's numbers.
+MARGIN, KL = "margin", "kl"
 # Beyond any that is measured, and low enough to be summed up.
 _LARGEST = 1e100
 # A mean of ones may come out a little above 1.
@@ -33,6 +35,14 @@ class Score:
 
     before: float | None
     after: float
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A probe's number before and after the edit, of any size; None where there is none."""
+
+    before: float | None
+    after: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +74,11 @@ class Record:
     a file that are unknown here are in it, too. The record's own keys (``OWN``) are never taken from it.
     ``seconds`` is the edit's time, ``bytes`` the size of what is applied.
 
-    ``scores`` and ``base_right`` (whether the base model answers the locality probes right) are by evaluation
+    ``scores`` and ``base_right`` (whether the base model answers the locality probes right, and those of
+    consistency as its old answer implies) are by evaluation
     mode, then by probe; ``presets`` and ``decisions`` by name, then by probe; ``retrieved`` by probe, then by
-    item; ``groups`` are the case's. A step's ``former`` are means after the edit, by metric, over the
+    item; ``groups`` are the case's. ``numbers`` are those of ``unike.evaluation.likelihoods``, in nats, by
+    name, then by probe. A step's ``former`` are means after the edit, by metric, over the
     ``former_cases`` before it.
     """
 
@@ -83,6 +95,7 @@ class Record:
     former_cases: float | None = None
     presets: Mapping[str, ByProbe] = field(default_factory=_get_absent)
     base_right: Mapping[str, ByProbe] = field(default_factory=_get_absent)
+    numbers: Mapping[str, Mapping[str, Change]] = field(default_factory=_get_absent)
     decisions: Mapping[str, ByProbe] = field(default_factory=_get_absent)
     retrieved: Mapping[str, ByProbe] = field(default_factory=_get_absent)
     answers: Mapping[str, Answer] = field(default_factory=_get_absent)
@@ -155,6 +168,7 @@ class Record:
             former_cases=read("former_cases", _read_number, None),
             presets=read("presets", _read_each(_read_each(_read_share)), ABSENT),
             base_right=read("base_right", _read_each(_read_each(_read_share)), ABSENT),
+            numbers=read("numbers", _read_each(_read_each(_read_change)), ABSENT),
             decisions=read("decisions", _read_each(_read_each(_read_number)), ABSENT),
             retrieved=read("retrieved", _read_each(_read_each(_read_number)), ABSENT),
             answers=read("answers", _read_each(_read_answer), ABSENT),
@@ -170,6 +184,10 @@ class Record:
             mode: {probe: {"before": s.before, "after": s.after} for probe, s in by_probe.items()}
             for mode, by_probe in self.scores.items()
         }
+        numbers = {
+            name: {probe: {"before": c.before, "after": c.after} for probe, c in by_probe.items()}
+            for name, by_probe in self.numbers.items()
+        }
         answers = {
             probe: {"prompt": a.prompt, "target": a.target, "before": a.before, "after": a.after}
             for probe, a in self.answers.items()
@@ -180,6 +198,7 @@ class Record:
             "former_cases": self.former_cases,
             "presets": self.presets,
             "base_right": self.base_right,
+            "numbers": numbers if self.numbers is not ABSENT else ABSENT,
             "decisions": self.decisions,
             "retrieved": self.retrieved,
             "answers": answers if self.answers is not ABSENT else ABSENT,
@@ -292,6 +311,11 @@ def _read_status(value: object) -> Status | None:
 def _read_score(value: object) -> Score:
     values = _read_each(_read_share)(value)
     return Score(values["before"], _read_measured(values["after"]))
+
+
+def _read_change(value: object) -> Change:
+    values = _read_each(_read_number)(value)
+    return Change(values["before"], values["after"])
 
 
 def _read_answer(value: object) -> Answer:

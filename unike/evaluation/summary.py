@@ -20,6 +20,13 @@ from unike.evaluation.metrics import (
     mean_of,
     ngram_entropy,
 )
+from unike.evaluation.numbers import (
+    NumberSummary,
+    count_skipped,
+    summarise_metric_groups,
+    summarise_numbers,
+)
+from unike.evaluation.numbers import Spread as Spread
 from unike.evaluation.record import ABSENT, ByProbe, Record
 from unike.evaluation.titles import SHORT_TITLES as SHORT_TITLES
 from unike.evaluation.titles import TITLES as TITLES
@@ -46,14 +53,6 @@ HARMONIC_TITLES = {
     "all_minimal": "of 8, with minimal pairs",
 }
 MEANS_OF = {"generality": ("t_generality", "m_generality"), "locality": LOCALITY}
-
-
-class Spread(TypedDict):
-    """A mean with the ends of its 95% bootstrap interval."""
-
-    mean: float
-    low: float
-    high: float
 
 
 class Estimate(Spread):
@@ -144,6 +143,9 @@ class Summary(TypedDict, total=False):
     sequences: SequenceCount
     curve: list[CurvePoint]
     groups: dict[str, dict[str, GroupSummary]]
+    metric_groups: dict[str, dict[str, dict[str, BeforeAfter]]]
+    skipped_probes: dict[str, int]
+    numbers: dict[str, dict[str, NumberSummary]]
     interrupted: bool
     peak_memory_bytes: dict[str, int | None]
 
@@ -161,6 +163,9 @@ def summarise(
     the two localities), of ``presets``, and of ``base_right`` (base-model accuracy on the locality probes).
     ``de_vqa`` is there for derived probes: by evaluation mode ``not_target``, the share that is not the
     edit's target, and ``unchanged``, agreement with the base, by cell and ``CELL_GROUPS``.
+    ``metric_groups`` has by ``GROUP_MEANS``, evaluation mode and ``mean`` or ``all`` the mean over records of
+    the mean of their metrics of that group, and the share with every one of them right; ``skipped_probes``
+    the records that lack a metric of these groups. ``numbers`` are of likelihoods, in nats.
     ``fluency`` is the mean n-gram entropy of the generated answers. Failed records count in ``failed`` alone,
     and by reason in ``failures``. ``unreached`` counts the edits that ended at ``max_steps``; None where none
     was trained step by step.
@@ -197,14 +202,28 @@ def summarise(
         "decisions": _average_decisions(done),
         "bytes": _average([r.bytes for r in done]),
     }
-    if cells := {mode: values for mode in MODES if (values := _summarise_cells(sample, mode))}:
-        summary["de_vqa"] = cells
-    if groups := _summarise_groups(done, seed, stratum_of):
-        summary["groups"] = groups
+    summary.update(_summarise_further(sample, done, stratum_of))
     if steps:
         summary["sequences"], summary["curve"] = _summarise_sequences(steps, ends)
         summary["sequences"]["n"] = len({sample.place(record) for record in ends})
     return summary
+
+
+def _summarise_further(
+    sample: _Sample, done: Sequence[Record], stratum_of: Mapping[int, int] | None
+) -> Summary:
+    """What some runs alone have: derived cells, groups of records and of metrics, likelihoods."""
+    found: Summary = {}
+    if cells := {mode: values for mode in MODES if (values := _summarise_cells(sample, mode))}:
+        found["de_vqa"] = cells
+    if groups := _summarise_groups(done, sample.seed, stratum_of):
+        found["groups"] = groups
+    if metric_groups := summarise_metric_groups(sample.estimate, MODES, WHEN):
+        found["metric_groups"] = metric_groups
+        found["skipped_probes"] = count_skipped(done)
+    if numbers := summarise_numbers(done, sample.estimate_cost):
+        found["numbers"] = numbers
+    return found
 
 
 class RunningMeans:

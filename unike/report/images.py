@@ -5,15 +5,16 @@ from __future__ import annotations
 import base64
 import io
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from PIL import Image
 
 from unike.config.hparams import OPTIONS, HyperParams
+from unike.datasets.consistency import ConsistencyCases
 from unike.datasets.images import open_image
 from unike.runs.inputs import find_annotations, list_parts, open_eval_split
 from unike.system.files import compute_sha256
-from unike.types import UserError
+from unike.types import Case, UserError
 
 # The longer side of an image, where a page has at most so many of them.
 SIDES = ((150, 320), (600, 224), (2000, 160))
@@ -85,7 +86,9 @@ def find_images(manifest: Mapping[str, object]) -> tuple[ProbeImages, str]:
             path = find_annotations(hparams, name, "eval")
             if compute_sha256(path) != checksums.get(f"data.{name}.eval"):
                 raise UserError(f"{path} has changed since the run")
-        cases = open_eval_split(hparams, task, skip_broken=True)
+        cases: Sequence[Case] = open_eval_split(hparams, task, skip_broken=True)
+        if hparams.consistency_probes:
+            cases = ConsistencyCases(cases)
     except UserError as error:
         return {}, f"No images: {error.problems[0]}."
     return {

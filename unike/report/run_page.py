@@ -31,11 +31,14 @@ from unike.report.page import (
     write_page,
 )
 from unike.report.terminal import (
+    NUMBERS_HEADER,
     as_text,
     describe_costs,
     format_before,
     list_failures,
+    list_number_rows,
     list_summary_rows,
+    numbers_table,
     summary_table,
 )
 from unike.report.verdict import judge_run
@@ -93,6 +96,8 @@ def write_report(
 def show(summary: Summary, directory: Path, page: bool) -> None:
     """Prints a run's table and where its records are and, with ``page``, the page that is written of them."""
     print(as_text(summary_table(summary, directory.name)))
+    if (numbers := numbers_table(summary)) is not None:
+        print(as_text(numbers))
     print("".join(f"{line}\n" for line in list_failures(summary)), end="")
     print(f"records: {directory}" + (f"\nreport: {write_report(directory)}" if page else ""))
 
@@ -118,7 +123,7 @@ def build_run_page(folder: Path, most: int = MOST_CASES) -> HtmlPage:
     return HtmlPage(
         title=one_line(folder.resolve().name, 80),
         lead=_write_lead(summary, hparams, mode),
-        tables=(_build_table(summary),),
+        tables=(_build_table(summary), *_build_numbers(summary)),
         charts=tuple(charts),
         cases=views,
         sorts=list_sorts(views),
@@ -354,6 +359,13 @@ def _build_table(summary: Summary) -> TableView:
         _TABLE_KEY,
         "No record has scores.",
     )
+
+
+def _build_numbers(summary: Summary) -> list[TableView]:
+    """The table of likelihoods, where the run has some."""
+    rows = tuple(tuple(map(Cell, row)) for row in list_number_rows(summary))
+    header = tuple(Cell(title, tuple(more)) for title, *more in (h.split("\n") for h in NUMBERS_HEADER))
+    return [TableView("Likelihoods, in nats", header, rows)] if rows else []
 
 
 def _build_cell(found: Estimate | None) -> Cell:

@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from unike.datasets.declarations import find_metric
+from unike.evaluation.numbers import NUMBER_TITLES
 from unike.evaluation.summary import (
     CELL_GROUPS,
     HARMONIC,
@@ -73,6 +75,7 @@ def list_summary_rows(summary: Summary) -> list[SummaryRow]:
             if entry := preset["metrics"].get(metric):
                 rows.append(SummaryRow(f"{TITLES[metric]}, {name}", None, (entry, None), further=True))
     rows += _build_cell_rows(summary)
+    rows += _build_group_rows(summary)
     for name, title in HARMONIC_TITLES.items():
         means = {mode: v[name] for mode, v in summary.get("harmonic_mean", {}).items() if name in v}
         if means:
@@ -97,6 +100,20 @@ def _build_cell_rows(summary: Summary) -> list[SummaryRow]:
     return rows
 
 
+def _build_group_rows(summary: Summary) -> list[SummaryRow]:
+    """Metric groups that are summed up, and how often the base itself answers as its old answer implies."""
+    rows = []
+    for group, modes in summary.get("metric_groups", {}).items():
+        for name, words in (("mean", "mean of its metrics"), ("all", "all of its metrics right")):
+            found = {mode: values[name] for mode, values in modes.items() if name in values}
+            rows.append(_build_row(f"{group}, {words}", found, further=True))
+        base = summary.get("base_right", {}).get(MODES[1], {})
+        for metric in (name for name in base if (known := find_metric(name)) and known.group == group):
+            before = (None, base[metric])
+            rows.append(SummaryRow(f"{TITLES[metric]}: base as before", before, (None, None), further=True))
+    return rows
+
+
 def format_before(row: SummaryRow) -> str:
     """The means before the edit, by evaluation mode."""
     return _NOTHING if row.before is None else " / ".join(map(_format_percent, row.before))
@@ -110,6 +127,40 @@ def summary_table(summary: Summary, title: str) -> Table:
         table.add_column(heading, justify="right" if i else "left", no_wrap=i > 0)
     for name, *cells in build_summary_rows(summary):
         table.add_row(*map(Text, (name, *cells)))
+    return table
+
+
+NUMBERS_HEADER = ("number", "before", "after\n[95% interval]", "above 0, %\nbefore / after")
+
+
+def list_number_rows(summary: Summary) -> list[tuple[str, ...]]:
+    """The texts of the table of likelihoods below ``NUMBERS_HEADER``: a row per number and probe, in nats."""
+    rows: list[tuple[str, ...]] = []
+    for name, probes in summary.get("numbers", {}).items():
+        for probe, found in probes.items():
+            title = f"{NUMBER_TITLES.get(name, name)}, {TITLES.get(probe, probe)}"
+            before, after, share = found.get("before"), found.get("after"), found.get("positive")
+            rows.append(
+                (
+                    title,
+                    f"{before['mean']:.3f}" if before else _NOTHING,
+                    f"{after['mean']:.3f} [{after['low']:.3f}, {after['high']:.3f}]" if after else _NOTHING,
+                    f"{share['before']:.1f} / {share['after']:.1f}" if share else _NOTHING,
+                )
+            )
+    return rows
+
+
+def numbers_table(summary: Summary) -> Table | None:
+    """Likelihoods before and after the edit, in nats; None where the run has none."""
+    rows = list_number_rows(summary)
+    if not rows:
+        return None
+    table = Table(title=Text("Likelihoods, in nats"), box=box.SIMPLE_HEAD)
+    for i, heading in enumerate(NUMBERS_HEADER):
+        table.add_column(heading, justify="right" if i else "left", no_wrap=i > 0)
+    for row in rows:
+        table.add_row(*map(Text, row))
     return table
 
 

@@ -40,7 +40,8 @@ class Parts:
 
     def make_reader(self, generated: bool = True) -> Reader:
         """Evaluates probes. Keeps the base model's predictions by case id: make a new one for other cases."""
-        return Reader(self.backbone, self.prefixes, generated, self.hparams.metric_presets)
+        hp = self.hparams
+        return Reader(self.backbone, self.prefixes, generated, hp.metric_presets, hp.likelihoods)
 
 
 def prepare(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Protocol
 
 from unike.config.hparams import HyperParams
+from unike.datasets.consistency import ask_consistency
 from unike.datasets.declarations import describe_declared
 from unike.edits import EditStore
 from unike.evaluation.protocols import Outcome
@@ -112,6 +113,8 @@ def run_cases(
     ``skip_broken`` counts these as failed.
     """
     reader, hp = reader or parts.make_reader(generated), parts.hparams
+    if hp.consistency_probes:
+        cases = ask_consistency(cases, hp.source)
     if store is not None and store.backbone not in (None, parts.backbone.fingerprint):
         raise UserError(f"{store.folder}: holds edits of another model; name another --save_edits")
     done, shared = writer.list_done(), SharedRun(writer)
