@@ -24,6 +24,8 @@ from unike.datasets.consistency import (
     negate_question,
 )
 from unike.datasets.declarations import find_metric, list_group
+from unike.datasets.mmedit import VQADataset
+from unike.editor import MultimodalEditor
 from unike.evaluation.summary import HARMONIC_OF, summarise
 from unike.report.compare import compare
 from unike.report.run_page import build_run_page, show
@@ -262,3 +264,12 @@ def test_tables_have_the_group_and_what_the_base_holds(
     assert [table.caption for table in build_run_page(runs["off"]).tables] == ["Metrics, in percent"]
     show(summary, runs["on"], page=False)
     assert "KL divergence from the base, T-Locality" in capsys.readouterr().out
+
+
+def test_the_editor_asks_them_too(project: Project) -> None:
+    hparams = make_hparams(project, consistency_probes=True, likelihoods=True)
+    editor = MultimodalEditor(hparams, load_backbone(hparams))
+    dataset = VQADataset(project.data / "vqa_eval.json", project.data, size=1)
+    _, _, summary = editor.edit_dataset(dataset, generated=False, verbose=False)
+    assert set(list_group("consistency")) - {"negated_question"} <= summary["metrics"].keys()
+    assert summary["numbers"]["margin"].keys() == {"reliability", "t_generality", "m_generality"}
