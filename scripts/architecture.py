@@ -47,6 +47,10 @@ ROOMS: dict[str, tuple[str, str]] = {
         "does, the data doctor",
         "a reader for another benchmark, or a check of annotations",
     ),
+    "scoring": (
+        "free answers scored by name: exact, contains, token F1, ROUGE-L; their form; aliases from a file",
+        "a scorer: one entry of `scorers.py`",
+    ),
     "knowledge": (
         "section 3 of the paper in tensors: patch, adapter, encoders, knowledge memory, scope classifier; "
         "FAISS and pairs on disk",

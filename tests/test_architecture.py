@@ -34,8 +34,8 @@ TEXT = files(
 # Ground first: a room may import itself and what stands before it. Entry points (``__main__``) and the
 # package's public names stand at the end, where nothing imports them.
 ROOMS = (
-    "types", "system", "config", "datasets", "knowledge", "backbones", "edits", "methods", "evaluation",
-    "runs", "report", "editor", "easyedit", "ask", "own", "tables", "fetch", "hub", "demo", "command", "",
+    *"types system config datasets scoring knowledge backbones edits methods evaluation runs report".split(),
+    *"editor easyedit ask own tables fetch hub demo command".split(), "",
 )  # fmt: skip
 # Methods and edits see of a backbone its protocol, never a concrete one.
 SEES_PROTOCOL = ("edits", "methods")

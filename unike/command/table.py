@@ -47,6 +47,7 @@ COMMANDS = {
     "Finished runs": (
         Command("report", "writes an HTML report", _RUN_B, "unike.report.__main__:main"),
         Command("compare", "compares two runs", f"{_RUN_A} {_RUN_B}", "unike.tables:main", ("compare",)),
+        Command("score", "scores answers in other ways", _RUN_B, "unike.command.score:run"),
         Command("tables", "fills the paper's tables", "--table 1 --size 5", "scripts.tables:main"),
     ),
     "Saved edits": (

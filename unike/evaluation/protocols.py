@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from unike.backbones.base import Backbone
+from unike.datasets.declarations import get_expectation
 from unike.datasets.lengths import name_long_field
 from unike.edits import Edit
 from unike.evaluation.by_name import average_by_name, combine_scores, keep_first
@@ -34,7 +35,7 @@ from unike.evaluation.reader import CasePredictions, Reader
 from unike.evaluation.record import ABSENT, Answer, Place, Record, RecordKind, Score
 from unike.methods.base import EditMethod
 from unike.system.faults import is_out_of_memory
-from unike.types import DERIVED_METRICS, Case, TooLongError
+from unike.types import DERIVED_METRICS, Case, Probe, TooLongError
 
 
 @dataclass(frozen=True)
@@ -361,16 +362,26 @@ def _measure(
             for name, items in keep_first(zip(names, found.retrieved, strict=True)).items()
             if items
         },
-        answers={
-            name: Answer(
-                probe.query.prompt,
-                probe.query.target,
-                b.generated if reader.generated else backbone.decode(b.predicted_ids),
-                a.generated if reader.generated else backbone.decode(a.predicted_ids),
-            )
-            for name, (probe, b, a) in keep_first((entry[0].name, entry) for entry in probes).items()
-        },
+        answers=_keep_answers(probes, reader.generated, backbone),
     )
+
+
+def _keep_answers(
+    probes: Sequence[tuple[Probe, Prediction, Prediction]], generated: bool, backbone: Backbone
+) -> dict[str, Answer]:
+    """By probe, what was answered before and after: decoded, or the argmax at the target's positions. The
+    first of a name has those of the others with it."""
+
+    def write(prediction: Prediction) -> str | None:
+        return prediction.generated if generated else backbone.decode(prediction.predicted_ids)
+
+    found: dict[str, list[Answer]] = {}
+    for probe, before, after in probes:
+        expect = None if probe.expect == get_expectation(probe.name) else probe.expect
+        asked = (probe.query.prompt, probe.query.target)
+        answer = Answer(*asked, write(before), write(after), probe.aliases, expect)
+        found.setdefault(probe.name, []).append(answer)
+    return {name: replace(own[0], others=tuple(own[1:])) for name, own in found.items()}
 
 
 def _score_base(case: Case, before: Sequence[Prediction], generated: bool) -> dict[str, dict[str, float]]:

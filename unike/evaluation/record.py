@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Any, Literal, TypeVar
 
 from unike.system.text import one_line
-from unike.types import UserError
+from unike.types import Expectation, UserError
 
 T = TypeVar("T")
 Status = Literal["ok", "failed"]
@@ -47,12 +47,29 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A probe's prompt and target, and what the model answered before and after the edit."""
+    """A probe's prompt and target, and what the model answered before and after the edit.
+
+    ``aliases`` are as right as the target. ``expect`` is the probe's own, where its name's metric says
+    another. ``others`` are those of further probes of the name. Files of former versions have none of these.
+    """
 
     prompt: str | None
     target: str | None
     before: str | None
     after: str | None
+    aliases: tuple[str, ...] = ()
+    expect: Expectation | None = None
+    others: tuple[Answer, ...] = ()
+
+    def to_json(self) -> dict[str, object]:
+        """The answer as a JSON object; what is not known or empty has no key."""
+        known: dict[str, object] = {
+            "aliases": list(self.aliases) or None,
+            "expect": self.expect,
+            "others": [other.to_json() for other in self.others] or None,
+        }
+        own = {"prompt": self.prompt, "target": self.target, "before": self.before, "after": self.after}
+        return {**own, **{key: value for key, value in known.items() if value is not None}}
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,18 +197,12 @@ class Record:
 
     def to_json(self) -> dict[str, object]:
         """The record as a JSON object with its keys in the order of the file."""
-        scores = {
-            mode: {probe: {"before": s.before, "after": s.after} for probe, s in by_probe.items()}
-            for mode, by_probe in self.scores.items()
-        }
+        scores = {mode: write_scores(by_probe) for mode, by_probe in self.scores.items()}
         numbers = {
             name: {probe: {"before": c.before, "after": c.after} for probe, c in by_probe.items()}
             for name, by_probe in self.numbers.items()
         }
-        answers = {
-            probe: {"prompt": a.prompt, "target": a.target, "before": a.before, "after": a.after}
-            for probe, a in self.answers.items()
-        }
+        answers = {probe: answer.to_json() for probe, answer in self.answers.items()}
         parts = {
             "scores": scores if self.scores is not ABSENT else ABSENT,
             "former": self.former,
@@ -319,8 +330,48 @@ def _read_change(value: object) -> Change:
 
 
 def _read_answer(value: object) -> Answer:
-    values = _read_each(_read_written)(value)
-    return Answer(values["prompt"], values["target"], values["before"], values["after"])
+    """Keys that are unknown here are left out."""
+    if not isinstance(value, dict):
+        raise TypeError("expected an object")
+    prompt, target, before, after = (
+        _read_written(value[key]) for key in ("prompt", "target", "before", "after")
+    )
+    return Answer(
+        prompt,
+        target,
+        before,
+        after,
+        aliases=tuple(_read_all(_read_group)(value.get("aliases", []))),
+        expect=_read_expectation(value.get("expect")),
+        others=tuple(_read_all(_read_answer)(value.get("others", []))),
+    )
+
+
+def _read_all(read: Callable[[object], T]) -> Callable[[object], list[T]]:
+    """Reads a list's items."""
+
+    def read_items(value: object) -> list[T]:
+        if not isinstance(value, list):
+            raise TypeError("expected a list")
+        return [read(item) for item in value]
+
+    return read_items
+
+
+def _read_expectation(value: object) -> Expectation | None:
+    if value not in (None, "target", "unchanged"):
+        raise ValueError("expected target or unchanged")
+    return value  # type: ignore[return-value]
+
+
+def read_scores(value: object) -> Mapping[str, Score]:
+    """Scores by probe from a JSON object. TypeError, ValueError or KeyError where it holds something else."""
+    return _read_each(_read_score)(value)
+
+
+def write_scores(scores: Mapping[str, Score]) -> dict[str, dict[str, float | None]]:
+    """Scores by probe as a JSON object."""
+    return {probe: {"before": s.before, "after": s.after} for probe, s in scores.items()}
 
 
 def _read_place(values: Mapping[str, object]) -> Place:

@@ -20,6 +20,8 @@ from unike.evaluation.metrics import (
     mean_of,
     ngram_entropy,
 )
+from unike.evaluation.modes import MODES as MODES
+from unike.evaluation.modes import list_modes
 from unike.evaluation.numbers import (
     NumberSummary,
     count_skipped,
@@ -33,7 +35,6 @@ from unike.evaluation.titles import TITLES as TITLES
 from unike.system.text import one_line
 from unike.types import DERIVED_METRICS, FIVE_METRICS, METRICS
 
-MODES = ("teacher_forced", "generated")
 WHEN = ("before", "after")
 LOCALITY = ("t_locality", "m_locality")
 # Published means of derived cells: De-VQA's (arXiv 2511.13243), and DECODE's pair (arXiv 2606.17057).
@@ -354,7 +355,7 @@ class _Sample:
         """By evaluation mode and set of metrics: one number ``of`` their means, before and after, where all
         of the set's metrics are there."""
         out: Combined = {}
-        for mode, (name, metrics), when in product(MODES, sets.items(), WHEN):
+        for mode, (name, metrics), when in product(list_modes(self.records), sets.items(), WHEN):
             pairs = [self.collect(_pick_score(mode, metric, when)) for metric in metrics]
             if not all(values for values, _ in pairs):
                 continue
@@ -370,7 +371,7 @@ class _Sample:
 def _summarise_metrics(sample: _Sample) -> dict[str, dict[str, BeforeAfter]]:
     metrics: dict[str, dict[str, BeforeAfter]] = {}
     names = {m for r in sample.records for by_metric in r.scores.values() for m in by_metric}
-    for metric, mode in product(order_metrics(names), MODES):
+    for metric, mode in product(order_metrics(names), list_modes(sample.records)):
         pairs = {when: sample.estimate(_pick_score(mode, metric, when)) for when in WHEN}
         if found := {when: value for when, value in pairs.items() if value}:
             metrics.setdefault(metric, {})[mode] = found

@@ -23,6 +23,7 @@ from typing import Any
 from unike.config.options import BEFORE_OPTIONS
 from unike.datasets.declarations import declare_metrics
 from unike.evaluation.record import Record, require_place
+from unike.runs.added_scores import overlay, read_added_scores
 from unike.system.faults import explain_write_errors
 from unike.system.files import to_json_types, write_json, write_text
 from unike.system.places import refuse_link
@@ -170,8 +171,9 @@ def read_lines(directory: str | os.PathLike[str]) -> list[dict[str, object]]:
 
 
 def read_records(directory: str | os.PathLike[str]) -> list[Record]:
-    """The complete records of a run, in order. UserError, in one line, for a record of another shape than a
-    run writes it, and for a folder without records."""
+    """The complete records of a run, in order, with the scores that were added to it (``added_scores``) as
+    further evaluation modes. UserError, in one line, for a record of another shape than a run writes it, and
+    for a folder without records."""
     lines, at = read_lines(directory), Path(directory) / RECORDS
     try:
         records = [Record.from_json(values) for values in lines]
@@ -180,7 +182,7 @@ def read_records(directory: str | os.PathLike[str]) -> list[Record]:
                 require_place(record)
     except UserError as error:
         raise UserError(f"{at}: {error}") from None
-    return records
+    return overlay(records, read_added_scores(Path(directory)))
 
 
 def read_manifest(directory: str | os.PathLike[str]) -> dict[str, Any]:
