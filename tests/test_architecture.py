@@ -31,11 +31,11 @@ TEXT = files(
 
 # ---------------------------------------------------------------- who may import whom
 
-# Ground first: a room may import itself and what stands before it. Entry points (``__main__``) and the
-# package's public names stand at the end, where nothing imports them.
+# Ground first: a room may import itself and what stands before it. Entry points are last.
 ROOMS = (
-    *"types system config datasets scoring knowledge backbones edits methods evaluation runs report".split(),
-    *"editor easyedit ask own tables fetch hub demo command".split(), "",
+    "types", "system", "config", "datasets", "scoring", "knowledge", "backbones", "edits", "methods",
+    "evaluation", "runs", "report", "editor", "easyedit", "ask", "own", "tables", "fetch", "hub", "demo",
+    "command", "",
 )  # fmt: skip
 # Methods and edits see of a backbone its protocol, never a concrete one.
 SEES_PROTOCOL = ("edits", "methods")
