@@ -173,14 +173,16 @@ def test_options_that_are_read(copied: Project, arguments: list[str]) -> None:
 @pytest.mark.usefixtures("nothing_loads")
 @pytest.mark.parametrize("key", ["scope_recall", "scope_recall_few"])
 def test_a_classifier_without_shares_has_no_recall(capsys, key: str) -> None:
-    """Both shipped classifiers are of the time before shares of prompts were measured."""
-    both = ("scope_measure=both", "scope_overlap=0.1")
-    line = ["--hparams_dir", str(ROOT / "hparams/scoped/tiny_blip2.yaml"), "--task", "vqa", "--check", *both]
+    """The classifiers of version 1 are of the time before shares of prompts were measured."""
+    former = ("scope_probes=recombined", "scope_records=2000", "scope_steps=1000", "scope_patience=null")
+    other = {"scope_recall": "scope_recall_few=null", "scope_recall_few": "scope_recall=null"}[key]
+    line = ["--hparams_dir", str(ROOT / "hparams/scoped/tiny_blip2.yaml"), "--task", "vqa", "--check"]
+    line += [*former, other]
     assert run_edit.main([*line, f"{key}=0.9"]) == 2
     said = capsys.readouterr().out
     assert f"{key}: " in said
     assert "scope.json is of an earlier version, without the shares of prompts that pass; expected" in said
-    assert run_edit.main(line) == 0
+    assert run_edit.main([*line, f"{key}=null"]) == 0
 
 
 # ---------------------------------------------------------------- folders

@@ -32,7 +32,7 @@ PLACES = {
     "editors/mend/e3bcde032fc8a886",
     "scope/27876370ecc47e6d",
 }
-FOLDERS = [TINY / "knowledge", TINY / "editors" / "mend", TINY / "scope"]
+FOLDERS = [TINY / "knowledge", TINY / "editors" / "mend", TINY / "scope" / "27876370ecc47e6d"]
 
 
 @pytest.fixture
@@ -319,7 +319,7 @@ def test_the_card_states_what_the_indexes_know_and_guesses_nothing(pushed: Stand
 
 def save_finished(folder: Path, **changes: object) -> Path:
     records = [ended(i) for i in range(4)]
-    index = json.loads((FOLDERS[2] / "27876370ecc47e6d/scope.json").read_text())
+    index = json.loads((FOLDERS[2] / "scope.json").read_text())
     save_run(folder, records)
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["hparams"] |= {**index["options"], "name": "Salesforce/blip2-opt-2.7b"} | changes
