@@ -228,6 +228,7 @@ def test_the_page_is_short_and_names_the_fields_as_they_are_read() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.longest
 def test_every_command_and_block_of_the_page_runs(tmp_path: Path) -> None:
     """In the order of the page, in a folder that sees the toy model."""
     (tmp_path / "hugging_cache").symlink_to(ROOT / "hugging_cache")

@@ -264,6 +264,7 @@ def until(folder: Path, lines: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.longest
 def test_a_run_that_was_cut_off_goes_on(copied: Project) -> None:
     copied.write_records([record(i % 8) for i in range(12)])
     path = write_plan(copied, [FT, UNIKE], [INTRIN])

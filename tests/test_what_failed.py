@@ -119,6 +119,7 @@ def test_full_memory_is_an_error_of_the_edit_in_python(
 
 
 @pytest.mark.slow
+@pytest.mark.longest
 @pytest.mark.parametrize(("option", "code"), [(DIVERGING, 1), ("lr=5e-2", 0)])
 def test_several_processes_have_the_code_of_one(copied: Project, option: str, code: int) -> None:
     arguments = ("--task", "vqa", "edit_batch_size=1", option, "--output", "two", "--num_processes", "2")
