@@ -21,6 +21,7 @@ from unike.evaluation.metrics import (
     ngram_entropy,
 )
 from unike.evaluation.modes import MODES as MODES
+from unike.evaluation.modes import list_modes
 from unike.evaluation.numbers import (
     NumberSummary,
     count_skipped,
