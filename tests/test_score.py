@@ -5,12 +5,17 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from finished_runs import as_records, ended, save_run
+from worlds import World, case, query
 
 from unike.command.score import run as score
+from unike.evaluation.protocols import run_one_step
+from unike.evaluation.reader import Reader
+from unike.evaluation.record import Record
 from unike.evaluation.summary import summarise
 from unike.runs.records import RECORDS, read_records
 from unike.runs.rescoring import describe_form, score_answers
@@ -79,13 +84,13 @@ def test_the_form_of_answers() -> None:
     assert describe_form([]) == {}
 
 
-def test_the_command_keeps_scores_beside_the_records(tmp_path: Path, capsys) -> None:
+def test_the_command_keeps_scores_apart_from_the_records(tmp_path: Path, capsys) -> None:
     run = save_run(tmp_path / "run", [answered(0, reliability=LONG), answered(1, reliability=LONG)])
     former = (run / RECORDS).read_bytes()
     assert score([str(run), "--scorers", "contains", "rouge_l"]) == 0
     shown = capsys.readouterr().out
     assert "contains" in shown
-    assert "answers that go on behind the target" in shown
+    assert "answers that go on after the target" in shown
     assert (run / RECORDS).read_bytes() == former
     assert sorted(path.name for path in (run / "scores").iterdir()) == ["contains.jsonl", "rouge_l.jsonl"]
     records = read_records(run)
@@ -96,6 +101,52 @@ def test_the_command_keeps_scores_beside_the_records(tmp_path: Path, capsys) -> 
     (tmp_path / "more.json").write_text('{"a red fox": ["a dog"]}')
     assert score([str(run), "--scorers", "contains", "--aliases", str(tmp_path / "more.json")]) == 0
     assert [record.scores["contains"]["reliability"].before for record in read_records(run)] == [1, 1]
+
+
+def test_scores_of_a_run_that_was_made_anew_are_left_out(tmp_path: Path, caplog) -> None:
+    run = save_run(tmp_path / "run", [answered(0, reliability=LONG)])
+    assert score([str(run), "--scorers", "contains"]) == 0
+    assert "contains" in read_records(run)[0].scores
+    anew = answered(0, reliability={**LONG, "after": "a dog"})
+    (run / RECORDS).write_text(json.dumps(anew) + "\n")
+    caplog.clear()
+    assert "contains" not in read_records(run)[0].scores
+    assert "contains.jsonl: was made of other records" in caplog.text
+    assert score([str(run), "--scorers", "contains"]) == 0
+    assert read_records(run)[0].scores["contains"]["reliability"].after == 0
+
+
+def test_a_mean_of_other_metrics_is_scored_too() -> None:
+    kept = {"target": "a dog", "before": "a dog", "after": "a dog"}
+    found = score_one("contains", answered(0, fine_generality=LONG, fine_locality=kept))
+    assert found["specificity"][1] == 1
+
+
+def test_a_run_keeps_aliases_and_all_probes_of_a_name(world: World) -> None:
+    asked = case(0)
+    first = asked.probes[0]
+    more = (
+        replace(first, query=query(1, prompt="who is it?"), expect="unchanged"),
+        replace(first, aliases=("reynard",)),
+    )
+    asked = replace(asked, probes=(*more, *asked.probes[1:]))
+    method = world.method("ft", {"max_steps": 2})
+    reader = Reader(world.backbone, world.prefixes(method))
+    made = run_one_step(world.backbone, method, asked, reader).record
+    (kept,) = (Record.from_json(json.loads(json.dumps(made.to_json()))).answers[n] for n in (first.name,))
+    assert (kept.expect, kept.aliases, len(kept.others)) == ("unchanged", (), 1)
+    assert (kept.others[0].expect, kept.others[0].aliases) == (None, ("reynard",))
+    assert (kept.prompt, kept.others[0].prompt) == ("who is it?", first.query.prompt)
+    assert kept == made.answers[first.name]
+
+
+def test_readers_that_share_the_base_may_ask_a_case_different_probes(world: World) -> None:
+    method = world.method("ft", {"max_steps": 2})
+    one, other = (Reader(world.backbone, world.prefixes(method)) for _ in range(2))
+    assert one.share_base(other)
+    whole = case(0)
+    part = replace(whole, probes=whole.probes[:2])
+    assert (len(one.predict_base(part)), len(other.predict_base(whole))) == (2, len(whole.probes))
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,8 @@
     unike score results/demo/gate --scorers contains token_f1
     unike score results/demo/gate --scorers contains --aliases aliases.json
 
-Each scorer's scores are kept beside the run's records, in ``RUN/scores/<scorer>.jsonl``: the records stay as
-they are.
+Each scorer's scores are kept in the run's folder, in ``RUN/scores/<scorer>.jsonl``: its records stay as they
+are.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _FORM = {
     "words": "words of an answer, mean",
     "empty": "empty answers, %",
     "repeated": "answers that repeat a pair of words, %",
-    "run_on": "answers that go on behind the target, %",
+    "run_on": "answers that go on after the target, %",
 }
 
 
@@ -84,8 +84,9 @@ def _add_scores(
     aliases: Aliases | None,
     about: Mapping[str, object],
 ) -> None:
+    made_of = compute_sha256(folder / RECORDS)
     for scorer in scorers:
-        said = {"title": scorer.title, "source": scorer.source, **about}
+        said = {"title": scorer.title, "source": scorer.source, "records": made_of, **about}
         write_added_scores(folder, scorer.name, score_answers(records, scorer, aliases), said)
 
 

@@ -10,7 +10,7 @@ from unike.config.schema import Section, option
 
 @dataclass(frozen=True, kw_only=True)
 class FurtherEvaluationOptions(Section):
-    """Probes that are made of a record's own question, target and old answer; numbers beside scores."""
+    """Probes that are made of a record's own question, target and old answer; numbers that are no scores."""
 
     consistency_probes: bool = option(
         switch(),

@@ -11,12 +11,12 @@ import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, overload
+from typing import Literal
 
 from unike.datasets.answers import normalise_answer
 from unike.datasets.comprehend_edit import TEMPLATES
 from unike.datasets.declarations import list_group
-from unike.datasets.mmedit import VQA_TEMPLATE, wrap_prompt
+from unike.datasets.mmedit import VQA_TEMPLATE, CaseSequence, wrap_prompt
 from unike.types import Case, Probe, Query
 
 logger = logging.getLogger("unike")
@@ -101,7 +101,7 @@ def choose_kind(case: Case, question: str) -> QuestionKind:
 
 
 def negate_question(question: str) -> str | None:
-    """A yes/no question with "not" behind its subject; None where the subject's end is not known."""
+    """A yes/no question with "not" after its subject; None where the subject's end is not known."""
     found = _POLAR.fullmatch(question.strip())
     return None if found is None else f"{found[1]} not {found[2]}"
 
@@ -159,7 +159,7 @@ def add_consistency_probes(case: Case) -> Case:
     return replace(case, probes=(*case.probes, *make_consistency_probes(case)))
 
 
-class ConsistencyCases(Sequence[Case]):
+class ConsistencyCases(CaseSequence):
     """Cases with their probes of consistency."""
 
     def __init__(self, cases: Sequence[Case]) -> None:
@@ -168,14 +168,8 @@ class ConsistencyCases(Sequence[Case]):
     def __len__(self) -> int:
         return len(self._cases)
 
-    @overload
-    def __getitem__(self, index: int) -> Case: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Case]: ...
-    def __getitem__(self, index: int | slice) -> Case | list[Case]:
-        if isinstance(index, slice):
-            return [add_consistency_probes(case) for case in self._cases[index]]
-        return add_consistency_probes(self._cases[index])
+    def _make_case(self, position: int) -> Case:
+        return add_consistency_probes(self._cases[position])
 
     def count_skipped(self) -> dict[str, int]:
         """How many cases lack each metric of consistency, since it cannot be asked of them."""

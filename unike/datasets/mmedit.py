@@ -215,7 +215,7 @@ def wrap_prompt(template: str, text: str) -> str:
     return text if wrapped and len(text) > len(template.strip()) - 2 else template.replace("{}", text)
 
 
-class _CaseSequence(Sequence[Case]):
+class CaseSequence(Sequence[Case]):
     """What the datasets share: indexing over ``len`` and ``_make_case``, and which images are missing."""
 
     @abstractmethod
@@ -238,7 +238,7 @@ class _CaseSequence(Sequence[Case]):
         return [name for name in names if not os.path.isfile(name)]
 
 
-class _MMEditDataset(_CaseSequence):
+class _MMEditDataset(CaseSequence):
     task: ClassVar[str]
 
     def __init__(
@@ -446,7 +446,7 @@ class CaptionDataset(_MMEditDataset):
         return text.strip()
 
 
-class CapVQADataset(_CaseSequence):
+class CapVQADataset(CaseSequence):
     """E-VQA and E-IC mixed: interleaved, E-VQA first, then the rest of the longer one.
 
     The first ``alternating`` cases are the interleaved ones. ``size`` is that of the mixture; the other

@@ -1,4 +1,4 @@
-"""What summaries have beside single metrics: groups of metrics, and numbers that are no shares."""
+"""What summaries have besides single metrics: groups of metrics, and numbers that are no shares."""
 
 from __future__ import annotations
 

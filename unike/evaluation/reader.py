@@ -77,7 +77,7 @@ class Reader:
         self.likelihoods = likelihoods
         self.decoded = 0
         self._ranks = needs_ranks(self.presets)
-        self._base: dict[str, tuple[Prediction, ...]] = {}
+        self._base: dict[tuple[str, ...], tuple[Prediction, ...]] = {}
         self._guard = Guard.of(backbone)
         self._epoch = self._guard.epoch
 
@@ -91,7 +91,7 @@ class Reader:
             yield
 
     def predict_base(self, case: Case) -> tuple[Prediction, ...]:
-        """Predictions of the untouched model, kept by the case's id."""
+        """Predictions of the untouched model, kept by the case's id and its probes."""
         key = _name_case(case)
         with self._bare():
             if key not in self._base:
@@ -289,8 +289,9 @@ def _pair_drafts(queries: Sequence[Query], drafts: Sequence[str | None]) -> list
     ]
 
 
-def _name_case(case: Case) -> str:
-    return f"{case.task}:{case.request.id}"
+def _name_case(case: Case) -> tuple[str, ...]:
+    """The case and the names of its probes: of readers that share predictions, one may ask a case more."""
+    return (f"{case.task}:{case.request.id}", *(probe.name for probe in case.probes))
 
 
 def _share_out(cases: Sequence[Case], values: Sequence[V]) -> list[Sequence[V]]:

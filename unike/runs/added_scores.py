@@ -1,4 +1,4 @@
-"""Scores that are added to a finished run, beside its records: ``scores/<name>.jsonl`` in its folder.
+"""Scores that are added to a finished run: ``scores/<name>.jsonl`` in its folder.
 
 The first line of a file says what made it, every other one holds a record's scores under its id::
 
@@ -12,6 +12,7 @@ replaced as a whole, so that a reader sees the former one or the new one.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
@@ -21,11 +22,12 @@ from unike.evaluation.modes import declare_mode
 from unike.evaluation.record import Record, Score, read_scores, write_scores
 from unike.scoring.scorers import check_mode
 from unike.system.faults import explain_write_errors
-from unike.system.files import to_json_types, write_text
+from unike.system.files import compute_sha256, to_json_types, write_text
 from unike.system.places import refuse_link
 from unike.system.text import one_line
 from unike.types import UserError
 
+logger = logging.getLogger("unike")
 FOLDER, SUFFIX = "scores", ".jsonl"
 # A record's id. Within a run no two records have one: of a sequence's records it names the sequence, the
 # position and whether it is a step ("0/3/step").
@@ -85,9 +87,12 @@ def write_added_scores(
     return path
 
 
-def read_added_scores(folder: Path) -> dict[str, AddedScores]:
+def read_added_scores(folder: Path, records: Path | None = None) -> dict[str, AddedScores]:
     """The scores that were added to a run, by name; empty where there are none. Their titles are known to
     tables from then on.
+
+    With the file of ``records``, scores that were made of another one (``about["records"]``, its SHA-256) are
+    left out with a warning: a run that was made anew has records of the same ids.
 
     Raises:
         UserError: in one line, for a file that is not as ``write_added_scores`` writes it.
@@ -95,8 +100,13 @@ def read_added_scores(folder: Path) -> dict[str, AddedScores]:
     found = {}
     for path in sorted((folder / FOLDER).glob(f"*{SUFFIX}")):
         name = path.name.removesuffix(SUFFIX)
-        found[name] = _read_file(path, name)
-        declare_mode(name, str(found[name].about["title"]))
+        one = _read_file(path, name)
+        made_of = one.about.get("records")
+        if records is not None and made_of is not None and made_of != compute_sha256(records):
+            logger.warning("%s: was made of other records than %s, and is left out", path, records)
+            continue
+        found[name] = one
+        declare_mode(name, str(one.about["title"]))
     return found
 
 

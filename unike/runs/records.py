@@ -182,7 +182,7 @@ def read_records(directory: str | os.PathLike[str]) -> list[Record]:
                 require_place(record)
     except UserError as error:
         raise UserError(f"{at}: {error}") from None
-    return overlay(records, read_added_scores(Path(directory)))
+    return overlay(records, read_added_scores(Path(directory), at))
 
 
 def read_manifest(directory: str | os.PathLike[str]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 from unike.datasets.declarations import get_expectation
-from unike.evaluation.by_name import average_by_name
+from unike.evaluation.by_name import combine_scores
 from unike.evaluation.record import Answer, Record, Score
 from unike.runs.added_scores import RecordKey, get_key
 from unike.scoring.aliases import Aliases
@@ -24,41 +24,40 @@ def score_answers(
 
     Where an edit must give the target, both are scored against it and its aliases: those of the record, and
     those of ``aliases``. Where it must change nothing, the answer after it is scored against the one before,
-    which has 1. Several probes of one name are averaged. Left out are failed records, those that no decoded
-    answer is known of, and probes without an answer or a target.
+    which has 1. Several probes of one name are averaged, as in all modes. Left out are failed records, those
+    that no decoded answer is known of, and probes without an answer or a target.
     """
     out = {}
     for record in records:
         if record.ok and "generated" in record.scores:
             pairs = [
-                (name, one)
+                (name, *one)
                 for name, first in record.answers.items()
                 for answer in (first, *first.others)
                 if (one := _score(name, answer, scorer, aliases or Aliases())) is not None
             ]
-            before = average_by_name((name, score.before or 0.0) for name, score in pairs)
-            after = average_by_name((name, score.after) for name, score in pairs)
-            if after:
-                out[get_key(record)] = {name: Score(before[name], after[name]) for name in after}
+            if pairs:
+                out[get_key(record)] = combine_scores(pairs)
     return out
 
 
-def _score(name: str, answer: Answer, scorer: Scorer, aliases: Aliases) -> Score | None:
+def _score(name: str, answer: Answer, scorer: Scorer, aliases: Aliases) -> tuple[float, float] | None:
+    """Before and after the edit."""
     before, after = answer.before, answer.after
     if before is None or after is None:
         return None
     if (answer.expect or get_expectation(name)) == "unchanged":
-        return Score(1.0, scorer.score(after, [before]))
+        return 1.0, scorer.score(after, [before])
     if answer.target is None:
         return None
     right = (answer.target, *answer.aliases, *aliases.get(answer.target, ()))
-    return Score(scorer.score(before, right), scorer.score(after, right))
+    return scorer.score(before, right), scorer.score(after, right)
 
 
 def describe_form(records: Sequence[Record]) -> Mapping[str, Mapping[str, float]]:
     """The form of all decoded answers, ``before`` and ``after``: ``words``, their mean number, and in
     percent ``empty`` ones, those with a ``repeated`` word pair, and those that have the target in them and
-    ``run_on`` behind it. Empty where no answer was decoded."""
+    ``run_on`` after it. Empty where no answer was decoded."""
     texts: dict[str, list[tuple[str, str | None]]] = {"before": [], "after": []}
     for record in records:
         if not record.ok or "generated" not in record.scores:

@@ -87,7 +87,7 @@ def compare_exactly(answer: str, reference: str) -> float:
 
 
 def find_whole_words(answer: str, reference: str) -> float:
-    """1 where the reference stands in the answer as whole words, in a row, after ``normalise_answer``.
+    """1 where the reference stands in the answer as adjacent whole words, after ``normalise_answer``.
 
     "two" is in "there are two dogs", "cat" is not in "category". An empty reference is in an empty answer
     alone.
